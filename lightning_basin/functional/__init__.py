@@ -1,0 +1,68 @@
+"""Pure functions: tensors and callables in, new tensors or frozen results out.
+
+Axis letters everywhere: k inputs of the probe, c outputs per input, m = k * c rows of the behavioral gradients,
+N parameters, d features of an activation, r columns of a sketch.
+"""
+
+from lightning_basin.functional.duplicates import (
+    dead_units,
+    duplicate_classes,
+    duplicated_activations,
+    gradient_rank_bound,
+)
+from lightning_basin.functional.hessian import (
+    NullSpace,
+    OutputCurvature,
+    hessian_matrix,
+    hessian_null_space,
+    hessian_nullity,
+    output_curvature,
+)
+from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
+from lightning_basin.functional.rank import (
+    RANK_TOLERANCES,
+    GradientRank,
+    Spectrum,
+    behavioral_gradient_rank,
+    default_rtol,
+    effective_rank,
+    gradient_rank,
+    numerical_rank,
+    rank_gap,
+    singular_values,
+)
+from lightning_basin.functional.sketch import (
+    DenseGradients,
+    KhatriRaoGradients,
+    gradient_spectrum,
+    sketched_spectrum,
+)
+
+__all__ = [
+    "RANK_TOLERANCES",
+    "DenseGradients",
+    "GradientRank",
+    "KhatriRaoGradients",
+    "NullSpace",
+    "OutputCurvature",
+    "Spectrum",
+    "behavioral_gradient_rank",
+    "behavioral_gradients",
+    "dead_units",
+    "default_rtol",
+    "duplicate_classes",
+    "duplicated_activations",
+    "effective_rank",
+    "gradient_rank",
+    "gradient_rank_bound",
+    "gradient_rows",
+    "gradient_spectrum",
+    "hessian_matrix",
+    "hessian_null_space",
+    "hessian_nullity",
+    "numerical_rank",
+    "output_curvature",
+    "rank_gap",
+    "singular_values",
+    "sketched_spectrum",
+]

@@ -1,0 +1,87 @@
+"""Behavioral gradients of any function of named parameters, one dense row per output."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import jacrev, vmap
+
+Behavior = Callable[[Mapping[str, Tensor], Sequence[Tensor]], Tensor]
+"""Maps parameters by name and a batch, tensors with n inputs along their first axis, to outputs ``(n, ...)``."""
+
+_CHUNK_ELEMENTS = 2**24  # float64 numbers in a temporary: 128 MiB
+
+
+def behavioral_gradients(
+    behavior: Behavior, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]
+) -> Tensor:
+    """The Jacobian of all outputs on all inputs with respect to all parameters.
+
+    Each input is differentiated on its own, all inputs of a chunk at once.
+
+    Args:
+        behavior: The function; row i of its result may depend on input i only.
+        parameters: In the order of the columns.
+        inputs: One or more tensors with the k inputs along their first axis.
+
+    Returns:
+        Row ``(x, j)`` is the gradient of output j on input x, shape ``(k * c, N)``.
+
+    Raises:
+        ValueError: If there is no parameter or no input tensor.
+
+    Example:
+        Of ``w * x`` with respect to ``w``:
+
+        >>> def behavior(parameters, inputs):
+        ...     return parameters["w"] * inputs[0]
+        >>> behavioral_gradients(behavior, {"w": torch.tensor(5.0)}, [torch.tensor([[1.0], [2.0]])])
+        tensor([[1.],
+                [2.]])
+    """
+    if not parameters or not inputs:
+        raise ValueError(
+            f"behavioral gradients need at least one parameter and one input tensor, "
+            f"got {len(parameters)} and {len(inputs)}"
+        )
+
+    def outputs_of_one(values: Mapping[str, Tensor], one: Sequence[Tensor]) -> Tensor:
+        return behavior(values, [tensor.unsqueeze(0) for tensor in one]).flatten()
+
+    num_parameters = sum(parameter.numel() for parameter in parameters.values())
+    with torch.no_grad():
+        num_outputs = outputs_of_one(parameters, [tensor[0] for tensor in inputs]).numel()
+    num_inputs = inputs[0].shape[0]
+    # Twice, because the Jacobian of a chunk exists by parameter and then as one matrix.
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, 2 * num_outputs * num_parameters))
+    jacobian = vmap(jacrev(outputs_of_one), in_dims=(None, 0))
+    rows = []
+    for start in range(0, num_inputs, chunk):
+        blocks = jacobian(dict(parameters), [tensor[start : start + chunk] for tensor in inputs])
+        rows.append(torch.cat([block.flatten(2) for block in blocks.values()], dim=2).flatten(0, 1))
+    return torch.cat(rows)
+
+
+def gradient_rows(outputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Gradients of outputs that are already in a graph, one backward pass each.
+
+    The slow way that works for every graph, whether its operations can be batched or not.
+
+    Args:
+        outputs: Attached to the graph of ``parameters``, any shape with m entries.
+        parameters: In the order of the columns.
+
+    Returns:
+        Shape ``(m, N)``; zero where an output does not depend on a parameter.
+
+    Example:
+        >>> w = torch.tensor([2.0, 3.0], requires_grad=True)
+        >>> gradient_rows(w.square(), [w])
+        tensor([[4., 0.],
+                [0., 6.]])
+    """
+    rows = []
+    for output in outputs.flatten():
+        gradients = torch.autograd.grad(output, parameters, retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return torch.stack(rows)

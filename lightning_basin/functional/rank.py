@@ -1,0 +1,212 @@
+"""From a matrix to its numerical rank: singular values, tolerance, gap, effective rank."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+EPSILON = torch.finfo(torch.float64).eps
+
+RANK_TOLERANCES = (1e-12, 1e-8, 1e-6, 1e-4, 1e-2)
+"""Relative tolerances at which every rank is also reported: where these differ no single integer is right."""
+
+GRAM_RESOLUTION = 1e-7
+"""Singular values below this fraction of the largest cannot be read off a float64 Gram matrix.
+
+Its eigenvalues are squares and carry an absolute error near ``eps * sigma_max**2``, so that the noise floor
+stands at ``sqrt(eps) = 1.5e-8`` of ``sigma_max``; the margin leaves the last resolved value two digits.
+"""
+
+RankMethod = Literal["svd", "gram", "gram+sketch"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spectrum:
+    """Singular values of a matrix of gradients, and how they were obtained.
+
+    Attributes:
+        singular_values: Descending, float64, shape ``(min(num_rows, num_columns),)``.
+        rtol: Default relative tolerance, ``max(shape) * eps`` of the matrix that was decomposed.
+        method: ``"svd"`` of the matrix itself; ``"gram"`` where the Gram matrix alone resolves all of it;
+            ``"gram+sketch"`` where singular values below ``GRAM_RESOLUTION`` come from the unsquared sketch.
+    """
+
+    singular_values: Tensor
+    rtol: float
+    method: RankMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientRank:
+    """The rank of a matrix of gradients with what is needed to judge it.
+
+    Attributes:
+        rank: Number of singular values above ``rtol * sigma_max``.
+        gap: ``log10(sigma_r / sigma_{r+1})``; ``None`` where the rank is zero.
+        at: The rank at each of ``RANK_TOLERANCES``.
+        effective_rank: ``exp`` of the entropy of the squared singular values.
+        rtol: Relative tolerance that decided ``rank``.
+        method: How the singular values were obtained, see `Spectrum`.
+    """
+
+    rank: int
+    gap: float | None
+    at: Mapping[float, int]
+    effective_rank: float
+    rtol: float
+    method: RankMethod
+
+
+def default_rtol(num_rows: int, num_columns: int) -> float:
+    """Relative tolerance ``max(num_rows, num_columns) * eps`` below which a singular value is rounding.
+
+    The rule of ``numpy.linalg.matrix_rank`` (Golub and Van Loan, 2013, section 5.5.8).
+
+    Example:
+        >>> default_rtol(4, 2) == 4 * 2.0**-52
+        True
+    """
+    return max(num_rows, num_columns) * EPSILON
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """Singular values without squaring, descending.
+
+    A matrix that is clearly wider than tall (or taller than wide) is first reduced to its triangular factor,
+    which has the same singular values; that halves the time.
+
+    Args:
+        matrix: Shape ``(rows, columns)``.
+
+    Returns:
+        Shape ``(min(rows, columns),)``, of the dtype of ``matrix``.
+
+    Example:
+        >>> singular_values(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+        tensor([4., 3.])
+    """
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    if tall.shape[1] == 0:
+        return tall.new_zeros(0)
+    if tall.shape[0] > 1.2 * tall.shape[1]:
+        tall = torch.linalg.qr(tall, mode="r").R
+    return torch.linalg.svdvals(tall)
+
+
+def numerical_rank(spectrum: Tensor, *, rtol: float) -> int:
+    """Count the singular values above ``rtol`` times the largest.
+
+    Args:
+        spectrum: Singular values (not their squares) in any order, shape ``(n,)``.
+        rtol: Relative to the largest.
+
+    Raises:
+        ValueError: If ``rtol`` is not inside ``(0, 1)``.
+
+    Example:
+        >>> numerical_rank(torch.tensor([2.0, 1.0, 1e-9]), rtol=1e-6)
+        2
+    """
+    check_rtol(rtol)
+    if spectrum.numel() == 0:
+        return 0
+    # Strict: the zero matrix has threshold 0 and must have rank 0.
+    return int((spectrum > rtol * spectrum.max()).sum())
+
+
+def check_rtol(rtol: float | None, name: str = "rtol") -> None:
+    """Refuse a relative tolerance that cannot separate anything.
+
+    Raises:
+        ValueError: If ``rtol`` is given and not inside ``(0, 1)``.
+    """
+    if rtol is not None and not 0.0 < rtol < 1.0:
+        raise ValueError(f"{name} must be a relative tolerance inside (0, 1), got {rtol}")
+
+
+def rank_gap(spectrum: Tensor, rank: int) -> float | None:
+    """Digits between the last singular value that counts and the first that does not.
+
+    Below 3 the rank is ill-defined. Where nothing follows, or what follows is exactly zero, the float64
+    rounding floor ``eps * sigma_max`` stands in for it, so that the gap is finite and says how far the last
+    singular value is from the noise.
+
+    Args:
+        spectrum: Singular values, descending, shape ``(n,)``.
+        rank: How many of them count.
+
+    Returns:
+        ``log10(sigma_r / sigma_{r+1})``, or ``None`` for rank 0, where there is no gap.
+
+    Example:
+        >>> rank_gap(torch.tensor([10.0, 1.0, 1e-5], dtype=torch.float64), 2)
+        5.0
+    """
+    if rank == 0:
+        return None
+    floor = EPSILON * float(spectrum[0])
+    following = float(spectrum[rank]) if rank < spectrum.numel() else 0.0
+    return math.log10(float(spectrum[rank - 1]) / max(following, floor))
+
+
+def effective_rank(spectrum: Tensor) -> float:
+    r"""``exp`` of the entropy of :math:`p_i = \sigma_i^2 / \sum_j \sigma_j^2`.
+
+    Roy and Vetterli (2007) with squared singular values. A zero matrix has effective rank 0.
+
+    Example:
+        >>> effective_rank(torch.tensor([2.0, 2.0, 0.0]))
+        2.0
+    """
+    energies = spectrum.to(torch.float64).square()
+    total = energies.sum()
+    if total == 0:
+        return 0.0
+    return round(float(torch.special.entr(energies / total).sum().exp()), 12)
+
+
+def gradient_rank(spectrum: Spectrum, *, rtol: float | None = None) -> GradientRank:
+    """Judge a spectrum: rank, gap, ranks at other tolerances, effective rank.
+
+    Args:
+        spectrum: Of the matrix of gradients.
+        rtol: Relative tolerance; ``None`` means the spectrum's own.
+
+    Raises:
+        ValueError: If ``rtol`` is not inside ``(0, 1)``.
+    """
+    sigmas = spectrum.singular_values
+    decided_by = spectrum.rtol if rtol is None else rtol
+    rank = numerical_rank(sigmas, rtol=decided_by)
+    return GradientRank(
+        rank=rank,
+        gap=rank_gap(sigmas, rank),
+        at={tolerance: numerical_rank(sigmas, rtol=tolerance) for tolerance in RANK_TOLERANCES},
+        effective_rank=effective_rank(sigmas),
+        rtol=decided_by,
+        method=spectrum.method,
+    )
+
+
+def behavioral_gradient_rank(gradients: Tensor, *, rtol: float | None = None) -> int:
+    """The rank of behavioral gradients given as a dense matrix.
+
+    Args:
+        gradients: One row per output of one input, shape ``(m, N)``.
+        rtol: Relative tolerance on singular values; ``None`` means ``max(m, N) * eps`` of float64.
+
+    Raises:
+        ValueError: If ``gradients`` is not a matrix, or ``rtol`` is not inside ``(0, 1)``.
+
+    Example:
+        >>> behavioral_gradient_rank(torch.tensor([[1.0, 2.0], [2.0, 4.0]]))
+        1
+    """
+    if gradients.ndim != 2:
+        raise ValueError(f"gradients must be a matrix (rows, parameters), got shape {tuple(gradients.shape)}")
+    matrix = gradients.to(torch.float64)
+    tolerance = default_rtol(*matrix.shape) if rtol is None else rtol
+    return numerical_rank(singular_values(matrix), rtol=tolerance)

@@ -1,0 +1,269 @@
+"""Behavioral gradients of one layer, factored or dense, and the spectrum of several side by side.
+
+A matrix of gradients is never needed itself: its Gram matrix gives the singular values above
+``GRAM_RESOLUTION``, and its product with a few random vectors, the sketch, gives the rank below. Both are
+sums over layers. Axis letters: k inputs, c outputs per input, m = k * c rows, t positions of a sequence
+(or calls of one layer), r columns of a sketch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Generator, Tensor
+
+from lightning_basin.functional.rank import GRAM_RESOLUTION, Spectrum, default_rtol, singular_values
+
+_CHUNK_ELEMENTS = 2**24  # float64 numbers in a temporary: 128 MiB
+_DENSE_ELEMENTS = 2e7  # entries of a matrix that is decomposed as it stands: 160 MB
+_DENSE_WORK = 2e9  # and rows**2 * columns, the cost of its triangular factor: about 0.1 s
+
+
+@dataclass(frozen=True, eq=False)
+class KhatriRaoGradients:
+    r"""Gradients of a linear layer, kept as their factors.
+
+    Row (x, j) of the matrix is the gradient of output j on input x with respect to the layer's weight and bias,
+    :math:`\sum_t b_{xjt} \tilde a_{xt}^T`.
+
+    Attributes:
+        activations: What enters the layer, with a 1 appended where ``bias``, shape ``(k, t, d_in)``.
+        output_gradients: Derivative of each output with respect to what leaves it, shape ``(k, c, t, d_out)``.
+        bias: Whether the last column of ``activations`` belongs to a bias.
+    """
+
+    activations: Tensor
+    output_gradients: Tensor
+    bias: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Number of inputs times outputs per input."""
+        return self.output_gradients.shape[0] * self.output_gradients.shape[1]
+
+    @property
+    def num_columns(self) -> int:
+        """Number of parameters."""
+        return self.activations.shape[-1] * self.output_gradients.shape[-1]
+
+    def rows(self) -> Tensor:
+        """The matrix itself, columns in the order of the parameters (weight, then bias), shape ``(m, N)``."""
+        k, c, t, d_out = self.output_gradients.shape
+        signals = self.output_gradients.transpose(2, 3).reshape(k, c * d_out, t)
+        outer = (signals @ self.activations).reshape(k * c, d_out, -1)
+        if not self.bias:
+            return outer.flatten(1)
+        return torch.cat([outer[:, :, :-1].flatten(1), outer[:, :, -1]], dim=1)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        r"""Products of all pairs of rows, shape ``(m, m)``.
+
+        With one position, :math:`G G^T = (A A^T \otimes 1 1^T) \circ B B^T`, which never forms a row.
+        """
+        k, c, t, d_out = self.output_gradients.shape
+        if t == 1:
+            signals = self.output_gradients.reshape(k * c, d_out)
+            activations = self.activations.reshape(k, -1)
+            products = (signals @ signals.mT).view(k, c, k, c)
+            return products.mul_((activations @ activations.mT)[:, None, :, None]).view(k * c, k * c)
+        gram = self.activations.new_zeros(k * c, k * c)
+        units = max(1, _CHUNK_ELEMENTS // max(1, k * c * self.activations.shape[-1]))
+        for start in range(0, d_out, units):
+            signals = self.output_gradients[..., start : start + units].transpose(2, 3).reshape(k, -1, t)
+            part = (signals @ self.activations).reshape(k * c, -1)
+            gram.addmm_(part, part.mT)
+        return gram
+
+    def sketch(self, num_columns: int, generator: Generator) -> Tensor:
+        r"""The matrix times random rank-one vectors, the Khatri-Rao sketch, shape ``(m, num_columns)``.
+
+        :math:`Y_{(x,j),i} = \sum_t (u_i \cdot b_{xjt})(v_i \cdot \tilde a_{xt})` with Gaussian u and v. Rank-one
+        functionals span the dual space, so that almost surely the rank is ``min(num_columns, rank)``.
+        Scaled so that ``Y @ Y.T`` has the Gram matrix as its mean.
+        """
+        k, c, t, d_out = self.output_gradients.shape
+        left = _gaussian(d_out, num_columns, generator, like=self.activations)
+        right = _gaussian(self.activations.shape[-1], num_columns, generator, like=self.activations)
+        sketch = self.activations.new_empty(k, c, num_columns)
+        inputs = max(1, _CHUNK_ELEMENTS // max(1, c * t * num_columns))
+        for start in range(0, k, inputs):
+            chunk = slice(start, start + inputs)
+            entering = (self.activations[chunk] @ right).unsqueeze(1)
+            sketch[chunk] = (self.output_gradients[chunk] @ left).mul_(entering).sum(2)
+        return sketch.view(k * c, num_columns).div_(math.sqrt(num_columns))
+
+    def combination(self, weights: Tensor) -> Tensor:
+        """``weights @ rows()`` without the rows; ``weights`` and result have shapes ``(m,)`` and ``(N,)``."""
+        k, c, t, d_out = self.output_gradients.shape
+        signals = torch.einsum("kj,kjto->kto", weights.view(k, c), self.output_gradients)
+        outer = torch.einsum("kto,ktd->od", signals, self.activations)
+        if not self.bias:
+            return outer.flatten()
+        return torch.cat([outer[:, :-1].flatten(), outer[:, -1]])
+
+
+@dataclass(frozen=True, eq=False)
+class DenseGradients:
+    """Gradients of any layer as the matrix they are.
+
+    Attributes:
+        matrix: Shape ``(m, N)``.
+    """
+
+    matrix: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """Number of inputs times outputs per input."""
+        return self.matrix.shape[0]
+
+    @property
+    def num_columns(self) -> int:
+        """Number of parameters."""
+        return self.matrix.shape[1]
+
+    def rows(self) -> Tensor:
+        """The matrix, shape ``(m, N)``."""
+        return self.matrix
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Products of all pairs of rows, shape ``(m, m)``."""
+        return self.matrix @ self.matrix.mT
+
+    def sketch(self, num_columns: int, generator: Generator) -> Tensor:
+        """The matrix times a subsampled random Fourier transform, shape ``(m, num_columns)``.
+
+        The transform costs ``N log N`` a row where a Gaussian matrix costs ``N * num_columns`` (Woolfe, Liberty,
+        Rokhlin and Tygert, 2008). The random diagonal is continuous, so that the rank is kept almost surely and
+        not only with high probability. Scaled so that ``Y @ Y.T`` has the Gram matrix as its mean.
+        """
+        length = 2 ** math.ceil(math.log2(max(self.num_columns, num_columns + 2)))
+        device = self.matrix.device
+        diagonal = torch.rand(self.num_columns, generator=generator, dtype=torch.float64).add_(0.5)
+        diagonal.mul_(torch.randint(0, 2, diagonal.shape, generator=generator).mul_(2).sub_(1))
+        # The imaginary parts of the first and the last frequency are always zero: leave both out.
+        picked = torch.randperm(length - 2, generator=generator)[:num_columns].add_(2).to(device)
+        diagonal = diagonal.to(device)
+        sketch = self.matrix.new_empty(self.num_rows, num_columns)
+        rows = max(1, _CHUNK_ELEMENTS // length)
+        for start in range(0, self.num_rows, rows):
+            chunk = slice(start, start + rows)
+            spectrum = torch.fft.rfft(self.matrix[chunk] * diagonal, n=length)
+            sketch[chunk] = torch.view_as_real(spectrum).flatten(1)[:, picked]
+        # Each picked cosine or sine has mean square 1/2; the diagonal has mean square 13/12.
+        return sketch.mul_(math.sqrt(2 * 12 / 13 / num_columns))
+
+    def combination(self, weights: Tensor) -> Tensor:
+        """``weights @ rows()``; shapes ``(m,)`` and ``(N,)``."""
+        return weights @ self.matrix
+
+
+LayerGradients = KhatriRaoGradients | DenseGradients
+
+
+class SpectrumAccumulator:
+    """Singular values of matrices side by side, ``[G_1 | G_2 | ...]``, seen one at a time.
+
+    Where the whole is small it is decomposed as it stands. Otherwise the Gram matrix and the sketch are summed,
+    and each later decides the singular values that it resolves.
+
+    Args:
+        num_rows: Rows of every matrix.
+        num_columns: Columns of all matrices together.
+        generator: On the CPU; the source of the sketch's random vectors.
+    """
+
+    def __init__(self, num_rows: int, num_columns: int, generator: Generator) -> None:
+        self._num_rows = num_rows
+        self._num_columns = num_columns
+        self._generator = generator
+        self._dense = num_columns <= 2 * num_rows or (
+            num_rows * num_columns <= _DENSE_ELEMENTS and num_rows**2 * num_columns <= _DENSE_WORK
+        )
+        self._blocks: list[Tensor] = []
+        self._gram: Tensor | None = None
+        self._sketch: Tensor | None = None
+
+    def add(self, gradients: LayerGradients) -> None:
+        """Take the next matrix into account."""
+        if self._dense:
+            self._blocks.append(gradients.rows())
+            return
+        sketch = gradients.sketch(2 * self._num_rows, self._generator)
+        self._gram = gradients.gram.clone() if self._gram is None else self._gram.add_(gradients.gram)
+        self._sketch = sketch if self._sketch is None else self._sketch.add_(sketch)
+
+    def spectrum(self) -> Spectrum:
+        """Singular values of everything that was added.
+
+        Raises:
+            RuntimeError: If nothing was added.
+        """
+        if self._dense and self._blocks:
+            rtol = default_rtol(self._num_rows, self._num_columns)
+            return Spectrum(singular_values=singular_values(torch.cat(self._blocks, 1)), rtol=rtol, method="svd")
+        if self._gram is None or self._sketch is None:
+            raise RuntimeError("add at least one matrix of gradients before asking for the spectrum")
+        return sketched_spectrum(self._gram, self._sketch)
+
+
+def sketched_spectrum(gram: Tensor, sketch: Tensor) -> Spectrum:
+    """Singular values of a matrix from its Gram matrix, and from its sketch where squaring hides them.
+
+    The Gram matrix is exact in the bulk of the spectrum and blind below ``GRAM_RESOLUTION``; the sketch is exact
+    to a factor near 1 all the way down. Each is used where it is the better one. Where the Gram matrix resolves
+    every singular value, that proves full rank and the sketch is not decomposed.
+
+    Args:
+        gram: Shape ``(m, m)``.
+        sketch: Scaled so that ``sketch @ sketch.T`` has mean ``gram``, shape ``(m, r)`` with ``r >= m``.
+
+    Example:
+        >>> matrix = torch.diag(torch.tensor([1.0, 1e-3, 1e-10], dtype=torch.float64))
+        >>> sketched_spectrum(matrix @ matrix, matrix).singular_values.log10().round().tolist()
+        [0.0, -3.0, -10.0]
+    """
+    rtol = default_rtol(*sketch.shape)
+    bulk = torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0).sqrt_()
+    num_resolved = int((bulk > GRAM_RESOLUTION * bulk[0]).sum())
+    if num_resolved == bulk.numel():
+        return Spectrum(singular_values=bulk, rtol=rtol, method="gram")
+    tail = singular_values(sketch)[num_resolved:]
+    if num_resolved:
+        tail = tail.clamp(max=float(bulk[num_resolved - 1]))
+    return Spectrum(singular_values=torch.cat([bulk[:num_resolved], tail]), rtol=rtol, method="gram+sketch")
+
+
+def gradient_spectrum(
+    gradients: Sequence[LayerGradients], *, generator: Generator
+) -> Spectrum:
+    """Singular values of matrices of gradients side by side.
+
+    Args:
+        gradients: At least one; all with the same number of rows.
+        generator: On the CPU; the source of the sketch's random vectors.
+
+    Raises:
+        ValueError: If there is none, or they differ in the number of rows.
+
+    Example:
+        >>> identity = DenseGradients(torch.eye(3, dtype=torch.float64))
+        >>> gradient_spectrum([identity, identity], generator=torch.Generator()).singular_values.square()
+        tensor([2., 2., 2.], dtype=torch.float64)
+    """
+    if len({block.num_rows for block in gradients}) != 1:
+        raise ValueError(f"gradients must share one number of rows, got {[block.num_rows for block in gradients]}")
+    columns = sum(block.num_columns for block in gradients)
+    accumulator = SpectrumAccumulator(gradients[0].num_rows, columns, generator)
+    for block in gradients:
+        accumulator.add(block)
+    return accumulator.spectrum()
+
+
+def _gaussian(rows: int, columns: int, generator: Generator, *, like: Tensor) -> Tensor:
+    # Drawn on the CPU: the same numbers on every device.
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(like.device)

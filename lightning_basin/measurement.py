@@ -1,0 +1,423 @@
+"""One measurement: a module and a probe in, a record out. The only place where the quantities meet."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from lightning_basin.functional.duplicates import (
+    dead_units,
+    duplicate_classes,
+    duplicated_activations,
+    gradient_rank_bound,
+)
+from lightning_basin.functional.hessian import (
+    NullSpace,
+    hessian_matrix,
+    hessian_null_space,
+    output_curvature,
+)
+from lightning_basin.functional.rank import GradientRank, check_rtol, gradient_rank
+from lightning_basin.functional.sketch import SpectrumAccumulator
+from lightning_basin.layers import Layer, LayerActivations, ModuleBehavior, Network, Trace
+from lightning_basin.probe import Probe
+from lightning_basin.record import BasinRecord, LayerRecord, layer_blocks
+from lightning_basin.replica import float64_replica, isolated_evaluation
+
+LossFunction = Callable[[Tensor, Any], Tensor]
+"""From the outputs and the targets of a probe to a scalar."""
+
+LayerSelection = Literal["auto", "all"] | Sequence[str]
+
+MAX_DENSE_PARAMETERS = 3000
+"""Largest number of parameters for which ``hessian="auto"`` forms the Hessian: 72 MB, some seconds."""
+
+MAX_ROWS = 16384
+"""Largest number of outputs on a probe: their Gram matrix then takes 2 GiB, its eigenvalues minutes."""
+
+_HESSIAN_ELEMENTS = 2**25  # float64 numbers in the activations of one batched backward pass: 256 MiB
+
+
+def measure_basin(
+    module: nn.Module,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    loss_fn: LossFunction | None = None,
+    behavior: ModuleBehavior | None = None,
+    layers: LayerSelection = "all",
+    hessian: Literal["auto", "dense"] | bool = "auto",
+    rtol: float | None = None,
+    duplicate_rtol: float = 1e-6,
+    seed: int = 0,
+    step: int | None = None,
+) -> BasinRecord:
+    """Measure how flat the basin of a network is, and where it loses information.
+
+    The module is copied, evaluated in float64 and evaluation mode, and left as it was; so are all random states.
+
+    Args:
+        module: Any module, of any floating point type, on any device.
+        inputs: A tensor, or a tuple or dict of tensors, with the k inputs along their first axis; or a `Probe`.
+        targets: What ``loss_fn`` takes as its second argument.
+        loss_fn: From outputs and targets to a scalar. Without it loss and Hessian are not measured.
+        behavior: From the module and the inputs to the outputs whose gradients count, shape ``(k, ...)``. ``None``
+            calls the module, unpacking a tuple or dict as its ``forward`` takes it.
+        layers: ``"all"``, ``"auto"`` (blocks beside the layers where these are more than 32), or names of
+            layers to report.
+        hessian: ``"auto"`` forms it up to ``MAX_DENSE_PARAMETERS`` parameters, ``"dense"`` always, ``False`` never.
+        rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
+        duplicate_rtol: Two activations are the same when they differ by at most this, relative to the largest.
+        seed: Of the sketch's random vectors: same seed, same numbers.
+        step: Noted in the record.
+
+    Raises:
+        TypeError: If there is no input tensor, or the outputs are not a floating point tensor.
+        ValueError: If there is nothing to measure (no trainable parameters, no inputs), outputs or loss are not
+            finite, targets are missing, inputs influence each other's outputs, or a value is out of range.
+
+    Example:
+        Three inputs on a line fill two of the four dimensions that a linear layer of 2 inputs and 1 output sees:
+
+        >>> layer = nn.Linear(2, 1)
+        >>> record = measure_basin(layer, torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
+        >>> record.gradient_rank, record.gradient_rank_deficit, record.gradient_nullity
+        (2, 1, 1)
+    """
+    started = time.perf_counter()
+    probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
+    _check_settings(probe, loss_fn, hessian, rtol, duplicate_rtol)
+    with _evaluated(module, probe, loss_fn, behavior) as evaluation:
+        notes: list[str] = []
+        parts = _selected_parts(evaluation.network.layers, layers)
+        keep_rows = _wants_hessian(evaluation, hessian, notes)
+        gradients = _measured_gradients(
+            evaluation, parts, rtol, Generator().manual_seed(seed), keep_rows=keep_rows, notes=notes
+        )
+        null_spaces = _measured_hessian(evaluation, parts, gradients.rows, rtol)
+        record = _assembled(evaluation, gradients.ranks, null_spaces, _measured_duplicates(evaluation, duplicate_rtol))
+    if record.saturated:
+        notes.append(
+            f"saturated: the rank fills all {record.num_rows} outputs on the probe, which is too small to see the "
+            f"network: take more inputs"
+        )
+    return replace(record, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started)
+
+
+def check_measurable(
+    module: nn.Module, probe: Probe, *, loss_fn: LossFunction | None = None, behavior: ModuleBehavior | None = None
+) -> None:
+    """Evaluate once, so that what cannot be measured is known before anything is.
+
+    Raises:
+        TypeError: See `measure_basin`.
+        ValueError: See `measure_basin`.
+    """
+    _check_settings(probe, loss_fn, "auto", None, 0.0)
+    with _evaluated(module, probe, loss_fn, behavior):
+        pass
+
+
+def _check_settings(
+    probe: Probe, loss_fn: LossFunction | None, hessian: str | bool, rtol: float | None, duplicate_rtol: float
+) -> None:
+    if hessian not in ("auto", "dense", False):
+        raise ValueError(f"hessian must be 'auto', 'dense' or False, got {hessian!r}")
+    check_rtol(rtol)
+    if not 0.0 <= duplicate_rtol < 1.0:
+        raise ValueError(f"duplicate_rtol must be inside [0, 1), got {duplicate_rtol}")
+    if loss_fn is not None and probe.targets is None:
+        raise ValueError("a loss_fn needs targets to compare the outputs with, got none: pass targets, or no loss_fn")
+
+
+@dataclass(frozen=True, eq=False)
+class _Evaluation:
+    """A network on a probe, evaluated once."""
+
+    network: Network
+    probe: Probe
+    loss_fn: LossFunction | None
+    trace: Trace
+    loss: Tensor | None
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs per input, c."""
+        return self.trace.outputs[0].numel()
+
+    @property
+    def num_rows(self) -> int:
+        """Outputs on all inputs, m."""
+        return self.trace.outputs.numel()
+
+
+@contextmanager
+def _evaluated(
+    module: nn.Module, probe: Probe, loss_fn: LossFunction | None, behavior: ModuleBehavior | None
+) -> Iterator[_Evaluation]:
+    """Evaluate a float64 copy of a module once and check what comes out."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    with isolated_evaluation(device):
+        replica, loss_fn, behavior = float64_replica(module, loss_fn, behavior)
+        network = Network(replica, behavior)
+        probe = probe.to(device).double()
+        trace = network.trace(probe)
+        _check_outputs(network, probe, trace.outputs.detach())
+        loss = None if loss_fn is None else _checked_loss(loss_fn, trace.outputs, probe.targets)
+        yield _Evaluation(network, probe, loss_fn, trace, loss)
+
+
+def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
+    if not bool(outputs.isfinite().all()):
+        count = int((~outputs.isfinite()).flatten(1).any(1).sum())
+        raise ValueError(f"outputs must be finite, but are NaN or infinite on {count} of the {probe.size} inputs")
+    if outputs.numel() > MAX_ROWS:
+        raise ValueError(
+            f"at most {MAX_ROWS} outputs can be measured at once, got {probe.size} inputs x "
+            f"{outputs[0].numel()} outputs: take a smaller probe, or a behavior with fewer outputs"
+        )
+    tolerance = 1e-9 * float(outputs.abs().max())
+    for index in {0, probe.size - 1}:
+        try:
+            with torch.no_grad():
+                alone = network.outputs(probe.select([index]))
+        except (TypeError, ValueError):  # Some modules cannot run a batch of one.
+            return
+        if alone.shape[1:] != outputs.shape[1:] or float((alone[0] - outputs[index]).abs().max()) <= tolerance:
+            continue
+        with torch.no_grad():
+            again = network.outputs(probe)
+        if float((again - outputs).abs().max()) > tolerance:
+            raise ValueError(
+                "outputs must be a function of the inputs, but two evaluations differ: the module draws random "
+                "numbers in evaluation mode; pass a behavior that does not"
+            )
+        raise ValueError(
+            f"each output must depend on its own input only, but the output on input {index} changes with the other "
+            f"inputs of the batch: the rank is then not defined input by input"
+        )
+
+
+def _checked_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
+    try:
+        loss = loss_fn(outputs, targets)
+    except Exception as error:
+        raise ValueError(
+            f"loss_fn must take the outputs, shape {tuple(outputs.shape)}, and the targets of the probe, but failed "
+            f"with {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return one floating point number as a tensor, got {got}")
+    if not bool(loss.isfinite().all()):
+        raise ValueError(f"the loss on the probe must be finite, got {loss.item()}")
+    return loss.reshape(())
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Layers that are reported together: a single one, a block, or the network."""
+
+    kind: Literal["layer", "block", "network"]
+    name: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(layer.num_parameters for layer in self.layers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Gradients:
+    """Ranks by part; and the dense gradients by layer where the Hessian needs them."""
+
+    ranks: Mapping[_Part, GradientRank]
+    rows: Mapping[Layer, Tensor]
+
+
+def _selected_parts(layers: Sequence[Layer], selection: LayerSelection) -> tuple[_Part, ...]:
+    by_name = {layer.name: layer for layer in layers}
+    if isinstance(selection, str) and selection not in ("auto", "all"):
+        raise ValueError(f"layers must be 'auto', 'all' or a list of names of layers, got {selection!r}")
+    names = list(by_name) if isinstance(selection, str) else list(selection)
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ValueError(f"layers must be among {list(by_name)}, got {unknown}")
+    parts = [_Part("layer", name, (by_name[name],)) for name in names]
+    if selection == "auto":
+        for block, members in layer_blocks(names).items():
+            parts.append(_Part("block", block, tuple(by_name[name] for name in members)))
+    return (*parts, _Part("network", "", tuple(layers)))
+
+
+def _measured_gradients(
+    evaluation: _Evaluation,
+    parts: Sequence[_Part],
+    rtol: float | None,
+    generator: Generator,
+    *,
+    keep_rows: bool,
+    notes: list[str],
+) -> _Gradients:
+    spectra = {part: SpectrumAccumulator(evaluation.num_rows, part.num_parameters, generator) for part in parts}
+    ranks: dict[_Part, GradientRank] = {}
+    rows: dict[Layer, Tensor] = {}
+    for measured in evaluation.network.gradients(evaluation.probe, evaluation.trace, generator=generator):
+        for part in parts:
+            if measured.layer in part.layers:
+                spectra[part].add(measured.gradients)
+                if part.kind == "layer":  # Complete: judge it now and free its memory.
+                    ranks[part] = gradient_rank(spectra.pop(part).spectrum(), rtol=rtol)
+        if keep_rows:
+            rows[measured.layer] = measured.gradients.rows()
+        if measured.note is not None:
+            notes.append(measured.note)
+    ranks |= {part: gradient_rank(accumulator.spectrum(), rtol=rtol) for part, accumulator in spectra.items()}
+    return _Gradients(ranks, rows)
+
+
+def _wants_hessian(evaluation: _Evaluation, hessian: str | bool, notes: list[str]) -> bool:
+    if evaluation.loss is None or hessian is False:
+        return False
+    num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
+    if hessian == "dense" or num_parameters <= MAX_DENSE_PARAMETERS:
+        return True
+    notes.append(
+        f"the Hessian is left out: it is formed up to {MAX_DENSE_PARAMETERS} parameters, and the network has "
+        f"{num_parameters}; hessian='dense' forms it all the same"
+    )
+    return False
+
+
+def _measured_hessian(
+    evaluation: _Evaluation, parts: Sequence[_Part], rows: Mapping[Layer, Tensor], rtol: float | None
+) -> dict[_Part, NullSpace]:
+    """Null spaces of the diagonal block of each part; empty where there is no Hessian to look at."""
+    if evaluation.loss is None or evaluation.loss_fn is None or not rows:
+        return {}
+    loss_fn, targets = evaluation.loss_fn, evaluation.probe.targets
+    activations = sum(tensor.numel() for left in evaluation.trace.leaving.values() for tensor in left)
+    chunk_size = max(1, min(64, _HESSIAN_ELEMENTS // max(1, activations)))
+    layers = evaluation.network.layers
+    hessian = hessian_matrix(evaluation.loss, evaluation.network.parameters(), chunk_size=chunk_size)
+    gradients = torch.cat([rows[layer] for layer in layers], dim=1)
+    curvature = output_curvature(lambda outputs: loss_fn(outputs, targets), evaluation.trace.outputs)
+    positions = torch.arange(hessian.shape[0], device=hessian.device)
+    columns = dict(zip(layers, positions.split([layer.num_parameters for layer in layers]), strict=True))
+    null_spaces = {}
+    for part in parts:
+        chosen = torch.cat([columns[layer] for layer in part.layers])
+        null_spaces[part] = hessian_null_space(
+            hessian[chosen][:, chosen], gradients=gradients[:, chosen], curvature=curvature, rtol=rtol
+        )
+    return null_spaces
+
+
+@dataclass(frozen=True, eq=False)
+class _Duplicates:
+    """Numbers of duplicated activations and dead units, by layer, of the network and of its outputs."""
+
+    layers: Mapping[str, Mapping[str, int]]
+    network: Mapping[str, int]
+    outputs: tuple[int, int]
+    rank_bound: int
+
+
+def _measured_duplicates(evaluation: _Evaluation, rtol: float) -> _Duplicates:
+    network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
+    activations = network.activations(probe, trace)
+    layers = {name: _layer_duplicates(layer, rtol) for name, layer in activations.items()}
+    after_first = [layers[name] for name in list(activations)[trace.num_first :]]
+    totals = {
+        quantity: max((layer[quantity] for layer in after_first if quantity in layer), default=0)
+        for quantity in ("duplicated_activations", "duplicated_activations_exact")
+    }
+    totals["dead_units"] = sum(layer.get("dead_units", 0) for layer in layers.values())
+    outputs = trace.outputs.detach().flatten(1)
+    classes = duplicate_classes(outputs, rtol=rtol)
+    cuts = [
+        (before, probe.size - layers[name]["duplicated_activations"])
+        for name, before in network.cuts(probe, activations, classes)
+    ]
+    return _Duplicates(
+        layers=layers,
+        network=totals,
+        outputs=(duplicated_activations(outputs, rtol=rtol), duplicated_activations(outputs, rtol=0.0)),
+        rank_bound=gradient_rank_bound(
+            sum(layer.num_parameters for layer in network.layers), evaluation.num_outputs, [(0, probe.size), *cuts]
+        ),
+    )
+
+
+def _layer_duplicates(layer: LayerActivations, rtol: float) -> dict[str, int]:
+    counted = {}
+    if layer.entering is not None:
+        counted["duplicated_activations"] = duplicated_activations(layer.entering, rtol=rtol)
+        counted["duplicated_activations_exact"] = duplicated_activations(layer.entering, rtol=0.0)
+    if layer.leaving is not None:
+        counted["dead_units"] = dead_units(layer.leaving, rtol=rtol)
+    return counted
+
+
+def _assembled(
+    evaluation: _Evaluation,
+    ranks: Mapping[_Part, GradientRank],
+    null_spaces: Mapping[_Part, NullSpace],
+    duplicates: _Duplicates,
+) -> BasinRecord:
+    def quantities(part: _Part) -> dict[str, Any]:
+        rank, null_space = ranks[part], null_spaces.get(part)
+        found: dict[str, Any] = {
+            "num_parameters": part.num_parameters,
+            "num_rows": evaluation.num_rows,
+            "gradient_rank": rank.rank,
+            "gradient_rank_gap": rank.gap,
+            "gradient_rank_at": rank.at,
+            "gradient_effective_rank": rank.effective_rank,
+            "gradient_rtol": rank.rtol,
+            "gradient_method": rank.method,
+        }
+        if null_space is not None:
+            found |= {
+                "hessian_nullity": null_space.nullity,
+                "hessian_nullity_strict": null_space.strict,
+                "hessian_negative": null_space.negative,
+                "residual_curvature": null_space.residual_curvature,
+                "gauss_newton_nullity": null_space.gauss_newton_nullity,
+            }
+        return found
+
+    layers, blocks = {}, {}
+    for part in ranks:
+        if part.kind == "layer":
+            layers[part.name] = LayerRecord(**quantities(part), **duplicates.layers.get(part.name, {}))
+        elif part.kind == "block":
+            members = [duplicates.layers.get(layer.name, {}) for layer in part.layers]
+            blocks[part.name] = LayerRecord(**quantities(part), **_block_duplicates(members))
+    (network,) = (part for part in ranks if part.kind == "network")
+    order = [layer.name for layer in evaluation.network.layers]
+    return BasinRecord(
+        **quantities(network),
+        **duplicates.network,
+        num_inputs=evaluation.probe.size,
+        loss=None if evaluation.loss is None else float(evaluation.loss.detach()),
+        gradient_rank_bound=duplicates.rank_bound,
+        output_duplicated_activations=duplicates.outputs[0],
+        output_duplicated_activations_exact=duplicates.outputs[1],
+        layers={name: layers[name] for name in order if name in layers},
+        blocks=blocks,
+    )
+
+
+def _block_duplicates(members: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Of a block: the largest number of duplicates over its layers, and all its dead units."""
+    found = {}
+    for quantity, combine in (("duplicated_activations", max), ("duplicated_activations_exact", max), ("dead_units", sum)):
+        values = [member[quantity] for member in members if quantity in member]
+        if values:
+            found[quantity] = combine(values)
+    return found

@@ -1,0 +1,120 @@
+"""The probe: the fixed inputs, with targets, on which a network is measured.
+
+(In interpretability a probe is a linear classifier on features. Here it is a batch.)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A batch of k inputs, copied when it is made and never written to.
+
+    Attributes:
+        inputs: What the module is called with: a tensor, or a (nested) tuple, list or dict with tensors in it. Every
+            tensor has the k inputs along its first axis.
+        targets: In the same form, or ``None``.
+
+    Raises:
+        TypeError: If there is no tensor among the inputs.
+        ValueError: If the probe is empty, or its tensors differ in the length of their first axis.
+
+    Example:
+        >>> Probe(torch.zeros(8, 2), torch.zeros(8)).size
+        8
+    """
+
+    inputs: Any
+    targets: Any = None
+
+    def __post_init__(self) -> None:
+        tensors = tensors_of(self.inputs)
+        if not tensors:
+            raise TypeError(
+                f"the inputs of a probe must be a tensor or a tuple, list or dict with tensors in it, "
+                f"got {type(self.inputs).__name__}"
+            )
+        lengths = {tensor.shape[0] if tensor.ndim else None for tensor in tensors + tensors_of(self.targets)}
+        if len(lengths) > 1 or None in lengths:
+            shapes = [tuple(tensor.shape) for tensor in tensors + tensors_of(self.targets)]
+            raise ValueError(
+                f"all tensors of a probe must have the inputs along their first axis, in the same number, "
+                f"got shapes {shapes}"
+            )
+        if lengths == {0}:
+            raise ValueError("a probe must hold at least one input, got an empty batch")
+        for name in ("inputs", "targets"):
+            object.__setattr__(self, name, map_tensors(_copied, getattr(self, name)))
+
+    @classmethod
+    def from_batches(cls, batches: Sequence[tuple[Any, Any]], size: int) -> "Probe":
+        """Join the first ``size`` inputs of some batches of the same structure.
+
+        Args:
+            batches: Pairs of inputs and targets.
+            size: Inputs wanted; all of them are taken where the batches hold fewer.
+
+        Raises:
+            TypeError: If there is no tensor among the inputs.
+            ValueError: If ``size`` is not positive, or tensors of different batches do not fit together.
+
+        Example:
+            >>> batch = (torch.zeros(3, 2), torch.zeros(3))
+            >>> Probe.from_batches([batch, batch], size=4).size
+            4
+        """
+        if size < 1:
+            raise ValueError(f"probe must hold at least 1 input, got {size}")
+        try:
+            columns = zip(*(tensors_of(batch) for batch in batches), strict=True)
+            joined = iter([torch.cat(column)[:size] for column in columns])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"batches must have tensors of the same structure and shapes to be joined: {error}") from error
+        inputs, targets = map_tensors(lambda _: next(joined), batches[0])
+        return cls(inputs, targets)
+
+    @property
+    def size(self) -> int:
+        """Number of inputs, k."""
+        return int(tensors_of(self.inputs)[0].shape[0])
+
+    def select(self, indices: Sequence[int] | Tensor) -> "Probe":
+        """The probe of some of the inputs."""
+        chosen = torch.as_tensor(indices)
+        return Probe(*map_tensors(lambda tensor: tensor[chosen.to(tensor.device)], (self.inputs, self.targets)))
+
+    def to(self, device: torch.device | str) -> "Probe":
+        """The probe on another device."""
+        return Probe(*map_tensors(lambda tensor: tensor.to(device), (self.inputs, self.targets)))
+
+    def double(self) -> "Probe":
+        """The probe with every floating point tensor in float64; the numbers are the same."""
+        return Probe(*map_tensors(as_float64, (self.inputs, self.targets)))
+
+
+def tensors_of(collection: Any) -> list[Tensor]:
+    """Every tensor in a nested collection, in a fixed order."""
+    found: list[Tensor] = []
+    apply_to_collection(collection, Tensor, found.append)
+    return found
+
+
+
+def map_tensors(function: Callable[[Tensor], Any], collection: Any) -> Any:
+    """The same collection with every tensor replaced; containers are new, everything else is shared."""
+    return apply_to_collection(collection, Tensor, function)
+
+
+def as_float64(tensor: Tensor) -> Tensor:
+    """The same numbers in float64; tensors of integers and booleans stay."""
+    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()

@@ -1,0 +1,191 @@
+"""A float64 copy of a module, and a place to evaluate it that leaves no trace.
+
+A measurement never runs the user's module. It runs a deep copy in evaluation mode, so that counters, caches,
+buffers, metrics and train flags of the original cannot change, whatever happens in between. The numbers of the
+weights are the same: float64 holds every float32, float16 and bfloat16 exactly.
+"""
+
+import copy
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+
+from lightning_basin.probe import as_float64
+
+_LOW_PRECISION = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+_LOW_PRECISION_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+
+
+def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
+    """Deep copies in float64 and evaluation mode, sharing nothing that a forward pass could change.
+
+    Tied parameters stay tied, and callables that are modules, or methods of ``module``, follow the copy. An attribute
+    that cannot be copied (a lock, an open file) is shared. A compiled module is replaced by its original.
+
+    Args:
+        module: Stays as it is.
+        callables: Further callables to copy along, for example a loss module; plain functions and ``None`` stay.
+
+    Returns:
+        The copy of ``module``, then those of ``callables``.
+
+    Raises:
+        ValueError: If a parameter has no shape yet because the module is lazily built.
+        TypeError: If a trainable parameter is complex.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> replica, = float64_replica(layer)
+        >>> replica.weight.dtype, layer.weight.dtype, replica.training, layer.training
+        (torch.float64, torch.float32, False, True)
+    """
+    owners = [module, *(owner for owner in map(_owner, callables) if owner is not None)]
+    modules = [part for owner in owners for part in owner.modules()]
+    memo: dict[int, Any] = {}
+    for part in modules:
+        _remember_tensors(part, memo)
+        _remember_hooks(part, memo)
+    for part in reversed(modules):
+        if isinstance(part, torch._dynamo.OptimizedModule):
+            memo[id(part)] = _deep_copy(part._orig_mod, modules, memo)
+    copies = [_deep_copy(module, modules, memo)]
+    copies += [_deep_copy(item, modules, memo) if _owner(item) is not None else item for item in callables]
+    for replica in filter(None, map(_owner, copies)):
+        replica.eval()
+    return tuple(copies)
+
+
+def _owner(item: Any) -> nn.Module | None:
+    """The module whose state a callable works on."""
+    if isinstance(item, partial):
+        return _owner(item.func)
+    item = item.__self__ if inspect.ismethod(item) else item
+    return item if isinstance(item, nn.Module) else None
+
+
+def _remember_tensors(part: nn.Module, memo: dict[int, Any]) -> None:
+    """Decide what every tensor of a module becomes in its copy, before the copy is made."""
+    for name, parameter in part.named_parameters(recurse=False):
+        if is_lazy(parameter):
+            raise ValueError(f"parameter {name!r} has no shape yet: run one forward pass before measuring")
+        if parameter.requires_grad and parameter.is_complex():
+            raise TypeError(f"trainable parameters must be real, but {name!r} is complex: split it into two real ones")
+        if id(parameter) not in memo:
+            value = as_float64(parameter.detach().clone())
+            memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    for attribute in vars(part).values():
+        for tensor in _plain_tensors(attribute):
+            # Also saves cached activations, which cannot be deep-copied while they carry a graph.
+            memo.setdefault(id(tensor), as_float64(tensor.detach().clone()))
+
+
+def _plain_tensors(attribute: Any) -> Iterator[Tensor]:
+    if isinstance(attribute, Tensor):
+        if not is_lazy(attribute):
+            yield attribute
+    elif isinstance(attribute, Mapping):
+        for item in attribute.values():
+            yield from _plain_tensors(item)
+    elif isinstance(attribute, list | tuple | set):
+        for item in attribute:
+            yield from _plain_tensors(item)
+
+
+def _remember_hooks(part: nn.Module, memo: dict[int, Any]) -> None:
+    """Share hooks that belong to an object outside the network: it may hold anything, a whole trainer too."""
+    for hooks in (part._forward_hooks, part._forward_pre_hooks):
+        for hook in hooks.values():
+            if inspect.ismethod(hook) and not isinstance(hook.__self__, nn.Module):
+                memo[id(hook)] = hook
+    compiled_call = vars(part).get("_compiled_call_impl")
+    if compiled_call is not None:  # Set by Module.compile(); it would run the original.
+        memo[id(compiled_call)] = None
+
+
+def _deep_copy(item: Any, modules: list[nn.Module], memo: dict[int, Any]) -> Any:
+    try:
+        attempt = dict(memo)
+        duplicate = copy.deepcopy(item, attempt)
+    except Exception:  # noqa: BLE001 - whatever an attribute of the user's raises when copied, it is then shared
+        for part in modules:
+            for name, attribute in vars(part).items():
+                if name not in ("_parameters", "_buffers", "_modules") and id(attribute) not in memo:
+                    _share_if_not_copyable(attribute, memo)
+        return copy.deepcopy(item, memo)
+    memo.update(attempt)
+    return duplicate
+
+
+def _share_if_not_copyable(attribute: Any, memo: dict[int, Any]) -> None:
+    try:
+        copy.deepcopy(attribute, dict(memo))
+    except Exception:  # noqa: BLE001 - see above
+        memo[id(attribute)] = attribute
+
+
+class _Float64Mode(TorchFunctionMode):
+    """Turns every request for a lower precision into one for float64.
+
+    Attention and normalisation layers often ask for float32 by name (``softmax(..., dtype=torch.float32)``); the
+    rounding of that one line would fill the null space.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _LOW_PRECISION_CASTS:
+            func = Tensor.double
+        raised = [_raised(argument) for argument in args]
+        return func(*raised, **{name: _raised(argument) for name, argument in (kwargs or {}).items()})
+
+
+def _raised(argument: Any) -> Any:
+    return _LOW_PRECISION.get(argument, argument) if isinstance(argument, torch.dtype) else argument
+
+
+@contextmanager
+def isolated_evaluation(device: torch.device) -> Iterator[None]:
+    """Evaluate in float64 with gradients, and put every global state back, also when the body raises.
+
+    Inside: gradients on, inference mode, autocast, anomaly detection and compilation off, the mathematical attention
+    kernel (others have no second derivative), float64 as default dtype and in place of every lower precision.
+    Afterwards: the random states of Python, NumPy, torch and ``device`` are as before.
+
+    Args:
+        device: Where the evaluation runs.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    default_dtype = torch.get_default_dtype()
+    attention_fastpath = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.callback(random.setstate, python_state)
+        stack.callback(np.random.set_state, numpy_state)
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
+        for device_type in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, attention_fastpath)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.set_default_dtype, default_dtype)
+        torch.set_default_dtype(torch.float64)
+        stack.enter_context(_Float64Mode())
+        yield
