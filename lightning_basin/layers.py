@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -204,13 +205,9 @@ class Network:
         else:
             combined = tuple(torch.zeros_like(parameter) for parameter in parameters)
         remaining = iter(combined)
-        return {
-            name: next(remaining).flatten() for layer in self.layers for name in layer.parameters
-        }
+        return {name: next(remaining).flatten() for layer in self.layers for name in layer.parameters}
 
-    def _agree(
-        self, layer: Layer, gradients: LayerGradients, weights: Tensor, expected: dict[str, Tensor]
-    ) -> bool:
+    def _agree(self, layer: Layer, gradients: LayerGradients, weights: Tensor, expected: dict[str, Tensor]) -> bool:
         found = gradients.combination(weights)
         wanted = [expected[name] for name in layer.parameters]
         # What is below the rounding of the layer's largest entry is nothing.
@@ -246,9 +243,7 @@ class Network:
             and all(tensor.requires_grad for tensor in leaving)
         )
 
-    def _khatri_rao(
-        self, layer: Layer, trace: Trace, num_inputs: int, by_call: Iterator[Tensor]
-    ) -> KhatriRaoGradients:
+    def _khatri_rao(self, layer: Layer, trace: Trace, num_inputs: int, by_call: Iterator[Tensor]) -> KhatriRaoGradients:
         entering, signals = [], []
         for tensor in trace.entering[layer.name]:
             entering.append(tensor.detach().reshape(num_inputs, -1, tensor.shape[-1]))
@@ -279,7 +274,7 @@ class Network:
                 if rows_of == self._rows_of_batch:
                     raise
                 continue
-            blocks = matrix.split([layer.num_parameters for layer in layers], dim=1)
+            blocks = torch.split(matrix, [layer.num_parameters for layer in layers], dim=1)
             measured = dict(zip((layer.name for layer in layers), map(DenseGradients, blocks), strict=True))
             failed = []
             for layer, note in pending:
@@ -346,7 +341,7 @@ class Network:
         Yields:
             Name of the layer, and number of entries of all parameters that what enters it depends on.
         """
-        firsts = classes.unique().tolist()
+        firsts = sorted(set(classes.tolist()))
         chosen = [*firsts, *(i for i in range(probe.size) if i not in set(firsts))][:_CUT_INPUTS]
         few = probe.select(chosen)
         trace = self.trace(few)
@@ -482,9 +477,7 @@ def _recording(network: Network, trace: Trace, replace: Replacement | None) -> I
             handle.remove()
 
 
-def _groups(
-    waiting: Sequence[tuple[Layer, str | None]], num_rows: int
-) -> Iterator[list[tuple[Layer, str | None]]]:
+def _groups(waiting: Sequence[tuple[Layer, str | None]], num_rows: int) -> Iterator[list[tuple[Layer, str | None]]]:
     """Layers whose dense gradients fit into memory together."""
     group: list[tuple[Layer, str | None]] = []
     size = 0
@@ -524,10 +517,8 @@ class _LayoutByExample:
     def activations(self) -> dict[str, LayerActivations]:
         found = {}
         for name, tensors in self._trace.entering.items():
-            entering, rows = self._by_input(tensors, lambda trace, name=name: trace.entering.get(name, []))
-            leaving, _ = self._by_input(
-                self._trace.leaving.get(name, []), lambda trace, name=name: trace.leaving.get(name, [])
-            )
+            entering, rows = self._by_input(tensors, partial(_entering, name))
+            leaving, _ = self._by_input(_leaving(name, self._trace), partial(_leaving, name))
             part = self._network.module.get_submodule(name)
             found[name] = LayerActivations(
                 entering=torch.cat([tensor.flatten(1) for tensor in entering], dim=1) if entering else None,
@@ -572,6 +563,14 @@ class _LayoutByExample:
         return [torch.stack([tensor.to(torch.float64) for tensor in column]) for column in columns]
 
 
+def _entering(name: str, trace: Trace) -> list[Tensor]:
+    return trace.entering.get(name, [])
+
+
+def _leaving(name: str, trace: Trace) -> list[Tensor]:
+    return trace.leaving.get(name, [])
+
+
 def _layout(tensor: Tensor, first: Tensor, last: Tensor, num_inputs: int) -> int | None:
     """Rows per input of a tensor, 0 where it does not grow with their number, ``None`` where they are not adjacent."""
     if tensor.shape == first.shape:
@@ -594,5 +593,6 @@ def _units_last(part: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
     for tensor in tensors:
         # Traced tensors carry one axis more, the rows per input; channels were second without it.
         axis = 2 - tensor.ndim if isinstance(part, _CHANNELS_SECOND) else -1
-        moved.append(tensor.movedim(axis, -1).flatten(1, -2) if tensor.ndim > 2 else tensor.unsqueeze(1))
+        ordered = tensor.movedim(axis, -1)
+        moved.append(ordered.reshape(tensor.shape[0], -1, ordered.shape[-1]))
     return torch.cat(moved, dim=1) if len({tensor.shape[-1] for tensor in moved}) == 1 else moved[0]

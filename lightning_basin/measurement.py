@@ -31,6 +31,8 @@ from lightning_basin.replica import float64_replica, isolated_evaluation
 LossFunction = Callable[[Tensor, Any], Tensor]
 """From the outputs and the targets of a probe to a scalar."""
 
+HessianMode = Literal["auto", "dense", False]
+
 LayerSelection = Literal["auto", "all"] | Sequence[str]
 
 MAX_DENSE_PARAMETERS = 3000
@@ -50,7 +52,7 @@ def measure_basin(
     loss_fn: LossFunction | None = None,
     behavior: ModuleBehavior | None = None,
     layers: LayerSelection = "all",
-    hessian: Literal["auto", "dense"] | bool = "auto",
+    hessian: HessianMode = "auto",
     rtol: float | None = None,
     duplicate_rtol: float = 1e-6,
     seed: int = 0,
@@ -100,11 +102,6 @@ def measure_basin(
         )
         null_spaces = _measured_hessian(evaluation, parts, gradients.rows, rtol)
         record = _assembled(evaluation, gradients.ranks, null_spaces, _measured_duplicates(evaluation, duplicate_rtol))
-    if record.saturated:
-        notes.append(
-            f"saturated: the rank fills all {record.num_rows} outputs on the probe, which is too small to see the "
-            f"network: take more inputs"
-        )
     return replace(record, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started)
 
 
@@ -123,7 +120,7 @@ def check_measurable(
 
 
 def _check_settings(
-    probe: Probe, loss_fn: LossFunction | None, hessian: str | bool, rtol: float | None, duplicate_rtol: float
+    probe: Probe, loss_fn: LossFunction | None, hessian: HessianMode, rtol: float | None, duplicate_rtol: float
 ) -> None:
     if hessian not in ("auto", "dense", False):
         raise ValueError(f"hessian must be 'auto', 'dense' or False, got {hessian!r}")
@@ -206,13 +203,13 @@ def _checked_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tenso
     try:
         loss = loss_fn(outputs, targets)
     except Exception as error:
-        raise ValueError(
+        raise TypeError(
             f"loss_fn must take the outputs, shape {tuple(outputs.shape)}, and the targets of the probe, but failed "
             f"with {type(error).__name__}: {error}"
         ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn must return one floating point number as a tensor, got {got}")
+        raise TypeError(f"loss_fn must return one floating point number as a tensor, got {got}")
     if not bool(loss.isfinite().all()):
         raise ValueError(f"the loss on the probe must be finite, got {loss.item()}")
     return loss.reshape(())
@@ -280,7 +277,7 @@ def _measured_gradients(
     return _Gradients(ranks, rows)
 
 
-def _wants_hessian(evaluation: _Evaluation, hessian: str | bool, notes: list[str]) -> bool:
+def _wants_hessian(evaluation: _Evaluation, hessian: HessianMode, notes: list[str]) -> bool:
     if evaluation.loss is None or hessian is False:
         return False
     num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
@@ -307,7 +304,7 @@ def _measured_hessian(
     gradients = torch.cat([rows[layer] for layer in layers], dim=1)
     curvature = output_curvature(lambda outputs: loss_fn(outputs, targets), evaluation.trace.outputs)
     positions = torch.arange(hessian.shape[0], device=hessian.device)
-    columns = dict(zip(layers, positions.split([layer.num_parameters for layer in layers]), strict=True))
+    columns = dict(zip(layers, torch.split(positions, [layer.num_parameters for layer in layers]), strict=True))
     null_spaces = {}
     for part in parts:
         chosen = torch.cat([columns[layer] for layer in part.layers])
@@ -321,8 +318,8 @@ def _measured_hessian(
 class _Duplicates:
     """Numbers of duplicated activations and dead units, by layer, of the network and of its outputs."""
 
-    layers: Mapping[str, Mapping[str, int]]
-    network: Mapping[str, int]
+    layers: Mapping[str, Mapping[str, Any]]
+    network: Mapping[str, Any]
     outputs: tuple[int, int]
     rank_bound: int
 
@@ -413,10 +410,14 @@ def _assembled(
     )
 
 
-def _block_duplicates(members: Sequence[Mapping[str, int]]) -> dict[str, int]:
+def _block_duplicates(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of a block: the largest number of duplicates over its layers, and all its dead units."""
     found = {}
-    for quantity, combine in (("duplicated_activations", max), ("duplicated_activations_exact", max), ("dead_units", sum)):
+    for quantity, combine in (
+        ("duplicated_activations", max),
+        ("duplicated_activations_exact", max),
+        ("dead_units", sum),
+    ):
         values = [member[quantity] for member in members if quantity in member]
         if values:
             found[quantity] = combine(values)

@@ -75,7 +75,9 @@ class Probe:
             columns = zip(*(tensors_of(batch) for batch in batches), strict=True)
             joined = iter([torch.cat(column)[:size] for column in columns])
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"batches must have tensors of the same structure and shapes to be joined: {error}") from error
+            raise ValueError(
+                f"batches must have tensors of the same structure and shapes to be joined: {error}"
+            ) from error
         inputs, targets = map_tensors(lambda _: next(joined), batches[0])
         return cls(inputs, targets)
 
@@ -103,7 +105,6 @@ def tensors_of(collection: Any) -> list[Tensor]:
     found: list[Tensor] = []
     apply_to_collection(collection, Tensor, found.append)
     return found
-
 
 
 def map_tensors(function: Callable[[Tensor], Any], collection: Any) -> Any:

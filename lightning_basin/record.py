@@ -1,5 +1,6 @@
 """Frozen results of one measurement, and the keys under which they are logged."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import quantiles
@@ -76,7 +77,7 @@ class LayerRecord:
 
     def quantities(self) -> dict[str, float]:
         """Every quantity that was measured, by name, in the order in which it is documented."""
-        named = {
+        named: dict[str, float | None] = {
             "gradient_rank": self.gradient_rank,
             "gradient_rank_deficit": self.gradient_rank_deficit,
             "gradient_nullity": self.gradient_nullity,
@@ -125,11 +126,20 @@ class BasinRecord(LayerRecord):
     measure_seconds: float = 0.0
     step: int | None = None
 
+    @property
+    def log10_loss(self) -> float | None:
+        """``log10`` of the loss, at least -40: a linear curve of the loss hides where it reaches zero."""
+        return None if self.loss is None or self.loss < 0 else math.log10(max(self.loss, 1e-40))
+
     def quantities(self) -> dict[str, float]:
         """Every quantity of the network that was measured, by name."""
         named = super().quantities()
         named |= {f"gradient_rank_at_{tolerance:.0e}": rank for tolerance, rank in self.gradient_rank_at.items()}
-        own = {"gradient_rank_bound": self.gradient_rank_bound, "loss": self.loss}
+        own: dict[str, float | None] = {
+            "gradient_rank_bound": self.gradient_rank_bound,
+            "loss": self.loss,
+            "log10_loss": self.log10_loss,
+        }
         named |= {name: value for name, value in own.items() if value is not None}
         return named | {"measure_seconds": self.measure_seconds}
 
@@ -187,12 +197,13 @@ class BasinRecord(LayerRecord):
         step = "" if self.step is None else f"step {self.step}: "
         loss = "" if self.loss is None else f", loss {self.loss:.3g}"
         gap = "none" if self.gradient_rank_gap is None else f"{self.gradient_rank_gap:.1f} digits"
-        flags = [name for name in ("saturated", "ill_defined") if getattr(self, name)]
+        flags = "".join(f" [{flag}]" for flag in ("saturated", "ill_defined") if getattr(self, flag))
         lines = [
             f"{step}{self.num_inputs} inputs, {self.num_rows} outputs, {self.num_parameters} parameters{loss}",
-            f"rank decided at {self.gradient_rtol:.1e} of the largest singular value ({self.gradient_method}), gap {gap}"
-            + (f" [{', '.join(flags)}]" if flags else ""),
-            "rank at " + ", ".join(f"{at:.0e}: {rank}" for at, rank in self.gradient_rank_at.items())
+            f"rank decided at {self.gradient_rtol:.1e} of the largest singular value ({self.gradient_method}), "
+            f"gap {gap}{flags}",
+            "rank at "
+            + ", ".join(f"{at:.0e}: {rank}" for at, rank in self.gradient_rank_at.items())
             + f"; effective {self.gradient_effective_rank:.1f}",
         ]
         if self.gradient_rank_bound is not None:
@@ -227,7 +238,10 @@ def _table(record: BasinRecord) -> str:
         rows.insert(-1, [cells.get(column, "") for column in rows[0]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     )
 

@@ -121,7 +121,7 @@ def _deep_copy(item: Any, modules: list[nn.Module], memo: dict[int, Any]) -> Any
     try:
         attempt = dict(memo)
         duplicate = copy.deepcopy(item, attempt)
-    except Exception:  # noqa: BLE001 - whatever an attribute of the user's raises when copied, it is then shared
+    except Exception:  # Whatever an attribute of the user's raises when it is copied: share it.
         for part in modules:
             for name, attribute in vars(part).items():
                 if name not in ("_parameters", "_buffers", "_modules") and id(attribute) not in memo:
@@ -134,7 +134,7 @@ def _deep_copy(item: Any, modules: list[nn.Module], memo: dict[int, Any]) -> Any
 def _share_if_not_copyable(attribute: Any, memo: dict[int, Any]) -> None:
     try:
         copy.deepcopy(attribute, dict(memo))
-    except Exception:  # noqa: BLE001 - see above
+    except Exception:
         memo[id(attribute)] = attribute
 
 

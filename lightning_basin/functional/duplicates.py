@@ -68,7 +68,7 @@ def _merged(rows: Tensor, *, tolerance: float) -> Tensor:
 
 def _first_members(labels: Tensor) -> Tensor:
     """Replace each label by the smallest index that carries it."""
-    _, inverse = labels.unique(return_inverse=True)
+    _, inverse = torch.unique(labels, return_inverse=True)
     indices = torch.arange(labels.numel(), device=labels.device)
     first = torch.full_like(indices, labels.numel()).scatter_reduce_(0, inverse, indices, "amin")
     return first[inverse]
@@ -89,7 +89,7 @@ def duplicated_activations(activations: Tensor, *, rtol: float = 1e-6) -> int:
         2
     """
     classes = duplicate_classes(activations, rtol=rtol)
-    return int(classes.numel() - classes.unique().numel())
+    return classes.numel() - len(set(classes.tolist()))
 
 
 def dead_units(outputs: Tensor, *, rtol: float = 1e-6) -> int:
@@ -110,9 +110,7 @@ def dead_units(outputs: Tensor, *, rtol: float = 1e-6) -> int:
     return int((spread <= rtol * rows.abs().max()).sum())
 
 
-def gradient_rank_bound(
-    num_parameters: int, num_outputs: int, cuts: Iterable[tuple[int, int]]
-) -> int:
+def gradient_rank_bound(num_parameters: int, num_outputs: int, cuts: Iterable[tuple[int, int]]) -> int:
     """The largest rank of the behavioral gradients that merged inputs leave possible.
 
     Cut the network where an activation is all that crosses. Behind the cut, inputs with the same activation have

@@ -168,22 +168,25 @@ def _curvature_factors(matrices: Tensor, values: Tensor) -> Tensor | None:
     """Square roots of the curvature, or ``None`` where it is not positive semidefinite."""
     if matrices.shape[0] == values.shape[0] and values.shape[1] > 1:
         probabilities = values.softmax(1)
-        # The diagonal entry of the least likely class suffers no cancellation.
-        least = probabilities.argmin(1, keepdim=True)
-        entry = probabilities.gather(1, least)
-        scale = matrices.diagonal(dim1=1, dim2=2).gather(1, least) / (entry * (1 - entry))
+        # The second most likely class has p of at most 1/2: p (1 - p) suffers no cancellation there.
+        entry, second = (best[:, 1:2] for best in probabilities.topk(2, dim=1))
+        scale = matrices.diagonal(dim1=1, dim2=2).gather(1, second) / (entry * (1 - entry))
         softmax = torch.diag_embed(probabilities) - probabilities.unsqueeze(2) * probabilities.unsqueeze(1)
         error = (matrices - scale.unsqueeze(2) * softmax).abs().amax((1, 2))
         if bool(((scale.squeeze(1) >= 0) & (error <= _ROUNDING_RTOL * scale.squeeze(1))).all()):
-            identity = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
-            centred = identity - probabilities.unsqueeze(1)
-            return (scale * probabilities).sqrt().unsqueeze(2) * centred
+            others = probabilities.unsqueeze(1).repeat(1, values.shape[1], 1)
+            others.diagonal(dim1=1, dim2=2).zero_()
+            # 1 - p as the sum of the others: every row then annihilates constants to full relative precision.
+            centred = torch.diag_embed(others.sum(2)) - others
+            factors: Tensor = (scale * probabilities).sqrt().unsqueeze(2) * centred
+            return factors
     eigenvalues, eigenvectors = torch.linalg.eigh(matrices)
     rounding = _ROUNDING_RTOL * eigenvalues.abs().amax(1, keepdim=True)
     if bool((eigenvalues < -rounding).any()):
         return None
     kept = torch.where(eigenvalues > rounding, eigenvalues, 0.0)
-    return kept.sqrt().unsqueeze(2) * eigenvectors.mT
+    roots: Tensor = kept.sqrt().unsqueeze(2) * eigenvectors.mT
+    return roots
 
 
 def weighted_rows(gradients: Tensor, blocks: Tensor) -> Tensor:

@@ -12,9 +12,7 @@ Behavior = Callable[[Mapping[str, Tensor], Sequence[Tensor]], Tensor]
 _CHUNK_ELEMENTS = 2**24  # float64 numbers in a temporary: 128 MiB
 
 
-def behavioral_gradients(
-    behavior: Behavior, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]
-) -> Tensor:
+def behavioral_gradients(behavior: Behavior, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
     """The Jacobian of all outputs on all inputs with respect to all parameters.
 
     Each input is differentiated on its own, all inputs of a chunk at once.
@@ -58,7 +56,7 @@ def behavioral_gradients(
     rows = []
     for start in range(0, num_inputs, chunk):
         blocks = jacobian(dict(parameters), [tensor[start : start + chunk] for tensor in inputs])
-        rows.append(torch.cat([block.flatten(2) for block in blocks.values()], dim=2).flatten(0, 1))
+        rows.append(torch.cat([block.view(*block.shape[:2], -1) for block in blocks.values()], dim=2).flatten(0, 1))
     return torch.cat(rows)
 
 

@@ -93,7 +93,8 @@ def singular_values(matrix: Tensor) -> Tensor:
         return tall.new_zeros(0)
     if tall.shape[0] > 1.2 * tall.shape[1]:
         tall = torch.linalg.qr(tall, mode="r").R
-    return torch.linalg.svdvals(tall)
+    values: Tensor = torch.linalg.svdvals(tall)
+    return values
 
 
 def numerical_rank(spectrum: Tensor, *, rtol: float) -> int:

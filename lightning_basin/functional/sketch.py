@@ -97,7 +97,7 @@ class KhatriRaoGradients:
 
     def combination(self, weights: Tensor) -> Tensor:
         """``weights @ rows()`` without the rows; ``weights`` and result have shapes ``(m,)`` and ``(N,)``."""
-        k, c, t, d_out = self.output_gradients.shape
+        k, c = self.output_gradients.shape[:2]
         signals = torch.einsum("kj,kjto->kto", weights.view(k, c), self.output_gradients)
         outer = torch.einsum("kto,ktd->od", signals, self.activations)
         if not self.bias:
@@ -238,9 +238,7 @@ def sketched_spectrum(gram: Tensor, sketch: Tensor) -> Spectrum:
     return Spectrum(singular_values=torch.cat([bulk[:num_resolved], tail]), rtol=rtol, method="gram+sketch")
 
 
-def gradient_spectrum(
-    gradients: Sequence[LayerGradients], *, generator: Generator
-) -> Spectrum:
+def gradient_spectrum(gradients: Sequence[LayerGradients], *, generator: Generator) -> Spectrum:
     """Singular values of matrices of gradients side by side.
 
     Args:
@@ -252,7 +250,7 @@ def gradient_spectrum(
 
     Example:
         >>> identity = DenseGradients(torch.eye(3, dtype=torch.float64))
-        >>> gradient_spectrum([identity, identity], generator=torch.Generator()).singular_values.square()
+        >>> gradient_spectrum([identity, identity], generator=torch.Generator()).singular_values.square().round()
         tensor([2., 2., 2.], dtype=torch.float64)
     """
     if len({block.num_rows for block in gradients}) != 1:

@@ -1,0 +1,144 @@
+"""Stop training on a measured rank."""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_basin.monitor import BasinMonitor
+from lightning_basin.record import BasinRecord
+
+
+class RankEarlyStopping(EarlyStopping):
+    """Stop when a quantity of `BasinMonitor` has settled, fallen or risen; patience counts measurements.
+
+    Lightning's ``EarlyStopping`` counts its own checks, and counts a value that is measured every fifth epoch five
+    times. This one looks at each measurement once, at the moment it is taken, wherever the two callbacks stand in
+    the list.
+
+    Args:
+        monitor: Key of the quantity.
+        mode: ``"plateau"`` stops when the value has not moved by more than ``min_delta`` either way, ``"min"`` when it
+            has not fallen by more than that, ``"max"`` when it has not risen.
+        patience: For so many measurements in a row.
+        min_delta: See ``mode``.
+        stopping_threshold: Stop at once when the value is beyond this; with ``"min"`` and ``"max"`` only.
+        after_zero_loss: Look only at measurements from the one on at which the loss has reached zero.
+        strict: Raise when the quantity is not measured.
+        check_finite: Stop when the value is not finite.
+        verbose: Log improvements too; why training stopped is always logged.
+
+    Raises:
+        MisconfigurationException: If ``mode``, ``patience``, ``min_delta`` or ``stopping_threshold`` are out of range;
+            at the start of the fit if no `BasinMonitor` of the trainer logs ``monitor``.
+
+    Example:
+        >>> RankEarlyStopping(patience=5).monitor
+        'basin/gradient_rank'
+    """
+
+    # Never called for a plateau: the base class looks up an operator by mode to initialise itself.
+    mode_dict: ClassVar = {**EarlyStopping.mode_dict, "plateau": torch.ne}
+    order_dict: ClassVar = {**EarlyStopping.order_dict, "plateau": "!="}
+
+    def __init__(
+        self,
+        monitor: str = "basin/gradient_rank",
+        *,
+        mode: Literal["plateau", "min", "max"] = "plateau",
+        patience: int = 3,
+        min_delta: float = 0.0,
+        stopping_threshold: float | None = None,
+        after_zero_loss: bool = False,
+        strict: bool = True,
+        check_finite: bool = True,
+        verbose: bool = False,
+    ) -> None:
+        if patience < 1:
+            raise MisconfigurationException(f"`RankEarlyStopping(patience={patience})` must be at least 1")
+        if min_delta < 0:
+            raise MisconfigurationException(f"`RankEarlyStopping(min_delta={min_delta})` must not be negative")
+        if mode == "plateau" and stopping_threshold is not None:
+            raise MisconfigurationException(
+                f"`RankEarlyStopping(stopping_threshold={stopping_threshold})` needs a direction. HINT: pass "
+                f"mode='min' to stop below it, mode='max' to stop above it"
+            )
+        super().__init__(
+            monitor=monitor,
+            min_delta=min_delta,
+            patience=patience,
+            verbose=verbose,
+            mode=mode,
+            strict=strict,
+            check_finite=check_finite,
+            stopping_threshold=stopping_threshold,
+        )
+        self.after_zero_loss = after_zero_loss
+        self._basin_monitor: BasinMonitor | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode, after_zero_loss=self.after_zero_loss)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+        monitors = [callback for callback in callbacks if isinstance(callback, BasinMonitor)]
+        self._basin_monitor = next((monitor for monitor in monitors if monitor.logs(self.monitor)), None)
+        if self._basin_monitor is None:
+            prefixes = [monitor.prefix for monitor in monitors]
+            raise MisconfigurationException(
+                f"`RankEarlyStopping(monitor={self.monitor!r})` needs a BasinMonitor that logs this key, "
+                f"got {f'those with prefixes {prefixes}' if prefixes else 'none'}. HINT: "
+                f"`Trainer(callbacks=[BasinMonitor(), RankEarlyStopping()])`"
+            )
+        self._basin_monitor.subscribe(self.on_measurement)
+
+    def on_measurement(self, trainer: Trainer, record: BasinRecord) -> None:
+        """Take the newest measurement into account, and stop training if it is the last straw."""
+        if self.after_zero_loss and (self._basin_monitor is None or self._basin_monitor.zero_loss_step is None):
+            return
+        stopped_before = self.stopping_reason_message
+        self._run_early_stopping_check(trainer)
+        reason = self.stopping_reason_message
+        if reason is not None and reason != stopped_before and not self.verbose:
+            rank_zero_info(reason)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: measurements are looked at when they are taken."""
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: measurements are looked at when they are taken."""
+
+    @override
+    def _evaluate_stopping_criteria(self, current: Tensor) -> tuple[bool, str | None]:
+        if self.mode != "plateau" or not bool(current.isfinite()):
+            return super()._evaluate_stopping_criteria(current)
+        moved = not bool(self.best_score.isfinite()) or bool((current - self.best_score).abs() > abs(self.min_delta))
+        if moved:
+            self.best_score = current
+            self.wait_count = 0
+            return False, f"{self.monitor} moved to {float(current):g}"
+        self.wait_count += 1
+        if self.wait_count < self.patience:
+            return False, None
+        self.stopping_reason = EarlyStoppingReason.PATIENCE_EXHAUSTED
+        return True, (
+            f"{self.monitor} has stayed within {abs(self.min_delta):g} of {float(self.best_score):g} for the last "
+            f"{self.wait_count} measurements. Signaling Trainer to stop."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}

@@ -1,0 +1,212 @@
+"""The three quantities as torchmetrics objects, for plain loops and several processes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_basin.functional.duplicates import duplicated_activations
+from lightning_basin.functional.hessian import hessian_nullity
+from lightning_basin.functional.rank import behavioral_gradient_rank, check_rtol
+
+
+class BehavioralGradientRank(Metric):
+    """Rank of behavioral gradients collected over batches; the functional twin is `behavioral_gradient_rank`.
+
+    Args:
+        num_parameters: Columns of the gradients, N.
+        rtol: Relative tolerance on singular values; ``None`` means ``max(m, N) * eps`` of float64.
+        kwargs: Of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If ``num_parameters`` is not positive, or ``rtol`` not inside ``(0, 1)``.
+
+    Example:
+        >>> metric = BehavioralGradientRank(num_parameters=2)
+        >>> metric.update(torch.tensor([[1.0, 2.0]]))
+        >>> metric.update(torch.tensor([[2.0, 4.0]]))
+        >>> metric.compute()
+        tensor(1)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    plot_lower_bound = 0.0
+    gradients: list[Tensor]
+
+    def __init__(self, num_parameters: int, *, rtol: float | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _check_positive("num_parameters", num_parameters)
+        check_rtol(rtol)
+        self.num_parameters = num_parameters
+        self.rtol = rtol
+        self.add_state("gradients", default=[], dist_reduce_fx="cat")
+
+    def update(self, gradients: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            gradients: One row per output of one input, shape ``(rows, N)``, all at the same weights.
+
+        Raises:
+            ValueError: If the shape is another.
+        """
+        self.gradients.append(_checked(gradients, "gradients", self.num_parameters))
+
+    def compute(self) -> Tensor:
+        """The rank, int64, shape ``()``."""
+        return torch.tensor(behavioral_gradient_rank(_joined(self.gradients, self.num_parameters), rtol=self.rtol))
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the rows of all processes, also of those that have none."""
+        self.gradients = _never_empty(self.gradients, self.num_parameters)
+        super().sync(*args, **kwargs)
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Plot one or several values, see `torchmetrics.Metric`."""
+        return self._plot(val, ax)
+
+
+class HessianNullity(Metric):
+    """Zero eigenvalues of a Hessian averaged over batches; the functional twin is `hessian_nullity`.
+
+    Args:
+        num_parameters: Rows and columns of the Hessian, N.
+        rtol: Relative to the eigenvalue of largest magnitude; ``None`` means ``N * eps`` of float64.
+        kwargs: Of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If ``num_parameters`` is not positive, or ``rtol`` not inside ``(0, 1)``.
+
+    Example:
+        >>> metric = HessianNullity(num_parameters=2)
+        >>> metric.update(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), num_inputs=3)
+        >>> metric.update(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), num_inputs=1)
+        >>> metric.compute()
+        tensor(1)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    plot_lower_bound = 0.0
+    weighted_sum: Tensor
+    num_inputs: Tensor
+
+    def __init__(self, num_parameters: int, *, rtol: float | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _check_positive("num_parameters", num_parameters)
+        check_rtol(rtol)
+        self.num_parameters = num_parameters
+        self.rtol = rtol
+        zeros = torch.zeros(num_parameters, num_parameters, dtype=torch.float64)
+        self.add_state("weighted_sum", default=zeros, dist_reduce_fx="sum")
+        self.add_state("num_inputs", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, hessian: Tensor, num_inputs: int = 1) -> None:
+        """Add the Hessian of the mean loss of a batch.
+
+        Args:
+            hessian: Symmetric, shape ``(N, N)``.
+            num_inputs: In the batch: a short last batch weighs less.
+
+        Raises:
+            ValueError: If the shape is another, or ``num_inputs`` is not positive.
+        """
+        _check_positive("num_inputs", num_inputs)
+        hessian = _checked(hessian, "hessian", self.num_parameters)
+        if hessian.shape[0] != self.num_parameters:
+            raise ValueError(f"hessian must be square, got shape {tuple(hessian.shape)}")
+        self.weighted_sum = self.weighted_sum + num_inputs * hessian
+        self.num_inputs = self.num_inputs + num_inputs
+
+    def compute(self) -> Tensor:
+        """The nullity, int64, shape ``()``."""
+        return torch.tensor(hessian_nullity(self.weighted_sum / self.num_inputs.clamp(min=1), rtol=self.rtol))
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Plot one or several values, see `torchmetrics.Metric`."""
+        return self._plot(val, ax)
+
+
+class DuplicatedActivations(Metric):
+    """Inputs that share their activation with an earlier one; the functional twin is `duplicated_activations`.
+
+    Args:
+        num_features: Entries of one activation, d.
+        rtol: Relative tolerance within which two activations are the same; 0 asks for equality.
+        kwargs: Of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If ``num_features`` is not positive, or ``rtol`` not inside ``[0, 1)``.
+
+    Example:
+        >>> metric = DuplicatedActivations(num_features=1)
+        >>> metric.update(torch.tensor([[1.0], [2.0]]))
+        >>> metric.update(torch.tensor([[2.0]]))
+        >>> metric.compute()
+        tensor(1)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+    activations: list[Tensor]
+
+    def __init__(self, num_features: int, *, rtol: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _check_positive("num_features", num_features)
+        if not 0.0 <= rtol < 1.0:
+            raise ValueError(f"rtol must be inside [0, 1), got {rtol}")
+        self.num_features = num_features
+        self.rtol = rtol
+        self.add_state("activations", default=[], dist_reduce_fx="cat")
+
+    def update(self, activations: Tensor) -> None:
+        """Add activations.
+
+        Args:
+            activations: One row per input, shape ``(k, d)``.
+
+        Raises:
+            ValueError: If the shape is another.
+        """
+        self.activations.append(_checked(activations, "activations", self.num_features))
+
+    def compute(self) -> Tensor:
+        """The number of duplicates, int64, shape ``()``."""
+        return torch.tensor(duplicated_activations(_joined(self.activations, self.num_features), rtol=self.rtol))
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the activations of all processes, also of those that have none."""
+        self.activations = _never_empty(self.activations, self.num_features)
+        super().sync(*args, **kwargs)
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Plot one or several values, see `torchmetrics.Metric`."""
+        return self._plot(val, ax)
+
+
+def _check_positive(name: str, count: int) -> None:
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def _checked(rows: Tensor, name: str, num_columns: int) -> Tensor:
+    if rows.ndim != 2 or rows.shape[1] != num_columns:  # noqa: PLR2004 - a matrix
+        raise ValueError(f"{name} must be a matrix with {num_columns} columns, got shape {tuple(rows.shape)}")
+    return rows.detach().to(torch.float64)
+
+
+def _joined(rows: list[Tensor] | Tensor, num_columns: int) -> Tensor:
+    """All rows: a list before the processes are synchronized, a tensor after."""
+    return rows if isinstance(rows, Tensor) else torch.cat(_never_empty(rows, num_columns))
+
+
+def _never_empty(rows: list[Tensor], num_columns: int) -> list[Tensor]:
+    # torchmetrics 1.9 gathers a vector from a process without rows, where gloo needs a matrix, and aborts.
+    return rows or [torch.empty(0, num_columns, dtype=torch.float64)]

@@ -1,0 +1,458 @@
+"""The callback: when to measure during a fit, and where the results go."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_basin.layers import call_module
+from lightning_basin.measurement import check_measurable, measure_basin
+from lightning_basin.probe import Probe, map_tensors
+from lightning_basin.record import BasinRecord
+from lightning_basin.replica import float64_replica
+
+_LOSS_ATTRIBUTES = ("loss_fn", "criterion")
+_PASS_BATCH_FN = "pass BasinMonitor(batch_fn=lambda batch: (inputs, targets)) or BasinMonitor(probe=(inputs, targets))"
+
+
+class BasinMonitor(Callback):
+    """Measure rank, null space and duplicated activations while a module trains, also after its loss reached zero.
+
+    Results go to every logger of the trainer, to ``trainer.callback_metrics`` (for ``EarlyStopping`` and
+    ``ModelCheckpoint``) and to ``records``. Training is not changed: a float64 copy of the module is measured, and
+    every random state is put back. A measurement that fails costs one warning and nothing else.
+
+    A baseline is measured at the first training step, so that a monitored key always exists. With a probe that needs
+    more than one batch, the initial weights are kept until enough batches have come by.
+
+    Logged keys, with ``basin`` for ``prefix``: ``basin/<quantity>`` for the network,
+    ``basin_layer_<quantity>/<layer>`` for each layer (``basin_block_<quantity>/<range>`` above 32 layers),
+    ``basin_stats/<quantity>_{p10,median,p90}`` over layers. The quantities are those of `BasinRecord.quantities`, and
+    once ``basin/zero_loss_step``.
+
+    Args:
+        probe: How many inputs to take from the first training batches; or a `Probe`, or a pair of inputs and targets.
+        loss_fn: From outputs and targets to a scalar. ``None`` takes the module's ``loss_fn`` or ``criterion``;
+            without either, loss and Hessian are left out.
+        behavior: From the module and the inputs to the outputs whose gradients count, one row per input. ``None``
+            calls the module.
+        batch_fn: From a training batch to a pair of inputs and targets (``None`` for no targets). ``None``
+            takes a pair as it is, and a tensor as inputs without targets.
+        every_n_epochs: Measure at the end of every n-th epoch.
+        every_n_train_steps: Measure every n optimizer steps instead.
+        every_n_epochs_after_zero_loss: The cadence after the loss has reached zero; ``None`` keeps the one before.
+        layers: ``"auto"`` (blocks above 32 layers), ``"all"``, or names of layers.
+        hessian: ``"auto"`` measures it for up to 3000 parameters, ``"dense"`` always, ``False`` never.
+        zero_loss_threshold: The loss on the probe counts as zero at or below this magnitude.
+        zero_loss_patience: For so many measurements in a row.
+        rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
+        duplicate_rtol: Relative tolerance within which two activations are the same.
+        seed: Of the random vectors of the sketch, the same at every measurement.
+        prefix: First part of every key; two monitors in one trainer need two.
+
+    Raises:
+        MisconfigurationException: At construction for values out of range; at the start of the fit, before the first
+            training step, for a probe, behavior or loss that cannot be measured.
+
+    Example:
+        >>> monitor = BasinMonitor(probe=64, every_n_epochs=5)
+        >>> monitor.records
+        []
+    """
+
+    def __init__(
+        self,
+        probe: int | Probe | tuple[Any, Any] = 128,
+        *,
+        loss_fn: Callable[..., Any] | None = None,
+        behavior: Callable[..., Any] | None = None,
+        batch_fn: Callable[..., Any] | None = None,
+        every_n_epochs: int = 1,
+        every_n_train_steps: int | None = None,
+        every_n_epochs_after_zero_loss: int | None = None,
+        layers: Literal["auto", "all"] | Sequence[str] = "auto",
+        hessian: Literal["auto", "dense", False] = "auto",
+        zero_loss_threshold: float = 1e-6,
+        zero_loss_patience: int = 1,
+        rtol: float | None = None,
+        duplicate_rtol: float = 1e-6,
+        seed: int = 0,
+        prefix: str = "basin",
+    ) -> None:
+        super().__init__()
+        self._probe: Probe | None = None
+        self._probe_size = 0
+        try:
+            if isinstance(probe, int):
+                self._probe_size = probe
+            else:
+                self._probe = probe if isinstance(probe, Probe) else Probe(*probe)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"`BasinMonitor(probe=...)`: {error}") from error
+        self._explicit_probe = self._probe is not None
+        counts = {
+            "every_n_epochs": every_n_epochs,
+            "every_n_train_steps": every_n_train_steps,
+            "every_n_epochs_after_zero_loss": every_n_epochs_after_zero_loss,
+            "zero_loss_patience": zero_loss_patience,
+        }
+        if self._probe is None:
+            counts["probe"] = self._probe_size
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise MisconfigurationException(f"`BasinMonitor({name}={count})` must be at least 1")
+        if rtol is not None and not 0.0 < rtol < 1.0:
+            raise MisconfigurationException(f"`BasinMonitor(rtol={rtol})` must be inside (0, 1)")
+        if not 0.0 <= duplicate_rtol < 1.0:
+            raise MisconfigurationException(f"`BasinMonitor(duplicate_rtol={duplicate_rtol})` must be inside [0, 1)")
+        if not zero_loss_threshold >= 0.0:
+            raise MisconfigurationException(f"`BasinMonitor(zero_loss_threshold={zero_loss_threshold})` must be >= 0")
+        if hessian not in ("auto", "dense", False):
+            raise MisconfigurationException(f"`BasinMonitor(hessian={hessian!r})` must be 'auto', 'dense' or False")
+        self.loss_fn = loss_fn
+        self.behavior = behavior
+        self.batch_fn = batch_fn
+        self.every_n_epochs = every_n_epochs
+        self.every_n_train_steps = every_n_train_steps
+        self.every_n_epochs_after_zero_loss = every_n_epochs_after_zero_loss
+        self.layers = layers
+        self.hessian = hessian
+        self.zero_loss_threshold = zero_loss_threshold
+        self.zero_loss_patience = zero_loss_patience
+        self.rtol = rtol
+        self.duplicate_rtol = duplicate_rtol
+        self.seed = seed
+        self.prefix = prefix
+        self.records: list[BasinRecord] = []
+        """Every record of the run, oldest first."""
+        self.zero_loss_step: int | None = None
+        """Optimizer steps taken when the loss had been zero for ``zero_loss_patience`` measurements."""
+        self._num_zero_losses = 0
+        self._measured_step: int | None = None
+        self._batches: list[tuple[Any, Any]] = []
+        self._initial_module: nn.Module | None = None
+        self._initial_steps = (0, 0)
+        self._leave_out_loss = False
+        self._said: set[str] = set()
+        self._loads_state = True
+        self._listeners: list[Callable[[Trainer, BasinRecord], None]] = []
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(prefix=self.prefix)
+
+    @property
+    def probe(self) -> Probe | None:
+        """The inputs that are measured; ``None`` until enough training batches have come by."""
+        return self._probe
+
+    def subscribe(self, listener: Callable[[Trainer, BasinRecord], None]) -> None:
+        """Call ``listener(trainer, record)`` after every measurement, on every process."""
+        if listener not in self._listeners:
+            self._listeners.append(listener)
+
+    def logs(self, key: str) -> bool:
+        """Whether a metric's key is one of this monitor's."""
+        return key.startswith(tuple(f"{self.prefix}{part}" for part in ("/", "_layer_", "_block_", "_stats/")))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(trainer, Trainer):
+            raise MisconfigurationException(
+                f"BasinMonitor needs the Trainer of the `lightning` package, got {type(trainer).__module__}."
+                f"{type(trainer).__name__}. HINT: `from lightning.pytorch import Trainer`"
+            )
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"BasinMonitor needs whole parameters on each process, but {type(trainer.strategy).__name__} shards "
+                f"them. HINT: train with DDP, or call `measure_basin` on the checkpoints"
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0:
+            self._reset()
+        elif self.records:  # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
+            trainer.callback_metrics.update(_metrics(self._scalars(self.records[-1])))
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._measured_step is not None:
+            return
+        if self._initial_module is None:
+            self._begin(trainer, pl_module, batch)
+        elif self._probe is None:
+            self._collect(batch)
+        if self._probe is not None:
+            self._measure_baseline(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        interval = self.every_n_train_steps
+        if interval is None or self._epochs_after_zero_loss is not None or self._measured_step is None:
+            return
+        # Counts crossings: several micro-batches share a step, and manual optimization can skip some.
+        if trainer.global_step // interval > self._measured_step // interval:
+            self._measure(trainer, pl_module, trainer.global_step, _batches_that_stepped(trainer))
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._measured_step is None and self._batches:  # An epoch with fewer inputs than were asked for.
+            self._probe = Probe.from_batches(self._batches, self._probe_size)
+            self._measure_baseline(trainer)
+        interval = self._epochs_after_zero_loss
+        if interval is None and self.every_n_train_steps is None:
+            interval = self.every_n_epochs
+        if interval is None or (trainer.current_epoch + 1) % interval != 0:
+            return
+        if trainer.global_step != self._measured_step:
+            self._measure(trainer, pl_module, trainer.global_step, _batches_that_stepped(trainer) - 1)
+
+    @property
+    def _epochs_after_zero_loss(self) -> int | None:
+        return None if self.zero_loss_step is None else self.every_n_epochs_after_zero_loss
+
+    def _reset(self) -> None:
+        """Forget another run, so that a monitor can be used for two fits."""
+        self.records.clear()
+        self.zero_loss_step = None
+        self._num_zero_losses = 0
+        self._measured_step = None
+        self._batches.clear()
+        self._initial_module = None
+        self._leave_out_loss = False
+        if not self._explicit_probe:
+            self._probe = None
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Check the configuration on what is there, and keep the initial weights for the baseline."""
+        self._initial_steps = (trainer.global_step, _batches_that_stepped(trainer))
+        try:
+            if not self._explicit_probe:
+                self._collect(batch)
+            probe = self._probe or Probe.from_batches(self._batches, self._probe_size)
+            self._check(trainer, pl_module, probe)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(
+                f"BasinMonitor cannot measure {type(pl_module).__name__}: {error}"
+            ) from error
+        (self._initial_module,) = (pl_module,) if self._probe is not None else float64_replica(pl_module)
+
+    def _collect(self, batch: Any) -> None:
+        """Take the inputs of a batch, and make the probe once there are enough."""
+        self._batches.append(self._split(batch))
+        taken = sum(Probe(*pair).size for pair in self._batches)
+        if taken >= self._probe_size:
+            self._probe = Probe.from_batches(self._batches, self._probe_size)
+            self._batches.clear()
+
+    def _split(self, batch: Any) -> tuple[Any, Any]:
+        """Inputs and targets of a training batch, copied: a training step may write to it."""
+        if self.batch_fn is not None:
+            pair = self.batch_fn(batch)
+            if not isinstance(pair, tuple | list) or len(pair) != 2:  # noqa: PLR2004 - a pair
+                raise TypeError(f"batch_fn must return a pair of inputs and targets, got {_described(pair)}")
+            inputs, targets = pair
+        elif isinstance(batch, tuple | list) and len(batch) == 2:  # noqa: PLR2004 - a pair
+            inputs, targets = batch
+        elif isinstance(batch, tuple | list) and len(batch) == 1:
+            inputs, targets = batch[0], None
+        elif isinstance(batch, Tensor) or self.behavior is not None:
+            inputs, targets = batch, None
+        else:
+            raise TypeError(
+                f"a training batch must be a pair of inputs and targets, got {_described(batch)}: {_PASS_BATCH_FN}"
+            )
+        copied: tuple[Any, Any] = map_tensors(lambda tensor: tensor.detach().clone(), (inputs, targets))
+        return copied
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule, probe: Probe) -> None:
+        """Evaluate once; a loss that was found and not given is left out where it does not fit."""
+        behavior = self._quiet_behavior(trainer)
+        check_measurable(pl_module, probe, behavior=behavior)
+        loss_fn = self._loss_fn(pl_module)
+        if loss_fn is None:
+            self._say(
+                f"Loss and Hessian are not measured: {type(pl_module).__name__} has no callable "
+                f"{' or '.join(map(repr, _LOSS_ATTRIBUTES))}. HINT: pass BasinMonitor(loss_fn=...)",
+                warn=True,
+            )
+            return
+        try:
+            if probe.targets is None:
+                raise TypeError(f"it needs targets, and the batches hold none; {_PASS_BATCH_FN}")
+            check_measurable(pl_module, probe, loss_fn=loss_fn, behavior=behavior)
+        except TypeError as error:
+            if self.loss_fn is not None:
+                raise
+            self._leave_out_loss = True
+            self._say(
+                f"Loss and Hessian are not measured with the loss found on {type(pl_module).__name__}: {error}. "
+                f"HINT: pass BasinMonitor(loss_fn=...)",
+                warn=True,
+            )
+
+    def _loss_fn(self, pl_module: nn.Module) -> Callable[..., Any] | None:
+        if self.loss_fn is not None or self._leave_out_loss:
+            return self.loss_fn
+        found = (getattr(pl_module, name, None) for name in _LOSS_ATTRIBUTES)
+        return next((attribute for attribute in found if callable(attribute)), None)
+
+    def _quiet_behavior(self, trainer: Trainer) -> Callable[[nn.Module, Any], Any]:
+        """The behavior, on a copy that still finds its trainer but logs nothing."""
+
+        def behavior(module: nn.Module, inputs: Any) -> Any:
+            if isinstance(module, LightningModule):
+                module.trainer = trainer
+                vars(module).update(log=_ignore, log_dict=_ignore)
+            return (self.behavior or call_module)(module, inputs)
+
+        return behavior
+
+    def _measure_baseline(self, trainer: Trainer) -> None:
+        module, self._initial_module = self._initial_module, None
+        self._batches.clear()
+        if module is not None:
+            self._measure(trainer, module, *self._initial_steps)
+
+    def _measure(self, trainer: Trainer, module: nn.Module, step: int, log_step: int) -> None:
+        self._measured_step = step
+        record = self._record(trainer, module, step) if trainer.is_global_zero else None
+        record = trainer.strategy.broadcast(record, 0)
+        if record is None:
+            return
+        self.records.append(record)
+        reached_zero = self._reaches_zero_loss(record)
+        scalars = self._scalars(record)
+        trainer.callback_metrics.update(_metrics(scalars))
+        if not reached_zero:
+            scalars.pop(f"{self.prefix}/zero_loss_step", None)
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=log_step)
+        for note in record.notes:
+            self._say(note)
+        if record.saturated:
+            self._say(
+                f"The probe is too small to see the network: the rank of the behavioral gradients is that of the "
+                f"probe, {record.num_rows}. HINT: pass a larger BasinMonitor(probe=...)",
+                warn=True,
+            )
+        for listener in self._listeners:
+            listener(trainer, record)
+
+    def _record(self, trainer: Trainer, module: nn.Module, step: int) -> BasinRecord | None:
+        try:
+            profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+            with profiler.profile(f"[BasinMonitor]{self.prefix}.measure"):
+                return measure_basin(
+                    module,
+                    self._probe,
+                    loss_fn=self._loss_fn(module),
+                    behavior=self._quiet_behavior(trainer),
+                    layers=self.layers,
+                    hessian=self.hessian,
+                    rtol=self.rtol,
+                    duplicate_rtol=self.duplicate_rtol,
+                    seed=self.seed,
+                    step=step,
+                )
+        except Exception as error:  # A measurement must never end a training run.
+            rank_zero_warn(
+                f"BasinMonitor could not measure at step {step}, training goes on. {type(error).__name__}: {error}"
+            )
+            return None
+
+    def _reaches_zero_loss(self, record: BasinRecord) -> bool:
+        """Whether this record is the one that completes the wait for zero loss."""
+        if record.loss is None or self.zero_loss_step is not None:
+            return False
+        # A loss that goes below zero has no minimum there: its sign is no sign of a perfect fit.
+        is_zero = abs(record.loss) <= self.zero_loss_threshold
+        self._num_zero_losses = self._num_zero_losses + 1 if is_zero else 0
+        if self._num_zero_losses < self.zero_loss_patience:
+            return False
+        self.zero_loss_step = record.step
+        return True
+
+    def _scalars(self, record: BasinRecord) -> dict[str, float]:
+        scalars = record.scalars(self.prefix)
+        if self.zero_loss_step is not None:
+            scalars[f"{self.prefix}/zero_loss_step"] = float(self.zero_loss_step)
+        return scalars
+
+    def _say(self, message: str, *, warn: bool = False) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            (rank_zero_warn if warn else rank_zero_info)(message)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        probe = None
+        if self._probe is not None:
+            probe = map_tensors(
+                lambda tensor: tensor.cpu().clone(), {"inputs": self._probe.inputs, "targets": self._probe.targets}
+            )
+        return {
+            "probe": probe,
+            "records": [record.to_dict() for record in self.records],
+            "measured_step": self._measured_step,
+            "zero_loss_step": self.zero_loss_step,
+            "num_zero_losses": self._num_zero_losses,
+            "leave_out_loss": self._leave_out_loss,
+        }
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # `trainer.test(ckpt_path="best")` loads callbacks too, and would take the history back to the best epoch.
+        self._loads_state = trainer.state.fn == TrainerFn.FITTING
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._loads_state:
+            return
+        if not self._explicit_probe and state_dict["probe"] is not None:
+            self._probe = Probe(**state_dict["probe"])
+        self.records = [BasinRecord.from_dict(record) for record in state_dict["records"]]
+        self._measured_step = state_dict["measured_step"]
+        self.zero_loss_step = state_dict["zero_loss_step"]
+        self._num_zero_losses = state_dict["num_zero_losses"]
+        self._leave_out_loss = state_dict["leave_out_loss"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning hangs `log` and `log_dict` of the module onto every callback.
+        return {
+            name: value for name, value in vars(self).items() if name not in ("log", "log_dict", "_initial_module")
+        } | {"_initial_module": None}
+
+
+def _batches_that_stepped(trainer: Trainer) -> int:
+    """The x axis of Lightning's own curves: private, but what its LearningRateMonitor uses (lightning 2.5 - 2.6)."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _metrics(scalars: Mapping[str, float]) -> dict[str, Tensor]:
+    # Early stopping squeezes what it finds; float64 keeps large integers.
+    return {key: torch.tensor(value, dtype=torch.float64) for key, value in scalars.items()}
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"{type(batch).__name__} with keys {list(batch)}"
+    return f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """Takes the place of a method that would log."""
