@@ -1,13 +1,13 @@
 """Stop training on a measured rank."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -44,8 +44,8 @@ class RankEarlyStopping(EarlyStopping):
     """
 
     # Never called for a plateau: the base class looks up an operator by mode to initialise itself.
-    mode_dict: ClassVar = {**EarlyStopping.mode_dict, "plateau": torch.ne}
-    order_dict: ClassVar = {**EarlyStopping.order_dict, "plateau": "!="}
+    mode_dict: dict[str, Any] = {**EarlyStopping.mode_dict, "plateau": torch.ne}  # noqa: RUF012 - as its base does
+    order_dict: dict[str, str] = {**EarlyStopping.order_dict, "plateau": "!="}  # noqa: RUF012 - as its base does
 
     def __init__(
         self,

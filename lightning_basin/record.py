@@ -160,9 +160,9 @@ class BasinRecord(LayerRecord):
             "duplicated_activations": self.output_duplicated_activations,
             "duplicated_activations_exact": self.output_duplicated_activations_exact,
         }
-        for name, value in outputs.items():
-            if value is not None and "output" not in parts:
-                named[f"{prefix}_{kind}_{name}/output"] = float(value)
+        for name, count in outputs.items():
+            if count is not None and "output" not in parts:
+                named[f"{prefix}_{kind}_{name}/output"] = float(count)
         return named | {f"{prefix}_stats/{name}": value for name, value in self._statistics()}
 
     def _statistics(self) -> Iterator[tuple[str, float]]:
@@ -198,13 +198,12 @@ class BasinRecord(LayerRecord):
         loss = "" if self.loss is None else f", loss {self.loss:.3g}"
         gap = "none" if self.gradient_rank_gap is None else f"{self.gradient_rank_gap:.1f} digits"
         flags = "".join(f" [{flag}]" for flag in ("saturated", "ill_defined") if getattr(self, flag))
+        decided = f"rank by {self.gradient_method}, decided at {self.gradient_rtol:.1e} of the largest singular value"
+        elsewhere = ", ".join(f"{rtol:.0e}: {rank}" for rtol, rank in self.gradient_rank_at.items())
         lines = [
             f"{step}{self.num_inputs} inputs, {self.num_rows} outputs, {self.num_parameters} parameters{loss}",
-            f"rank decided at {self.gradient_rtol:.1e} of the largest singular value ({self.gradient_method}), "
-            f"gap {gap}{flags}",
-            "rank at "
-            + ", ".join(f"{at:.0e}: {rank}" for at, rank in self.gradient_rank_at.items())
-            + f"; effective {self.gradient_effective_rank:.1f}",
+            f"{decided}, gap {gap}{flags}",
+            f"rank at {elsewhere}; effective {self.gradient_effective_rank:.1f}",
         ]
         if self.gradient_rank_bound is not None:
             lines.append(f"duplicated activations bound the rank by {self.gradient_rank_bound}")
