@@ -1,0 +1,35 @@
+# `make demo` and `make test` do everything, on a fresh machine too: environment, installation, run.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check examples install clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/digits.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+examples: $(INSTALLED)
+	$(BIN)/python examples/merged_categories.py
+	$(BIN)/python examples/digits.py
+
+install: $(INSTALLED)
+
+# torch first and pinned: another package that asks for it would bring the newest build, with gigabytes of CUDA.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $(INSTALLED)
+
+clean:
+	rm -rf .venv logs

@@ -1,0 +1,109 @@
+"""Train a small network on handwritten digits to zero loss and beyond, and watch its basin flatten.
+
+Run it with ``make demo``. It prints what was measured at the start, when the loss had reached zero, and at the end,
+and leaves the curves for TensorBoard in ``logs/``.
+"""
+
+import argparse
+import logging
+import time
+import warnings
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_basin import BasinMonitor, BasinRecord
+
+NUM_IMAGES = 60
+
+
+class DigitClassifier(L.LightningModule):
+    """An ordinary LightningModule: nothing in it knows that it is measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
+        self.loss_fn = nn.MSELoss()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images)
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        images, targets = batch
+        loss = self.loss_fn(self(images), targets)
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = torch.optim.Adam(self.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.trainer.max_epochs)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def training_set() -> TensorDataset:
+    digits = load_digits()
+    images = torch.tensor(digits.data[:NUM_IMAGES] / 16, dtype=torch.float32)
+    labels = torch.tensor(digits.target[:NUM_IMAGES])
+    return TensorDataset(images, nn.functional.one_hot(labels, 10).float())
+
+
+def what_to_look_at(first: BasinRecord, last: BasinRecord) -> str:
+    rows = {
+        "gradient_rank_deficit": "directions lost beyond the unavoidable ones",
+        "gradient_nullity": "directions that leave every output as it is",
+        "hessian_nullity": "flat directions of the loss; falls to gradient_nullity as the residual vanishes",
+        "residual_curvature": "how far the two still are from being the same thing",
+    }
+    lines = ["What to look at, and its way from the start to the end:"]
+    for name, meaning in rows.items():
+        lines.append(f"  basin/{name:22}{first.quantities()[name]:>8.3g} -> {last.quantities()[name]:<9.3g}{meaning}")
+    return "\n".join([*lines, "  basin_layer_gradient_rank/*  which layer lost the rank"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--max-epochs", type=int, default=3000)
+    parser.add_argument("--every-n-epochs", type=int, default=100)
+    parser.add_argument("--log-dir", default="logs")
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec).*")
+
+    L.seed_everything(0, verbose=False)
+    dataset = training_set()
+    monitor = BasinMonitor(probe=NUM_IMAGES, every_n_epochs=options.every_n_epochs, zero_loss_threshold=1e-5)
+    loggers = [TensorBoardLogger(options.log_dir, name="digits"), CSVLogger(options.log_dir, name="digits_csv")]
+    trainer = L.Trainer(
+        max_epochs=options.max_epochs,
+        callbacks=[monitor],
+        logger=loggers,
+        log_every_n_steps=3,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    print(
+        f"Training 64-16-16-10 on {NUM_IMAGES} digits for {options.max_epochs} epochs; about a minute ...", flush=True
+    )
+    started = time.perf_counter()
+    # Three batches of 20: the probe of 60 is then the whole training set, taken from the first three steps.
+    trainer.fit(DigitClassifier(), DataLoader(dataset, batch_size=20, shuffle=True))
+    seconds = time.perf_counter() - started
+
+    at_zero = next((record for record in monitor.records if record.step == monitor.zero_loss_step), None)
+    print(f"\n=== at the start ===\n{monitor.records[0]}")
+    print(f"\n=== at zero loss ===\n{at_zero or 'not reached'}")
+    print(f"\n=== at the end ===\n{monitor.records[-1]}")
+    print(f"\n{what_to_look_at(monitor.records[0], monitor.records[-1])}")
+    measuring = sum(record.measure_seconds for record in monitor.records)
+    print(f"{len(monitor.records)} measurements took {measuring:.0f} of {seconds:.0f} seconds. The curves:")
+    print(f"  tensorboard --logdir {options.log_dir}/digits")
+    print("  http://localhost:6006/?smoothing=0&tagFilter=^basin/#timeseries")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,783 @@
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_basin import BasinRecord, measure_basin
+from tests.exact import (
+    Dual,
+    ExactNetwork,
+    columns_of,
+    count_duplicates,
+    exact_rank,
+    exact_rank_of_wide,
+    half_squared_error_hessian,
+    integers,
+    jacobian,
+    relu_chain_gradients,
+)
+from tests.models import (
+    CASE_NAMES,
+    CHAINS,
+    BagOfTokens,
+    Chain,
+    OneNumber,
+    Sequence2d,
+    evaluated_case,
+    half_sum_of_squares,
+    integer_case,
+    integer_inputs,
+    sum_of_squares,
+    with_integer_weights,
+)
+
+SEEDS = (0, 1, 2)
+every_case = pytest.mark.parametrize("seed", SEEDS)
+every_network = pytest.mark.parametrize("name", CASE_NAMES)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def built(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """A module with the default initialisation of a seed, whatever the global generator holds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def without_time(record: BasinRecord) -> dict[str, Any]:
+    return {name: value for name, value in record.to_dict().items() if name != "measure_seconds"}
+
+
+def integer_targets(outputs: Dual, seed: int) -> np.ndarray:
+    """Targets near the outputs: some residuals are zero, some small, some of either sign."""
+    return outputs.value + np.random.default_rng(seed).integers(-2, 3, size=outputs.value.shape)
+
+
+# --- the integers ---------------------------------------------------------------------------------------------------
+
+
+@every_network
+@every_case
+def test_exact_network_is_the_very_network_of_the_module(name, seed):
+    case = integer_case(name, seed)
+    _, outputs = evaluated_case(name, seed)
+    assert np.array_equal(integers(case.module(case.inputs)), outputs.value)
+
+
+@every_network
+@every_case
+def test_gradient_rank_is_the_exact_rank(name, seed):
+    case = integer_case(name, seed)
+    _, outputs = evaluated_case(name, seed)
+    assert measure_basin(case.module, case.inputs).gradient_rank == exact_rank(jacobian(outputs))
+
+
+@every_network
+@every_case
+def test_gradient_rank_of_each_layer_is_the_exact_rank_of_its_columns(name, seed):
+    case = integer_case(name, seed)
+    network, outputs = evaluated_case(name, seed)
+    expected = {layer: exact_rank(jacobian(outputs)[:, columns]) for layer, columns in network.columns.items()}
+    record = measure_basin(case.module, case.inputs)
+    assert {layer: part.gradient_rank for layer, part in record.layers.items()} == expected
+
+
+@every_network
+@every_case
+def test_numbers_of_parameters_and_rows_are_those_of_the_jacobian(name, seed):
+    case = integer_case(name, seed)
+    _, outputs = evaluated_case(name, seed)
+    record = measure_basin(case.module, case.inputs)
+    assert (record.num_rows, record.num_parameters) == jacobian(outputs).shape
+
+
+@every_network
+@every_case
+def test_strict_hessian_nullity_is_exact_at_integer_residuals(name, seed):
+    case = integer_case(name, seed)
+    _, outputs = evaluated_case(name, seed, second=True)
+    targets = integer_targets(outputs, seed)
+    hessian = half_squared_error_hessian(outputs, targets)
+    record = measure_basin(case.module, case.inputs, torch.tensor(targets).double(), loss_fn=half_sum_of_squares)
+    assert record.hessian_nullity_strict == len(hessian) - exact_rank(hessian)
+
+
+@every_network
+@every_case
+def test_strict_hessian_nullity_of_each_layer_is_that_of_its_diagonal_block(name, seed):
+    case = integer_case(name, seed)
+    network, outputs = evaluated_case(name, seed, second=True)
+    targets = integer_targets(outputs, seed)
+    hessian = half_squared_error_hessian(outputs, targets)
+    expected = {
+        layer: len(columns) - exact_rank(hessian[np.ix_(columns, columns)])
+        for layer, columns in network.columns.items()
+    }
+    record = measure_basin(case.module, case.inputs, torch.tensor(targets).double(), loss_fn=sum_of_squares)
+    assert {layer: part.hessian_nullity_strict for layer, part in record.layers.items()} == expected
+
+
+@every_network
+@every_case
+def test_gauss_newton_nullity_of_squared_error_leaves_the_rank_at_any_residual(name, seed):
+    case = integer_case(name, seed)
+    network, outputs = evaluated_case(name, seed)
+    targets = torch.tensor(integer_targets(outputs, seed)).double()
+    record = measure_basin(case.module, case.inputs, targets, loss_fn=sum_of_squares)
+    assert record.gauss_newton_nullity == network.num_parameters - exact_rank(jacobian(outputs))
+
+
+@every_network
+@every_case
+def test_all_nullities_leave_the_rank_at_zero_loss(name, seed):
+    case = integer_case(name, seed)
+    network, outputs = evaluated_case(name, seed)
+    expected = network.num_parameters - exact_rank(jacobian(outputs))
+    record = measure_basin(case.module, case.inputs, torch.tensor(outputs.value).double(), loss_fn=sum_of_squares)
+    assert record.loss == 0.0
+    assert record.hessian_nullity == record.hessian_nullity_strict == record.gauss_newton_nullity == expected
+    assert (record.residual_curvature, record.hessian_negative) == (0.0, 0)
+
+
+@every_network
+@every_case
+def test_all_nullities_of_each_layer_leave_its_rank_at_zero_loss(name, seed):
+    case = integer_case(name, seed)
+    network, outputs = evaluated_case(name, seed)
+    expected = {layer: len(c) - exact_rank(jacobian(outputs)[:, c]) for layer, c in network.columns.items()}
+    record = measure_basin(case.module, case.inputs, torch.tensor(outputs.value).double(), loss_fn=sum_of_squares)
+    found = ("hessian_nullity", "hessian_nullity_strict", "gauss_newton_nullity")
+    measured = {layer: {getattr(part, which) for which in found} for layer, part in record.layers.items()}
+    assert measured == {layer: {nullity} for layer, nullity in expected.items()}
+
+
+@every_network
+@every_case
+def test_duplicated_activations_of_each_layer_are_the_exact_counts(name, seed):
+    case = integer_case(name, seed)
+    network, _ = evaluated_case(name, seed)
+    record = measure_basin(case.module, case.inputs)
+    called = network.duplicates()
+    # Whole numbers below 1e6 are equal or further apart than the relative tolerance: both counts agree.
+    found = {name: (record.layers[name].duplicated_activations_exact, record.layers[name].duplicated_activations)}
+    found = {
+        layer: (record.layers[layer].duplicated_activations_exact, record.layers[layer].duplicated_activations)
+        for layer in called
+        if layer in record.layers
+    }
+    assert found == {layer: (called[layer], called[layer]) for layer in found}
+    assert found
+
+
+@every_network
+@every_case
+def test_duplicated_outputs_are_counted_exactly(name, seed):
+    case = integer_case(name, seed)
+    _, outputs = evaluated_case(name, seed)
+    expected = count_duplicates(outputs.value)
+    record = measure_basin(case.module, case.inputs)
+    assert record.output_duplicated_activations_exact == record.output_duplicated_activations == expected
+
+
+@pytest.mark.parametrize("name", [*CHAINS, "residual", "convolutional", "bag of tokens", "recurrent", "tied layers"])
+@every_case
+def test_duplicated_activations_of_the_network_are_the_largest_after_the_first_layer(name, seed):
+    case = integer_case(name, seed)
+    network, _ = evaluated_case(name, seed)
+    _, *later = network.duplicates().values()
+    record = measure_basin(case.module, case.inputs)
+    assert record.duplicated_activations == record.duplicated_activations_exact == max(later)
+
+
+@every_network
+@every_case
+def test_dead_units_of_each_layer_are_outputs_constant_over_the_probe(name, seed):
+    case = integer_case(name, seed)
+    network, _ = evaluated_case(name, seed)
+    record = measure_basin(case.module, case.inputs)
+    expected = {layer: count for layer, count in network.dead_units().items() if layer in record.layers}
+    assert {layer: record.layers[layer].dead_units for layer in expected} == expected
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@every_case
+def test_rank_bound_of_a_chain_is_the_smallest_over_its_layers(name, seed):
+    case = integer_case(name, seed)
+    network, outputs = evaluated_case(name, seed)
+    num_inputs, num_outputs = outputs.value.shape
+    bounds, before = [network.num_parameters], 0
+    for layer, duplicates in network.duplicates().items():
+        bounds.append(before + num_outputs * (num_inputs - duplicates))
+        before += len(network.columns[layer])
+    assert measure_basin(case.module, case.inputs).gradient_rank_bound == min(bounds)
+
+
+def test_rank_bound_of_merged_categories_follows_the_worked_example():
+    # 64 pairs of categories, of which the first layer keeps the first only: 17 parameters before the cut, 8 codes.
+    pairs = torch.cartesian_prod(torch.arange(8), torch.arange(8))
+    inputs = torch.cat([torch.eye(8)[pairs[:, 0]], torch.eye(8)[pairs[:, 1]]], dim=1)
+    module = Chain(16, 1, 16, 1)
+    with torch.no_grad():
+        module.layers[0].weight.copy_(torch.cat([torch.arange(8.0), torch.zeros(8)]).unsqueeze(0))
+        module.layers[0].bias.fill_(1.0)
+    record = measure_basin(module, inputs)
+    assert record.layers["layers.1"].duplicated_activations == 56
+    assert record.gradient_rank_bound == 25
+
+
+# --- large matrices -------------------------------------------------------------------------------------------------
+
+
+def large_chain(*, repeated: int, dead: int, seed: int) -> tuple[Chain, Tensor]:
+    """An integer ReLU network large enough for the sketch, with repeated inputs and dead units."""
+    generator = seeded(seed)
+    module = with_integer_weights(built(lambda: Chain(40, 170, 130, 2)), generator, largest=1)
+    with torch.no_grad():
+        module.layers[1].bias[:dead] = -10_000.0
+    inputs = torch.randint(-2, 3, (160, 40), generator=generator).float()
+    inputs[160 - repeated :] = inputs[:repeated]
+    return module, inputs
+
+
+def large_chain_gradients(module: Chain, inputs: Tensor) -> list[np.ndarray]:
+    weights = [integers(layer.weight) for layer in module.layers]
+    return relu_chain_gradients(weights, [integers(layer.bias) for layer in module.layers], integers(inputs))
+
+
+def test_backpropagated_oracle_agrees_with_the_dual_numbers():
+    case = integer_case("mlp", 0)
+    _, outputs = evaluated_case("mlp", 0)
+    blocks = large_chain_gradients(case.module, case.inputs)
+    # The columns stand in another order: compare what does not depend on it.
+    expected = jacobian(outputs) @ jacobian(outputs).T
+    assert np.array_equal(sum(block @ block.T for block in blocks), expected)
+
+
+def test_rank_of_a_wide_matrix_survives_its_random_projection():
+    left = np.random.default_rng(0).integers(-3, 4, size=(30, 7))
+    right = np.random.default_rng(1).integers(-3, 4, size=(7, 500))
+    assert exact_rank_of_wide(left @ right) == exact_rank(left @ right) == 7
+
+
+@pytest.mark.parametrize(("repeated", "dead"), [(40, 0), (0, 100), (25, 60), (0, 128)])
+def test_rank_by_sketch_is_the_exact_rank(repeated, dead):
+    module, inputs = large_chain(repeated=repeated, dead=dead, seed=repeated)
+    blocks = large_chain_gradients(module, inputs)
+    record = measure_basin(module, inputs)
+    expected = exact_rank_of_wide(np.concatenate(blocks, axis=1))
+    assert record.gradient_method == "gram+sketch"
+    assert record.gradient_rank == expected < record.num_rows
+
+
+def test_rank_by_sketch_of_a_single_layer_is_exact():
+    module, inputs = large_chain(repeated=30, dead=0, seed=3)
+    blocks = large_chain_gradients(module, inputs)
+    record = measure_basin(module, inputs, layers=["layers.1"])
+    assert record.layers["layers.1"].gradient_method == "gram+sketch"
+    assert record.layers["layers.1"].gradient_rank == exact_rank_of_wide(blocks[1])
+
+
+def test_full_rank_is_proved_by_the_gram_matrix():
+    module, inputs = large_chain(repeated=0, dead=0, seed=0)
+    record = measure_basin(module, inputs)
+    assert record.gradient_method == "gram"
+    assert record.gradient_rank == exact_rank_of_wide(np.concatenate(large_chain_gradients(module, inputs), axis=1))
+    assert record.saturated
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_rank_by_sketch_does_not_depend_on_its_seed(seed):
+    module, inputs = large_chain(repeated=40, dead=60, seed=0)
+    assert measure_basin(module, inputs, seed=seed).gradient_rank == measure_basin(module, inputs).gradient_rank
+
+
+# --- precision ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_module_gives_the_record_of_the_same_numbers_in_float64(dtype):
+    module = built(lambda: nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2))).to(dtype)
+    same = built(lambda: nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)))
+    same.to(dtype).double()
+    inputs, targets = normal(7, 3).to(dtype), normal(7, 2, seed=1).to(dtype)
+    low = measure_basin(module, inputs, targets, loss_fn=sum_of_squares)
+    high = measure_basin(same, inputs.double(), targets.double(), loss_fn=sum_of_squares)
+    assert without_time(low) == without_time(high)
+
+
+def test_forward_that_asks_for_float32_is_evaluated_in_float64():
+    class Rounding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).float().softmax(-1, dtype=torch.float32)
+
+    module = built(Rounding)
+    # Softmax outputs sum to 1: of 4 outputs per input only 3 are free, unless rounding fills the fourth.
+    assert measure_basin(module, normal(2, 3)).gradient_rank == 6
+
+
+def test_same_seed_gives_the_same_record():
+    module, inputs = large_chain(repeated=40, dead=0, seed=0)
+    assert without_time(measure_basin(module, inputs, seed=5)) == without_time(measure_basin(module, inputs, seed=5))
+
+
+# --- nothing of the user's is touched -------------------------------------------------------------------------------
+
+
+class Stateful(nn.Module):
+    """Changes itself, its buffers and every random state when it runs; raises if told to."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        super().__init__()
+        self.inner, self.norm, self.head = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros(()))
+        self.cached: Tensor | None = None
+        self.history: list[int] = []
+        self.fails = fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.history.append(len(x))
+        random.random(), np.random.rand(), torch.rand(1)
+        self.cached = self.drop(self.norm(self.inner(x)))
+        if self.fails:
+            raise KeyError("broken in the middle")
+        return self.head(self.cached)
+
+
+def ready_to_train(*, fails: bool = False) -> Stateful:
+    """A module in the middle of training: mixed train flags, some gradients, a hook."""
+    module = built(lambda: Stateful(fails=fails))
+    module.train()
+    module.norm.eval()
+    module.inner.weight.grad = torch.ones_like(module.inner.weight)
+    module.head.register_forward_hook(lambda *_: None)
+    return module
+
+
+def state_of(module: nn.Module) -> dict[str, Any]:
+    """Everything a measurement might disturb, as comparable values."""
+    return {
+        "tensors": {name: tensor.tolist() for name, tensor in module.state_dict(keep_vars=True).items()},
+        "identities": [id(tensor) for tensor in (*module.parameters(), *module.buffers())],
+        "gradients": [None if p.grad is None else (id(p.grad), p.grad.tolist()) for p in module.parameters()],
+        "requires": [p.requires_grad for p in module.parameters()],
+        "training": [part.training for part in module.modules()],
+        "hooks": [
+            [list(vars(part)[hooks]) for hooks in vars(part) if hooks.endswith("_hooks")] for part in module.modules()
+        ],
+        "attributes": [sorted(vars(part)) for part in module.modules()],
+        "history": list(module.history),
+        "cached": module.cached,
+    }
+
+
+def random_states() -> tuple[Any, Any, Any]:
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def test_module_is_left_as_it_was():
+    module = ready_to_train()
+    before = state_of(module)
+    measure_basin(module, normal(6, 3), normal(6, 2), loss_fn=sum_of_squares)
+    assert state_of(module) == before
+
+
+def test_random_states_are_left_as_they_were():
+    module = ready_to_train()
+    before = random_states()
+    measure_basin(module, normal(6, 3), normal(6, 2), loss_fn=sum_of_squares)
+    assert random_states() == before
+
+
+def test_module_and_random_states_are_left_as_they_were_when_forward_raises():
+    module = ready_to_train(fails=True)
+    before = state_of(module), random_states()
+    with pytest.raises(ValueError, match="KeyError: 'broken in the middle'"):
+        measure_basin(module, normal(6, 3))
+    assert (state_of(module), random_states()) == before
+
+
+def test_module_and_random_states_are_left_as_they_were_when_the_loss_raises():
+    def broken(outputs: Tensor, targets: Tensor) -> Tensor:
+        torch.rand(1)
+        raise KeyError("broken loss")
+
+    module = ready_to_train()
+    before = state_of(module), random_states()
+    with pytest.raises(TypeError, match="KeyError: 'broken loss'"):
+        measure_basin(module, normal(6, 3), normal(6, 2), loss_fn=broken)
+    assert (state_of(module), random_states()) == before
+
+
+def test_global_modes_are_left_as_they_were_when_forward_raises():
+    with torch.no_grad(), pytest.raises(ValueError, match="broken in the middle"):
+        measure_basin(ready_to_train(fails=True), normal(6, 3))
+    assert torch.get_default_dtype() is torch.float32
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_measurement_works_where_gradients_are_off_and_leaves_them_off(mode):
+    case = integer_case("mlp", 0)
+    with mode():
+        record = measure_basin(case.module, case.inputs)
+        assert not torch.is_grad_enabled()
+    assert record.gradient_rank == exact_rank(jacobian(evaluated_case("mlp", 0)[1]))
+
+
+def test_inputs_and_targets_are_left_as_they_were():
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.mul_(2.0)
+            return self.inner(x)
+
+    inputs, targets = normal(6, 3), normal(6, 2, seed=1)
+    inputs_before, targets_before = inputs.clone(), targets.clone()
+    try:
+        measure_basin(built(InPlace), inputs, targets, loss_fn=sum_of_squares)
+    except ValueError:
+        pass  # Refusing such a module is fine too; writing to the caller's tensors is not.
+    assert torch.equal(inputs, inputs_before)
+    assert torch.equal(targets, targets_before)
+
+
+def test_training_module_is_measured_in_evaluation_mode():
+    module = built(lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.9), nn.Linear(4, 2)))
+    inputs = normal(6, 3)
+    training = measure_basin(module.train(), inputs)
+    assert without_time(training) == without_time(measure_basin(module.eval(), inputs))
+
+
+# --- forms of inputs and outputs ------------------------------------------------------------------------------------
+
+
+class Product(nn.Module):
+    """f = head(a * b): two inputs per example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.head(a * b)
+
+
+class ProductOfDict(Product):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.head(batch["a"] * batch["b"])
+
+
+class ProductOfPair(Product):
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.head(batch[0] * batch[1])
+
+
+@pytest.mark.parametrize(
+    ("module", "form"),
+    [
+        (Product, lambda a, b: (a, b)),
+        (Product, lambda a, b: [a, b]),
+        (Product, lambda a, b: {"b": b, "a": a}),
+        (ProductOfDict, lambda a, b: {"b": b, "a": a}),
+        (ProductOfPair, lambda a, b: (a, b)),
+    ],
+    ids=["tuple", "list", "keywords", "one dict", "one tuple"],
+)
+def test_inputs_may_be_a_collection(module, form):
+    a, b = integer_inputs(seeded(), 6, 3), integer_inputs(seeded(1), 6, 3)
+    # A linear head on vectors v has rank 2 * rank [v, 1].
+    vectors = np.concatenate([integers(a * b), np.ones((6, 1), dtype=np.int64)], axis=1)
+    assert measure_basin(module(), form(a, b)).gradient_rank == 2 * exact_rank(vectors)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "outputs"),
+    [(OneNumber, (9, 2), (9,)), (lambda: Chain(2, 3, 2), (9, 2), (9, 2)), (Sequence2d, (5, 3, 2), (5, 3, 2))],
+    ids=["(k,)", "(k, c)", "(k, t, c)"],
+)
+def test_outputs_may_have_any_shape_behind_the_inputs(build, shape, outputs):
+    module = with_integer_weights(build(), seeded(4))
+    inputs = integer_inputs(seeded(5), *shape)
+    exact = module.exact(ExactNetwork(module), integers(inputs))
+    record = measure_basin(module, inputs, module(inputs).detach(), loss_fn=sum_of_squares)
+    assert tuple(module(inputs).shape) == outputs
+    assert record.num_rows == np.prod(outputs)
+    assert record.gradient_rank == exact_rank(jacobian(exact))
+    assert record.hessian_nullity == record.num_parameters - record.gradient_rank
+
+
+def test_behavior_chooses_the_outputs_that_count():
+    case = integer_case("mlp", 0)
+    _, outputs = evaluated_case("mlp", 0)
+    record = measure_basin(case.module, case.inputs, behavior=lambda module, x: module(x)[:, :1])
+    assert record.num_rows == len(case.inputs)
+    assert record.gradient_rank == exact_rank(outputs.gradient[:, 0])
+
+
+@pytest.mark.parametrize("frozen", [("layers.0.weight",), ("layers.1.weight", "layers.1.bias"), ("layers.2.bias",)])
+def test_frozen_parameters_are_left_out(frozen):
+    case = integer_case("mlp", 0)
+    for name in frozen:
+        case.module.get_parameter(name).requires_grad_(False)
+    network, outputs = case.evaluated(second=True)
+    targets = integer_targets(outputs, 0)
+    hessian = half_squared_error_hessian(outputs, targets)
+    record = measure_basin(case.module, case.inputs, torch.tensor(targets).double(), loss_fn=sum_of_squares)
+    assert record.num_parameters == network.num_parameters
+    assert list(record.layers) == list(network.columns)
+    assert record.gradient_rank == exact_rank(jacobian(outputs))
+    assert record.hessian_nullity_strict == len(hessian) - exact_rank(hessian)
+
+
+def test_unused_layer_has_rank_zero_and_a_flat_direction_for_each_parameter():
+    module = Chain(2, 3, 1)
+    module.unused = nn.Linear(4, 4)
+    inputs = normal(5, 2)
+    record = measure_basin(module, inputs, module(inputs).detach(), loss_fn=sum_of_squares)
+    unused = record.layers["unused"]
+    assert (unused.gradient_rank, unused.gradient_rank_gap) == (0, None)
+    assert unused.hessian_nullity_strict == unused.gauss_newton_nullity == 20
+    assert unused.duplicated_activations is None
+
+
+def test_single_input_is_measured():
+    module = with_integer_weights(Chain(2, 3, 2), seeded(1))
+    inputs = torch.tensor([[1.0, 2.0]])
+    exact = module.exact(ExactNetwork(module), integers(inputs))
+    record = measure_basin(module, inputs)
+    assert (record.gradient_rank, record.duplicated_activations) == (exact_rank(jacobian(exact)), 0)
+
+
+# --- which layers ---------------------------------------------------------------------------------------------------
+
+
+def test_chosen_layers_are_the_only_ones_reported():
+    case = integer_case("mlp", 0)
+    record = measure_basin(case.module, case.inputs, layers=["layers.2", "layers.0"])
+    assert list(record.layers) == ["layers.0", "layers.2"]
+
+
+def test_choice_of_layers_does_not_change_the_network():
+    case = integer_case("mlp", 0)
+    every = measure_basin(case.module, case.inputs)
+    chosen = measure_basin(case.module, case.inputs, layers=["layers.1"])
+    assert chosen.quantities() | {"measure_seconds": 0.0} == every.quantities() | {"measure_seconds": 0.0}
+    assert chosen.layers["layers.1"] == every.layers["layers.1"]
+
+
+def test_shared_parameter_belongs_to_the_first_layer():
+    case = integer_case("tied embedding", 0)
+    record = measure_basin(case.module, case.inputs)
+    assert {name: part.num_parameters for name, part in record.layers.items()} == {"embed": 15, "head": 5}
+
+
+def test_parameters_of_the_root_stand_under_the_empty_name():
+    record = measure_basin(integer_case("scaled", 0).module, integer_case("scaled", 0).inputs)
+    assert {name: part.num_parameters for name, part in record.layers.items()} == {"": 3, "inner": 9, "head": 8}
+
+
+def deep_chain() -> tuple[Chain, Tensor]:
+    """34 layers, each nearly the identity: integers stay small through all of them."""
+    generator = seeded(0)
+    module = Chain(*[3] * 35)
+    with torch.no_grad():
+        for layer in module.layers:
+            layer.weight.copy_(torch.eye(3))
+            layer.weight[0, 1] = float(torch.randint(-1, 2, (), generator=generator))
+            layer.bias.copy_(torch.randint(-1, 2, (3,), generator=generator))
+        module.layers[0].bias.fill_(9.0)
+    return module, integer_inputs(generator, 5, 3)
+
+
+def test_more_than_32_layers_are_reported_by_blocks():
+    module, inputs = deep_chain()
+    record = measure_basin(module, inputs, layers="auto")
+    assert list(record.blocks) == [f"layers.{i}-{i + 1}" for i in range(0, 34, 2)]
+    assert len(record.layers) == 34
+
+
+def test_rank_of_a_block_is_the_exact_rank_of_its_layers_side_by_side():
+    module, inputs = deep_chain()
+    network = ExactNetwork(module)
+    gradients = jacobian(module.exact(network, integers(inputs)))
+    record = measure_basin(module, inputs, layers="auto")
+    expected = {
+        f"layers.{i}-{i + 1}": exact_rank(gradients[:, columns_of(network, [f"layers.{i}", f"layers.{i + 1}"])])
+        for i in range(0, 34, 2)
+    }
+    assert {name: block.gradient_rank for name, block in record.blocks.items()} == expected
+    assert record.gradient_rank == exact_rank(gradients)
+
+
+@pytest.mark.parametrize("layers", ["all", "auto"])
+def test_few_layers_have_no_blocks(layers):
+    case = integer_case("mlp", 0)
+    assert not measure_basin(case.module, case.inputs, layers=layers).blocks
+
+
+# --- modules of every kind ------------------------------------------------------------------------------------------
+
+
+class LastState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(2, 3, batch_first=True)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class TimeFirst(LastState):
+    """The recurrent layer wants time first: inside, the inputs are along the second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x.transpose(0, 1))[0][-1])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attend(x, x, x, need_weights=False)[0].mean(1))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, batch_first=True)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x)[:, 0])
+
+
+class WeightUsedTwice(nn.Module):
+    """A linear layer whose weight the forward also uses on its own: no longer what its type says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x).tanh() @ self.inner.weight)
+
+
+class HookedLinear(nn.Module):
+    """A linear layer whose output a hook changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.inner.register_forward_hook(lambda module, args, output: output * output.detach().tanh() + args[0].sum())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x).tanh())
+
+
+class InPlaceActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x).relu_())
+
+
+def normalised_by_weight() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
+
+
+def normalised_by_spectrum() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
+
+
+def normalised_by_batch() -> nn.Module:
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 2))
+    module(normal(20, 3, seed=9))  # fills the running statistics
+    return module
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "LSTM": (LastState, (20, 3, 2)),
+    "LSTM time first": (TimeFirst, (20, 3, 2)),
+    "attention": (Attention, (20, 3, 4)),
+    "encoder": (Encoder, (30, 3, 4)),
+    "weight norm": (normalised_by_weight, (20, 3)),
+    "spectral norm": (normalised_by_spectrum, (20, 3)),
+    "batch norm and dropout": (normalised_by_batch, (20, 3)),
+    "convolution 1d": (
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 2, groups=1), nn.Tanh(), nn.Flatten(), nn.Linear(9, 2)),
+        (20, 2, 4),
+    ),
+    "group norm": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 1)),
+        (30, 2, 3, 3),
+    ),
+    "bilinear": (lambda: nn.Sequential(nn.Linear(3, 3), nn.PReLU(), nn.Linear(3, 2)), (15, 3)),
+    "weight used twice": (WeightUsedTwice, (20, 3)),
+    "hooked": (HookedLinear, (20, 3)),
+    "in place": (InPlaceActivation, (20, 3)),
+}
+
+
+def plain_jacobian(module: nn.Module, inputs: Tensor) -> tuple[np.ndarray, dict[str, slice]]:
+    """One backward pass per output of a float64 copy in evaluation mode; columns by owner of the parameter."""
+    with torch.backends.mha.set_fastpath_enabled(False) or torch.enable_grad():
+        outputs = module.double().eval()(inputs.double())
+        parameters = dict(module.named_parameters())
+        rows = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(o, list(parameters.values()), retain_graph=True)])
+            for o in outputs.flatten()
+        ]
+    return torch.stack(rows).numpy(), {}
+
+
+def differences(module: nn.Module, inputs: Tensor) -> np.ndarray:
+    """The Jacobian by central differences in float64: no derivative rule of anybody is involved.
+
+    With steps of 1e-4 and Richardson's extrapolation the error is near 1e-11 of the outputs.
+    """
+    module, inputs = module.double().eval(), inputs.double()
+    columns = []
+    with torch.no_grad():
+        for parameter in module.parameters():
+            for entry in range(parameter.numel()):
+                flat, slopes = parameter.view(-1), []
+                original = flat[entry].clone()
+                for step in (1e-3, 2e-3):
+                    ends = []
+                    for sign in (1, -1):
+                        flat[entry] = original + sign * step
+                        ends.append(module(inputs).flatten())
+                    slopes.append((ends[0] - ends[1]) / (2 * step))
+                flat[entry] = original
+                columns.append((4 * slopes[0] - slopes[1]) / 3)
+    return torch.stack(columns, dim=1).numpy()
