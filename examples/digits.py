@@ -60,7 +60,7 @@ def what_to_look_at(first: BasinRecord, last: BasinRecord) -> str:
     }
     lines = ["What to look at, and its way from the start to the end:"]
     for name, meaning in rows.items():
-        lines.append(f"  basin/{name:22}{first.quantities()[name]:>8.3g} -> {last.quantities()[name]:<9.3g}{meaning}")
+        lines.append(f"  basin/{name:22}{first.quantities()[name]:>9.4g} -> {last.quantities()[name]:<10.4g}{meaning}")
     return "\n".join([*lines, "  basin_layer_gradient_rank/*  which layer lost the rank"])
 
 

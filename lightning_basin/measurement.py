@@ -38,8 +38,8 @@ LayerSelection = Literal["auto", "all"] | Sequence[str]
 MAX_DENSE_PARAMETERS = 3000
 """Largest number of parameters for which ``hessian="auto"`` forms the Hessian: 72 MB, some seconds."""
 
-MAX_ROWS = 16384
-"""Largest number of outputs on a probe: their Gram matrix then takes 2 GiB, its eigenvalues minutes."""
+MAX_ROWS = 8192
+"""Largest number of outputs on a probe: their Gram matrix then takes 512 MiB, its eigenvalues half a minute."""
 
 _HESSIAN_ELEMENTS = 2**25  # float64 numbers in the activations of one batched backward pass: 256 MiB
 

@@ -240,24 +240,37 @@ class BasinMonitor(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Check the configuration on what is there, and keep the initial weights for the baseline."""
         self._initial_steps = (trainer.global_step, _batches_that_stepped(trainer))
+        self._initial_module = pl_module
         try:
             if not self._explicit_probe:
-                self._collect(batch)
-            probe = self._probe or Probe.from_batches(self._batches, self._probe_size)
-            self._check(trainer, pl_module, probe)
+                self._batches.append(self._split(batch))
+                self._complete_probe()
+            self._check(trainer, pl_module, self._probe or Probe.from_batches(self._batches, self._probe_size))
+            if self._probe is None:  # Some training steps will pass before there are enough inputs.
+                (self._initial_module,) = float64_replica(pl_module)
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(
                 f"BasinMonitor cannot measure {type(pl_module).__name__}: {error}"
             ) from error
-        (self._initial_module,) = (pl_module,) if self._probe is not None else float64_replica(pl_module)
+        except Exception as error:  # Not the configuration: the measurements will say whether they succeed.
+            rank_zero_warn(f"BasinMonitor could not check {type(pl_module).__name__}. {type(error).__name__}: {error}")
 
     def _collect(self, batch: Any) -> None:
-        """Take the inputs of a batch, and make the probe once there are enough."""
-        self._batches.append(self._split(batch))
-        taken = sum(Probe(*pair).size for pair in self._batches)
-        if taken >= self._probe_size:
+        """Take the inputs of one more batch; where they do not fit to the others, these make the probe."""
+        try:
+            pair = self._split(batch)
+            Probe.from_batches([*self._batches, pair], self._probe_size)
+        except (TypeError, ValueError) as error:
             self._probe = Probe.from_batches(self._batches, self._probe_size)
-            self._batches.clear()
+            self._say(f"The probe has {self._probe.size} inputs, not {self._probe_size}: {error}", warn=True)
+            return
+        self._batches.append(pair)
+        self._complete_probe()
+
+    def _complete_probe(self) -> None:
+        probe = Probe.from_batches(self._batches, self._probe_size)
+        if probe.size == self._probe_size:
+            self._probe = probe
 
     def _split(self, batch: Any) -> tuple[Any, Any]:
         """Inputs and targets of a training batch, copied: a training step may write to it."""
