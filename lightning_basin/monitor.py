@@ -275,7 +275,13 @@ class BasinMonitor(Callback):
     def _split(self, batch: Any) -> tuple[Any, Any]:
         """Inputs and targets of a training batch, copied: a training step may write to it."""
         if self.batch_fn is not None:
-            pair = self.batch_fn(batch)
+            try:
+                pair = self.batch_fn(batch)
+            except Exception as error:
+                raise TypeError(
+                    f"batch_fn must take a training batch, {_described(batch)}, but failed with "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             if not isinstance(pair, tuple | list) or len(pair) != 2:  # noqa: PLR2004 - a pair
                 raise TypeError(f"batch_fn must return a pair of inputs and targets, got {_described(pair)}")
             inputs, targets = pair
