@@ -27,7 +27,6 @@ ModuleBehavior = Callable[[nn.Module, Any], Tensor]
 _AGREEMENT_RTOL = 1e-9  # two float64 evaluations of one number agree to about 1e-14; a wrong formula does not
 _GROUP_ELEMENTS = 2**27  # float64 numbers in the dense gradients held at once: 1 GiB
 _LAYER_ELEMENTS = 2**30  # and in those of one layer: 8 GiB
-_CUT_INPUTS = 3  # inputs on which a cut is tested; 2 would not tell a roll from a swap with an even batch
 _CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm)
 
 
@@ -137,7 +136,8 @@ class Network:
         """
         hint = "pass behavior=lambda module, inputs: ... that returns one row of outputs per input"
         try:
-            outputs = self._behavior(self.module, probe.inputs)
+            # A copy: a module may write to its input.
+            outputs = self._behavior(self.module, map_tensors(Tensor.clone, probe.inputs))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -179,7 +179,7 @@ class Network:
             RuntimeError: If no way of computing a layer's gradients agrees with autograd.
             ValueError: If the gradients of a layer do not fit into memory.
         """
-        outputs = trace.outputs.flatten(1)
+        outputs = trace.outputs.reshape(probe.size, -1)
         weights = torch.randn(outputs.numel(), generator=generator, dtype=torch.float64).to(outputs.device)
         expected = self._combined(outputs, weights)
         factored = self._factored(probe, trace)
@@ -222,7 +222,7 @@ class Network:
         """Gradients of linear layers from what enters them and the derivative by what leaves them."""
         linear = [layer for layer in self.layers if self._is_linear(layer, trace, probe.size)]
         left = [tensor for layer in linear for tensor in trace.leaving[layer.name]]
-        outputs = trace.outputs.flatten(1)
+        outputs = trace.outputs.reshape(probe.size, -1)
         if not left or not outputs.requires_grad:
             return {}
         passes = [
@@ -295,7 +295,7 @@ class Network:
 
         def behavior(values: Any, tensors: Sequence[Tensor]) -> Tensor:
             remaining = iter(tensors)
-            inputs = map_tensors(lambda _: next(remaining), probe.inputs)
+            inputs = map_tensors(lambda _: next(remaining).clone(), probe.inputs)
             renamed = {f"module.{name}": value for name, value in values.items()}
             rows: Tensor = functional_call(wrapper, renamed, (inputs,))
             return rows
@@ -325,46 +325,58 @@ class Network:
         with torch.no_grad():
             return _LayoutByExample(self, probe, trace).activations()
 
-    def cuts(
-        self, probe: Probe, activations: dict[str, LayerActivations], classes: Tensor
-    ) -> Iterator[tuple[str, int]]:
+    def cuts(self, probe: Probe, trace: Trace, activations: dict[str, LayerActivations]) -> Iterator[tuple[str, int]]:
         """Layers whose input is all that crosses, with the number of parameters used before it.
 
-        Found by computing: where what enters a layer is rolled from input to input, and with it every output, nothing
-        else about the input reaches the outputs. A branch beside a skip connection fails this.
+        Found by computing: where what enters a layer is rolled from each input to the next, and all outputs and
+        gradients with respect to later parameters roll along, nothing else about an input gets past the layer. A
+        branch beside a skip connection fails this, also one whose skip has weight zero: its gradient does not roll.
 
         Args:
             probe: The inputs.
+            trace: Of the probe.
             activations: Of the probe.
-            classes: Of the outputs, from `duplicate_classes`; inputs with different outputs make the test sharp.
 
         Yields:
             Name of the layer, and number of entries of all parameters that what enters it depends on.
         """
-        firsts = sorted(set(classes.tolist()))
-        chosen = [*firsts, *(i for i in range(probe.size) if i not in set(firsts))][:_CUT_INPUTS]
-        few = probe.select(chosen)
-        trace = self.trace(few)
-        outputs = trace.outputs.detach()
-        tolerance = _AGREEMENT_RTOL * float(outputs.abs().max())
         for name, layer in activations.items():
-            if not layer.rows_per_input or name not in trace.entering:
+            called_once = len(trace.leaving.get(name, [])) == 1  # Later calls see the earlier ones already rolled.
+            if not layer.rows_per_input or not called_once:
                 continue
-            if len(trace.leaving.get(name, [])) > 1:  # The later calls see the earlier ones already rolled.
+            before = self._used_before(trace.entering[name])
+            rolled = self.trace(probe, replace=Replacement(name, layer.rows_per_input)).outputs
+            tolerance = _AGREEMENT_RTOL * float(trace.outputs.detach().abs().max())
+            if float((rolled - trace.outputs.roll(1, 0)).detach().abs().max()) > tolerance:
                 continue
-            with torch.no_grad():
-                rolled = self.trace(few, replace=Replacement(name, layer.rows_per_input)).outputs
-            if float((rolled - outputs.roll(1, 0)).abs().max()) <= tolerance:
-                yield name, self._num_parameters_before(trace.entering[name])
+            after = [parameter for parameter, used in zip(self.parameters(), before, strict=True) if not used]
+            if self._gradients_roll(trace.outputs, rolled, after):
+                yield name, sum(p.numel() for p, used in zip(self.parameters(), before, strict=True) if used)
 
-    def _num_parameters_before(self, entering: Sequence[Tensor]) -> int:
+    def _used_before(self, entering: Sequence[Tensor]) -> list[bool]:
+        """For each parameter whether what enters a layer depends on it."""
         attached = [tensor for tensor in entering if tensor.requires_grad]
-        if not attached:
-            return 0
         parameters = self.parameters()
+        if not attached:
+            return [False] * len(parameters)
         ones = [torch.ones_like(tensor) for tensor in attached]
-        used = torch.autograd.grad(attached, parameters, ones, retain_graph=True, allow_unused=True)
-        return sum(p.numel() for p, gradient in zip(parameters, used, strict=True) if gradient is not None)
+        gradients = torch.autograd.grad(attached, parameters, ones, retain_graph=True, allow_unused=True)
+        return [gradient is not None for gradient in gradients]
+
+    @staticmethod
+    def _gradients_roll(outputs: Tensor, rolled: Tensor, parameters: Sequence[Tensor]) -> bool:
+        """Whether rolled outputs have the rolled gradients, seen in one random combination of the rows."""
+        if not parameters or not outputs.requires_grad or not rolled.requires_grad:
+            return True
+        generator = Generator().manual_seed(0)
+        weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device)
+        expected = torch.autograd.grad(
+            outputs, parameters, weights.roll(-1, 0), retain_graph=True, materialize_grads=True
+        )
+        found = torch.autograd.grad(rolled, parameters, weights, materialize_grads=True)
+        tolerance = _AGREEMENT_RTOL * max(float(gradient.abs().max()) for gradient in expected)
+        pairs = zip(found, expected, strict=True)
+        return all(float((gradient - wanted).abs().max()) <= tolerance for gradient, wanted in pairs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -413,8 +425,8 @@ def call_module(module: nn.Module, inputs: Any) -> Any:
     signature = inspect.signature(module.forward)
     named = set(signature.parameters)
     if isinstance(inputs, dict) and all(isinstance(key, str) for key in inputs):
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        if (set(inputs) <= named or (takes_any and not _binds(signature, inputs))) and _binds(signature, **inputs):
+        # With **kwargs every dict would bind: then one key must name a parameter, or no single argument be possible.
+        if _binds(signature, **inputs) and (named & set(inputs) or not _binds(signature, inputs)):
             return module(**inputs)
     elif isinstance(inputs, tuple | list) and _binds(signature, *inputs):
         return module(*inputs)
@@ -452,7 +464,8 @@ def _recording(network: Network, trace: Trace, replace: Replacement | None) -> I
                 args, kwargs = replace((args, kwargs))
             if not trace.leaving:
                 trace.num_first += name not in trace.entering
-            trace.entering.setdefault(name, []).extend(tensors_of((args, kwargs)))
+            # Clones, here and below: what is done in place later cannot change what entered and left.
+            trace.entering.setdefault(name, []).extend(tensor.clone() for tensor in tensors_of((args, kwargs)))
             return args, kwargs
 
         return hook
@@ -461,7 +474,6 @@ def _recording(network: Network, trace: Trace, replace: Replacement | None) -> I
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
             first = tensors_of(output)[:1]
             trace.leaving.setdefault(name, []).extend(first)
-            # A clone, so that an in-place activation cannot turn what left the layer into something else.
             return output.clone() if isinstance(output, Tensor) else output
 
         return hook
@@ -544,7 +556,7 @@ class _LayoutByExample:
             if None not in layouts:
                 rows = tuple(layout for layout in layouts if layout is not None)
                 sliced = [
-                    tensor.view(num_inputs, count, *tensor.shape[1:])
+                    tensor.reshape(num_inputs, count, *tensor.shape[1:])
                     for tensor, count in zip(tensors, rows, strict=True)
                     if count
                 ]
@@ -577,7 +589,7 @@ def _layout(tensor: Tensor, first: Tensor, last: Tensor, num_inputs: int) -> int
         return 0
     if not tensor.ndim or tensor.shape != (num_inputs * first.shape[0], *first.shape[1:]):
         return None
-    rows = tensor.view(num_inputs, -1)
+    rows = tensor.reshape(num_inputs, -1)
     tolerance = _AGREEMENT_RTOL * float(tensor.abs().max()) if tensor.numel() else 0.0
     for found, alone in ((rows[0], first), (rows[-1], last)):
         if bool(((found - alone.flatten()).abs() > tolerance).any()):

@@ -11,7 +11,6 @@ from torch import Generator, Tensor, nn
 
 from lightning_basin.functional.duplicates import (
     dead_units,
-    duplicate_classes,
     duplicated_activations,
     gradient_rank_bound,
 )
@@ -170,7 +169,7 @@ def _evaluated(
 
 def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
     if not bool(outputs.isfinite().all()):
-        count = int((~outputs.isfinite()).flatten(1).any(1).sum())
+        count = int((~outputs.isfinite()).reshape(probe.size, -1).any(1).sum())
         raise ValueError(f"outputs must be finite, but are NaN or infinite on {count} of the {probe.size} inputs")
     if outputs.numel() > MAX_ROWS:
         raise ValueError(
@@ -300,8 +299,11 @@ def _measured_hessian(
     activations = sum(tensor.numel() for left in evaluation.trace.leaving.values() for tensor in left)
     chunk_size = max(1, min(64, _HESSIAN_ELEMENTS // max(1, activations)))
     layers = evaluation.network.layers
-    hessian = hessian_matrix(evaluation.loss, evaluation.network.parameters(), chunk_size=chunk_size)
     gradients = torch.cat([rows[layer] for layer in layers], dim=1)
+    # Terms of the size of squared gradients cancel where a classifier is saturated; their rounding stays.
+    rounding = 1e-12 * float(gradients.abs().max()) ** 2
+    parameters = evaluation.network.parameters()
+    hessian = hessian_matrix(evaluation.loss, parameters, chunk_size=chunk_size, atol=rounding)
     curvature = output_curvature(lambda outputs: loss_fn(outputs, targets), evaluation.trace.outputs)
     positions = torch.arange(hessian.shape[0], device=hessian.device)
     columns = dict(zip(layers, torch.split(positions, [layer.num_parameters for layer in layers]), strict=True))
@@ -334,11 +336,10 @@ def _measured_duplicates(evaluation: _Evaluation, rtol: float) -> _Duplicates:
         for quantity in ("duplicated_activations", "duplicated_activations_exact")
     }
     totals["dead_units"] = sum(layer.get("dead_units", 0) for layer in layers.values())
-    outputs = trace.outputs.detach().flatten(1)
-    classes = duplicate_classes(outputs, rtol=rtol)
+    outputs = trace.outputs.detach().reshape(probe.size, -1)
     cuts = [
         (before, probe.size - layers[name]["duplicated_activations"])
-        for name, before in network.cuts(probe, activations, classes)
+        for name, before in network.cuts(probe, trace, activations)
     ]
     return _Duplicates(
         layers=layers,

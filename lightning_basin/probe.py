@@ -71,6 +71,8 @@ class Probe:
         """
         if size < 1:
             raise ValueError(f"probe must hold at least 1 input, got {size}")
+        if not batches:
+            raise ValueError("a probe needs at least one batch to take its inputs from, got none")
         try:
             columns = zip(*(tensors_of(batch) for batch in batches), strict=True)
             joined = iter([torch.cat(column)[:size] for column in columns])

@@ -1,7 +1,7 @@
 """Frozen results of one measurement, and the keys under which they are logged."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import quantiles
 from typing import Any
@@ -153,15 +153,16 @@ class BasinRecord(LayerRecord):
         """
         named = {f"{prefix}/{name}": float(value) for name, value in self.quantities().items()}
         parts, kind = (self.blocks, "block") if self.blocks else (self.layers, "layer")
+        tags = _tags(parts)
         for part, record in parts.items():
             for name, value in record.quantities().items():
-                named[f"{prefix}_{kind}_{name}/{tag(part)}"] = float(value)
+                named[f"{prefix}_{kind}_{name}/{tags[part]}"] = float(value)
         outputs = {
             "duplicated_activations": self.output_duplicated_activations,
             "duplicated_activations_exact": self.output_duplicated_activations_exact,
         }
         for name, count in outputs.items():
-            if count is not None and "output" not in parts:
+            if count is not None and "output" not in tags.values():
                 named[f"{prefix}_{kind}_{name}/output"] = float(count)
         return named | {f"{prefix}_stats/{name}": value for name, value in self._statistics()}
 
@@ -280,12 +281,23 @@ def layer_blocks(names: Sequence[str]) -> dict[str, list[str]]:
 def _range_name(first: str, last: str) -> str:
     """``layers.0-1`` from ``layers.0`` and ``layers.1``; both names where they have no common part."""
     stem, _, number = last.rpartition(".")
-    return f"{first}-{number}" if first.rpartition(".")[0] == stem and number.isdigit() else f"{first}-{last}"
+    joint = first.rpartition(".")[0] == stem and number.isdigit()
+    return f"{tag(first)}-{number if joint else tag(last)}"
 
 
 def tag(layer: str) -> str:
     """A layer's name as it stands in a logged key: ``root`` for the root, no slash."""
     return layer.replace("/", ".") or "root"
+
+
+def _tags(layers: Iterable[str]) -> dict[str, str]:
+    """Tags of layers, told apart by a prime where two names look the same without their slash."""
+    tags: dict[str, str] = {}
+    for layer in layers:
+        tags[layer] = tag(layer)
+        while tags[layer] in list(tags.values())[:-1]:
+            tags[layer] += "'"
+    return tags
 
 
 def _fields(record: LayerRecord) -> dict[str, Any]:

@@ -8,6 +8,7 @@ weights are the same: float64 holds every float32, float16 and bfloat16 exactly.
 import copy
 import inspect
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -28,7 +29,14 @@ _LOW_PRECISION = {
     torch.float32: torch.float64,
     torch.complex64: torch.complex128,
 }
-_LOW_PRECISION_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+_LOW_PRECISION_CASTS = {
+    Tensor.float: Tensor.double,
+    Tensor.half: Tensor.double,
+    Tensor.bfloat16: Tensor.double,
+    Tensor.cfloat: Tensor.cdouble,  # type: ignore[attr-defined]  # not in the stubs of torch 2.13
+}
+_LOW_PRECISION_TENSOR = re.compile(r"torch\.(cuda\.)?(Float|Half|BFloat16)Tensor")
+_MODULE_ATTRIBUTES = vars(nn.Module()).keys()
 
 
 def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
@@ -59,7 +67,7 @@ def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
     memo: dict[int, Any] = {}
     for part in modules:
         _remember_tensors(part, memo)
-        _remember_hooks(part, memo)
+        _remember_hooks(part, modules, memo)
     for part in reversed(modules):
         if isinstance(part, torch._dynamo.OptimizedModule):
             memo[id(part)] = _deep_copy(part._orig_mod, modules, memo)
@@ -106,11 +114,12 @@ def _plain_tensors(attribute: Any) -> Iterator[Tensor]:
             yield from _plain_tensors(item)
 
 
-def _remember_hooks(part: nn.Module, memo: dict[int, Any]) -> None:
-    """Share hooks that belong to an object outside the network: it may hold anything, a whole trainer too."""
+def _remember_hooks(part: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> None:
+    """Share hooks, except methods of the network itself: what they belong to may hold anything, a trainer too."""
+    inside = {id(module) for module in modules}
     for hooks in (part._forward_hooks, part._forward_pre_hooks):
         for hook in hooks.values():
-            if inspect.ismethod(hook) and not isinstance(hook.__self__, nn.Module):
+            if not (inspect.ismethod(hook) and id(hook.__self__) in inside):
                 memo[id(hook)] = hook
     compiled_call = vars(part).get("_compiled_call_impl")
     if compiled_call is not None:  # Set by Module.compile(); it would run the original.
@@ -124,7 +133,8 @@ def _deep_copy(item: Any, modules: list[nn.Module], memo: dict[int, Any]) -> Any
     except Exception:  # Whatever an attribute of the user's raises when it is copied: share it.
         for part in modules:
             for name, attribute in vars(part).items():
-                if name not in ("_parameters", "_buffers", "_modules") and id(attribute) not in memo:
+                # Never what every module has: a shared dict of hooks would put ours on the original.
+                if name not in _MODULE_ATTRIBUTES and id(attribute) not in memo:
                     _share_if_not_copyable(attribute, memo)
         return copy.deepcopy(item, memo)
     memo.update(attempt)
@@ -139,7 +149,7 @@ def _share_if_not_copyable(attribute: Any, memo: dict[int, Any]) -> None:
 
 
 class _Float64Mode(TorchFunctionMode):
-    """Turns every request for a lower precision into one for float64.
+    """Turns requests for a lower precision, by dtype or by method, into requests for float64.
 
     Attention and normalisation layers often ask for float32 by name (``softmax(..., dtype=torch.float32)``); the
     rounding of that one line would fill the null space.
@@ -148,14 +158,18 @@ class _Float64Mode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _LOW_PRECISION_CASTS:
-            func = Tensor.double
+        func = _LOW_PRECISION_CASTS.get(func, func)
         raised = [_raised(argument) for argument in args]
         return func(*raised, **{name: _raised(argument) for name, argument in (kwargs or {}).items()})
 
 
 def _raised(argument: Any) -> Any:
-    return _LOW_PRECISION.get(argument, argument) if isinstance(argument, torch.dtype) else argument
+    if isinstance(argument, torch.dtype):
+        return _LOW_PRECISION.get(argument, argument)
+    if isinstance(argument, str | type(torch.FloatTensor)):  # As in tensor.type("torch.FloatTensor").
+        name = argument if isinstance(argument, str) else f"{argument.__module__}.{argument.__name__}"
+        return torch.float64 if _LOW_PRECISION_TENSOR.fullmatch(name) else argument
+    return argument
 
 
 @contextmanager

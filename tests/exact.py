@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 _LARGE_PRIME = 2**61 - 1
 _PRIME = 2**31 - 1  # products of two residues still fit into 64 bits
-_OTHER_PRIME = 2**31 - 19
 _EXACT_IN_FLOAT64 = 2**53  # a network whose numbers pass this is no oracle for float64
 
 
@@ -39,14 +38,11 @@ def exact_rank_of_wide(matrix: np.ndarray) -> int:
     assert np.abs(matrix).max() < 2**20
     assert columns < 2**16
     random = np.random.default_rng(0)
-    found = []
-    for prime in (_PRIME, _OTHER_PRIME):
-        projection = random.integers(0, prime, size=(columns, rows + 8))
-        exact = matrix.astype(np.float64)
-        low = (exact @ (projection % 2**16).astype(np.float64)).astype(np.int64)
-        high = (exact @ (projection // 2**16).astype(np.float64)).astype(np.int64)
-        found.append(rank_modulo((low + (high % prime) * 2**16) % prime, prime))
-    return max(found)
+    projection = random.integers(0, _PRIME, size=(columns, rows + 8))
+    exact = matrix.astype(np.float64)
+    low = (exact @ (projection % 2**16).astype(np.float64)).astype(np.int64)
+    high = (exact @ (projection // 2**16).astype(np.float64)).astype(np.int64)
+    return rank_modulo((low + (high % _PRIME) * 2**16) % _PRIME, _PRIME)
 
 
 def rank_modulo(matrix: np.ndarray, prime: int) -> int:

@@ -153,7 +153,7 @@ def test_effective_rank_of_equal_singular_values_is_their_number(count):
 
 
 def test_effective_rank_weighs_squared_singular_values():
-    # p = 4/5, 1/5.
+    # Squares 4 and 1: shares of four fifths and one fifth.
     expected = math.exp(0.8 * math.log(5 / 4) + 0.2 * math.log(5))
     torch.testing.assert_close(effective_rank(torch.tensor([2.0, 1.0])), expected)
 

@@ -32,7 +32,7 @@ def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6) -> Tensor:
     if not 0.0 <= rtol < 1.0:
         raise ValueError(f"rtol must be inside [0, 1), got {rtol}")
     num_inputs = activations.shape[0]
-    rows = activations.detach().reshape(num_inputs, -1).to(torch.float64)
+    rows = activations.detach().unsqueeze(-1).flatten(1).to(torch.float64)
     if num_inputs == 0 or rows.shape[1] == 0:
         return torch.zeros(num_inputs, dtype=torch.int64)
     # Bitwise equal rows first, by sorting: large classes then cost nothing below.

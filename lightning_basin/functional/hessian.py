@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_basin.functional.rank import check_rtol, default_rtol, numerical_rank, singular_values
 
 _SYMMETRY_RTOL = 1e-8  # of a Hessian's largest entry; rounding is near 1e-14, a wrong formula near 1e-2
-_ROUNDING_RTOL = 1e-12  # of a curvature's largest entry: what eigenvalues of a c x c block cannot resolve
+_ROUNDING_RTOL = 1e-13  # times c: what eigenvalues of a c x c block with unit diagonal do not resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +53,15 @@ class OutputCurvature:
     residual_is_zero: bool
 
 
-def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor], *, chunk_size: int = 64) -> Tensor:
+def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor], *, chunk_size: int = 64, atol: float = 0.0) -> Tensor:
     """All second derivatives of a loss, by double backward.
 
     Args:
         loss: Attached to the graph of ``parameters``, shape ``()``.
         parameters: In the order of rows and columns.
         chunk_size: Columns per batched backward pass; bounds the memory.
+        atol: Asymmetry to allow beside 1e-8 of the largest entry: what is left of rounding where larger terms cancel,
+            as in the cross-entropy of a saturated classifier.
 
     Returns:
         Symmetric, shape ``(N, N)``.
@@ -87,7 +89,7 @@ def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor], *, chunk_size: in
         hessian[chunk] = _products(gradient, parameters, identity[chunk])
     asymmetry = float((hessian - hessian.mT).abs().max())
     scale = float(hessian.abs().max())
-    if asymmetry > _SYMMETRY_RTOL * scale:
+    if asymmetry > _SYMMETRY_RTOL * scale + atol:
         raise RuntimeError(
             f"the Hessian must be symmetric, but entries differ by {asymmetry:.1e} of {scale:.1e}: an operation of the "
             f"network or the loss has a wrong second derivative"
@@ -100,9 +102,14 @@ def _products(gradient: Tensor, variables: Sequence[Tensor], directions: Tensor)
 
     def backward(vectors: Tensor, *, batched: bool) -> Tensor:
         parts = torch.autograd.grad(
-            gradient, variables, vectors, retain_graph=True, materialize_grads=True, is_grads_batched=batched
+            gradient, variables, vectors, retain_graph=True, allow_unused=True, is_grads_batched=batched
         )
-        return torch.cat([part.flatten(int(batched)) for part in parts], dim=-1)
+        batch = vectors.shape[: int(batched)]
+        rows = [
+            vectors.new_zeros(*batch, variable.numel()) if part is None else part.reshape(*batch, -1)
+            for part, variable in zip(parts, variables, strict=True)
+        ]
+        return torch.cat(rows, dim=-1)
 
     try:
         return backward(directions, batched=True).detach()
@@ -129,7 +136,7 @@ def output_curvature(loss_fn: Callable[[Tensor], Tensor], outputs: Tensor) -> Ou
                  [0., 2.]]], dtype=torch.float64)
     """
     shape = outputs.shape
-    values = outputs.detach().flatten(1).clone().requires_grad_()
+    values = outputs.detach().reshape(shape[0], -1).clone().requires_grad_()
     loss = loss_fn(values.view(shape))
     if not loss.requires_grad:
         return _constant_curvature(values, residual_is_zero=True)
@@ -153,15 +160,28 @@ def _curvature_blocks(slope: Tensor, values: Tensor) -> Tensor:
     directions = selectors.unsqueeze(1).expand(-1, num_inputs, -1)
     products = _products(slope, [values], directions).view(num_outputs, num_inputs, num_outputs)
     blocks = products.transpose(0, 1).contiguous()
-    # A loss that couples the inputs gives another product with a direction that differs from input to input.
-    signs = torch.linspace(-1, 1, values.numel(), dtype=values.dtype, device=values.device).view_as(values)
-    expected = (blocks @ signs.unsqueeze(2)).squeeze(2)
-    found = _products(slope, [values], signs.unsqueeze(0)).view_as(values)
-    if torch.allclose(expected, found, rtol=1e-9, atol=1e-9 * float(blocks.abs().max())):
+    if not _couples_inputs(slope, values):
         return (blocks + blocks.mT) / 2
     identity = torch.eye(values.numel(), dtype=values.dtype, device=values.device)
     whole = _products(slope, [values], identity.view(-1, num_inputs, num_outputs))
     return ((whole + whole.mT) / 2).unsqueeze(0)
+
+
+def _couples_inputs(slope: Tensor, values: Tensor) -> bool:
+    """Whether moving the outputs of some inputs changes the slope at others, be it by the smallest number.
+
+    For any two inputs one of the directions moves one and not the other: their indices differ in some bit. A loss
+    that is a sum over inputs answers with exact zeros, however small its curvature has become.
+    """
+    num_inputs, num_outputs = values.shape
+    positions = torch.arange(num_inputs, device=values.device)
+    move = torch.linspace(1, 2, num_outputs, dtype=values.dtype, device=values.device)
+    for bit in range((num_inputs - 1).bit_length()):
+        moved = ((positions >> bit) & 1).bool().unsqueeze(1)
+        answer = _products(slope, [values], torch.where(moved, move, 0.0).unsqueeze(0)).view_as(values)
+        if bool(answer[~moved.squeeze(1)].any()):
+            return True
+    return False
 
 
 def _curvature_factors(matrices: Tensor, values: Tensor) -> Tensor | None:
@@ -170,22 +190,28 @@ def _curvature_factors(matrices: Tensor, values: Tensor) -> Tensor | None:
         probabilities = values.softmax(1)
         # The second most likely class has p of at most 1/2: p (1 - p) suffers no cancellation there.
         entry, second = (best[:, 1:2] for best in probabilities.topk(2, dim=1))
-        scale = matrices.diagonal(dim1=1, dim2=2).gather(1, second) / (entry * (1 - entry))
+        unit = entry * (1 - entry)
+        scale = matrices.diagonal(dim1=1, dim2=2).gather(1, second) / unit.clamp(min=torch.finfo(unit.dtype).tiny)
         softmax = torch.diag_embed(probabilities) - probabilities.unsqueeze(2) * probabilities.unsqueeze(1)
         error = (matrices - scale.unsqueeze(2) * softmax).abs().amax((1, 2))
-        if bool(((scale.squeeze(1) >= 0) & (error <= _ROUNDING_RTOL * scale.squeeze(1))).all()):
+        if bool(((scale.squeeze(1) >= 0) & (error <= 1e-12 * scale.squeeze(1))).all()):
             others = probabilities.unsqueeze(1).repeat(1, values.shape[1], 1)
             others.diagonal(dim1=1, dim2=2).zero_()
             # 1 - p as the sum of the others: every row then annihilates constants to full relative precision.
             centred = torch.diag_embed(others.sum(2)) - others
             factors: Tensor = (scale * probabilities).sqrt().unsqueeze(2) * centred
             return factors
-    eigenvalues, eigenvectors = torch.linalg.eigh(matrices)
-    rounding = _ROUNDING_RTOL * eigenvalues.abs().amax(1, keepdim=True)
-    if bool((eigenvalues < -rounding).any()):
+    # Scaled to a unit diagonal first (Demmel and Veselic, 1992): eigenvalues of very different size stay accurate.
+    diagonal = matrices.diagonal(dim1=1, dim2=2)
+    if bool((diagonal < 0).any()):
         return None
-    kept = torch.where(eigenvalues > rounding, eigenvalues, 0.0)
-    roots: Tensor = kept.sqrt().unsqueeze(2) * eigenvectors.mT
+    scales = diagonal.sqrt()
+    inverses = torch.where(scales > 0, 1 / scales, 1.0)
+    eigenvalues, eigenvectors = torch.linalg.eigh(inverses.unsqueeze(2) * matrices * inverses.unsqueeze(1))
+    if bool((eigenvalues < -_ROUNDING_RTOL * matrices.shape[1]).any()):
+        return None
+    kept = torch.where(eigenvalues > _ROUNDING_RTOL * matrices.shape[1], eigenvalues, 0.0)
+    roots: Tensor = kept.sqrt().unsqueeze(2) * eigenvectors.mT * scales.unsqueeze(1)
     return roots
 
 
@@ -232,6 +258,8 @@ def hessian_null_space(
         raise ValueError("gradients and curvature are needed together, got only one of them")
     check_rtol(rtol)
     num_parameters = hessian.shape[0]
+    if num_parameters == 0:
+        raise ValueError("hessian must have at least one row, got shape (0, 0)")
     rtol = default_rtol(num_parameters, num_parameters) if rtol is None else rtol
     if gradients is None or curvature is None:
         strict, negative, _ = _inertia(hessian, rtol)

@@ -57,7 +57,7 @@ def behavioral_gradients(behavior: Behavior, parameters: Mapping[str, Tensor], i
     for start in range(0, num_inputs, chunk):
         with torch.no_grad():  # Else other parameters that require gradients would keep the graph alive.
             blocks = jacobian(dict(parameters), [tensor[start : start + chunk] for tensor in inputs])
-        rows.append(torch.cat([block.view(*block.shape[:2], -1) for block in blocks.values()], dim=2).flatten(0, 1))
+        rows.append(torch.cat([block.reshape(*block.shape[:2], -1) for block in blocks.values()], dim=2).flatten(0, 1))
     return torch.cat(rows)
 
 

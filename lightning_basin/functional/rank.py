@@ -162,11 +162,11 @@ def effective_rank(spectrum: Tensor) -> float:
         >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 9)
         2.0
     """
-    energies = spectrum.to(torch.float64).square()
-    total = energies.sum()
-    if total == 0:
+    largest = float(spectrum.max()) if spectrum.numel() else 0.0
+    if largest == 0.0:
         return 0.0
-    return float(torch.special.entr(energies / total).sum().exp())
+    energies = (spectrum.to(torch.float64) / largest).square()
+    return float(torch.special.entr(energies / energies.sum()).sum().exp())
 
 
 def gradient_rank(spectrum: Spectrum, *, rtol: float | None = None) -> GradientRank:
@@ -209,5 +209,7 @@ def behavioral_gradient_rank(gradients: Tensor, *, rtol: float | None = None) ->
     if gradients.ndim != 2:
         raise ValueError(f"gradients must be a matrix (rows, parameters), got shape {tuple(gradients.shape)}")
     matrix = gradients.to(torch.float64)
+    if matrix.numel() == 0:
+        return 0
     tolerance = default_rtol(*matrix.shape) if rtol is None else rtol
     return numerical_rank(singular_values(matrix), rtol=tolerance)

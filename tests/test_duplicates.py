@@ -1,0 +1,208 @@
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_basin.functional.duplicates import (
+    dead_units,
+    duplicate_classes,
+    duplicated_activations,
+    gradient_rank_bound,
+)
+
+
+def classes_by_closure(activations, rtol):
+    """All pairs compared, then joined until nothing changes: the smallest index in reach of each."""
+    rows = activations.astype(np.float64).reshape(len(activations), -1)
+    tolerance = rtol * np.abs(rows).max()
+    same = np.abs(rows[:, None] - rows[None]).max(2) <= tolerance
+    reach = same
+    while True:
+        further = (reach.astype(np.int64) @ same.astype(np.int64)) > 0
+        if (further == reach).all():
+            return reach.argmax(1).tolist()
+        reach = further
+
+
+def planted(seed, *, k=60, d=5, rtol=1e-3):
+    """Random rows, copies moved by less and by more than the tolerance, and chains of steps below it."""
+    random = np.random.default_rng(seed)
+    rows = random.standard_normal((k, d))
+    for index in range(10, 35):  # Copies beside the tolerance, to both sides.
+        step = rtol * random.choice([0.0, 0.3, 0.9, 1.1, 2.0])
+        rows[index] = rows[random.integers(10)] + step * random.choice([-1, 1], d)
+    for index in range(36, 45):  # A chain whose ends differ by several tolerances.
+        rows[index] = rows[index - 1] + 0.8 * rtol * random.choice([-1, 1], d)
+    rows[-1, 0] = 1.0 if np.abs(rows).max() < 1 else np.abs(rows).max()
+    return rows[random.permutation(k)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_classes_are_the_transitive_closure_of_all_pairs(seed):
+    rows = planted(seed)
+    assert duplicate_classes(torch.from_numpy(rows), rtol=1e-3).tolist() == classes_by_closure(rows, 1e-3)
+
+
+@pytest.mark.parametrize("rtol", [1e-6, 1e-3, 0.03, 0.1, 0.3, 0.9])
+def test_classes_are_the_closure_at_every_tolerance(rtol):
+    rows = np.random.default_rng(0).standard_normal((80, 3))
+    assert duplicate_classes(torch.from_numpy(rows), rtol=rtol).tolist() == classes_by_closure(rows, rtol)
+
+
+@pytest.mark.parametrize("width", [1, 2, 50])
+def test_classes_are_the_closure_at_every_width(width):
+    rows = planted(7, d=width)
+    assert duplicate_classes(torch.from_numpy(rows), rtol=1e-3).tolist() == classes_by_closure(rows, 1e-3)
+
+
+def test_a_chain_joins_inputs_that_are_not_the_same_themselves():
+    activations = torch.tensor([[1.0], [1.0 + 1.6e-6], [1.0 + 0.8e-6]], dtype=torch.float64)
+    assert duplicate_classes(activations).tolist() == [0, 0, 0]
+
+
+def test_a_chain_with_a_missing_link_stays_apart():
+    activations = torch.tensor([[1.0], [1.0 + 1.6e-6]], dtype=torch.float64)
+    assert duplicate_classes(activations).tolist() == [0, 1]
+
+
+def test_the_tolerance_is_relative_to_the_largest_entry_of_all_inputs():
+    activations = torch.tensor([[1.0], [2.0], [1e7]])
+    assert duplicate_classes(activations).tolist() == [0, 0, 2]
+
+
+def test_a_difference_at_the_tolerance_is_the_same():
+    activations = torch.tensor([[0.0], [0.25], [1.0]], dtype=torch.float64)
+    assert duplicate_classes(activations, rtol=0.25).tolist() == [0, 0, 2]
+
+
+def test_one_entry_that_differs_tells_two_inputs_apart():
+    activations = torch.ones(2, 100, dtype=torch.float64)
+    activations[1, 63] += 2e-6
+    assert duplicate_classes(activations).tolist() == [0, 1]
+
+
+def test_without_tolerance_only_equal_inputs_are_the_same():
+    activations = torch.tensor([[1.0], [1.0 + 2.0**-52], [1.0]], dtype=torch.float64)
+    assert duplicate_classes(activations, rtol=0.0).tolist() == [0, 1, 0]
+
+
+def test_zero_and_minus_zero_are_equal():
+    assert duplicate_classes(torch.tensor([[0.0, 1.0], [-0.0, 1.0]]), rtol=0.0).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1e-6])
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_equal_inputs_are_one_class(value, rtol):
+    assert duplicate_classes(torch.full((5, 4), value), rtol=rtol).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_integers_and_booleans_are_compared_as_numbers(dtype):
+    activations = torch.tensor([[1, 0], [0, 0], [1, 0], [0, 1]], dtype=dtype)
+    assert duplicate_classes(activations).tolist() == [0, 1, 0, 3]
+
+
+def test_further_axes_belong_to_the_activation():
+    activations = torch.zeros(3, 2, 2)
+    activations[1, 1, 1] = 1.0
+    assert duplicate_classes(activations).tolist() == [0, 1, 0]
+
+
+def test_a_vector_is_one_number_per_input():
+    assert duplicate_classes(torch.tensor([2.0, 1.0, 2.0])).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (1, 4)])
+def test_activations_without_entries_and_single_inputs_are_one_class(shape):
+    assert duplicate_classes(torch.ones(shape)).tolist() == [0] * shape[0]
+
+
+def test_no_inputs_have_no_classes():
+    classes = duplicate_classes(torch.ones(0, 4))
+    assert (classes.tolist(), classes.dtype) == ([], torch.int64)
+
+
+def test_classes_are_int64_and_keep_no_graph():
+    classes = duplicate_classes(torch.ones(3, 2, requires_grad=True))
+    assert classes.dtype == torch.int64
+    assert not classes.requires_grad
+
+
+def test_the_search_draws_from_no_global_generator():
+    before = torch.random.get_rng_state()
+    duplicate_classes(torch.rand(9, 2, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1e-8])
+@pytest.mark.parametrize("distinct", [1, 500, 10_000])
+def test_twenty_thousand_inputs_are_sorted_into_their_classes_in_seconds(distinct, jitter):
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.randn(distinct, 20, generator=generator, dtype=torch.float64)
+    members = torch.arange(20_000) % distinct
+    noise = jitter * torch.rand(20_000, 20, generator=generator, dtype=torch.float64)
+    start = time.perf_counter()
+    classes = duplicate_classes(prototypes[members] + noise)
+    assert time.perf_counter() - start < 20
+    assert torch.equal(classes, members)
+
+
+def test_activations_without_an_axis_of_inputs_are_refused():
+    with pytest.raises(ValueError, match="activations must have one row per input, got a scalar"):
+        duplicate_classes(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("rtol", [-1e-9, 1.0, float("nan")])
+@pytest.mark.parametrize("function", [duplicate_classes, duplicated_activations])
+def test_a_tolerance_outside_of_the_half_open_unit_interval_is_refused(function, rtol):
+    with pytest.raises(ValueError, match=r"rtol must be inside \[0, 1\), got"):
+        function(torch.ones(2, 2), rtol=rtol)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_duplicated_activations_are_the_inputs_beyond_the_classes(seed):
+    rows = planted(seed)
+    expected = len(rows) - len(set(classes_by_closure(rows, 1e-3)))
+    assert duplicated_activations(torch.from_numpy(rows), rtol=1e-3) == expected
+
+
+def test_distinct_inputs_are_not_duplicated():
+    assert duplicated_activations(torch.arange(5.0).unsqueeze(1)) == 0
+
+
+def test_units_that_are_constant_over_the_inputs_are_dead():
+    outputs = torch.tensor([[0.0, 5.0, 1.0], [0.0, 5.0, 2.0], [0.0, 5.0, 3.0]])
+    assert dead_units(outputs) == 2
+
+
+def test_a_unit_is_alive_if_it_moves_at_any_position():
+    outputs = torch.zeros(2, 3, 2)
+    outputs[:, :, 1] = torch.tensor([1.0, 2.0, 3.0])  # Differs between positions, not between inputs.
+    assert dead_units(outputs) == 2
+    outputs[1, 2, 0] = 1.0
+    assert dead_units(outputs) == 1
+
+
+def test_a_unit_that_moves_by_less_than_the_tolerance_is_dead():
+    outputs = torch.tensor([[1.0, 0.0], [1.0, 0.5e-6]], dtype=torch.float64)
+    assert dead_units(outputs) == 2
+    assert dead_units(outputs, rtol=1e-7) == 1
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((4, 3), 3), ((1, 3), 3), ((0, 3), 0), ((3, 0), 0)])
+def test_dead_units_of_zeros_are_all_of_them(shape, expected):
+    assert dead_units(torch.zeros(shape)) == expected
+
+
+def test_the_rank_bound_is_the_smallest_over_the_cuts():
+    # The smallest of 100 and of 10 + 2 * 30 = 70, 20 + 2 * 5 = 30 and 40 + 2 * 1 = 42.
+    assert gradient_rank_bound(100, 2, [(10, 30), (20, 5), (40, 1)]) == 30
+
+
+def test_without_cuts_the_rank_is_bounded_by_the_number_of_parameters():
+    assert gradient_rank_bound(7, 3, []) == 7
+
+
+def test_cuts_may_come_from_an_iterator():
+    assert gradient_rank_bound(50, 1, iter([(0, 8)])) == 8

@@ -1,0 +1,270 @@
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+
+from lightning_basin import BasinMonitor, RankEarlyStopping
+from tests.training import Regressor, Scripted, loader, make_trainer, scripted_loader, steps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def stop_on(root, stopping, ranks=(6,), losses=(1.0,), *, stopping_first=False, num_batches=1, **options):
+    """Train on scripted ranks; the monitor's arguments are in `options["monitor"]`, the others are the Trainer's."""
+    monitor = BasinMonitor(probe=8, hessian=False, **options.pop("monitor", {}))
+    callbacks = [stopping, monitor] if stopping_first else [monitor, stopping]
+    trainer = make_trainer(root, *callbacks, **{"max_epochs": 20} | options)
+    trainer.fit(Scripted(ranks, losses), scripted_loader(num_batches), scripted_loader(1))
+    return trainer, monitor
+
+
+# ------------------------------------------------------------------------------------------ Lightning's own callbacks
+
+
+@pytest.mark.parametrize("stopping_first", [True, False])
+@pytest.mark.parametrize(
+    ("trainer_options", "stopping_options", "expected"),
+    [
+        pytest.param({}, {}, 4, id="default"),
+        pytest.param({"val_check_interval": 0.5}, {}, 3, id="validation inside the epoch"),
+        pytest.param({}, {"check_on_train_epoch_end": False}, 4, id="check at validation end"),
+        pytest.param({"check_val_every_n_epoch": 3}, {"check_on_train_epoch_end": True}, 4, id="rare validation"),
+    ],
+)
+def test_strict_early_stopping_of_lightning_sees_the_rank(
+    tmp_path, stopping_first, trainer_options, stopping_options, expected
+):
+    stopping = EarlyStopping("basin/gradient_rank", mode="min", patience=2, strict=True, **stopping_options)
+    trainer, monitor = stop_on(
+        tmp_path, stopping, (6, 6, 5, 5, 4), num_batches=2, stopping_first=stopping_first, **trainer_options
+    )
+    assert stopping.best_score == min(record.gradient_rank for record in monitor.records)
+    assert trainer.current_epoch < 20
+    assert trainer.current_epoch <= expected + 1
+
+
+def test_early_stopping_of_lightning_before_and_after_the_monitor_stops_at_the_same_epoch(tmp_path):
+    epochs = set()
+    for stopping_first in (True, False):
+        stopping = EarlyStopping("basin/gradient_rank", mode="min", patience=2)
+        epochs.add(stop_on(tmp_path, stopping, (6, 6, 5, 5, 4), stopping_first=stopping_first)[0].current_epoch)
+    # Ranks at the ends of epochs: 6, 5, 5, 4, 4, 4.
+    assert epochs == {6}
+
+
+def test_strict_early_stopping_of_lightning_with_a_rare_measurement_does_not_raise(tmp_path):
+    stopping = EarlyStopping("basin/gradient_rank", mode="min", patience=100, strict=True)
+    trainer, monitor = stop_on(tmp_path, stopping, monitor={"every_n_epochs": 5})
+    assert trainer.current_epoch == 20
+    assert steps(monitor) == [0, 5, 10, 15, 20]
+
+
+def test_model_checkpoint_keeps_the_weights_of_the_lowest_rank(tmp_path):
+    saving = ModelCheckpoint(tmp_path, "{step}", monitor="basin/gradient_rank", mode="min", save_top_k=1)
+    stop_on(tmp_path, saving, (6, 5, 4, 3, 5, 6), max_epochs=6, enable_checkpointing=True)
+    assert saving.best_model_path == str(tmp_path / "step=3.ckpt")
+    assert saving.best_model_score == 3
+
+
+# ---------------------------------------------------------------------------------------------------- when it stops
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "last_step"),
+    [
+        pytest.param({"patience": 1}, (6, 5, 4, 4), 3, id="plateau"),
+        pytest.param({"patience": 3}, (6, 5, 4, 4, 3, 3, 3, 3, 2), 7, id="plateau, patience starts anew"),
+        pytest.param({"patience": 2}, (3, 4, 5, 5, 5), 4, id="plateau of a rising value"),
+        pytest.param({"patience": 2}, (6, 5, 6, 5, 6, 5, 5, 5), 7, id="plateau after going up and down"),
+        pytest.param({"patience": 2, "min_delta": 1}, (6, 5, 4, 5, 3, 1), 4, id="plateau, small moves"),
+        pytest.param({"patience": 1, "min_delta": 1}, (6, 4, 2, 1), 3, id="plateau, a move of min_delta is none"),
+        pytest.param({"patience": 2, "mode": "min"}, (6, 5, 6, 6, 4), 3, id="min"),
+        pytest.param({"patience": 2, "mode": "max"}, (2, 3, 3, 2, 6), 3, id="max"),
+        pytest.param({"patience": 2, "mode": "min", "min_delta": 1}, (6, 4, 3, 3), 3, id="min, small steps"),
+        pytest.param({"patience": 9, "mode": "min", "stopping_threshold": 4}, (6, 5, 4, 3, 2), 3, id="below threshold"),
+        pytest.param({"patience": 9, "mode": "max", "stopping_threshold": 4}, (2, 3, 4, 5, 6), 3, id="above threshold"),
+    ],
+)
+@pytest.mark.parametrize("stopping_first", [True, False], ids=["before the monitor", "after the monitor"])
+def test_training_stops_at_the_measurement_that_decides(tmp_path, options, ranks, last_step, stopping_first):
+    trainer, monitor = stop_on(tmp_path, RankEarlyStopping(**options), ranks, stopping_first=stopping_first)
+    assert trainer.global_step == last_step
+    assert steps(monitor) == list(range(last_step + 1))
+
+
+def test_value_that_keeps_moving_never_stops(tmp_path):
+    trainer, _ = stop_on(tmp_path, RankEarlyStopping(patience=1), (6, 5) * 5, max_epochs=9)
+    assert trainer.current_epoch == 9
+
+
+def test_patience_counts_measurements_and_not_epochs(tmp_path):
+    trainer, monitor = stop_on(
+        tmp_path, RankEarlyStopping(patience=3), max_epochs=30, monitor={"every_n_epochs": 5}, num_batches=2
+    )
+    assert trainer.current_epoch == 15
+    assert steps(monitor) == [0, 10, 20, 30]
+
+
+def test_cadence_of_steps_stops_inside_an_epoch(tmp_path):
+    trainer, monitor = stop_on(
+        tmp_path, RankEarlyStopping(patience=2), num_batches=20, monitor={"every_n_train_steps": 3}
+    )
+    assert trainer.global_step == 6
+    assert steps(monitor) == [0, 3, 6]
+
+
+def test_measurements_before_zero_loss_are_not_looked_at(tmp_path):
+    losses = (1.0,) * 5 + (0.0,)
+    stopping = RankEarlyStopping(patience=2, after_zero_loss=True)
+    trainer, monitor = stop_on(tmp_path, stopping, losses=losses)
+    assert monitor.zero_loss_step == 5
+    assert trainer.global_step == 7
+
+
+def test_without_zero_loss_training_is_not_stopped_after_it(tmp_path):
+    trainer, _ = stop_on(tmp_path, RankEarlyStopping(patience=1, after_zero_loss=True))
+    assert trainer.current_epoch == 20
+
+
+def test_any_quantity_can_be_looked_at(tmp_path):
+    stopping = RankEarlyStopping("basin_layer_gradient_nullity/root", mode="max", stopping_threshold=3.5, patience=9)
+    trainer, _ = stop_on(tmp_path, stopping, (6, 5, 4, 3, 2, 1))
+    assert trainer.global_step == 4
+
+
+def test_two_conditions_side_by_side_stop_at_the_earlier_one(tmp_path):
+    slow, fast = RankEarlyStopping(patience=9), RankEarlyStopping(mode="min", patience=2)
+    monitor = BasinMonitor(probe=8)
+    trainer = make_trainer(tmp_path, slow, monitor, fast, max_epochs=20)
+    trainer.fit(Scripted(), scripted_loader())
+    assert trainer.global_step == 2
+    assert (fast.stopping_reason, slow.stopping_reason) == (
+        EarlyStoppingReason.PATIENCE_EXHAUSTED,
+        EarlyStoppingReason.NOT_STOPPED,
+    )
+
+
+def test_monitor_of_another_prefix_is_found(tmp_path):
+    stopping = RankEarlyStopping("other/gradient_rank", patience=2)
+    monitors = [BasinMonitor(probe=8), BasinMonitor(probe=8, prefix="other", every_n_epochs=2)]
+    trainer = make_trainer(tmp_path, stopping, *monitors, max_epochs=20)
+    trainer.fit(Scripted(), scripted_loader())
+    assert trainer.global_step == 4
+
+
+def test_min_epochs_postpones_the_stop(tmp_path):
+    trainer, _ = stop_on(tmp_path, RankEarlyStopping(patience=1), min_epochs=6)
+    assert trainer.current_epoch == 6
+
+
+def test_fast_dev_run_is_not_stopped(tmp_path):
+    trainer, _ = stop_on(tmp_path, RankEarlyStopping(patience=1), num_batches=5, fast_dev_run=4)
+    assert trainer.global_step == 4
+
+
+# -------------------------------------------------------------------------------------------------- what it says
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patience": 2}, "basin/gradient_rank has stayed within 0 of 6 for the last 2 measurements"),
+        ({"patience": 2, "mode": "min"}, "basin/gradient_rank did not improve in the last 2"),
+        ({"mode": "min", "stopping_threshold": 7}, "Stopping threshold reached: basin/gradient_rank = 6"),
+    ],
+)
+def test_reason_for_stopping_is_said(tmp_path, caplog, options, message):
+    stopping = RankEarlyStopping(**options)
+    with caplog.at_level("INFO"):
+        stop_on(tmp_path, stopping)
+    assert message in stopping.stopping_reason_message
+    assert sum(message in said for said in caplog.messages) == 1
+
+
+def test_nothing_is_said_where_training_was_not_stopped(tmp_path):
+    stopping = RankEarlyStopping(patience=100)
+    stop_on(tmp_path, stopping)
+    assert stopping.stopping_reason_message is None
+    assert stopping.stopping_reason == EarlyStoppingReason.NOT_STOPPED
+
+
+# ------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("options", [{"patience": 5}, {"patience": 5, "mode": "min"}], ids=["plateau", "min"])
+@pytest.mark.parametrize("stopping_first", [True, False])
+def test_resumed_run_goes_on_counting(tmp_path, options, stopping_first):
+    ranks = (6, 5, 4)
+    trainer, _ = stop_on(tmp_path, RankEarlyStopping(**options), ranks, max_epochs=4, stopping_first=stopping_first)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    stopping, monitor = RankEarlyStopping(**options), BasinMonitor(probe=8, hessian=False)
+    callbacks = [stopping, monitor] if stopping_first else [monitor, stopping]
+    resumed = make_trainer(tmp_path, *callbacks, max_epochs=20)
+    resumed.fit(Scripted(ranks), scripted_loader(), ckpt_path=tmp_path / "half.ckpt")
+    # Rank 4 at steps 2 to 7: the first, and five more.
+    assert resumed.global_step == 7
+    assert steps(monitor) == list(range(8))
+
+
+def test_strict_early_stopping_of_lightning_works_on_resume_with_a_rare_measurement(tmp_path):
+    trainer, _ = stop_on(tmp_path, RankEarlyStopping(patience=99), max_epochs=6, monitor={"every_n_epochs": 5})
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    stopping = EarlyStopping("basin/gradient_rank", strict=True, patience=99)
+    resumed = make_trainer(tmp_path, stopping, BasinMonitor(probe=8, every_n_epochs=5, hessian=False), max_epochs=9)
+    resumed.fit(Scripted(), scripted_loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.current_epoch == 9
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patience": 0}, r"patience=0\).* at least 1"),
+        ({"min_delta": -1.0}, r"min_delta=-1.0\).* not be negative"),
+        ({"stopping_threshold": 3}, "needs a direction"),
+        ({"mode": "down"}, "`mode` can be"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_argument_out_of_range_raises_at_once(options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        RankEarlyStopping(**options)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (lambda: [RankEarlyStopping()], "needs a BasinMonitor that logs this key, got none"),
+        (lambda: [RankEarlyStopping(), BasinMonitor(prefix="x")], r"got those with prefixes \['x'\]"),
+        (lambda: [RankEarlyStopping("val_loss"), BasinMonitor()], "needs a BasinMonitor that logs this key"),
+    ],
+    ids=["no monitor", "another prefix", "another key"],
+)
+def test_missing_monitor_raises_before_training(tmp_path, callbacks, message):
+    module = Regressor()
+    with pytest.raises(MisconfigurationException, match=message):
+        make_trainer(tmp_path, *callbacks()).fit(module, loader())
+    assert module.num_training_steps == 0
+
+
+def test_strict_stopping_on_a_quantity_that_is_not_measured_raises(tmp_path):
+    with pytest.raises(RuntimeError, match=r"basin/hessian_nullity.*not available"):
+        stop_on(tmp_path, RankEarlyStopping("basin/hessian_nullity"))
+
+
+def test_lenient_stopping_on_a_quantity_that_is_not_measured_warns(tmp_path):
+    stopping = RankEarlyStopping("basin/hessian_nullity", strict=False, verbose=True)
+    with pytest.warns(RuntimeWarning, match=r"basin/hessian_nullity.*not available"):
+        trainer, _ = stop_on(tmp_path, stopping, max_epochs=2)
+    assert trainer.current_epoch == 2
+
+
+def test_state_of_early_stopping_loads_with_weights_only(tmp_path):
+    trainer, _ = stop_on(tmp_path, RankEarlyStopping(patience=3), max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    states = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"]
+    (state,) = (state for key, state in states.items() if key.startswith("RankEarlyStopping"))
+    assert state["wait_count"] == 2

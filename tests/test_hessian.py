@@ -1,0 +1,504 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_basin.functional.hessian import (
+    OutputCurvature,
+    hessian_matrix,
+    hessian_null_space,
+    hessian_nullity,
+    output_curvature,
+    weighted_rows,
+)
+from lightning_basin.functional.rank import default_rtol
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def softmax_curvature(logits):
+    """diag(p) - p p^T of each row, in numpy."""
+    exponentials = np.exp(logits.numpy() - logits.numpy().max(1, keepdims=True))
+    p = exponentials / exponentials.sum(1, keepdims=True)
+    return torch.from_numpy(np.stack([np.diag(row) - np.outer(row, row) for row in p]))
+
+
+def assert_factored(curvature):
+    torch.testing.assert_close(curvature.factors.mT @ curvature.factors, curvature.matrices)
+
+
+# Hessian matrices.
+
+
+def test_hessian_of_a_quadratic_form_is_its_symmetric_part_twice():
+    form = drawn(5, 5)
+    point = drawn(5, seed=1).requires_grad_()
+    torch.testing.assert_close(hessian_matrix(point @ form @ point, [point]), form + form.mT)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 64])
+def test_the_size_of_chunks_does_not_change_the_hessian(chunk_size):
+    form = drawn(5, 5)
+    point = drawn(5, seed=1).requires_grad_()
+    torch.testing.assert_close(hessian_matrix(point @ form @ point, [point], chunk_size=chunk_size), form + form.mT)
+
+
+@pytest.mark.parametrize("shape", [(1,), ()], ids=["vectors", "scalars"])
+def test_hessian_of_rosenbrocks_function_is_the_one_on_paper(shape):
+    x, y = (torch.full(shape, value, dtype=torch.float64, requires_grad=True) for value in (-1.2, 1.0))
+    loss = ((1 - x) ** 2 + 100 * (y - x**2) ** 2).sum()
+    expected = torch.tensor([[2 - 400 + 1200 * 1.44, 480.0], [480.0, 200.0]], dtype=torch.float64)
+    torch.testing.assert_close(hessian_matrix(loss, [x, y]), expected)
+
+
+def test_rows_of_the_hessian_follow_the_order_of_the_parameters():
+    first, second = drawn(2).requires_grad_(), drawn(1, 2, seed=1).requires_grad_()
+    loss = (first.square() * torch.tensor([1.0, 2.0])).sum() + (second.square() * torch.tensor([3.0, 4.0])).sum()
+    assert hessian_matrix(loss, [second, first]).tolist() == torch.diag(torch.tensor([6.0, 8.0, 2.0, 4.0])).tolist()
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (3, 1), (2, 2), (64, 2)], ids=str)
+def test_parameters_without_influence_have_zero_rows(shape):
+    used, unused = drawn(1).requires_grad_(), drawn(*shape).requires_grad_()
+    size = unused.numel()
+    expected = torch.diag(torch.tensor([0.0] * size + [2.0], dtype=torch.float64))
+    assert torch.equal(hessian_matrix(used.square().sum(), [unused, used]), expected)
+
+
+def test_parameters_of_which_the_gradient_does_not_depend_have_zero_rows():
+    # The loss is linear in the second parameter and does not mix it with the first.
+    first, second = drawn(2).requires_grad_(), drawn(2, 2, seed=1).requires_grad_()
+    hessian = hessian_matrix(first.square().sum() + second.sum(), [first, second])
+    assert hessian.tolist() == torch.diag(torch.tensor([2.0, 2.0, 0.0, 0.0, 0.0, 0.0])).tolist()
+
+
+def test_hessian_of_the_mean_absolute_error_of_a_linear_map_is_zero():
+    weight = drawn(3).requires_grad_()
+    loss = F.l1_loss(drawn(6, 3, seed=1) @ weight, drawn(6, seed=2))
+    assert torch.equal(hessian_matrix(loss, [weight]), torch.zeros(3, 3, dtype=torch.float64))
+
+
+def test_hessian_of_a_piecewise_linear_function_is_zero():
+    weight = drawn(3).requires_grad_()
+    assert torch.equal(hessian_matrix(weight.relu().sum(), [weight]), torch.zeros(3, 3, dtype=torch.float64))
+
+
+def test_hessian_of_a_constant_loss_is_zero():
+    weight = drawn(2).requires_grad_()
+    loss = torch.tensor(3.0, dtype=torch.float64)
+    assert torch.equal(hessian_matrix(loss, [weight]), torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_hessian_matrix_leaves_no_gradient_and_no_graph():
+    weight = drawn(2).requires_grad_()
+    hessian = hessian_matrix(weight.pow(4).sum(), [weight])
+    assert weight.grad is None
+    assert not hessian.requires_grad
+
+
+def layer_norm_loss(values, inputs, targets):
+    """Mean squared error of v . LayerNorm(W x) with gain and shift, in numpy."""
+    weight, gain, shift, head = np.split(values, [12, 16, 20])
+    hidden = inputs @ weight.reshape(4, 3).T
+    centred = hidden - hidden.mean(1, keepdims=True)
+    normed = centred / np.sqrt(centred.var(1, keepdims=True) + 1e-5)
+    return np.mean((np.tanh(normed * gain + shift) @ head - targets) ** 2)
+
+
+def test_hessian_through_layer_norm_is_that_of_finite_differences():
+    values, inputs, targets = drawn(24), drawn(5, 3, seed=1), drawn(5, seed=2)
+    parameters = [part.clone().requires_grad_() for part in values.split([12, 4, 4, 4])]
+    weight, gain, shift, head = parameters
+    hidden = F.layer_norm(inputs @ weight.view(4, 3).mT, (4,), gain, shift)
+    found = hessian_matrix(F.mse_loss(hidden.tanh() @ head, targets), parameters)
+    step = 1e-3
+    offsets = step * np.eye(24)
+
+    def loss_at(offset):
+        return layer_norm_loss(values.numpy() + offset, inputs.numpy(), targets.numpy())
+
+    def second_difference(i, j, h):
+        a, b = offsets[i] * h, offsets[j] * h
+        return (loss_at(a + b) - loss_at(a - b) - loss_at(b - a) + loss_at(-a - b)) / (2 * step * h) ** 2
+
+    # Richardson's extrapolation: the error is of fourth order in the step, 1e-12 times sixth derivatives near 1e4,
+    # and rounding adds 1e-16 / step**2 = 1e-10.
+    pairs = [(i, j) for i in range(24) for j in range(i + 1)]
+    for i, j in pairs:
+        expected = (4 * second_difference(i, j, 0.5) - second_difference(i, j, 1.0)) / 3
+        assert abs(float(found[i, j]) - expected) < 1e-6
+
+
+class _WrongDouble(torch.autograd.Function):
+    """x -> x_0 x_1 with a first derivative that forgets that the factors depend on each other."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x[0] * x[1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * torch.stack([x[1], x[0].detach()])
+
+
+def test_a_wrong_second_derivative_is_refused():
+    point = drawn(2).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"the Hessian must be symmetric, but entries differ by .* wrong second"):
+        hessian_matrix(_WrongDouble.apply(point), [point])
+
+
+class _RightDouble(torch.autograd.Function):
+    """x -> x_0 x_1 without a rule for batched derivatives."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x[0] * x[1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * torch.stack([x[1], x[0]])
+
+
+def test_an_operation_that_cannot_be_batched_is_differentiated_column_by_column():
+    point = drawn(2).requires_grad_()
+    assert hessian_matrix(_RightDouble.apply(point), [point]).tolist() == [[0.0, 1.0], [1.0, 0.0]]
+
+
+# Curvature of losses.
+
+
+@pytest.mark.parametrize(("reduction", "scale"), [("sum", 2.0), ("mean", 2 / 12)])
+def test_curvature_of_the_squared_error_is_a_multiple_of_the_identity(reduction, scale):
+    curvature = output_curvature(lambda f: F.mse_loss(f, torch.zeros_like(f), reduction=reduction), drawn(4, 3))
+    torch.testing.assert_close(curvature.matrices, scale * torch.eye(3, dtype=torch.float64).expand(4, 3, 3))
+    assert_factored(curvature)
+
+
+def test_residual_of_a_perfect_fit_is_zero():
+    outputs = drawn(4, 3)
+    assert output_curvature(lambda f: F.mse_loss(f, outputs), outputs).residual_is_zero
+
+
+def test_residual_of_one_wrong_output_is_not_zero():
+    outputs, targets = drawn(4, 3), drawn(4, 3)
+    targets[2, 1] += 1e-12
+    assert not output_curvature(lambda f: F.mse_loss(f, targets), outputs).residual_is_zero
+
+
+def test_curvature_of_the_huber_loss_is_one_inside_and_zero_outside():
+    outputs = torch.tensor([[0.2, 3.0], [-5.0, -0.3]], dtype=torch.float64)
+    curvature = output_curvature(lambda f: F.huber_loss(f, torch.zeros_like(f), reduction="sum"), outputs)
+    expected = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    torch.testing.assert_close(curvature.matrices, expected)
+    assert_factored(curvature)
+
+
+def test_curvature_of_the_absolute_error_is_zero():
+    curvature = output_curvature(lambda f: F.l1_loss(f, torch.zeros_like(f)), drawn(3, 2))
+    assert torch.equal(curvature.matrices, torch.zeros(3, 2, 2, dtype=torch.float64))
+    assert torch.equal(curvature.factors, torch.zeros(3, 2, 2, dtype=torch.float64))
+    assert not curvature.residual_is_zero
+
+
+def test_curvature_of_a_loss_that_ignores_the_outputs_is_zero():
+    curvature = output_curvature(lambda f: torch.zeros((), dtype=torch.float64), drawn(3, 2))
+    assert torch.equal(curvature.matrices, torch.zeros(3, 2, 2, dtype=torch.float64))
+    assert curvature.residual_is_zero
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_curvature_of_binary_cross_entropy_is_the_variance_of_each_label(width):
+    outputs = drawn(4, width)
+    loss_fn = nn.BCEWithLogitsLoss(reduction="sum")
+    curvature = output_curvature(lambda f: loss_fn(f, torch.full_like(f, 0.25)), outputs)
+    p = 1 / (1 + np.exp(-outputs.numpy()))
+    expected = np.stack([np.diag(row) for row in p * (1 - p)])
+    torch.testing.assert_close(curvature.matrices, torch.from_numpy(expected))
+    assert_factored(curvature)
+
+
+def test_factors_of_independent_labels_keep_the_small_ones():
+    # p (1 - p) = exp(-32) up to 1e-14: below the largest by 14 digits, its square root by 7.
+    outputs = torch.tensor([[0.0, -32.0]], dtype=torch.float64)
+    curvature = output_curvature(
+        lambda f: F.binary_cross_entropy_with_logits(f, torch.zeros_like(f), reduction="sum"), outputs
+    )
+    found = torch.linalg.svdvals(curvature.factors[0])
+    torch.testing.assert_close(found, torch.tensor([0.5, math.exp(-16)], dtype=torch.float64))
+
+
+HARD = torch.tensor([0, 2, 1, 2])
+SOFT = torch.tensor([[0.5, 0.5, 0.0], [0.1, 0.2, 0.7], [0.0, 0.0, 1.0], [0.3, 0.3, 0.4]], dtype=torch.float64)
+CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+# In every case the second derivative is s_x (diag(p) - p p^T), with s_x the sum of the weights of the targets of x.
+CROSS_ENTROPIES = {
+    "hard labels, sum": ({"target": HARD, "reduction": "sum"}, [1.0, 1.0, 1.0, 1.0]),
+    "hard labels, mean": ({"target": HARD}, [0.25, 0.25, 0.25, 0.25]),
+    "soft labels, mean": ({"target": SOFT}, [0.25, 0.25, 0.25, 0.25]),
+    "class weights, sum": ({"target": HARD, "weight": CLASS_WEIGHTS, "reduction": "sum"}, [1.0, 4.0, 2.0, 4.0]),
+    "class weights, mean": ({"target": HARD, "weight": CLASS_WEIGHTS}, [1 / 11, 4 / 11, 2 / 11, 4 / 11]),
+    "soft labels and class weights": (
+        {"target": SOFT, "weight": CLASS_WEIGHTS, "reduction": "sum"},
+        [1.5, 3.3, 4.0, 2.5],
+    ),
+    "label smoothing": ({"target": HARD, "label_smoothing": 0.1, "reduction": "sum"}, [1.0, 1.0, 1.0, 1.0]),
+    "label smoothing and class weights": (
+        {"target": HARD, "weight": CLASS_WEIGHTS, "label_smoothing": 0.3, "reduction": "sum"},
+        [0.7 * 1 + 0.7, 0.7 * 4 + 0.7, 0.7 * 2 + 0.7, 0.7 * 4 + 0.7],
+    ),
+    "ignored labels": ({"target": torch.tensor([0, -100, 1, -100])}, [0.5, 0.0, 0.5, 0.0]),
+}
+
+
+@pytest.mark.parametrize("name", CROSS_ENTROPIES)
+def test_curvature_of_cross_entropy_is_a_multiple_of_that_of_softmax(name):
+    arguments, scales = CROSS_ENTROPIES[name]
+    outputs = drawn(4, 3)
+    curvature = output_curvature(lambda f: F.cross_entropy(f, **arguments), outputs)
+    expected = torch.tensor(scales, dtype=torch.float64).view(4, 1, 1) * softmax_curvature(outputs)
+    torch.testing.assert_close(curvature.matrices, expected)
+
+
+@pytest.mark.parametrize("name", CROSS_ENTROPIES)
+def test_factors_of_cross_entropy_multiply_to_its_curvature(name):
+    arguments, _ = CROSS_ENTROPIES[name]
+    assert_factored(output_curvature(lambda f: F.cross_entropy(f, **arguments), drawn(4, 3)))
+
+
+def test_curvature_of_cross_entropy_over_positions_is_one_block_per_input():
+    outputs = drawn(2, 3, 2)  # Three classes at two positions.
+    targets = torch.tensor([[0, 1], [2, 2]])
+    curvature = output_curvature(lambda f: F.cross_entropy(f, targets, reduction="sum"), outputs)
+    expected = np.zeros((2, 3, 2, 3, 2))
+    for position in range(2):
+        expected[:, :, position, :, position] = softmax_curvature(outputs[:, :, position]).numpy()
+    torch.testing.assert_close(curvature.matrices, torch.from_numpy(expected.reshape(2, 6, 6)))
+    assert_factored(curvature)
+
+
+def saturated_logits(k, c, digits):
+    """Class x mod c has 1 - p near 10**-digits, the others share the rest unevenly."""
+    logits = drawn(k, c) - digits * math.log(10)
+    logits[torch.arange(k), torch.arange(k) % c] = 0.0
+    return logits
+
+
+@pytest.mark.parametrize("digits", [0.1, 5, 9, 12])
+@pytest.mark.parametrize("c", [2, 3, 10])
+def test_factor_of_a_nearly_saturated_softmax_has_one_rank_less_than_classes(c, digits):
+    outputs = saturated_logits(6, c, digits)
+    targets = torch.arange(6) % c
+    curvature = output_curvature(lambda f: F.cross_entropy(f, targets), outputs)
+    ranks = [np.linalg.matrix_rank(factor.numpy(), rtol=default_rtol(c, c)) for factor in curvature.factors]
+    assert ranks == [c - 1] * 6
+
+
+def test_one_completely_saturated_input_does_not_spoil_the_factors_of_the_others():
+    outputs = saturated_logits(5, 3, 9)
+    outputs[0] = 0.0
+    outputs[1] = torch.tensor([0.0, 2000.0, 0.0], dtype=torch.float64)  # p is exactly (0, 1, 0).
+    curvature = output_curvature(lambda f: F.cross_entropy(f, torch.arange(5) % 3), outputs)
+    ranks = [np.linalg.matrix_rank(factor.numpy(), rtol=default_rtol(3, 3)) for factor in curvature.factors]
+    assert ranks == [2, 0, 2, 2, 2]
+
+
+def test_a_loss_on_saturated_inputs_does_not_couple_them():
+    outputs = saturated_logits(6, 3, 9)
+    curvature = output_curvature(lambda f: F.cross_entropy(f, torch.arange(6) % 3), outputs)
+    assert curvature.matrices.shape == (6, 3, 3)
+
+
+def test_a_loss_that_couples_the_inputs_has_one_block():
+    outputs = drawn(3, 2)
+    curvature = output_curvature(lambda f: f.sum().square(), outputs)
+    assert curvature.matrices.shape == (1, 6, 6)
+    torch.testing.assert_close(curvature.matrices, torch.full((1, 6, 6), 2.0, dtype=torch.float64))
+    assert_factored(curvature)
+
+
+def test_curvature_of_a_variance_over_inputs_is_the_centring_matrix():
+    curvature = output_curvature(lambda f: f.var(dim=0, correction=0).sum(), drawn(4, 1))
+    expected = 2 / 4 * (torch.eye(4, dtype=torch.float64) - 0.25)
+    torch.testing.assert_close(curvature.matrices, expected.unsqueeze(0))
+    assert_factored(curvature)
+
+
+def test_a_loss_that_is_not_convex_has_no_factors():
+    curvature = output_curvature(lambda f: (f[:, 0] * f[:, 1]).sum(), drawn(3, 2))
+    torch.testing.assert_close(curvature.matrices, torch.eye(2, dtype=torch.float64).flip(0).expand(3, 2, 2))
+    assert curvature.factors is None
+
+
+def test_a_loss_that_is_concave_on_one_input_has_no_factors():
+    signs = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    assert output_curvature(lambda f: (signs * f.square()).sum(), drawn(2, 1)).factors is None
+
+
+def test_output_curvature_leaves_the_outputs_as_they_were():
+    outputs = drawn(3, 2)
+    before = outputs.clone()
+    output_curvature(lambda f: f.square().sum(), outputs)
+    assert torch.equal(outputs, before)
+    assert not outputs.requires_grad
+
+
+@pytest.mark.parametrize("blocks", [drawn(3, 2, 2), drawn(1, 6, 6)], ids=["by input", "coupled"])
+def test_weighted_rows_multiply_by_the_block_diagonal(blocks):
+    gradients = drawn(6, 4, seed=1)
+    expected = torch.block_diag(*blocks).numpy() @ gradients.numpy()
+    torch.testing.assert_close(weighted_rows(gradients, blocks), torch.from_numpy(expected))
+
+
+# Null spaces.
+
+
+def test_nullity_of_a_diagonal_matrix_is_the_number_of_zeros():
+    assert hessian_nullity(torch.diag(torch.tensor([3.0, 0.0, -2.0, 0.0]))) == 2
+
+
+def test_a_hessian_without_rows_is_refused():
+    with pytest.raises(ValueError, match="at least one row"):
+        hessian_nullity(torch.zeros(0, 0))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_nullity_of_the_zero_matrix_is_its_size(size):
+    assert hessian_nullity(torch.zeros(size, size)) == size
+
+
+def test_null_space_without_gradients_has_no_residual():
+    found = hessian_null_space(torch.diag(torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64)))
+    assert (found.nullity, found.strict, found.negative) == (1, 1, 1)
+    assert found.residual_curvature is None
+    assert found.gauss_newton_nullity is None
+    assert found.rtol == 3 * 2.0**-52
+
+
+def test_an_eigenvalue_at_the_tolerance_is_zero():
+    hessian = torch.diag(torch.tensor([4.0, 1.0, -1.0, 1.5], dtype=torch.float64))
+    found = hessian_null_space(hessian, rtol=0.25)
+    assert (found.strict, found.negative, found.rtol) == (2, 0, 0.25)
+
+
+def test_the_tolerance_is_relative_to_the_largest_magnitude_also_of_negative_eigenvalues():
+    assert hessian_nullity(torch.diag(torch.tensor([-100.0, 1.0])), rtol=0.02) == 1
+
+
+def squared_error_at(gradients, residual):
+    """Curvature of half the sum of squares, with k inputs of one output."""
+    k = gradients.shape[0]
+    identity = torch.ones(k, 1, 1, dtype=torch.float64)
+    return OutputCurvature(identity, identity, residual_is_zero=not bool(residual))
+
+
+def test_at_a_perfect_fit_the_nullity_is_that_of_the_gradients():
+    gradients = torch.diag(torch.tensor([1.0, 1e-5, 1e-10], dtype=torch.float64))
+    gradients = torch.cat([gradients, gradients.new_zeros(3, 2)], dim=1)
+    found = hessian_null_space(
+        gradients.mT @ gradients, gradients=gradients, curvature=squared_error_at(gradients, residual=0)
+    )
+    # Squared, 1e-20 would be rounding: it is read off the unsquared rows.
+    assert (found.nullity, found.strict, found.gauss_newton_nullity) == (2, 2, 2)
+    assert (found.negative, found.residual_curvature) == (0, 0.0)
+
+
+def test_at_a_perfect_fit_of_zero_gradients_everything_is_flat():
+    gradients = torch.zeros(3, 4, dtype=torch.float64)
+    found = hessian_null_space(
+        torch.zeros(4, 4, dtype=torch.float64), gradients=gradients, curvature=squared_error_at(gradients, residual=0)
+    )
+    assert (found.nullity, found.strict, found.gauss_newton_nullity, found.residual_curvature) == (4, 4, 4, 0.0)
+
+
+def test_a_zero_hessian_with_a_residual_has_no_residual_curvature():
+    gradients = torch.zeros(3, 4, dtype=torch.float64)
+    found = hessian_null_space(
+        torch.zeros(4, 4, dtype=torch.float64), gradients=gradients, curvature=squared_error_at(gradients, residual=1)
+    )
+    assert (found.nullity, found.strict, found.negative, found.residual_curvature) == (4, 4, 0, 0.0)
+
+
+def test_eigenvalues_below_the_residual_curvature_are_not_told_from_zero():
+    gradients = torch.diag(torch.tensor([2.0, 1.0, 0.0, 0.0], dtype=torch.float64))
+    residual = torch.diag(torch.tensor([0.0, 0.0, 1e-3, -1e-4], dtype=torch.float64))
+    found = hessian_null_space(
+        gradients.mT @ gradients + residual, gradients=gradients, curvature=squared_error_at(gradients, residual=1)
+    )
+    assert (found.nullity, found.strict, found.negative, found.gauss_newton_nullity) == (2, 0, 1, 2)
+    torch.testing.assert_close(found.residual_curvature, 1e-3 / 4)
+
+
+def test_a_residual_above_the_smallest_curvature_hides_it():
+    gradients = torch.diag(torch.tensor([1.0, 0.1, 0.0], dtype=torch.float64))
+    residual = torch.diag(torch.tensor([0.0, 0.0, 0.02], dtype=torch.float64))
+    found = hessian_null_space(
+        gradients.mT @ gradients + residual, gradients=gradients, curvature=squared_error_at(gradients, residual=1)
+    )
+    assert (found.nullity, found.strict, found.gauss_newton_nullity) == (2, 0, 1)
+
+
+def test_curvature_without_factors_is_judged_by_the_eigenvalues_of_the_gauss_newton_matrix():
+    gradients = torch.eye(3, 4, dtype=torch.float64)
+    matrices = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64).view(3, 1, 1)
+    curvature = OutputCurvature(matrices, None, residual_is_zero=True)
+    found = hessian_null_space(
+        torch.diag(torch.tensor([1.0, -2.0, 0.0, 0.0], dtype=torch.float64)), gradients=gradients, curvature=curvature
+    )
+    assert (found.nullity, found.strict, found.negative, found.gauss_newton_nullity) == (2, 2, 1, 2)
+    assert found.residual_curvature == 0.0
+
+
+def test_hard_labels_leave_the_centred_directions_in_the_gauss_newton_part():
+    logits = drawn(2, 3).requires_grad_()  # The outputs themselves are the parameters.
+    targets = torch.tensor([0, 2])
+    hessian = hessian_matrix(F.cross_entropy(logits, targets), [logits])
+    curvature = output_curvature(lambda f: F.cross_entropy(f, targets), logits)
+    found = hessian_null_space(hessian, gradients=torch.eye(6, dtype=torch.float64), curvature=curvature)
+    # Outputs are linear in the parameters: H = P, of rank c - 1 per input.
+    assert (found.gauss_newton_nullity, found.nullity, found.negative) == (2, 2, 0)
+
+
+def test_a_quartic_minimum_is_flat_to_second_order():
+    point = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    hessian = hessian_matrix(point.square().sum().square(), [point])
+    assert hessian_nullity(hessian) == 3
+
+
+def test_beside_a_quartic_minimum_every_direction_is_curved():
+    # r^4 has the Hessian 4 r^2 I + 8 x x^T: eigenvalues 12 r^2 and 4 r^2.
+    point = torch.tensor([1e-4, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    hessian = hessian_matrix(point.square().sum().square(), [point])
+    torch.testing.assert_close(torch.linalg.eigvalsh(hessian) / 1e-8, torch.tensor([4.0, 4.0, 12.0]).double())
+    assert hessian_nullity(hessian) == 0
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 2, 2)])
+def test_a_hessian_that_is_not_square_is_refused(shape):
+    with pytest.raises(ValueError, match="hessian must be a square matrix, got shape"):
+        hessian_null_space(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1.0, -0.5])
+def test_a_tolerance_outside_of_the_unit_interval_is_refused(rtol):
+    with pytest.raises(ValueError, match=r"inside \(0, 1\)"):
+        hessian_nullity(torch.eye(2), rtol=rtol)
+
+
+def test_gradients_without_curvature_are_refused():
+    with pytest.raises(ValueError, match="gradients and curvature are needed together, got only one"):
+        hessian_null_space(torch.eye(2), gradients=torch.eye(2))
+
+
+def test_curvature_without_gradients_is_refused():
+    curvature = OutputCurvature(torch.ones(1, 1, 1), torch.ones(1, 1, 1), residual_is_zero=True)
+    with pytest.raises(ValueError, match="gradients and curvature are needed together, got only one"):
+        hessian_null_space(torch.eye(2), curvature=curvature)

@@ -1,0 +1,245 @@
+"""Two real processes over gloo. Run as a script, this file is one of the two."""
+
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_basin import BasinMonitor, RankEarlyStopping, measure_basin
+from lightning_basin.metrics import BehavioralGradientRank, DuplicatedActivations, HessianNullity
+from lightning_basin.record import BasinRecord
+from tests.training import (
+    Eventful,
+    Scripted,
+    Witness,
+    loader,
+    make_trainer,
+    regression_data,
+    scripted_loader,
+    seeded,
+    steps,
+    timeless,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = timedelta(seconds=60)
+
+
+# ------------------------------------------------------------------------------------------------ in each process
+
+
+def fit(root, *callbacks, module=None, batches=None, **options):
+    module = Eventful() if module is None else module
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT)
+    trainer = make_trainer(root, *callbacks, strategy=strategy, devices=2, **options)
+    with seeded(trainer.global_rank):
+        trainer.fit(module, batches or loader(80, 10))
+    return trainer, module
+
+
+def basin_metrics(trainer):
+    return {key: value for key, value in trainer.callback_metrics.items() if key.startswith("basin")}
+
+
+def measured(rank, root):
+    """A run with the monitor and one without."""
+    monitor, with_monitor, without = BasinMonitor(probe=25), Witness(), Witness()
+    trainer, _ = fit(root, monitor, with_monitor)
+    fit(root, without)
+    return {
+        "records": [record.to_dict() for record in monitor.records],
+        "probe": (monitor.probe.inputs, monitor.probe.targets),
+        "metrics": basin_metrics(trainer),
+        "with_monitor": with_monitor.seen,
+        "without": without.seen,
+    }
+
+
+def stopped(rank, root):
+    """Early stopping by both callbacks, before and after the monitor in the list."""
+    last_steps = []
+    for make_stopping in (
+        lambda: EarlyStopping("basin/gradient_rank", mode="min", patience=2, strict=True),
+        lambda: RankEarlyStopping(patience=2),
+    ):
+        for order in (1, -1):
+            callbacks = [BasinMonitor(probe=8), make_stopping()][::order]
+            options = {"module": Scripted((6, 5)), "batches": scripted_loader(2), "max_epochs": 9}
+            last_steps.append(fit(root, *callbacks, **options)[0].global_step)
+    return {"last_steps": last_steps}
+
+
+def failing(rank, root):
+    """A loss that fails on the process that measures, in the middle of the second measurement only."""
+    calls = []
+
+    def loss_fn(outputs, targets):
+        calls.append(0)
+        if armed and len(calls) == 2 and rank == 0:
+            raise RuntimeError("out of order")
+        return nn.functional.mse_loss(outputs, targets)
+
+    armed = []
+
+    class Arming(Eventful):
+        def on_train_epoch_start(self):
+            calls.clear()
+            armed[:] = [1] if self.current_epoch == 1 else []
+
+    monitor = BasinMonitor(probe=10, loss_fn=loss_fn)
+    trainer, _ = fit(root, monitor, module=Arming(), max_epochs=3)
+    return {"steps": steps(monitor), "metrics": basin_metrics(trainer), "last_step": trainer.global_step}
+
+
+def uneven(rank, root):
+    """Batches of 20 on one process, of 5 on the other: their probes are not full at the same time."""
+    monitor = BasinMonitor(probe=40)
+    batches = DataLoader(regression_data(160 if rank == 0 else 40, seed=rank), 20 if rank == 0 else 5)
+    trainer, _ = fit(root, monitor, batches=batches, use_distributed_sampler=False)
+    return {"steps": steps(monitor), "last_step": trainer.global_step, "metrics": basin_metrics(trainer)}
+
+
+def synchronized(rank, root):
+    """The three metrics with other numbers of rows on the two processes, down to none."""
+    torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
+    found = {}
+    identity = torch.eye(6, dtype=torch.float64)
+    for name, mine in {
+        "uneven": [range(4), range(3, 6)],
+        "none on one": [[], range(5)],
+        "none on zero": [range(5), []],
+    }.items():
+        rows = identity[list(mine[rank])]
+        gradients, duplicates, nullity = BehavioralGradientRank(6), DuplicatedActivations(6), HessianNullity(6)
+        if len(rows):
+            gradients.update(rows)
+            duplicates.update(rows)
+            nullity.update(rows.mT @ rows, num_inputs=len(rows))
+        found[name] = [metric.compute().item() for metric in (gradients, duplicates, nullity)]
+        # Synchronizing must not have left the rows of the other process behind.
+        gradients.update(identity[5:])
+        found[f"{name}, then more"] = gradients.compute().item()
+        gradients.reset()
+        gradients.update(identity[rank : rank + 1])
+        found[f"{name}, then anew"] = gradients.compute().item()
+    torch.distributed.destroy_process_group()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- in the test process
+
+
+def run_two_processes(root, *scenarios):
+    """What each scenario returned, by process."""
+    with socket.socket() as probing:
+        probing.bind(("127.0.0.1", 0))
+        port = probing.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        # As torchrun would start them.
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "tests",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "tests.test_processes", str(root), *scenarios]
+        with (root / f"log{rank}.txt").open("w") as log:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=100) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = "\n".join((root / f"log{rank}.txt").read_text()[-3000:] for rank in range(2))
+    assert codes == [0, 0], logs
+    return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    return run_two_processes(tmp_path_factory.mktemp("fits"), "measured", "stopped", "failing")
+
+
+@pytest.mark.slow
+def test_both_processes_hold_equal_records_and_metrics(fits):
+    first, second = (process["measured"] for process in fits)
+    assert [record["step"] for record in first["records"]] == [0, 4, 8]
+    assert first["records"] == second["records"]
+    assert first["metrics"] == second["metrics"]
+    assert first["metrics"]["basin/gradient_rank"] == first["records"][-1]["gradient_rank"]
+
+
+@pytest.mark.slow
+def test_both_processes_hold_the_same_probe(fits):
+    first, second = (process["measured"]["probe"] for process in fits)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_baseline_is_that_of_one_process_on_the_same_probe(fits):
+    first = fits[0]["measured"]
+    expected = measure_basin(Eventful(), *first["probe"], loss_fn=nn.MSELoss(), layers="auto", step=0)
+    assert timeless([BasinRecord.from_dict(first["records"][0])]) == timeless([expected])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_training_on_two_processes_is_bit_identical_with_and_without_monitor(fits, rank):
+    assert fits[rank]["measured"]["with_monitor"] == fits[rank]["measured"]["without"]
+
+
+@pytest.mark.slow
+def test_both_processes_stop_at_the_same_step(fits):
+    first, second = (process["stopped"]["last_steps"] for process in fits)
+    assert first == second
+    # One step an epoch, ranks 6, 5, 5, 5: Lightning's callback looks at 5, 5, 5, ours also at the baseline.
+    assert first == [3, 3, 3, 3]
+
+
+@pytest.mark.slow
+def test_measurement_that_fails_on_one_process_ends_no_run(fits):
+    first, second = (process["failing"] for process in fits)
+    assert first == second
+    assert (first["steps"], first["last_step"]) == ([0, 4, 12], 12)
+
+
+@pytest.mark.slow
+def test_processes_with_batches_of_different_sizes_do_not_wait_for_each_other(tmp_path):
+    first, second = (process["uneven"] for process in run_two_processes(tmp_path, "uneven"))
+    assert first == second
+    assert (first["steps"], first["last_step"]) == ([0, 8, 16], 16)
+
+
+@pytest.mark.slow
+def test_metrics_are_synchronized_over_processes_with_uneven_rows(tmp_path):
+    first, second = (process["synchronized"] for process in run_two_processes(tmp_path, "synchronized"))
+    assert first == second
+    # Unit rows: ranks count the distinct ones, six rows at most; row 3 is on both processes in the first case.
+    assert first["uneven"] == [6, 1, 0]
+    assert first["none on one"] == first["none on zero"] == [5, 0, 1]
+    assert [value for name, value in first.items() if name.endswith("then more")] == [6, 6, 6]
+    assert [value for name, value in first.items() if name.endswith("then anew")] == [2, 2, 2]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    this_rank, directory = int(os.environ["RANK"]), Path(sys.argv[1])
+    results = {name: globals()[name](this_rank, directory) for name in sys.argv[2:]}
+    torch.save(results, directory / f"rank{this_rank}.pt")

@@ -1,0 +1,558 @@
+import copy
+import random
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_basin.replica import float64_replica, isolated_evaluation
+
+CPU = torch.device("cpu")
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(module, seed=0):
+    """The module with reproducible weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+class Bookkeeping(nn.Module):
+    """Changes everything it can when it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls = 0
+        self.history = []
+        self.cache = {"outputs": [torch.zeros(1)]}
+        self.plain = torch.zeros(2)
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen += 1
+        self.plain += 1
+        self.cache["outputs"][0] += 1
+        self.cache["new"] = x
+        self.history.append(x)
+        return self.linear(x)
+
+
+# Replicas.
+
+
+def test_a_forward_pass_of_the_replica_changes_nothing_in_the_original():
+    module = Bookkeeping()
+    (replica,) = float64_replica(module)
+    replica(torch.ones(1, 2, dtype=torch.float64))
+    assert (module.calls, module.history, set(module.cache)) == (0, [], {"outputs"})
+    assert (float(module.seen), module.plain.tolist(), module.cache["outputs"][0].tolist()) == (0.0, [0.0, 0.0], [0.0])
+
+
+def test_tensors_that_are_no_parameters_follow_into_float64():
+    (replica,) = float64_replica(Bookkeeping())
+    dtypes = [replica.seen.dtype, replica.plain.dtype, replica.cache["outputs"][0].dtype]
+    assert dtypes == [torch.float64] * 3
+
+
+def test_integers_stay_integers():
+    module = nn.BatchNorm1d(2)
+    (replica,) = float64_replica(module)
+    assert (replica.num_batches_tracked.dtype, replica.running_mean.dtype) == (torch.int64, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_numbers_of_the_weights_are_the_same(dtype):
+    module = filled(nn.Linear(3, 2).to(dtype))
+    (replica,) = float64_replica(module)
+    assert replica.weight.dtype == torch.float64
+    assert replica.weight.tolist() == module.weight.tolist()
+
+
+def test_the_original_keeps_its_mode_and_the_replica_evaluates():
+    module = nn.Sequential(nn.Dropout(), nn.Linear(1, 1)).train()
+    (replica,) = float64_replica(module)
+    assert [part.training for part in module.modules()] == [True] * 3
+    assert [part.training for part in replica.modules()] == [False] * 3
+
+
+def test_no_parameter_shares_memory_with_the_original():
+    module = nn.Linear(2, 2).double()
+    (replica,) = float64_replica(module)
+    assert {p.data_ptr() for p in replica.parameters()}.isdisjoint(p.data_ptr() for p in module.parameters())
+
+
+def test_gradients_of_the_original_are_not_copied_and_not_touched():
+    module = nn.Linear(1, 1)
+    module.weight.grad = torch.ones(1, 1)
+    (replica,) = float64_replica(module)
+    assert replica.weight.grad is None
+    replica(torch.ones(1, 1, dtype=torch.float64)).sum().backward()
+    assert module.weight.grad.tolist() == [[1.0]]
+    assert module.bias.grad is None
+
+
+def test_frozen_parameters_stay_frozen():
+    module = nn.Linear(1, 1)
+    module.bias.requires_grad_(requires_grad=False)
+    (replica,) = float64_replica(module)
+    assert (replica.weight.requires_grad, replica.bias.requires_grad) == (True, False)
+
+
+def test_tied_parameters_stay_tied():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].weight = module[0].weight
+    (replica,) = float64_replica(module)
+    assert replica[1].weight is replica[0].weight
+
+
+def test_a_module_used_twice_is_copied_once():
+    part = nn.Linear(2, 2)
+    (replica,) = float64_replica(nn.Sequential(part, part))
+    assert replica[0] is replica[1]
+
+
+class WithMethods(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+        self.calls = 0
+
+    def loss(self, outputs, targets):
+        self.calls += 1
+        return (outputs - targets).sum()
+
+
+def test_methods_of_the_module_follow_the_copy():
+    module = WithMethods()
+    replica, loss = float64_replica(module, module.loss)
+    loss(torch.ones(1), torch.ones(1))
+    assert loss.__self__ is replica
+    assert module.calls == 0
+
+
+def test_a_partial_method_of_the_module_follows_the_copy():
+    module = WithMethods()
+    _, loss = float64_replica(module, partial(module.loss, targets=torch.ones(1)))
+    loss(torch.ones(1))
+    assert module.calls == 0
+
+
+def test_methods_of_a_submodule_follow_the_copy():
+    module = nn.ModuleDict({"part": WithMethods()})
+    replica, loss = float64_replica(module, module["part"].loss)
+    assert loss.__self__ is replica["part"]
+
+
+def test_a_loss_module_is_copied_into_float64():
+    loss_fn = nn.CrossEntropyLoss(weight=torch.ones(3))
+    _, copied = float64_replica(nn.Linear(1, 1), loss_fn)
+    assert (copied.weight.dtype, loss_fn.weight.dtype) == (torch.float64, torch.float32)
+
+
+def test_a_loss_that_is_a_part_of_the_module_is_the_part_of_the_copy():
+    module = nn.Module()
+    module.loss_fn = nn.MSELoss()
+    module.linear = nn.Linear(1, 1)
+    replica, loss_fn = float64_replica(module, module.loss_fn)
+    assert loss_fn is replica.loss_fn
+
+
+def test_plain_functions_and_none_stay():
+    _, function, nothing = float64_replica(nn.Linear(1, 1), F.mse_loss, None)
+    assert function is F.mse_loss
+    assert nothing is None
+
+
+def uncopyable(kind, folder):
+    if kind == "lock":
+        return threading.Lock()
+    return (folder / "log").open("w") if kind == "open file" else (number for number in range(3))
+
+
+@pytest.mark.parametrize("kind", ["lock", "open file", "generator"])
+def test_an_attribute_that_cannot_be_copied_is_shared(kind, tmp_path):
+    module = Bookkeeping()
+    module.handle = uncopyable(kind, tmp_path)
+    (replica,) = float64_replica(module)
+    assert replica.handle is module.handle
+    replica(torch.ones(1, 2, dtype=torch.float64))
+    assert (module.calls, module.history, module.plain.tolist()) == (0, [], [0.0, 0.0])
+
+
+def test_an_attribute_of_a_part_that_cannot_be_copied_is_shared():
+    module = nn.Sequential(Bookkeeping(), nn.Linear(2, 2))
+    module[0].lock = threading.Lock()
+    (replica,) = float64_replica(module)
+    assert replica[0].lock is module[0].lock
+    assert replica[0].linear.weight.dtype == torch.float64
+
+
+def test_a_cached_activation_that_carries_a_graph_is_copied():
+    module = nn.Linear(2, 2)
+    module.cached = module(torch.ones(1, 2))
+    module.by_name = {"last": [module(torch.ones(1, 2))]}
+    (replica,) = float64_replica(module)
+    assert replica.cached.dtype == replica.by_name["last"][0].dtype == torch.float64
+    assert replica.cached.tolist() == module.cached.tolist()
+    assert replica.cached is not module.cached
+
+
+def with_old_weight_norm():
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.utils.weight_norm(nn.Linear(3, 2))
+
+
+SPECIAL_MODULES = {
+    "weight_norm": (with_old_weight_norm, (4, 3)),
+    "parametrized weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), (4, 3)),
+    "spectral_norm": (lambda: nn.utils.spectral_norm(nn.Linear(3, 2)), (4, 3)),
+    "parametrized spectral_norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)), (4, 3)),
+    "LSTM": (lambda: nn.Sequential(nn.LSTM(3, 2, batch_first=True)), (4, 5, 3)),
+    "GRU": (lambda: nn.Sequential(nn.GRU(3, 2, num_layers=2, bidirectional=True)), (4, 5, 3)),
+    "transformer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (2, 3, 4)),
+    "batch norm": (lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), (4, 3)),
+}
+
+
+def first_tensor(outputs):
+    return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+
+
+@pytest.mark.parametrize("name", SPECIAL_MODULES)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_the_replica_computes_the_same_function_in_float64(name):
+    build, shape = SPECIAL_MODULES[name]
+    module = filled(build())
+    inputs = drawn(*shape)
+    module.train()
+    first_tensor(module(inputs))  # Old normalisations set their weight in a forward pass.
+    module.eval()
+    expected = first_tensor(module(inputs)).detach()
+    (replica,) = float64_replica(module)
+    with isolated_evaluation(CPU):
+        found = first_tensor(replica(inputs.double()))
+    assert found.dtype == torch.float64
+    # The float32 evaluation is the one with rounding: a few hundred operations of numbers near 1.
+    torch.testing.assert_close(found.detach(), expected.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SPECIAL_MODULES)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_outputs_of_the_replica_depend_on_its_own_parameters(name):
+    build, shape = SPECIAL_MODULES[name]
+    (replica,) = float64_replica(filled(build()))
+    with isolated_evaluation(CPU):
+        outputs = first_tensor(replica(drawn(*shape).double()))
+        gradients = torch.autograd.grad(outputs.square().sum(), list(replica.parameters()))
+    assert {gradient.dtype for gradient in gradients} == {torch.float64}
+
+
+def test_a_compiled_part_is_replaced_by_its_original():
+    module = nn.Sequential(nn.Linear(2, 2), torch.compile(nn.Linear(2, 2), backend="eager"))
+    (replica,) = float64_replica(module)
+    assert type(replica[1]) is nn.Linear
+    assert list(dict(replica.named_parameters())) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_a_compiled_module_is_replaced_by_its_original():
+    (replica,) = float64_replica(torch.compile(nn.Linear(2, 2), backend="eager"))
+    assert type(replica) is nn.Linear
+    assert replica.weight.dtype == torch.float64
+
+
+def test_a_module_compiled_in_place_runs_its_copy():
+    module = filled(nn.Linear(1, 1))
+    module.compile(backend="eager")
+    (replica,) = float64_replica(module)
+    with torch.no_grad():
+        replica.weight.fill_(3.0)
+        replica.bias.fill_(0.0)
+    assert replica(torch.ones(1, 1, dtype=torch.float64)).tolist() == [[3.0]]
+
+
+class Watcher:
+    """An object outside of the network that refuses to be copied."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("a whole trainer")
+
+    def note(self, module, args, output=None):
+        self.calls += 1
+
+    def double(self, module, args, output):
+        return 2 * output
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_of_an_outside_object_does_not_copy_the_object(register):
+    module, watcher = nn.Sequential(nn.Linear(1, 1)), Watcher()
+    getattr(module[0], register)(watcher.note)
+    (replica,) = float64_replica(module)
+    replica(torch.ones(1, 1, dtype=torch.float64))
+    assert watcher.calls == 1
+
+
+def test_a_hook_that_changes_the_output_acts_on_the_replica_too():
+    module = filled(nn.Linear(1, 1))
+    module.register_forward_hook(Watcher().double)
+    (replica,) = float64_replica(module)
+    inputs = torch.ones(1, 1)
+    torch.testing.assert_close(replica(inputs.double()).item(), module(inputs).item(), rtol=1e-6, atol=0.0)
+
+
+def test_hooks_added_to_the_replica_are_not_on_the_original():
+    module = nn.Linear(1, 1)
+    module.register_forward_hook(Watcher().note)
+    (replica,) = float64_replica(module)
+    replica.register_forward_hook(Watcher().note)
+    replica.register_forward_pre_hook(Watcher().note)
+    assert (len(module._forward_hooks), len(module._forward_pre_hooks)) == (1, 0)
+
+
+class CallableWatcher(Watcher):
+    def __call__(self, module, args, output):
+        self.calls += 1
+
+
+class OuterModule(nn.Module):
+    def note(self, module, args, output):
+        pass
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("a whole trainer")
+
+
+UNCOPYABLE_HOOKS = {
+    "partial": lambda: partial(Watcher.note, Watcher()),
+    "callable object": CallableWatcher,
+    "method of a module outside": lambda: OuterModule().note,
+}
+
+
+@pytest.mark.parametrize("kind", UNCOPYABLE_HOOKS)
+def test_hooks_added_to_the_replica_are_not_on_an_original_whose_hooks_cannot_be_copied(kind):
+    module = nn.Linear(1, 1)
+    module.register_forward_hook(UNCOPYABLE_HOOKS[kind]())
+    (replica,) = float64_replica(module)
+    replica.register_forward_hook(Watcher().note)
+    assert len(module._forward_hooks) == 1
+
+
+def test_a_lazy_module_is_refused():
+    with pytest.raises(ValueError, match="parameter 'weight' has no shape yet: run one forward pass"):
+        float64_replica(nn.Sequential(nn.LazyLinear(2)))
+
+
+def test_trainable_complex_parameters_are_refused():
+    with pytest.raises(TypeError, match="trainable parameters must be real, but 'weight' is complex"):
+        float64_replica(nn.Linear(1, 1, dtype=torch.complex64))
+
+
+def test_parameters_made_in_inference_mode_become_trainable_in_the_replica():
+    with torch.inference_mode():
+        module = nn.Linear(1, 1)
+    with isolated_evaluation(CPU):
+        (replica,) = float64_replica(module)
+        replica(torch.ones(1, 1)).sum().backward()
+    assert replica.weight.grad.tolist() == [[1.0]]
+
+
+# Evaluation.
+
+THIRD = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
+
+REQUESTS = {
+    "float()": lambda x: x.float(),
+    "half()": lambda x: x.half(),
+    "bfloat16()": lambda x: x.bfloat16(),
+    "to(dtype)": lambda x: x.to(torch.float32),
+    "to(device, dtype)": lambda x: x.to("cpu", torch.float16),
+    "to(dtype=)": lambda x: x.to(dtype=torch.bfloat16),
+    "type(dtype)": lambda x: x.type(torch.float32),
+    "type(name)": lambda x: x.type("torch.FloatTensor"),
+    "type(class)": lambda x: x.type(torch.FloatTensor),
+    "type_as": lambda x: x.type_as(torch.zeros(1, dtype=torch.float32)),
+    "softmax": lambda x: x.softmax(0, dtype=torch.float32),
+    "functional.softmax": lambda x: F.softmax(x, 0, dtype=torch.float32),
+    "sum": lambda x: torch.sum(x, dtype=torch.float32),
+    "torch.zeros": lambda x: torch.zeros(2, dtype=torch.float32) + x,
+    "torch.tensor": lambda x: torch.tensor([0.1], dtype=torch.float32),
+    "torch.full": lambda x: torch.full((2,), 0.1, dtype=torch.float16),
+    "torch.arange": lambda x: torch.arange(3, dtype=torch.float32),
+    "torch.empty_like": lambda x: torch.zeros_like(x, dtype=torch.float32),
+    "new_zeros": lambda x: x.new_zeros(2, dtype=torch.float32),
+    "a module": lambda x: nn.Linear(2, 1, dtype=torch.float32)(x),
+    "module.float()": lambda x: nn.Linear(2, 1).float()(x),
+    "the default dtype": lambda x: torch.zeros(2),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_request_for_a_lower_precision_is_answered_in_float64(name):
+    with isolated_evaluation(CPU):
+        assert REQUESTS[name](THIRD).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["float()", "to(dtype)", "to(dtype=)", "type(dtype)", "type_as"])
+def test_a_cast_to_a_lower_precision_keeps_every_digit(name):
+    with isolated_evaluation(CPU):
+        assert torch.equal(REQUESTS[name](THIRD), THIRD)
+
+
+@pytest.mark.parametrize("name", ["to(complex64)", "cfloat()"])
+def test_a_request_for_low_precision_complex_numbers_is_answered_in_complex128(name):
+    request = {"to(complex64)": lambda x: x.to(torch.complex64), "cfloat()": lambda x: x.cfloat()}[name]
+    with isolated_evaluation(CPU):
+        assert request(THIRD).dtype == torch.complex128
+
+
+def test_requests_for_integers_are_left_alone():
+    with isolated_evaluation(CPU):
+        assert THIRD.to(torch.int64).dtype == torch.int64
+
+
+def test_autocast_inside_of_the_forward_does_not_lower_the_precision():
+    with isolated_evaluation(CPU), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert nn.functional.linear(THIRD, THIRD.unsqueeze(0)).dtype == torch.float64
+
+
+def global_states():
+    return {
+        "python": random.getstate(),
+        "numpy": str(np.random.get_state()),
+        "torch": torch.random.get_rng_state().tolist(),
+        "default dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "anomaly": torch.is_anomaly_enabled(),
+        "fastpath": torch.backends.mha.get_fastpath_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "math attention": torch.backends.cuda.math_sdp_enabled(),
+        "flash attention": torch.backends.cuda.flash_sdp_enabled(),
+        "efficient attention": torch.backends.cuda.mem_efficient_sdp_enabled(),
+    }
+
+
+def disturb_global_states():
+    random.random()
+    np.random.rand()
+    torch.rand(1)
+    torch.set_default_dtype(torch.float16)
+    torch.backends.mha.set_fastpath_enabled(True)
+    torch.set_grad_enabled(False)
+    torch.autograd.set_detect_anomaly(True)
+
+
+def disturb_and_raise():
+    with isolated_evaluation(CPU):
+        disturb_global_states()
+        raise KeyError("in the middle")
+
+
+SURROUNDINGS = {
+    "nothing": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "anomaly detection": lambda: torch.autograd.detect_anomaly(check_nan=False),
+}
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
+def test_every_global_state_is_put_back(name):
+    with SURROUNDINGS[name]():
+        before = global_states()
+        with isolated_evaluation(CPU):
+            disturb_global_states()
+        assert global_states() == before
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
+def test_every_global_state_is_put_back_when_the_body_raises(name):
+    with SURROUNDINGS[name]():
+        before = global_states()
+        with pytest.raises(KeyError, match="in the middle"):
+            disturb_and_raise()
+        assert global_states() == before
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
+def test_gradients_are_taken_whatever_surrounds_the_evaluation(name):
+    with SURROUNDINGS[name](), isolated_evaluation(CPU):
+        (replica,) = float64_replica(nn.Linear(1, 1))
+        outputs = replica(torch.full((1, 1), 3.0))
+        (gradient,) = torch.autograd.grad(outputs.sum(), [replica.weight])
+    assert gradient.tolist() == [[3.0]]
+    assert gradient.dtype == torch.float64
+
+
+def test_inside_all_switches_are_set_for_exact_derivatives():
+    with torch.no_grad(), isolated_evaluation(CPU):
+        states = global_states()
+    names = ["grad", "inference", "anomaly", "fastpath", "autocast", "math attention", "flash attention"]
+    assert [states[name] for name in names] == [True, False, False, False, False, True, False]
+
+
+def test_a_fastpath_that_was_off_stays_off():
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with isolated_evaluation(CPU):
+            pass
+        assert not torch.backends.mha.get_fastpath_enabled()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def test_a_compiled_function_runs_without_compilation():
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x: 2 * x, backend=backend)
+    with isolated_evaluation(CPU):
+        assert compiled(THIRD).tolist() == (2 * THIRD).tolist()
+    assert calls == []
+
+
+def test_a_forward_that_asks_for_float32_by_name_has_float64_gradients():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor([1.0]))
+
+        def forward(self, x):
+            return (self.scale * x).float().softmax(-1, dtype=torch.float32) + torch.zeros(2, dtype=torch.float32)
+
+    with isolated_evaluation(CPU):
+        (replica,) = float64_replica(Named())
+        outputs = replica(THIRD.unsqueeze(0))
+        (gradient,) = torch.autograd.grad(outputs[0, 0], [replica.scale])
+    # p = sigmoid((1/3 - 2/3) s), dp/ds = -p (1 - p) / 3 at s = 1: to float64, not to float32.
+    p = 1 / (1 + np.exp(1 / 3))
+    torch.testing.assert_close(gradient.item(), -p * (1 - p) / 3, rtol=1e-14, atol=0.0)
+
+
+def test_the_replica_can_be_deep_copied_again():
+    (replica,) = float64_replica(Bookkeeping())
+    assert copy.deepcopy(replica).linear.weight.tolist() == replica.linear.weight.tolist()

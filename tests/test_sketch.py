@@ -1,0 +1,343 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_basin.functional.rank import GRAM_RESOLUTION, default_rtol, numerical_rank, singular_values
+from lightning_basin.functional.sketch import (
+    DenseGradients,
+    KhatriRaoGradients,
+    SpectrumAccumulator,
+    gradient_spectrum,
+    sketched_spectrum,
+)
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def generator_of(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def khatri_rao(k=5, c=3, t=1, d_in=4, d_out=2, columns="weight and bias", seed=0):
+    activations = drawn(k, t, d_in, seed=seed) if "weight" in columns else drawn(k, t, 0)
+    if "bias" in columns:
+        activations = torch.cat([activations, activations.new_ones(k, t, 1)], dim=2)
+    return KhatriRaoGradients(activations, drawn(k, c, t, d_out, seed=seed + 1), "bias" in columns)
+
+
+def rows_by_loop(gradients):
+    """Row (x, j): sum over t of b outer a, the weight's part first, then the bias's."""
+    activations, signals = gradients.activations.numpy(), gradients.output_gradients.numpy()
+    rows = []
+    for x in range(signals.shape[0]):
+        for j in range(signals.shape[1]):
+            outer = sum(np.outer(signals[x, j, t], activations[x, t]) for t in range(signals.shape[2]))
+            parts = [outer[:, :-1].ravel(), outer[:, -1]] if gradients.bias else [outer.ravel()]
+            rows.append(np.concatenate(parts))
+    return np.stack(rows)
+
+
+def with_singular_values(rows, columns, values, seed):
+    """A matrix with these singular values and zeros after them, multiplied out in numpy."""
+    random = np.random.default_rng(seed)
+    left = np.linalg.qr(random.standard_normal((rows, len(values))))[0]
+    right = np.linalg.qr(random.standard_normal((columns, len(values))))[0]
+    return torch.from_numpy((left * np.asarray(values)) @ right.T)
+
+
+LAYOUTS = [
+    pytest.param({"t": t, "columns": columns}, id=f"t={t}, {columns}")
+    for t in (1, 4)
+    for columns in ("weight and bias", "weight", "bias")
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_khatri_rao_rows_are_sums_of_outer_products(layout):
+    gradients = khatri_rao(**layout)
+    torch.testing.assert_close(gradients.rows(), torch.from_numpy(rows_by_loop(gradients)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_khatri_rao_shape_is_that_of_its_rows(layout):
+    gradients = khatri_rao(**layout)
+    assert (gradients.num_rows, gradients.num_columns) == rows_by_loop(gradients).shape
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_khatri_rao_gram_holds_the_products_of_rows(layout):
+    gradients = khatri_rao(**layout)
+    rows = rows_by_loop(gradients)
+    torch.testing.assert_close(gradients.gram, torch.from_numpy(rows @ rows.T))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_khatri_rao_combination_weighs_the_rows(layout):
+    gradients = khatri_rao(**layout)
+    weights = drawn(15, seed=9)
+    expected = torch.from_numpy(weights.numpy() @ rows_by_loop(gradients))
+    torch.testing.assert_close(gradients.combination(weights), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_khatri_rao_sketch_applies_the_rows_to_rank_one_vectors(layout):
+    gradients = khatri_rao(**layout)
+    sketch = gradients.sketch(40, generator_of(3)).numpy()
+    rows = rows_by_loop(gradients)
+    # Whatever the vectors were, the columns of the sketch lie in the column space of the rows.
+    projector = rows @ np.linalg.pinv(rows)
+    np.testing.assert_allclose(projector @ sketch, sketch, atol=1e-12 * np.abs(sketch).max())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mean_of_khatri_rao_sketch_products_is_the_gram_matrix(layout):
+    gradients = khatri_rao(**layout, k=3, c=2)
+    num_columns = 20_000
+    products = gradients.sketch(num_columns, generator_of(4)).square().sum(1)
+    expected = np.square(rows_by_loop(gradients)).sum(1)
+    # One column's square is (sum_t (u.b)(v.a))^2 with Gaussian u, v: its fourth moment is at most 9 squared norms,
+    # so that the mean over n columns has a relative standard error of at most sqrt(8 / n); five of them.
+    np.testing.assert_allclose(products.numpy(), expected, rtol=5 * math.sqrt(8 / num_columns))
+
+
+def test_mean_of_dense_sketch_products_is_the_gram_matrix():
+    matrix = drawn(4, 11)
+    seeds = 400
+    sketches = torch.stack([DenseGradients(matrix).sketch(6, generator_of(seed)) for seed in range(seeds)])
+    products = sketches @ sketches.mT
+    error = products.std(0) / math.sqrt(seeds)
+    # Five standard errors of the mean, estimated from the spread over seeds.
+    assert bool(((products.mean(0) - matrix @ matrix.mT).abs() <= 5 * error).all())
+
+
+def test_mean_of_many_khatri_rao_sketches_is_the_gram_matrix_off_the_diagonal_too():
+    gradients = khatri_rao(k=2, c=2, t=2)
+    seeds = 400
+    sketches = torch.stack([gradients.sketch(6, generator_of(seed)) for seed in range(seeds)])
+    products = sketches @ sketches.mT
+    rows = torch.from_numpy(rows_by_loop(gradients))
+    error = products.std(0) / math.sqrt(seeds)
+    # Five standard errors of the mean, estimated from the spread over seeds.
+    assert bool(((products.mean(0) - rows @ rows.mT).abs() <= 5 * error).all())
+
+
+@pytest.mark.parametrize("gradients", [khatri_rao(), DenseGradients(drawn(6, 10))], ids=["khatri-rao", "dense"])
+def test_same_seed_gives_the_same_sketch(gradients):
+    assert torch.equal(gradients.sketch(5, generator_of(1)), gradients.sketch(5, generator_of(1)))
+
+
+@pytest.mark.parametrize("gradients", [khatri_rao(), DenseGradients(drawn(6, 10))], ids=["khatri-rao", "dense"])
+def test_another_seed_gives_another_sketch(gradients):
+    assert not torch.equal(gradients.sketch(5, generator_of(1)), gradients.sketch(5, generator_of(2)))
+
+
+@pytest.mark.parametrize("gradients", [khatri_rao(t=3), DenseGradients(drawn(6, 10))], ids=["khatri-rao", "dense"])
+def test_a_sketch_draws_from_its_generator_only(gradients):
+    before = torch.random.get_rng_state()
+    gradients.sketch(5, generator_of(1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("num_columns", [1, 2, 3, 6, 7, 8, 9, 30])
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 9])
+def test_dense_sketch_has_the_smaller_of_its_width_and_the_rank(width, num_columns):
+    sketch = DenseGradients(drawn(10, width)).sketch(num_columns, generator_of(0))
+    assert sketch.shape == (10, num_columns)
+    assert np.linalg.matrix_rank(sketch.numpy()) == min(num_columns, width)
+
+
+def test_dense_sketch_of_the_identity_keeps_full_rank():
+    sketch = DenseGradients(torch.eye(16, dtype=torch.float64)).sketch(32, generator_of(0))
+    assert np.linalg.matrix_rank(sketch.numpy()) == 16
+
+
+def test_dense_gradients_are_their_matrix():
+    matrix = drawn(3, 5)
+    gradients = DenseGradients(matrix)
+    assert (gradients.num_rows, gradients.num_columns) == (3, 5)
+    assert torch.equal(gradients.rows(), matrix)
+    np.testing.assert_allclose(gradients.gram.numpy(), matrix.numpy() @ matrix.numpy().T, rtol=1e-13, atol=1e-13)
+    weights = drawn(3, seed=1)
+    np.testing.assert_allclose(gradients.combination(weights).numpy(), weights.numpy() @ matrix.numpy(), rtol=1e-13)
+
+
+def deficient_matrix(seed):
+    """Random size, rank and spectrum, down to 1e-11 of the largest singular value; exact zeros after."""
+    random = np.random.default_rng(seed)
+    rows, columns = (int(size) for size in random.integers(4, 40, 2))
+    rank = int(random.integers(1, min(rows, columns) + 1))
+    smallest = random.uniform(-11, 0)
+    values = np.sort(10.0 ** random.uniform(smallest, 0, rank))[::-1].copy()
+    values[0], values[-1] = 1.0, 1.0 if rank == 1 else 10.0**smallest
+    return with_singular_values(rows, columns, values, seed)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_rank_of_a_dense_sketch_is_the_rank_of_the_matrix(seed):
+    matrix = deficient_matrix(seed)
+    sketch = DenseGradients(matrix).sketch(2 * matrix.shape[0], generator_of(seed))
+    found = numerical_rank(singular_values(sketch), rtol=default_rtol(*sketch.shape))
+    assert found == np.linalg.matrix_rank(matrix.numpy())
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_rank_of_a_khatri_rao_sketch_is_the_rank_of_the_matrix(seed):
+    random = np.random.default_rng(1000 + seed)
+    k, c, t, d_in, d_out = (int(size) for size in random.integers([4, 1, 1, 2, 2], [16, 4, 4, 9, 9]))
+    smallest = random.uniform(-11, 0)
+    inner = int(random.integers(1, min(k, d_in) + 1))
+    values = np.concatenate([[1.0], 10.0 ** random.uniform(smallest, 0, inner - 1)])
+    # One position with a deficient matrix of activations, and further ones that repeat it.
+    activations = with_singular_values(k, d_in, values, 1000 + seed).unsqueeze(1).expand(k, t, d_in)
+    gradients = KhatriRaoGradients(activations, drawn(k, c, t, d_out, seed=seed), bias=False)
+    sketch = gradients.sketch(2 * gradients.num_rows, generator_of(seed))
+    found = numerical_rank(singular_values(sketch), rtol=default_rtol(*sketch.shape))
+    assert found == np.linalg.matrix_rank(rows_by_loop(gradients))
+
+
+@pytest.mark.parametrize("num_columns", [1, 3, 5, 8])
+def test_a_narrow_khatri_rao_sketch_has_full_column_rank(num_columns):
+    gradients = khatri_rao(k=10, c=1, d_in=4, d_out=2)
+    sketch = gradients.sketch(num_columns, generator_of(0))
+    assert np.linalg.matrix_rank(sketch.numpy()) == num_columns
+
+
+def test_a_full_rank_gram_matrix_needs_no_sketch():
+    matrix = drawn(6, 20)
+    sketch = torch.full((6, 12), math.nan, dtype=torch.float64)
+    spectrum = sketched_spectrum(matrix @ matrix.mT, sketch)
+    assert spectrum.method == "gram"
+    expected = torch.from_numpy(np.linalg.svd(matrix.numpy(), compute_uv=False))
+    torch.testing.assert_close(spectrum.singular_values, expected)
+
+
+def test_singular_values_above_the_resolution_of_the_gram_matrix_are_those_of_the_matrix():
+    values = np.logspace(0, -12, 13)
+    matrix = with_singular_values(20, 60, values, 0)
+    gradients = DenseGradients(matrix)
+    spectrum = sketched_spectrum(gradients.gram, gradients.sketch(40, generator_of(0)))
+    resolved = values[values > 5 * GRAM_RESOLUTION]
+    # An eigenvalue's error of n eps moves a singular value s by n eps / s / 2: at 1e-6 by 2e-3 of it for n = 20.
+    np.testing.assert_allclose(spectrum.singular_values.numpy()[: len(resolved)], resolved, rtol=2e-3)
+
+
+def test_a_spectrum_over_twelve_digits_is_followed_to_its_end():
+    values = np.logspace(0, -12, 13)
+    matrix = with_singular_values(20, 60, values, 0)
+    gradients = DenseGradients(matrix)
+    spectrum = sketched_spectrum(gradients.gram, gradients.sketch(40, generator_of(0)))
+    assert spectrum.method == "gram+sketch"
+    assert spectrum.singular_values.shape == (20,)
+    found = spectrum.singular_values.numpy()
+    # Below the Gram matrix a sketch with twice the rows is right to a small factor; zeros follow at rounding.
+    assert np.abs(np.log10(found[:13] / values)).max() < 0.5
+    assert found[13:].max() < spectrum.rtol
+
+
+def test_the_spectrum_is_descending_across_the_seam_of_gram_and_sketch():
+    matrix = with_singular_values(30, 80, np.logspace(-5, -9, 30) * 1e5, 1)
+    gradients = DenseGradients(matrix)
+    values = sketched_spectrum(gradients.gram, gradients.sketch(60, generator_of(1))).singular_values
+    assert bool((values.diff() <= 0).all())
+
+
+def test_spectrum_of_the_zero_matrix_is_zero():
+    spectrum = sketched_spectrum(torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, 6, dtype=torch.float64))
+    assert spectrum.singular_values.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_default_tolerance_of_a_sketched_spectrum_is_that_of_the_sketch():
+    matrix = drawn(3, 6)
+    assert sketched_spectrum(matrix @ matrix.mT, matrix).rtol == 6 * 2.0**-52
+
+
+def test_small_matrices_are_decomposed_side_by_side():
+    blocks = [khatri_rao(t=2), DenseGradients(drawn(15, 4, seed=5))]
+    spectrum = gradient_spectrum(blocks, generator=generator_of(0))
+    rows = np.concatenate([rows_by_loop(blocks[0]), blocks[1].matrix.numpy()], axis=1)
+    assert spectrum.method == "svd"
+    assert spectrum.rtol == 15 * 2.0**-52
+    expected = torch.from_numpy(np.linalg.svd(rows, compute_uv=False))
+    torch.testing.assert_close(spectrum.singular_values, expected)
+
+
+def wide_blocks(num_rows=200, rank=None, seed=0):
+    """Two layers with 250 x 160 and 250 x 101 entries: 200**2 * 65250 is above what is decomposed as it stands."""
+    activations = drawn(num_rows, 1, 250, seed=seed)
+    signals = [drawn(num_rows, 1, 1, width, seed=seed + width) for width in (160, 101)]
+    if rank is not None:  # Inputs beyond the first ``rank`` repeat them.
+        repeated = torch.arange(num_rows) % rank
+        activations, signals = activations[repeated], [signal[repeated] for signal in signals]
+    return [KhatriRaoGradients(activations, signal, bias=False) for signal in signals]
+
+
+def test_wide_matrices_of_full_rank_are_judged_by_the_gram_matrix():
+    values = np.linspace(1, 2, 200)
+    activations = with_singular_values(200, 250, np.ones(200), 0) * torch.from_numpy(values).unsqueeze(1)
+    signal = torch.zeros(200, 1, 1, 261, dtype=torch.float64)
+    signal[..., :2] = torch.tensor([3.0, 4.0])
+    block = KhatriRaoGradients(activations.unsqueeze(1), signal, bias=False)
+    spectrum = gradient_spectrum([block], generator=generator_of(0))
+    assert spectrum.method == "gram"
+    # Orthogonal rows of activations with these norms, times a signal of norm 5.
+    torch.testing.assert_close(spectrum.singular_values, torch.from_numpy(5 * values[::-1].copy()))
+
+
+def test_wide_deficient_matrices_are_judged_by_the_sketch():
+    spectrum = gradient_spectrum(wide_blocks(rank=120), generator=generator_of(0))
+    assert spectrum.method == "gram+sketch"
+    # 200 rows, 120 of them different.
+    assert numerical_rank(spectrum.singular_values, rtol=spectrum.rtol) == 120
+
+
+def test_the_same_seed_gives_the_same_spectrum_of_wide_matrices():
+    spectra = [gradient_spectrum(wide_blocks(rank=120), generator=generator_of(7)) for _ in range(2)]
+    assert torch.equal(spectra[0].singular_values, spectra[1].singular_values)
+
+
+def test_wide_dense_and_factored_matrices_are_added():
+    blocks = wide_blocks(rank=90)
+    mixed = [blocks[0], DenseGradients(blocks[1].rows())]
+    spectrum = gradient_spectrum(mixed, generator=generator_of(0))
+    assert numerical_rank(spectrum.singular_values, rtol=spectrum.rtol) == 90
+
+
+def test_accumulating_leaves_the_gram_matrices_of_the_parts_as_they_were():
+    blocks = wide_blocks(rank=90)
+    before = blocks[0].gram.clone()
+    gradient_spectrum(blocks, generator=generator_of(0))
+    assert torch.equal(blocks[0].gram, before)
+
+
+def test_spectra_are_float64():
+    assert gradient_spectrum(wide_blocks(rank=90), generator=generator_of(0)).singular_values.dtype == torch.float64
+
+
+def test_integers_of_a_wide_gram_matrix_are_exact():
+    # Entries 0 and 1: all products are integers below 2**53, the singular values sqrt(250 * 261) and zeros.
+    ones = torch.ones(200, 1, 250, dtype=torch.float64)
+    blocks = [KhatriRaoGradients(ones, ones.new_ones(200, 1, 1, width), bias=False) for width in (160, 101)]
+    spectrum = gradient_spectrum(blocks, generator=generator_of(0))
+    torch.testing.assert_close(float(spectrum.singular_values[0]), math.sqrt(200 * 250 * 261))
+    assert numerical_rank(spectrum.singular_values, rtol=spectrum.rtol) == 1
+
+
+def test_matrices_with_different_numbers_of_rows_are_refused():
+    blocks = [DenseGradients(torch.zeros(2, 3)), DenseGradients(torch.zeros(3, 3))]
+    with pytest.raises(ValueError, match=r"must share one number of rows, got \[2, 3\]"):
+        gradient_spectrum(blocks, generator=generator_of(0))
+
+
+def test_no_matrix_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"must share one number of rows, got \[\]"):
+        gradient_spectrum([], generator=generator_of(0))
+
+
+@pytest.mark.parametrize("num_columns", [4, 100_000_000])
+def test_a_spectrum_of_nothing_is_refused(num_columns):
+    with pytest.raises(RuntimeError, match="add at least one matrix of gradients"):
+        SpectrumAccumulator(2, num_columns, generator_of(0)).spectrum()
