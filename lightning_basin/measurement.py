@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from lightning_basin.activations import LayerActivations, cuts, layer_activations
 from lightning_basin.functional.duplicates import (
     dead_units,
     duplicated_activations,
@@ -22,7 +23,8 @@ from lightning_basin.functional.hessian import (
 )
 from lightning_basin.functional.rank import GradientRank, check_rtol, gradient_rank
 from lightning_basin.functional.sketch import SpectrumAccumulator
-from lightning_basin.layers import Layer, LayerActivations, ModuleBehavior, Network, Trace
+from lightning_basin.gradients import layer_gradients
+from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord, LayerRecord, layer_blocks
 from lightning_basin.replica import float64_replica, isolated_evaluation
@@ -262,7 +264,7 @@ def _measured_gradients(
     spectra = {part: SpectrumAccumulator(evaluation.num_rows, part.num_parameters, generator) for part in parts}
     ranks: dict[_Part, GradientRank] = {}
     rows: dict[Layer, Tensor] = {}
-    for measured in evaluation.network.gradients(evaluation.probe, evaluation.trace, generator=generator):
+    for measured in layer_gradients(evaluation.network, evaluation.probe, evaluation.trace, generator=generator):
         for part in parts:
             if measured.layer in part.layers:
                 spectra[part].add(measured.gradients)
@@ -328,7 +330,7 @@ class _Duplicates:
 
 def _measured_duplicates(evaluation: _Evaluation, rtol: float) -> _Duplicates:
     network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
-    activations = network.activations(probe, trace)
+    activations = layer_activations(network, probe, trace)
     layers = {name: _layer_duplicates(layer, rtol) for name, layer in activations.items()}
     after_first = [layers[name] for name in list(activations)[trace.num_first :]]
     totals = {
@@ -337,16 +339,16 @@ def _measured_duplicates(evaluation: _Evaluation, rtol: float) -> _Duplicates:
     }
     totals["dead_units"] = sum(layer.get("dead_units", 0) for layer in layers.values())
     outputs = trace.outputs.detach().reshape(probe.size, -1)
-    cuts = [
+    crossings = [
         (before, probe.size - layers[name]["duplicated_activations"])
-        for name, before in network.cuts(probe, trace, activations)
+        for name, before in cuts(network, probe, trace, activations)
     ]
     return _Duplicates(
         layers=layers,
         network=totals,
         outputs=(duplicated_activations(outputs, rtol=rtol), duplicated_activations(outputs, rtol=0.0)),
         rank_bound=gradient_rank_bound(
-            sum(layer.num_parameters for layer in network.layers), evaluation.num_outputs, [(0, probe.size), *cuts]
+            sum(layer.num_parameters for layer in network.layers), evaluation.num_outputs, [(0, probe.size), *crossings]
         ),
     )
 

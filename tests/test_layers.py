@@ -4,7 +4,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_basin import Probe
+from lightning_basin.activations import cuts, layer_activations
 from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients
+from lightning_basin.gradients import layer_gradients
 from lightning_basin.layers import Network, call_module, find_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")
@@ -39,7 +41,7 @@ class Composed(nn.Module):
 
 def measured(network, probe):
     trace = network.trace(probe)
-    found = network.gradients(probe, trace, generator=torch.Generator().manual_seed(0))
+    found = layer_gradients(network, probe, trace, generator=torch.Generator().manual_seed(0))
     return {gradients.layer.name: gradients for gradients in found}
 
 
@@ -368,7 +370,7 @@ def test_outputs_without_one_row_per_input_are_refused(function, error, message)
 
 def activations_of(module, inputs):
     network, probe = Network(module), Probe(inputs)
-    return network.activations(probe, network.trace(probe))
+    return layer_activations(network, probe, network.trace(probe))
 
 
 def test_what_enters_and_leaves_a_linear_layer_is_kept_by_input():
@@ -452,7 +454,7 @@ def test_a_layer_that_is_never_called_has_no_activation():
 def cuts_of(module, inputs):
     network, probe = Network(module), Probe(inputs)
     trace = network.trace(probe)
-    return dict(network.cuts(probe, trace, network.activations(probe, trace)))
+    return dict(cuts(network, probe, trace, layer_activations(network, probe, trace)))
 
 
 def test_every_layer_of_a_chain_is_a_cut():

@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -581,6 +581,28 @@ def test_failed_baseline_is_followed_by_the_next_measurement(tmp_path):
     assert steps(monitor) == [6, 12]
 
 
+def test_baseline_is_dated_by_its_weights_when_the_first_check_ran_out_of_memory(tmp_path):
+    calls = Counter()
+
+    def behavior(module, inputs):
+        calls["behavior"] += 1
+        if calls["behavior"] == 1:
+            raise torch.OutOfMemoryError("another process holds the memory")
+        return module(inputs)
+
+    class Keeping(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            weights[trainer.global_step] = copy.deepcopy(pl_module)
+
+    weights = {}
+    monitor = BasinMonitor(probe=40, behavior=behavior)
+    with pytest.warns(UserWarning, match="another process holds the memory"):
+        make_trainer(tmp_path, Keeping(), monitor).fit(Regressor(), loader())
+    first = monitor.records[0]
+    expected = measure_basin(weights[first.step], monitor.probe, loss_fn=nn.MSELoss())
+    torch.testing.assert_close(first.loss, expected.loss)
+
+
 def test_trainable_layer_that_is_never_called_is_measured_as_null_space(tmp_path):
     class WithUnused(Regressor):
         def __init__(self):
@@ -1081,20 +1103,26 @@ def test_monitor_can_be_copied_after_a_fit(tmp_path):
     assert copy.deepcopy(monitor).records == monitor.records
 
 
-def test_module_that_is_no_subclass_with_a_forward_needs_a_behavior(tmp_path):
-    class Headless(LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Linear(3, 2)
+class Headless(LightningModule):
+    """Has no forward."""
 
-        def training_step(self, batch, batch_idx):
-            return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 2)
 
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
 
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_module_without_forward_asks_for_a_behavior(tmp_path):
     with pytest.raises(MisconfigurationException, match="behavior="):
         make_trainer(tmp_path, BasinMonitor()).fit(Headless(), loader())
+
+
+def test_module_without_forward_is_measured_by_its_behavior(tmp_path):
     monitor = BasinMonitor(probe=20, behavior=lambda module, inputs: module.net(inputs), loss_fn=nn.MSELoss())
     make_trainer(tmp_path, monitor).fit(Headless(), loader())
     # One linear layer: 20 inputs and the constant span 4 dimensions, for each of 2 outputs.

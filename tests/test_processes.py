@@ -177,7 +177,6 @@ def fits(tmp_path_factory):
     return run_two_processes(tmp_path_factory.mktemp("fits"), "measured", "stopped", "failing")
 
 
-@pytest.mark.slow
 def test_both_processes_hold_equal_records_and_metrics(fits):
     first, second = (process["measured"] for process in fits)
     assert [record["step"] for record in first["records"]] == [0, 4, 8]
@@ -186,26 +185,22 @@ def test_both_processes_hold_equal_records_and_metrics(fits):
     assert first["metrics"]["basin/gradient_rank"] == first["records"][-1]["gradient_rank"]
 
 
-@pytest.mark.slow
 def test_both_processes_hold_the_same_probe(fits):
     first, second = (process["measured"]["probe"] for process in fits)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-@pytest.mark.slow
 def test_baseline_is_that_of_one_process_on_the_same_probe(fits):
     first = fits[0]["measured"]
     expected = measure_basin(Eventful(), *first["probe"], loss_fn=nn.MSELoss(), layers="auto", step=0)
     assert timeless([BasinRecord.from_dict(first["records"][0])]) == timeless([expected])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_training_on_two_processes_is_bit_identical_with_and_without_monitor(fits, rank):
     assert fits[rank]["measured"]["with_monitor"] == fits[rank]["measured"]["without"]
 
 
-@pytest.mark.slow
 def test_both_processes_stop_at_the_same_step(fits):
     first, second = (process["stopped"]["last_steps"] for process in fits)
     assert first == second
@@ -213,21 +208,18 @@ def test_both_processes_stop_at_the_same_step(fits):
     assert first == [3, 3, 3, 3]
 
 
-@pytest.mark.slow
 def test_measurement_that_fails_on_one_process_ends_no_run(fits):
     first, second = (process["failing"] for process in fits)
     assert first == second
     assert (first["steps"], first["last_step"]) == ([0, 4, 12], 12)
 
 
-@pytest.mark.slow
 def test_processes_with_batches_of_different_sizes_do_not_wait_for_each_other(tmp_path):
     first, second = (process["uneven"] for process in run_two_processes(tmp_path, "uneven"))
     assert first == second
     assert (first["steps"], first["last_step"]) == ([0, 8, 16], 16)
 
 
-@pytest.mark.slow
 def test_metrics_are_synchronized_over_processes_with_uneven_rows(tmp_path):
     first, second = (process["synchronized"] for process in run_two_processes(tmp_path, "synchronized"))
     assert first == second

@@ -1,0 +1,203 @@
+"""What enters and leaves each layer, input by input, and where that is all a network knows of its input."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_basin.layers import AGREEMENT_RTOL, Network, Replacement, Trace
+from lightning_basin.probe import Probe
+
+_CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerActivations:
+    """Activations of one layer, ordered by input.
+
+    Attributes:
+        entering: Everything that enters, flattened, shape ``(k, d)``; ``None`` where nothing that enters has one
+            part per input.
+        leaving: Outputs with the units last, shape ``(k, positions, units)``; ``None`` likewise.
+        rows_per_input: For each tensor that enters, how many of its first-axis rows belong to one input; 0 where it is
+            shared by all. Empty where the rows of an input are not adjacent.
+    """
+
+    entering: Tensor | None
+    leaving: Tensor | None
+    rows_per_input: tuple[int, ...]
+
+
+def layer_activations(network: Network, probe: Probe, trace: Trace) -> dict[str, LayerActivations]:
+    """What enters and leaves each called layer, input by input, in the order of first entry.
+
+    Which axis of a tensor counts the inputs is found by running single inputs: a tensor whose shape does not
+    grow with their number is shared, one whose rows agree is sliced, any other is collected input by input.
+
+    Args:
+        network: That was traced.
+        probe: The inputs.
+        trace: Of the probe.
+    """
+    with torch.no_grad():
+        return _LayoutByExample(network, probe, trace).activations()
+
+
+def cuts(
+    network: Network, probe: Probe, trace: Trace, activations: dict[str, LayerActivations]
+) -> Iterator[tuple[str, int]]:
+    """Layers whose input is all that crosses, with the number of parameters used before it.
+
+    Found by computing: where what enters a layer is rolled from each input to the next, and all outputs and
+    gradients with respect to later parameters roll along, nothing else about an input gets past the layer. A
+    branch beside a skip connection fails this, also one whose skip has weight zero: its gradient does not roll.
+
+    Args:
+        network: That was traced.
+        probe: The inputs.
+        trace: Of the probe.
+        activations: Of the probe.
+
+    Yields:
+        Name of the layer, and number of entries of all parameters that what enters it depends on.
+    """
+    for name, layer in activations.items():
+        called_once = len(trace.leaving.get(name, [])) == 1  # Later calls see the earlier ones already rolled.
+        if not layer.rows_per_input or not called_once:
+            continue
+        before = _used_before(network, trace.entering[name])
+        rolled = network.trace(probe, replace=Replacement(name, layer.rows_per_input)).outputs
+        tolerance = AGREEMENT_RTOL * float(trace.outputs.detach().abs().max())
+        if float((rolled - trace.outputs.roll(1, 0)).detach().abs().max()) > tolerance:
+            continue
+        after = [parameter for parameter, used in zip(network.parameters(), before, strict=True) if not used]
+        if _gradients_roll(trace.outputs, rolled, after):
+            yield name, sum(p.numel() for p, used in zip(network.parameters(), before, strict=True) if used)
+
+
+def _used_before(network: Network, entering: Sequence[Tensor]) -> list[bool]:
+    """For each parameter whether what enters a layer depends on it."""
+    attached = [tensor for tensor in entering if tensor.requires_grad]
+    parameters = network.parameters()
+    if not attached:
+        return [False] * len(parameters)
+    ones = [torch.ones_like(tensor) for tensor in attached]
+    gradients = torch.autograd.grad(attached, parameters, ones, retain_graph=True, allow_unused=True)
+    return [gradient is not None for gradient in gradients]
+
+
+def _gradients_roll(outputs: Tensor, rolled: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether rolled outputs have the rolled gradients, seen in one random combination of the rows."""
+    if not parameters or not outputs.requires_grad or not rolled.requires_grad:
+        return True
+    generator = Generator().manual_seed(0)
+    weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device)
+    expected = torch.autograd.grad(outputs, parameters, weights.roll(-1, 0), retain_graph=True, materialize_grads=True)
+    found = torch.autograd.grad(rolled, parameters, weights, materialize_grads=True)
+    tolerance = AGREEMENT_RTOL * max(float(gradient.abs().max()) for gradient in expected)
+    pairs = zip(found, expected, strict=True)
+    return all(float((gradient - wanted).abs().max()) <= tolerance for gradient, wanted in pairs)
+
+
+class _LayoutByExample:
+    """Finds which part of each traced tensor belongs to which input."""
+
+    def __init__(self, network: Network, probe: Probe, trace: Trace) -> None:
+        self._network = network
+        self._probe = probe
+        self._trace = trace
+        self._ends = [self._single(0), self._single(probe.size - 1)]
+        self._singles: list[Trace] | None = None
+
+    def _single(self, index: int) -> Trace | None:
+        try:
+            return self._network.trace(self._probe.select([index]))
+        except (RuntimeError, TypeError, ValueError, IndexError):  # Some modules cannot run a batch of one.
+            return None
+
+    def activations(self) -> dict[str, LayerActivations]:
+        found = {}
+        for name, tensors in self._trace.entering.items():
+            entering, rows = self._by_input(tensors, partial(_entering, name))
+            leaving, _ = self._by_input(_leaving(name, self._trace), partial(_leaving, name))
+            part = self._network.module.get_submodule(name)
+            found[name] = LayerActivations(
+                entering=torch.cat([tensor.flatten(1) for tensor in entering], dim=1) if entering else None,
+                leaving=_units_last(part, leaving),
+                rows_per_input=rows,
+            )
+        return found
+
+    def _by_input(
+        self, tensors: Sequence[Tensor], of: Callable[[Trace], list[Tensor]]
+    ) -> tuple[list[Tensor], tuple[int, ...]]:
+        """The tensors that have a part per input, each as ``(k, rows, ...)``, and how all are laid out."""
+        num_inputs = self._probe.size
+        tensors = [tensor.detach().to(torch.float64) for tensor in tensors]
+        first, last = self._ends
+        if num_inputs == 1 or first is None or last is None:
+            kept = [tensor for tensor in tensors if tensor.ndim and tensor.shape[0] == num_inputs]
+            adjacent = len(kept) == len(tensors)
+            return [tensor.unsqueeze(1) for tensor in kept], (1,) * len(tensors) if adjacent else ()
+        singles = list(zip(of(first), of(last), strict=False))
+        if len(singles) == len(tensors):
+            layouts = [_layout(tensor, *ends, num_inputs) for tensor, ends in zip(tensors, singles, strict=True)]
+            if None not in layouts:
+                rows = tuple(layout for layout in layouts if layout is not None)
+                sliced = [
+                    tensor.reshape(num_inputs, count, *tensor.shape[1:])
+                    for tensor, count in zip(tensors, rows, strict=True)
+                    if count
+                ]
+                return sliced, rows
+        return self._collected(of), ()
+
+    def _collected(self, of: Callable[[Trace], list[Tensor]]) -> list[Tensor]:
+        """Tensors put together from runs of single inputs; none where these differ in shape."""
+        if self._singles is None:
+            runs = [self._single(index) for index in range(self._probe.size)]
+            self._singles = [run for run in runs if run is not None]
+        shapes = {tuple(tensor.shape for tensor in of(run)) for run in self._singles}
+        if len(shapes) != 1 or len(self._singles) < self._probe.size:
+            return []
+        columns = zip(*(of(run) for run in self._singles), strict=True)
+        return [torch.stack([tensor.to(torch.float64) for tensor in column]) for column in columns]
+
+
+def _entering(name: str, trace: Trace) -> list[Tensor]:
+    return trace.entering.get(name, [])
+
+
+def _leaving(name: str, trace: Trace) -> list[Tensor]:
+    return trace.leaving.get(name, [])
+
+
+def _layout(tensor: Tensor, first: Tensor, last: Tensor, num_inputs: int) -> int | None:
+    """Rows per input of a tensor, 0 where it does not grow with their number, ``None`` where they are not adjacent."""
+    if tensor.shape == first.shape:
+        return 0
+    if not tensor.ndim or tensor.shape != (num_inputs * first.shape[0], *first.shape[1:]):
+        return None
+    rows = tensor.reshape(num_inputs, -1)
+    tolerance = AGREEMENT_RTOL * float(tensor.abs().max()) if tensor.numel() else 0.0
+    for found, alone in ((rows[0], first), (rows[-1], last)):
+        if bool(((found - alone.flatten()).abs() > tolerance).any()):
+            return None
+    return int(first.shape[0])
+
+
+def _units_last(part: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
+    """Outputs of all calls as ``(k, positions, units)``."""
+    if not tensors:
+        return None
+    moved = []
+    for tensor in tensors:
+        # Traced tensors carry one axis more, the rows per input; channels were second without it.
+        axis = 2 - tensor.ndim if isinstance(part, _CHANNELS_SECOND) else -1
+        ordered = tensor.movedim(axis, -1)
+        moved.append(ordered.reshape(tensor.shape[0], -1, ordered.shape[-1]))
+    return torch.cat(moved, dim=1) if len({tensor.shape[-1] for tensor in moved}) == 1 else moved[0]

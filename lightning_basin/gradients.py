@@ -1,0 +1,210 @@
+"""Behavioral gradients of each layer, by the cheapest way that is right.
+
+Nothing is concluded from a layer's type alone: what every way gives must reproduce a random combination of all rows
+that plain autograd computes, else the next way is taken.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
+from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients, LayerGradients
+from lightning_basin.layers import AGREEMENT_RTOL, Layer, Network, Trace
+from lightning_basin.probe import Probe, tensors_of
+
+_GROUP_ELEMENTS = 2**27  # float64 numbers in the dense gradients held at once: 1 GiB
+_LAYER_ELEMENTS = 2**30  # and in those of one layer: 8 GiB
+
+
+MeasuredLayer = tuple[Layer, str | None]  # with a note on why it is not measured as its type suggests
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredGradients:
+    """Behavioral gradients of one layer.
+
+    Attributes:
+        layer: Whose.
+        gradients: Rows ordered by input, then output.
+        note: What a reader should know about how they were obtained.
+    """
+
+    layer: Layer
+    gradients: LayerGradients
+    note: str | None = None
+
+
+def layer_gradients(
+    network: Network, probe: Probe, trace: Trace, *, generator: Generator
+) -> Iterator[MeasuredGradients]:
+    """Behavioral gradients of each layer in turn, checked against autograd.
+
+    Args:
+        network: To differentiate.
+        probe: The inputs.
+        trace: Of the probe.
+        generator: On the CPU; for the check's random combination of all rows.
+
+    Raises:
+        RuntimeError: If no way of computing a layer's gradients agrees with autograd.
+        ValueError: If the gradients of a layer do not fit into memory.
+    """
+    outputs = trace.outputs.reshape(probe.size, -1)
+    check = _AutogradCheck(network, outputs, generator)
+    factored = _factored_gradients(network, probe, trace)
+    waiting: list[MeasuredLayer] = []
+    for layer in network.layers:
+        gradients = factored.pop(layer.name, None)
+        if gradients is None:
+            waiting.append((layer, None))
+        elif check.passes(layer, gradients):
+            yield MeasuredGradients(layer, gradients)
+        else:
+            note = f"layer {layer.name!r} is measured row by row: it does not act as a plain linear layer"
+            waiting.append((layer, note))
+    for group in _groups(waiting, outputs.numel()):
+        yield from _dense_gradients(network, probe, outputs, group, check)
+
+
+class _AutogradCheck:
+    """One random combination of all rows of every layer's gradients, which each way must reproduce."""
+
+    def __init__(self, network: Network, outputs: Tensor, generator: Generator) -> None:
+        weights = torch.randn(outputs.numel(), generator=generator, dtype=torch.float64)
+        self._weights = weights.to(outputs.device)
+        parameters = network.parameters()
+        if outputs.requires_grad:
+            flat = outputs.flatten()
+            combined = torch.autograd.grad(flat, parameters, self._weights, retain_graph=True, materialize_grads=True)
+        else:
+            combined = tuple(torch.zeros_like(parameter) for parameter in parameters)
+        names = [name for layer in network.layers for name in layer.parameters]
+        self._expected = dict(zip(names, combined, strict=True))
+
+    def passes(self, layer: Layer, gradients: LayerGradients) -> bool:
+        found = gradients.combination(self._weights)
+        wanted = [self._expected[name].flatten() for name in layer.parameters]
+        # What is below the rounding of the layer's largest entry is nothing.
+        floor = 1e-14 * float(torch.cat(wanted).abs().max())
+        for part in wanted:
+            difference, found = (found[: part.numel()] - part).abs(), found[part.numel() :]
+            if bool((difference > AGREEMENT_RTOL * part.abs().max() + floor).any()):
+                return False
+        return True
+
+
+def _factored_gradients(network: Network, probe: Probe, trace: Trace) -> dict[str, KhatriRaoGradients]:
+    """Gradients of linear layers from what enters them and the derivative by what leaves them."""
+    linear = [layer for layer in network.layers if _is_linear(network, layer, trace, probe.size)]
+    left = [tensor for layer in linear for tensor in trace.leaving[layer.name]]
+    outputs = trace.outputs.reshape(probe.size, -1)
+    if not left or not outputs.requires_grad:
+        return {}
+    passes = [
+        torch.autograd.grad(outputs[:, j].sum(), left, retain_graph=True, materialize_grads=True)
+        for j in range(outputs.shape[1])
+    ]
+    by_call = iter([torch.stack([column[i] for column in passes]) for i in range(len(left))])
+    return {layer.name: _khatri_rao(layer, trace, probe.size, by_call) for layer in linear}
+
+
+def _is_linear(network: Network, layer: Layer, trace: Trace, num_inputs: int) -> bool:
+    part = network.module.get_submodule(layer.name)
+    entering, leaving = trace.entering.get(layer.name, []), trace.leaving.get(layer.name, [])
+    return (
+        isinstance(part, nn.Linear)
+        and {name.rpartition(".")[2] for name in layer.parameters} <= {"weight", "bias"}
+        and 0 < len(entering) == len(leaving)
+        and all(tensor.ndim > 1 and tensor.shape[0] % num_inputs == 0 for tensor in entering)
+        and all(tensor.requires_grad for tensor in leaving)
+    )
+
+
+def _khatri_rao(layer: Layer, trace: Trace, num_inputs: int, by_call: Iterator[Tensor]) -> KhatriRaoGradients:
+    entering, signals = [], []
+    for tensor in trace.entering[layer.name]:
+        entering.append(tensor.detach().reshape(num_inputs, -1, tensor.shape[-1]))
+        signal = next(by_call)
+        signals.append(signal.reshape(signal.shape[0], num_inputs, -1, signal.shape[-1]).transpose(0, 1))
+    activations = torch.cat(entering, dim=1)
+    owned = {name.rpartition(".")[2] for name in layer.parameters}
+    columns = [activations] if "weight" in owned else []
+    if "bias" in owned:
+        columns.append(activations.new_ones(*activations.shape[:2], 1))
+    return KhatriRaoGradients(torch.cat(columns, dim=2), torch.cat(signals, dim=2), "bias" in owned)
+
+
+def _dense_gradients(
+    network: Network, probe: Probe, outputs: Tensor, group: Sequence[MeasuredLayer], check: _AutogradCheck
+) -> Iterator[MeasuredGradients]:
+    layers = [layer for layer, _ in group]
+    pending = dict(group)
+    for rows_of in _ROUTES:
+        try:
+            matrix = rows_of(network, probe, outputs, layers)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            # vmap, or a batch of one, is beyond some modules; the next way asks for less.
+            if rows_of is _ROUTES[-1]:
+                raise
+            continue
+        blocks = torch.split(matrix, [layer.num_parameters for layer in layers], dim=1)
+        for layer, gradients in zip(layers, map(DenseGradients, blocks), strict=True):
+            if layer in pending and check.passes(layer, gradients):
+                yield MeasuredGradients(layer, gradients, pending.pop(layer))
+        if not pending:
+            return
+    names = [layer.name for layer in pending]
+    raise RuntimeError(f"the gradients of layers {names} cannot be computed: two evaluations of them disagree")
+
+
+def _rows_at_once(network: Network, probe: Probe, outputs: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """All inputs of a chunk in one batched differentiation."""
+    names = [name for layer in layers for name in layer.parameters]
+    parameters = {name: network.named_parameters[name].detach() for name in names}
+
+    def behavior(values: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        return network.functional(probe, tensors, values)
+
+    return behavioral_gradients(behavior, parameters, tensors_of(probe.inputs))
+
+
+def _rows_one_by_one(network: Network, probe: Probe, outputs: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """A forward pass for each input, a backward pass for each output."""
+    parameters = network.parameters(layers)
+    return torch.cat([gradient_rows(network.outputs(probe.select([index])), parameters) for index in range(probe.size)])
+
+
+def _rows_of_batch(network: Network, probe: Probe, outputs: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """A backward pass through the whole batch for each row: always possible, and the slowest."""
+    return gradient_rows(outputs, network.parameters(layers))
+
+
+_ROUTES: Sequence[Callable[[Network, Probe, Tensor, Sequence[Layer]], Tensor]] = (
+    _rows_at_once,
+    _rows_one_by_one,
+    _rows_of_batch,
+)
+
+
+def _groups(waiting: Sequence[MeasuredLayer], num_rows: int) -> Iterator[list[MeasuredLayer]]:
+    """Layers whose dense gradients fit into memory together."""
+    group: list[MeasuredLayer] = []
+    size = 0
+    for layer, note in waiting:
+        elements = layer.num_parameters * num_rows
+        if elements > _LAYER_ELEMENTS:
+            raise ValueError(
+                f"the gradients of layer {layer.name!r} must fit into {_LAYER_ELEMENTS * 8 / 2**30:.0f} GiB, but "
+                f"{num_rows} rows x {layer.num_parameters} parameters need {elements * 8 / 2**30:.0f} GiB: "
+                f"take a smaller probe or fewer outputs"
+            )
+        if group and size + elements > _GROUP_ELEMENTS:
+            yield group
+            group, size = [], 0
+        group.append((layer, note))
+        size += elements
+    if group:
+        yield group
