@@ -107,17 +107,32 @@ def measure_basin(
 
 
 def check_measurable(
-    module: nn.Module, probe: Probe, *, loss_fn: LossFunction | None = None, behavior: ModuleBehavior | None = None
+    module: nn.Module,
+    probe: Probe,
+    *,
+    loss_fn: LossFunction | None = None,
+    behavior: ModuleBehavior | None = None,
+    layers: LayerSelection = "all",
+    num_inputs: int | None = None,
 ) -> None:
     """Evaluate once, so that what cannot be measured is known before anything is.
+
+    Args:
+        module: See `measure_basin`.
+        probe: What there is of it.
+        loss_fn: See `measure_basin`.
+        behavior: See `measure_basin`.
+        layers: See `measure_basin`.
+        num_inputs: That the probe will have; ``None`` for those that it has.
 
     Raises:
         TypeError: See `measure_basin`.
         ValueError: See `measure_basin`.
     """
     _check_settings(probe, loss_fn, "auto", None, 0.0)
-    with _evaluated(module, probe, loss_fn, behavior):
-        pass
+    with _evaluated(module, probe, loss_fn, behavior) as evaluation:
+        _selected_parts(evaluation.network.layers, layers)
+        _check_num_rows(probe.size if num_inputs is None else num_inputs, evaluation.num_outputs)
 
 
 def _check_settings(
@@ -173,11 +188,7 @@ def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
     if not bool(outputs.isfinite().all()):
         count = int((~outputs.isfinite()).reshape(probe.size, -1).any(1).sum())
         raise ValueError(f"outputs must be finite, but are NaN or infinite on {count} of the {probe.size} inputs")
-    if outputs.numel() > MAX_ROWS:
-        raise ValueError(
-            f"at most {MAX_ROWS} outputs can be measured at once, got {probe.size} inputs x "
-            f"{outputs[0].numel()} outputs: take a smaller probe, or a behavior with fewer outputs"
-        )
+    _check_num_rows(probe.size, outputs[0].numel())
     tolerance = 1e-9 * float(outputs.abs().max())
     for index in {0, probe.size - 1}:
         try:
@@ -197,6 +208,14 @@ def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
         raise ValueError(
             f"each output must depend on its own input only, but the output on input {index} changes with the other "
             f"inputs of the batch: the rank is then not defined input by input"
+        )
+
+
+def _check_num_rows(num_inputs: int, num_outputs: int) -> None:
+    if num_inputs * num_outputs > MAX_ROWS:
+        raise ValueError(
+            f"at most {MAX_ROWS} outputs can be measured at once, got {num_inputs} inputs x {num_outputs} outputs: "
+            f"take a smaller probe, or a behavior with fewer outputs"
         )
 
 

@@ -199,7 +199,7 @@ def _check_positive(name: str, count: int) -> None:
 def _checked(rows: Tensor, name: str, num_columns: int) -> Tensor:
     if rows.ndim != 2 or rows.shape[1] != num_columns:  # noqa: PLR2004 - a matrix
         raise ValueError(f"{name} must be a matrix with {num_columns} columns, got shape {tuple(rows.shape)}")
-    return rows.detach().to(torch.float64)
+    return rows.detach().to(torch.float64, copy=True)
 
 
 def _joined(rows: list[Tensor] | Tensor, num_columns: int) -> Tensor:

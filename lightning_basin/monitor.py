@@ -15,12 +15,11 @@ from typing_extensions import override
 
 from lightning_basin.layers import call_module
 from lightning_basin.measurement import check_measurable, measure_basin
-from lightning_basin.probe import Probe, map_tensors
+from lightning_basin.probe import Probe, ProbeCollector, map_tensors
 from lightning_basin.record import BasinRecord
 from lightning_basin.replica import float64_replica
 
 _LOSS_ATTRIBUTES = ("loss_fn", "criterion")
-_PASS_BATCH_FN = "pass BasinMonitor(batch_fn=lambda batch: (inputs, targets)) or BasinMonitor(probe=(inputs, targets))"
 
 
 class BasinMonitor(Callback):
@@ -30,8 +29,8 @@ class BasinMonitor(Callback):
     ``ModelCheckpoint``) and to ``records``. Training is not changed: a float64 copy of the module is measured, and
     every random state is put back. A measurement that fails costs one warning and nothing else.
 
-    A baseline is measured at the first training step, so that a monitored key always exists. With a probe that needs
-    more than one batch, the initial weights are kept until enough batches have come by.
+    A baseline is measured at the first training step, so that a monitored key exists from then on. With a probe that
+    needs more than one batch, the initial weights are kept until enough batches have come by.
 
     Logged keys, with ``basin`` for ``prefix``: ``basin/<quantity>`` for the network,
     ``basin_layer_<quantity>/<layer>`` for each layer (``basin_block_<quantity>/<range>`` above 32 layers),
@@ -88,27 +87,14 @@ class BasinMonitor(Callback):
         prefix: str = "basin",
     ) -> None:
         super().__init__()
-        self._probe: Probe | None = None
-        self._probe_size = 0
-        try:
-            if isinstance(probe, int):
-                self._probe_size = probe
-            else:
-                self._probe = probe if isinstance(probe, Probe) else Probe(*probe)
-        except (TypeError, ValueError) as error:
-            raise MisconfigurationException(f"`BasinMonitor(probe=...)`: {error}") from error
+        self._probe, self._probe_size = _probe_or_size(probe)
         self._explicit_probe = self._probe is not None
-        counts = {
-            "every_n_epochs": every_n_epochs,
-            "every_n_train_steps": every_n_train_steps,
-            "every_n_epochs_after_zero_loss": every_n_epochs_after_zero_loss,
-            "zero_loss_patience": zero_loss_patience,
-        }
-        if self._probe is None:
-            counts["probe"] = self._probe_size
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise MisconfigurationException(f"`BasinMonitor({name}={count})` must be at least 1")
+        _check_at_least_one(
+            every_n_epochs=every_n_epochs,
+            every_n_train_steps=every_n_train_steps,
+            every_n_epochs_after_zero_loss=every_n_epochs_after_zero_loss,
+            zero_loss_patience=zero_loss_patience,
+        )
         if rtol is not None and not 0.0 < rtol < 1.0:
             raise MisconfigurationException(f"`BasinMonitor(rtol={rtol})` must be inside (0, 1)")
         if not 0.0 <= duplicate_rtol < 1.0:
@@ -137,9 +123,10 @@ class BasinMonitor(Callback):
         """Optimizer steps taken when the loss had been zero for ``zero_loss_patience`` measurements."""
         self._num_zero_losses = 0
         self._measured_step: int | None = None
-        self._batches: list[tuple[Any, Any]] = []
-        self._initial_module: nn.Module | None = None
-        self._initial_steps = (0, 0)
+        self._seen_step = 0
+        self._collector = self._new_collector()
+        self._initial: tuple[nn.Module, int, int] | None = None  # for the baseline: its step and x axis beside it
+        self._is_checked = False
         self._leave_out_loss = False
         self._said: set[str] = set()
         self._loads_state = True
@@ -180,7 +167,13 @@ class BasinMonitor(Callback):
             )
 
     @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # The listeners of the next fit subscribe at its set-up.
+            self._listeners.clear()
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen_step = trainer.global_step
         if trainer.global_step == 0:
             self._reset()
         elif self.records:  # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
@@ -190,29 +183,33 @@ class BasinMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._measured_step is not None:
             return
-        if self._initial_module is None:
-            self._begin(trainer, pl_module, batch)
-        elif self._probe is None:
-            self._collect(batch)
-        if self._probe is not None:
-            self._measure_baseline(trainer)
+        # Rank zero decides for all: batches may differ in size from process to process.
+        problem = self._take_probe(trainer, pl_module, batch) if trainer.is_global_zero else None
+        problem, self._probe = trainer.strategy.broadcast((problem, self._probe), 0)
+        if problem is not None:
+            raise MisconfigurationException(f"BasinMonitor cannot measure {type(pl_module).__name__}: {problem}")
+        self._measure_baseline(trainer, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        step, seen = trainer.global_step, self._seen_step
+        self._seen_step = step
         interval = self.every_n_train_steps
         if interval is None or self._epochs_after_zero_loss is not None or self._measured_step is None:
             return
         # Counts crossings: several micro-batches share a step, and manual optimization can skip some.
-        if trainer.global_step // interval > self._measured_step // interval:
-            self._measure(trainer, pl_module, trainer.global_step, _batches_that_stepped(trainer))
+        if step // interval > seen // interval:
+            self._measure(trainer, pl_module, step, _batches_that_stepped(trainer))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._measured_step is None and self._batches:  # An epoch with fewer inputs than were asked for.
-            self._probe = Probe.from_batches(self._batches, self._probe_size)
-            self._measure_baseline(trainer)
+        if self._measured_step is None:  # An epoch with fewer inputs than were asked for.
+            if self._probe is None and self._collector.num_inputs:
+                self._probe = self._collector.probe()
+            self._probe = trainer.strategy.broadcast(self._probe, 0)
+            self._measure_baseline(trainer, pl_module)
         interval = self._epochs_after_zero_loss
         if interval is None and self.every_n_train_steps is None:
             interval = self.every_n_epochs
@@ -231,77 +228,43 @@ class BasinMonitor(Callback):
         self.zero_loss_step = None
         self._num_zero_losses = 0
         self._measured_step = None
-        self._batches.clear()
-        self._initial_module = None
+        self._initial = None
+        self._is_checked = False
         self._leave_out_loss = False
+        self._collector = self._new_collector()
         if not self._explicit_probe:
             self._probe = None
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Check the configuration on what is there, and keep the initial weights for the baseline."""
-        self._initial_steps = (trainer.global_step, _batches_that_stepped(trainer))
-        self._initial_module = pl_module
-        try:
-            if not self._explicit_probe:
-                self._batches.append(self._split(batch))
-                self._complete_probe()
-            self._check(trainer, pl_module, self._probe or Probe.from_batches(self._batches, self._probe_size))
-            if self._probe is None:  # Some training steps will pass before there are enough inputs.
-                (self._initial_module,) = float64_replica(pl_module)
-        except (TypeError, ValueError) as error:
-            raise MisconfigurationException(
-                f"BasinMonitor cannot measure {type(pl_module).__name__}: {error}"
-            ) from error
-        except Exception as error:  # Not the configuration: the measurements will say whether they succeed.
-            rank_zero_warn(f"BasinMonitor could not check {type(pl_module).__name__}. {type(error).__name__}: {error}")
+    def _new_collector(self) -> ProbeCollector:
+        return ProbeCollector(self._probe_size, batch_fn=self.batch_fn, whole_batches=self.behavior is not None)
 
-    def _collect(self, batch: Any) -> None:
-        """Take the inputs of one more batch; where they do not fit to the others, these make the probe."""
+    def _take_probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> str | None:
+        """Collect inputs until there are enough; the first time, say what is wrong with the configuration."""
+        is_first, self._is_checked = not self._is_checked, True
         try:
-            pair = self._split(batch)
-            Probe.from_batches([*self._batches, pair], self._probe_size)
+            if self._probe is None:
+                self._collector.add(batch)
+                if self._collector.complete:
+                    self._probe = self._collector.probe()
+            if is_first:
+                self._check(trainer, pl_module, self._probe or self._collector.probe())
+                if self._probe is None:  # Some training steps will pass before there are enough inputs.
+                    (module,) = float64_replica(pl_module)
+                    self._initial = (module, trainer.global_step, _batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
-            self._probe = Probe.from_batches(self._batches, self._probe_size)
+            if is_first:
+                return str(error)
+            self._probe = self._collector.probe()
             self._say(f"The probe has {self._probe.size} inputs, not {self._probe_size}: {error}", warn=True)
-            return
-        self._batches.append(pair)
-        self._complete_probe()
-
-    def _complete_probe(self) -> None:
-        probe = Probe.from_batches(self._batches, self._probe_size)
-        if probe.size == self._probe_size:
-            self._probe = probe
-
-    def _split(self, batch: Any) -> tuple[Any, Any]:
-        """Inputs and targets of a training batch, copied: a training step may write to it."""
-        if self.batch_fn is not None:
-            try:
-                pair = self.batch_fn(batch)
-            except Exception as error:
-                raise TypeError(
-                    f"batch_fn must take a training batch, {_described(batch)}, but failed with "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            if not isinstance(pair, tuple | list) or len(pair) != 2:  # noqa: PLR2004 - a pair
-                raise TypeError(f"batch_fn must return a pair of inputs and targets, got {_described(pair)}")
-            inputs, targets = pair
-        elif isinstance(batch, tuple | list) and len(batch) == 2:  # noqa: PLR2004 - a pair
-            inputs, targets = batch
-        elif isinstance(batch, tuple | list) and len(batch) == 1:
-            inputs, targets = batch[0], None
-        elif isinstance(batch, Tensor) or self.behavior is not None:
-            inputs, targets = batch, None
-        else:
-            raise TypeError(
-                f"a training batch must be a pair of inputs and targets, got {_described(batch)}: {_PASS_BATCH_FN}"
-            )
-        copied: tuple[Any, Any] = map_tensors(lambda tensor: tensor.detach().clone(), (inputs, targets))
-        return copied
+        except Exception as error:  # Not the configuration. The measurements will say whether they succeed.
+            rank_zero_warn(f"BasinMonitor could not check {type(pl_module).__name__}. {type(error).__name__}: {error}")
+        return None
 
     def _check(self, trainer: Trainer, pl_module: LightningModule, probe: Probe) -> None:
         """Evaluate once; a loss that was found and not given is left out where it does not fit."""
         behavior = self._quiet_behavior(trainer)
-        check_measurable(pl_module, probe, behavior=behavior)
+        size = self._probe_size or probe.size
+        check_measurable(pl_module, probe, behavior=behavior, layers=self.layers, num_inputs=size)
         loss_fn = self._loss_fn(pl_module)
         if loss_fn is None:
             self._say(
@@ -312,7 +275,7 @@ class BasinMonitor(Callback):
             return
         try:
             if probe.targets is None:
-                raise TypeError(f"it needs targets, and the batches hold none; {_PASS_BATCH_FN}")
+                raise TypeError("it needs targets, and the batches hold none: pass batch_fn or probe=(inputs, targets)")
             check_measurable(pl_module, probe, loss_fn=loss_fn, behavior=behavior)
         except TypeError as error:
             if self.loss_fn is not None:
@@ -341,11 +304,12 @@ class BasinMonitor(Callback):
 
         return behavior
 
-    def _measure_baseline(self, trainer: Trainer) -> None:
-        module, self._initial_module = self._initial_module, None
-        self._batches.clear()
-        if module is not None:
-            self._measure(trainer, module, *self._initial_steps)
+    def _measure_baseline(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._probe is not None:
+            initial, self._initial = self._initial, None
+            self._collector = self._new_collector()
+            now = (pl_module, trainer.global_step, _batches_that_stepped(trainer))
+            self._measure(trainer, *(initial or now))
 
     def _measure(self, trainer: Trainer, module: nn.Module, step: int, log_step: int) -> None:
         self._measured_step = step
@@ -452,9 +416,33 @@ class BasinMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
-        return {
-            name: value for name, value in vars(self).items() if name not in ("log", "log_dict", "_initial_module")
-        } | {"_initial_module": None}
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict", "_initial")} | {
+            "_initial": None
+        }
+
+
+def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
+    """An explicit probe, or how many inputs to take from the stream."""
+    if isinstance(probe, int) and not isinstance(probe, bool):
+        _check_at_least_one(probe=probe)
+        return None, probe
+    if isinstance(probe, Probe):
+        return probe, 0
+    if not isinstance(probe, tuple | list):
+        raise MisconfigurationException(
+            f"`BasinMonitor(probe=...)` must be a number of inputs, a Probe or a pair of inputs and targets, "
+            f"got {type(probe).__name__}"
+        )
+    try:
+        return Probe(*probe), 0
+    except (TypeError, ValueError) as error:
+        raise MisconfigurationException(f"`BasinMonitor(probe=...)`: {error}") from error
+
+
+def _check_at_least_one(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise MisconfigurationException(f"`BasinMonitor({name}={count})` must be at least 1")
 
 
 def _batches_that_stepped(trainer: Trainer) -> int:
@@ -465,12 +453,6 @@ def _batches_that_stepped(trainer: Trainer) -> int:
 def _metrics(scalars: Mapping[str, float]) -> dict[str, Tensor]:
     # Early stopping squeezes what it finds; float64 keeps large integers.
     return {key: torch.tensor(value, dtype=torch.float64) for key, value in scalars.items()}
-
-
-def _described(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return f"{type(batch).__name__} with keys {list(batch)}"
-    return f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
 
 
 def _ignore(*_: Any, **__: Any) -> None:
