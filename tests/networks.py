@@ -1,0 +1,43 @@
+"""Small networks put together in a line, with reproducible weights."""
+
+import torch
+from torch import nn
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def filled(module, seed=0):
+    """The module in float64 and evaluation mode with reproducible weights."""
+    generator = torch.Generator().manual_seed(seed)
+    module = module.double().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return module
+
+
+class Composed(nn.Module):
+    """Parts by name, and a function that says how they work together."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(self, *inputs)
+
+
+def linear_twice():
+    return Composed(lambda m, x: m.head(m.inner(m.inner(x).tanh()).tanh()), inner=nn.Linear(3, 3), head=nn.Linear(3, 2))
+
+
+def sequences(flatten):
+    def function(m, x):
+        hidden = x.flatten(0, 1) if flatten else x
+        return m.second(m.first(hidden).tanh()).view(x.shape[0], -1, 2).square().sum(1)
+
+    return Composed(function, first=nn.Linear(3, 4), second=nn.Linear(4, 2))
