@@ -11,9 +11,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
-from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients, LayerGradients
+from lightning_basin.functional.sketch import DenseGradients, LayerGradients
 from lightning_basin.layers import AGREEMENT_RTOL, Layer, Network, Trace
 from lightning_basin.probe import Probe, tensors_of
+from lightning_basin.structured import STRUCTURED, structured_gradients
 
 _GROUP_ELEMENTS = 2**27  # float64 numbers in the dense gradients held at once: 1 GiB
 _LAYER_ELEMENTS = 2**30  # and in those of one layer: 8 GiB
@@ -29,11 +30,13 @@ class MeasuredGradients:
     Attributes:
         layer: Whose.
         gradients: Rows ordered by input, then output.
+        structured: Whether they come from what enters and leaves the layer, and not from dense rows.
         note: What a reader should know about how they were obtained.
     """
 
     layer: Layer
     gradients: LayerGradients
+    structured: bool
     note: str | None = None
 
 
@@ -54,16 +57,15 @@ def layer_gradients(
     """
     outputs = trace.outputs.reshape(probe.size, -1)
     check = _AutogradCheck(network, outputs, generator)
-    factored = _factored_gradients(network, probe, trace)
     waiting: list[MeasuredLayer] = []
-    for layer in network.layers:
-        gradients = factored.pop(layer.name, None)
+    for layer, gradients in _structured_gradients(network, probe, trace):
         if gradients is None:
             waiting.append((layer, None))
         elif check.passes(layer, gradients):
-            yield MeasuredGradients(layer, gradients)
+            yield MeasuredGradients(layer, gradients, structured=True)
         else:
-            note = f"layer {layer.name!r} is measured row by row: it does not act as a plain linear layer"
+            kind = type(network.module.get_submodule(layer.name)).__name__
+            note = f"layer {layer.name!r} is measured row by row: it does not act as a plain {kind}"
             waiting.append((layer, note))
     for group in _groups(waiting, outputs.numel()):
         yield from _dense_gradients(network, probe, outputs, group, check)
@@ -96,45 +98,61 @@ class _AutogradCheck:
         return True
 
 
-def _factored_gradients(network: Network, probe: Probe, trace: Trace) -> dict[str, KhatriRaoGradients]:
-    """Gradients of linear layers from what enters them and the derivative by what leaves them."""
-    linear = [layer for layer in network.layers if _is_linear(network, layer, trace, probe.size)]
-    left = [tensor for layer in linear for tensor in trace.leaving[layer.name]]
+def _structured_gradients(
+    network: Network, probe: Probe, trace: Trace
+) -> Iterator[tuple[Layer, LayerGradients | None]]:
+    """Gradients of layers of a known type, from one backward pass for each output; ``None`` for other layers."""
     outputs = trace.outputs.reshape(probe.size, -1)
-    if not left or not outputs.requires_grad:
-        return {}
-    passes = [
-        torch.autograd.grad(outputs[:, j].sum(), left, retain_graph=True, materialize_grads=True)
-        for j in range(outputs.shape[1])
-    ]
-    by_call = iter([torch.stack([column[i] for column in passes]) for i in range(len(left))])
-    return {layer.name: _khatri_rao(layer, trace, probe.size, by_call) for layer in linear}
+    group: list[Layer] = []
+    size = 0
+    for layer in network.layers:
+        if not outputs.requires_grad or not _is_structured(network, layer, trace, probe.size):
+            yield layer, None
+            continue
+        elements = outputs.shape[1] * sum(tensor.numel() for tensor in trace.leaving[layer.name])
+        if group and size + elements > _GROUP_ELEMENTS:
+            yield from _differentiated(network, probe, trace, group)
+            group, size = [], 0
+        group.append(layer)
+        size += elements
+    yield from _differentiated(network, probe, trace, group)
 
 
-def _is_linear(network: Network, layer: Layer, trace: Trace, num_inputs: int) -> bool:
+def _is_structured(network: Network, layer: Layer, trace: Trace, num_inputs: int) -> bool:
     part = network.module.get_submodule(layer.name)
     entering, leaving = trace.entering.get(layer.name, []), trace.leaving.get(layer.name, [])
     return (
-        isinstance(part, nn.Linear)
+        isinstance(part, STRUCTURED)
         and {name.rpartition(".")[2] for name in layer.parameters} <= {"weight", "bias"}
-        and 0 < len(entering) == len(leaving)
-        and all(tensor.ndim > 1 and tensor.shape[0] % num_inputs == 0 for tensor in entering)
+        and len(leaving) > 0
+        and len(entering) == len(leaving) * (2 if isinstance(part, nn.Bilinear) else 1)
+        and all(tensor.ndim > 0 and tensor.shape[0] % num_inputs == 0 for tensor in (*entering, *leaving))
         and all(tensor.requires_grad for tensor in leaving)
     )
 
 
-def _khatri_rao(layer: Layer, trace: Trace, num_inputs: int, by_call: Iterator[Tensor]) -> KhatriRaoGradients:
-    entering, signals = [], []
-    for tensor in trace.entering[layer.name]:
-        entering.append(tensor.detach().reshape(num_inputs, -1, tensor.shape[-1]))
-        signal = next(by_call)
-        signals.append(signal.reshape(signal.shape[0], num_inputs, -1, signal.shape[-1]).transpose(0, 1))
-    activations = torch.cat(entering, dim=1)
-    owned = {name.rpartition(".")[2] for name in layer.parameters}
-    columns = [activations] if "weight" in owned else []
-    if "bias" in owned:
-        columns.append(activations.new_ones(*activations.shape[:2], 1))
-    return KhatriRaoGradients(torch.cat(columns, dim=2), torch.cat(signals, dim=2), "bias" in owned)
+def _differentiated(
+    network: Network, probe: Probe, trace: Trace, layers: Sequence[Layer]
+) -> Iterator[tuple[Layer, LayerGradients | None]]:
+    outputs = trace.outputs.reshape(probe.size, -1)
+    left = [tensor for layer in layers for tensor in trace.leaving[layer.name]]
+    if not left:
+        return
+    passes = [
+        torch.autograd.grad(outputs[:, j].sum(), left, retain_graph=True, materialize_grads=True)
+        for j in range(outputs.shape[1])
+    ]
+    signals = iter([torch.stack([column[i] for column in passes]) for i in range(len(left))])
+    del passes
+    for layer in layers:
+        entered = [tensor.detach() for tensor in trace.entering[layer.name]]
+        per_call = len(entered) // len(trace.leaving[layer.name])
+        calls = [(entered[i : i + per_call], next(signals)) for i in range(0, len(entered), per_call)]
+        owned = frozenset(name.rpartition(".")[2] for name in layer.parameters)
+        try:
+            yield layer, structured_gradients(network.module.get_submodule(layer.name), owned, calls, probe.size)
+        except (RuntimeError, ValueError):  # What enters is not laid out as the type has it.
+            yield layer, None
 
 
 def _dense_gradients(
@@ -153,7 +171,7 @@ def _dense_gradients(
         blocks = torch.split(matrix, [layer.num_parameters for layer in layers], dim=1)
         for layer, gradients in zip(layers, map(DenseGradients, blocks), strict=True):
             if layer in pending and check.passes(layer, gradients):
-                yield MeasuredGradients(layer, gradients, pending.pop(layer))
+                yield MeasuredGradients(layer, gradients, structured=False, note=pending.pop(layer))
         if not pending:
             return
     names = [layer.name for layer in pending]

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from lightning_basin.gradients import layer_gradients
+
 
 def drawn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -41,3 +43,26 @@ def sequences(flatten):
         return m.second(m.first(hidden).tanh()).view(x.shape[0], -1, 2).square().sum(1)
 
     return Composed(function, first=nn.Linear(3, 4), second=nn.Linear(4, 2))
+
+
+def measured(network, probe):
+    trace = network.trace(probe)
+    found = layer_gradients(network, probe, trace, generator=torch.Generator().manual_seed(0))
+    return {gradients.layer.name: gradients for gradients in found}
+
+
+def finite_differences(network, probe, layer):
+    """Central differences of the outputs by each entry of each parameter of a layer."""
+    step = 1e-6
+    columns = []
+    with torch.no_grad():
+        for parameter in network.parameters([layer]):
+            for index in range(parameter.numel()):
+                moved = []
+                for sign in (1, -1):
+                    before = parameter.flatten()[index].item()
+                    parameter.view(-1)[index] += sign * step
+                    moved.append(network.outputs(probe).flatten().clone())
+                    parameter.view(-1)[index] = before
+                columns.append((moved[0] - moved[1]) / (2 * step))
+    return torch.stack(columns, dim=1)

@@ -4,37 +4,10 @@ from torch import nn
 
 from lightning_basin import Probe
 from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients
-from lightning_basin.gradients import layer_gradients
 from lightning_basin.layers import Network
-from tests.networks import Composed, drawn, filled, linear_twice, sequences
+from tests.networks import Composed, drawn, filled, finite_differences, linear_twice, measured, sequences
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")
-
-
-def measured(network, probe):
-    trace = network.trace(probe)
-    found = layer_gradients(network, probe, trace, generator=torch.Generator().manual_seed(0))
-    return {gradients.layer.name: gradients for gradients in found}
-
-
-def finite_differences(network, probe, layer):
-    """Central differences of the outputs by each entry of each parameter of a layer."""
-    step = 1e-6
-    columns = []
-    with torch.no_grad():
-        for parameter in network.parameters([layer]):
-            for index in range(parameter.numel()):
-                moved = []
-                for sign in (1, -1):
-                    before = parameter.flatten()[index].item()
-                    parameter.view(-1)[index] += sign * step
-                    moved.append(network.outputs(probe).flatten().clone())
-                    parameter.view(-1)[index] = before
-                columns.append((moved[0] - moved[1]) / (2 * step))
-    return torch.stack(columns, dim=1)
-
-
-# Finding layers.
 
 
 def in_place():
@@ -96,7 +69,7 @@ FACTORED = {
     "frozen biases": (lambda: half_frozen("bias"), (5, 3)),
 }
 
-# Modules for which the formula of a plain linear layer is wrong or not at hand, at least in one layer.
+# Modules for which the formula of a plain is wrong or not at hand, at least in one layer.
 DENSE = {
     "transposed sequences": (transposed, (5, 6, 3)),
     "transposed sequences that divide evenly": (transposed, (3, 6, 3)),
@@ -146,7 +119,7 @@ def test_gradients_of_plain_linear_layers_stay_factored(name):
 def test_a_linear_layer_that_does_more_is_measured_row_by_row_and_said_so():
     found = measured(Network(filled(nn.Sequential(Scaled(3, 2)))), Probe(drawn(5, 3)))
     assert type(found["0"].gradients) is DenseGradients
-    assert "layer '0' is measured row by row: it does not act as a plain linear layer" in found["0"].note
+    assert "layer '0' is measured row by row: it does not act as a plain" in found["0"].note
 
 
 def test_layers_that_are_no_linear_ones_are_measured_without_a_note():

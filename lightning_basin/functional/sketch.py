@@ -23,20 +23,27 @@ _DENSE_WORK = 2e9  # and rows**2 * columns, the cost of its triangular factor: a
 
 @dataclass(frozen=True, eq=False)
 class KhatriRaoGradients:
-    r"""Gradients of a linear layer, kept as their factors.
+    r"""Gradients of a layer that multiplies what enters with its weight, kept as their factors.
 
     Row (x, j) of the matrix is the gradient of output j on input x with respect to the layer's weight and bias,
-    :math:`\sum_t b_{xjt} \tilde a_{xt}^T`.
+    :math:`\sum_t b_{xjt} \tilde a_{xt}^T`. Linear layers have one position t for each element of a sequence,
+    convolutions one for each place of their kernel, embeddings one-hot activations.
 
     Attributes:
         activations: What enters the layer, with a 1 appended where ``bias``, shape ``(k, t, d_in)``.
         output_gradients: Derivative of each output with respect to what leaves it, shape ``(k, c, t, d_out)``.
         bias: Whether the last column of ``activations`` belongs to a bias.
+        transposed: Whether the weight is stored with its activations along the first axis.
+        used_columns: Which of ``num_activations`` the columns of ``activations`` are, where the others are zero.
+        num_activations: Their number with the zero ones; ``None`` without ``used_columns``.
     """
 
     activations: Tensor
     output_gradients: Tensor
     bias: bool
+    transposed: bool = False
+    used_columns: Tensor | None = None
+    num_activations: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -46,16 +53,22 @@ class KhatriRaoGradients:
     @property
     def num_columns(self) -> int:
         """Number of parameters."""
-        return self.activations.shape[-1] * self.output_gradients.shape[-1]
+        return (self.num_activations or self.activations.shape[-1]) * self.output_gradients.shape[-1]
 
     def rows(self) -> Tensor:
         """The matrix itself, columns in the order of the parameters (weight, then bias), shape ``(m, N)``."""
         k, c, t, d_out = self.output_gradients.shape
         signals = self.output_gradients.transpose(2, 3).reshape(k, c * d_out, t)
-        outer = (signals @ self.activations).reshape(k * c, d_out, -1)
-        if not self.bias:
-            return outer.flatten(1)
-        return torch.cat([outer[:, :, :-1].flatten(1), outer[:, :, -1]], dim=1)
+        return self._in_order((signals @ self.activations).reshape(k * c, d_out, -1))
+
+    def _in_order(self, outer: Tensor) -> Tensor:
+        """From ``(n, d_out, d_in)`` to columns in the order of the parameters, shape ``(n, N)``."""
+        if self.used_columns is not None and self.num_activations is not None:
+            whole = outer.new_zeros(*outer.shape[:2], self.num_activations)
+            outer = whole.index_copy_(2, self.used_columns, outer)
+        weight = outer[:, :, :-1] if self.bias else outer
+        columns = (weight.mT if self.transposed else weight).flatten(1)
+        return torch.cat([columns, outer[:, :, -1]], dim=1) if self.bias else columns
 
     @cached_property
     def gram(self) -> Tensor:
@@ -100,9 +113,7 @@ class KhatriRaoGradients:
         k, c = self.output_gradients.shape[:2]
         signals = torch.einsum("kj,kjto->kto", weights.view(k, c), self.output_gradients)
         outer = torch.einsum("kto,ktd->od", signals, self.activations)
-        if not self.bias:
-            return outer.flatten()
-        return torch.cat([outer[:, :-1].flatten(), outer[:, -1]])
+        return self._in_order(outer.unsqueeze(0)).squeeze(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +173,45 @@ class DenseGradients:
         return weights @ self.matrix
 
 
-LayerGradients = KhatriRaoGradients | DenseGradients
+@dataclass(frozen=True, eq=False)
+class StackedGradients:
+    """Gradients of a layer whose parameters fall into parts, side by side.
+
+    Attributes:
+        parts: In the order of the parameters.
+    """
+
+    parts: "tuple[LayerGradients, ...]"
+
+    @property
+    def num_rows(self) -> int:
+        """Number of inputs times outputs per input."""
+        return self.parts[0].num_rows
+
+    @property
+    def num_columns(self) -> int:
+        """Number of parameters."""
+        return sum(part.num_columns for part in self.parts)
+
+    def rows(self) -> Tensor:
+        """The matrix, shape ``(m, N)``."""
+        return torch.cat([part.rows() for part in self.parts], dim=1)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Products of all pairs of rows, shape ``(m, m)``."""
+        return torch.stack([part.gram for part in self.parts]).sum(0)
+
+    def sketch(self, num_columns: int, generator: Generator) -> Tensor:
+        """The sum of the sketches of the parts, shape ``(m, num_columns)``."""
+        return torch.stack([part.sketch(num_columns, generator) for part in self.parts]).sum(0)
+
+    def combination(self, weights: Tensor) -> Tensor:
+        """``weights @ rows()`` without the rows; shapes ``(m,)`` and ``(N,)``."""
+        return torch.cat([part.combination(weights) for part in self.parts])
+
+
+LayerGradients = KhatriRaoGradients | DenseGradients | StackedGradients
 
 
 class SpectrumAccumulator:
