@@ -7,7 +7,7 @@ sums over layers. Axis letters: k inputs, c outputs per input, m = k * c rows, t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from lightning_basin.functional.rank import GRAM_RESOLUTION, Spectrum, default_rtol, singular_values
 
 _CHUNK_ELEMENTS = 2**24  # float64 numbers in a temporary: 128 MiB
+_WAITING_ELEMENTS = 2**26  # and in the matrices or factors that wait for their sketch: 512 MiB
 _DENSE_ELEMENTS = 2e7  # entries of a matrix that is decomposed as it stands: 160 MB
 _DENSE_WORK = 2e9  # and rows**2 * columns, the cost of its triangular factor: about 0.1 s
 
@@ -54,6 +55,11 @@ class KhatriRaoGradients:
     def num_columns(self) -> int:
         """Number of parameters."""
         return (self.num_activations or self.activations.shape[-1]) * self.output_gradients.shape[-1]
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers that are held."""
+        return self.activations.numel() + self.output_gradients.numel()
 
     def rows(self) -> Tensor:
         """The matrix itself, columns in the order of the parameters (weight, then bias), shape ``(m, N)``."""
@@ -98,6 +104,8 @@ class KhatriRaoGradients:
         Scaled so that ``Y @ Y.T`` has the Gram matrix as its mean.
         """
         k, c, t, d_out = self.output_gradients.shape
+        if t > 1 and self.activations.shape[-1] < num_columns and k * c * self.num_columns <= _WAITING_ELEMENTS:
+            return DenseGradients(self.rows()).sketch(num_columns, generator)  # Fewer operations.
         left = _gaussian(d_out, num_columns, generator, like=self.activations)
         right = _gaussian(self.activations.shape[-1], num_columns, generator, like=self.activations)
         sketch = self.activations.new_empty(k, c, num_columns)
@@ -135,6 +143,11 @@ class DenseGradients:
     def num_columns(self) -> int:
         """Number of parameters."""
         return self.matrix.shape[1]
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers that are held."""
+        return self.matrix.numel()
 
     def rows(self) -> Tensor:
         """The matrix, shape ``(m, N)``."""
@@ -193,6 +206,11 @@ class StackedGradients:
         """Number of parameters."""
         return sum(part.num_columns for part in self.parts)
 
+    @property
+    def num_elements(self) -> int:
+        """Numbers that are held."""
+        return sum(part.num_elements for part in self.parts)
+
     def rows(self) -> Tensor:
         """The matrix, shape ``(m, N)``."""
         return torch.cat([part.rows() for part in self.parts], dim=1)
@@ -217,8 +235,8 @@ LayerGradients = KhatriRaoGradients | DenseGradients | StackedGradients
 class SpectrumAccumulator:
     """Singular values of matrices side by side, ``[G_1 | G_2 | ...]``, seen one at a time.
 
-    Where the whole is small it is decomposed as it stands. Otherwise the Gram matrix and the sketch are summed,
-    and each later decides the singular values that it resolves.
+    Where the whole is small it is decomposed as it stands. Otherwise the Gram matrices are summed; and if their sum
+    leaves singular values open, so are the sketches. The matrices are kept until this is known, as long as they fit.
 
     Args:
         num_rows: Rows of every matrix.
@@ -230,21 +248,23 @@ class SpectrumAccumulator:
         self._num_rows = num_rows
         self._num_columns = num_columns
         self._generator = generator
-        self._dense = num_columns <= 2 * num_rows or (
+        self._is_small = num_columns <= 2 * num_rows or (
             num_rows * num_columns <= _DENSE_ELEMENTS and num_rows**2 * num_columns <= _DENSE_WORK
         )
-        self._blocks: list[Tensor] = []
+        self._rows: list[Tensor] = []
         self._gram: Tensor | None = None
         self._sketch: Tensor | None = None
+        self._unsketched: list[LayerGradients] = []
 
     def add(self, gradients: LayerGradients) -> None:
         """Take the next matrix into account."""
-        if self._dense:
-            self._blocks.append(gradients.rows())
+        if self._is_small:
+            self._rows.append(gradients.rows())
             return
-        sketch = gradients.sketch(2 * self._num_rows, self._generator)
         self._gram = gradients.gram.clone() if self._gram is None else self._gram.add_(gradients.gram)
-        self._sketch = sketch if self._sketch is None else self._sketch.add_(sketch)
+        self._unsketched.append(gradients)
+        if sum(waiting.num_elements for waiting in self._unsketched) > _WAITING_ELEMENTS:
+            self._add_sketches()
 
     def spectrum(self) -> Spectrum:
         """Singular values of everything that was added.
@@ -252,36 +272,46 @@ class SpectrumAccumulator:
         Raises:
             RuntimeError: If nothing was added.
         """
-        if self._dense and self._blocks:
+        if self._rows:
             rtol = default_rtol(self._num_rows, self._num_columns)
-            return Spectrum(singular_values=singular_values(torch.cat(self._blocks, 1)), rtol=rtol, method="svd")
-        if self._gram is None or self._sketch is None:
+            return Spectrum(singular_values=singular_values(torch.cat(self._rows, 1)), rtol=rtol, method="svd")
+        if self._gram is None:
             raise RuntimeError("add at least one matrix of gradients before asking for the spectrum")
-        return sketched_spectrum(self._gram, self._sketch)
+        return sketched_spectrum(self._gram, self._add_sketches, num_columns=2 * self._num_rows)
+
+    def _add_sketches(self) -> Tensor:
+        sketches = [gradients.sketch(2 * self._num_rows, self._generator) for gradients in self._unsketched]
+        self._unsketched.clear()
+        if self._sketch is not None:
+            sketches.append(self._sketch)
+        self._sketch = torch.stack(sketches).sum(0) if len(sketches) > 1 else sketches[0]
+        return self._sketch
 
 
-def sketched_spectrum(gram: Tensor, sketch: Tensor) -> Spectrum:
+def sketched_spectrum(gram: Tensor, sketch: Callable[[], Tensor], *, num_columns: int) -> Spectrum:
     """Singular values of a matrix from its Gram matrix, and from its sketch where squaring hides them.
 
     The Gram matrix is exact in the bulk of the spectrum and blind below ``GRAM_RESOLUTION``; the sketch is exact
     to a factor near 1 all the way down. Each is used where it is the better one. Where the Gram matrix resolves
-    every singular value, that proves full rank and the sketch is not decomposed.
+    every singular value, that proves full rank and no sketch is needed.
 
     Args:
         gram: Shape ``(m, m)``.
-        sketch: Scaled so that ``sketch @ sketch.T`` has mean ``gram``, shape ``(m, r)`` with ``r >= m``.
+        sketch: Returns a sketch, scaled so that ``sketch @ sketch.T`` has mean ``gram``, shape ``(m, num_columns)``.
+        num_columns: At least m.
 
     Example:
         >>> matrix = torch.diag(torch.tensor([1.0, 1e-3, 1e-10], dtype=torch.float64))
-        >>> sketched_spectrum(matrix @ matrix, matrix).singular_values.log10().round().tolist()
-        [0.0, -3.0, -10.0]
+        >>> spectrum = sketched_spectrum(matrix @ matrix, lambda: matrix, num_columns=3)
+        >>> spectrum.singular_values.log10().round().tolist(), spectrum.method
+        ([0.0, -3.0, -10.0], 'gram+sketch')
     """
-    rtol = default_rtol(*sketch.shape)
+    rtol = default_rtol(gram.shape[0], num_columns)
     bulk = torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0).sqrt_()
     num_resolved = int((bulk > GRAM_RESOLUTION * bulk[0]).sum())
     if num_resolved == bulk.numel():
         return Spectrum(singular_values=bulk, rtol=rtol, method="gram")
-    tail = singular_values(sketch)[num_resolved:]
+    tail = singular_values(sketch())[num_resolved:]
     if num_resolved:
         tail = tail.clamp(max=float(bulk[num_resolved - 1]))
     return Spectrum(singular_values=torch.cat([bulk[:num_resolved], tail]), rtol=rtol, method="gram+sketch")
