@@ -55,7 +55,7 @@ def layer_gradients(
         RuntimeError: If no way of computing a layer's gradients agrees with autograd.
         ValueError: If the gradients of a layer do not fit into memory.
     """
-    outputs = trace.outputs.reshape(probe.size, -1)
+    outputs = network.rows(trace.outputs)
     check = _AutogradCheck(network, outputs, generator)
     waiting: list[MeasuredLayer] = []
     for layer, gradients in _structured_gradients(network, probe, trace):
@@ -102,7 +102,7 @@ def _structured_gradients(
     network: Network, probe: Probe, trace: Trace
 ) -> Iterator[tuple[Layer, LayerGradients | None]]:
     """Gradients of layers of a known type, from one backward pass for each output; ``None`` for other layers."""
-    outputs = trace.outputs.reshape(probe.size, -1)
+    outputs = network.rows(trace.outputs)
     group: list[Layer] = []
     size = 0
     for layer in network.layers:
@@ -134,7 +134,7 @@ def _is_structured(network: Network, layer: Layer, trace: Trace, num_inputs: int
 def _differentiated(
     network: Network, probe: Probe, trace: Trace, layers: Sequence[Layer]
 ) -> Iterator[tuple[Layer, LayerGradients | None]]:
-    outputs = trace.outputs.reshape(probe.size, -1)
+    outputs = network.rows(trace.outputs)
     left = [tensor for layer in layers for tensor in trace.leaving[layer.name]]
     if not left:
         return
@@ -192,7 +192,9 @@ def _rows_at_once(network: Network, probe: Probe, outputs: Tensor, layers: Seque
 def _rows_one_by_one(network: Network, probe: Probe, outputs: Tensor, layers: Sequence[Layer]) -> Tensor:
     """A forward pass for each input, a backward pass for each output."""
     parameters = network.parameters(layers)
-    return torch.cat([gradient_rows(network.outputs(probe.select([index])), parameters) for index in range(probe.size)])
+    return torch.cat(
+        [gradient_rows(network.rows(network.outputs(probe.select([index]))), parameters) for index in range(probe.size)]
+    )
 
 
 def _rows_of_batch(network: Network, probe: Probe, outputs: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -212,13 +214,7 @@ def _groups(waiting: Sequence[MeasuredLayer], num_rows: int) -> Iterator[list[Me
     group: list[MeasuredLayer] = []
     size = 0
     for layer, note in waiting:
-        elements = layer.num_parameters * num_rows
-        if elements > _LAYER_ELEMENTS:
-            raise ValueError(
-                f"the gradients of layer {layer.name!r} must fit into {_LAYER_ELEMENTS * 8 / 2**30:.0f} GiB, but "
-                f"{num_rows} rows x {layer.num_parameters} parameters need {elements * 8 / 2**30:.0f} GiB: "
-                f"take a smaller probe or fewer outputs"
-            )
+        elements = _checked_elements(layer, num_rows)
         if group and size + elements > _GROUP_ELEMENTS:
             yield group
             group, size = [], 0
@@ -226,3 +222,25 @@ def _groups(waiting: Sequence[MeasuredLayer], num_rows: int) -> Iterator[list[Me
         size += elements
     if group:
         yield group
+
+
+def _checked_elements(layer: Layer, num_rows: int) -> int:
+    elements = layer.num_parameters * num_rows
+    if elements > _LAYER_ELEMENTS:
+        raise ValueError(
+            f"the gradients of layer {layer.name!r} must fit into {_LAYER_ELEMENTS * 8 / 2**30:.0f} GiB, but "
+            f"{num_rows} rows x {layer.num_parameters} parameters need {elements * 8 / 2**30:.0f} GiB: "
+            f"take a smaller probe, or fewer outputs (max_outputs)"
+        )
+    return elements
+
+
+def check_memory(network: Network, probe: Probe, trace: Trace, *, num_rows: int) -> None:
+    """Refuse what would not fit into memory, before any gradient is taken.
+
+    Raises:
+        ValueError: If the dense gradients of a layer without a formula are too large.
+    """
+    for layer in network.layers:
+        if not _is_structured(network, layer, trace, probe.size):
+            _checked_elements(layer, num_rows)

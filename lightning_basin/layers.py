@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from lightning_basin.probe import Probe, map_tensors, tensors_of
@@ -93,6 +93,7 @@ class Network:
         self.layers = find_layers(module)
         self.named_parameters = dict(module.named_parameters())
         self._behavior = call_module if behavior is None else behavior
+        self._projection: Tensor | None = None
 
     def parameters(self, layers: Sequence[Layer] | None = None) -> list[Tensor]:
         """Parameters of some or all layers, in the order of the columns of their gradients."""
@@ -127,8 +128,26 @@ class Network:
             )
         return outputs
 
+    def project_outputs(self, num_outputs: int, num_directions: int, generator: Generator) -> None:
+        """From now on let the rows of `rows` be the outputs along random orthonormal directions.
+
+        Ranks of what is left are lower bounds on ranks of the whole, as those of any rows combined are.
+
+        Args:
+            num_outputs: Outputs per input, c.
+            num_directions: At most c.
+            generator: On the CPU.
+        """
+        drawn = torch.randn(num_outputs, num_directions, generator=generator, dtype=torch.float64)
+        self._projection = torch.linalg.qr(drawn).Q
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """Outputs whose gradients count, shape ``(k, c)``, from those of the module, shape ``(k, ...)``."""
+        flat = outputs.reshape(outputs.shape[0], -1)
+        return flat if self._projection is None else flat @ self._projection.to(flat)
+
     def functional(self, probe: Probe, tensors: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
-        """Outputs for other values of some parameters and of the probe's tensors; works under `torch.func.vmap`.
+        """Rows for other values of some parameters and of the probe's tensors; works under `torch.func.vmap`.
 
         Args:
             probe: Gives the structure of the inputs.
@@ -139,7 +158,8 @@ class Network:
         inputs = map_tensors(lambda _: next(remaining).clone(), probe.inputs)
         renamed = {f"module.{name}": value for name, value in parameters.items()}
         outputs: Tensor = functional_call(_Behaving(self.module, self._behavior), renamed, (inputs,))
-        return outputs
+        # By what the inputs are, as a behavior may drop the axis of a batch of one.
+        return self.rows(outputs.reshape(tensors[0].shape[0], -1))
 
     def trace(self, probe: Probe, *, replace: "Replacement | None" = None) -> Trace:
         """Run once and note what enters and leaves each layer.

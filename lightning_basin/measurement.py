@@ -23,7 +23,7 @@ from lightning_basin.functional.hessian import (
 )
 from lightning_basin.functional.rank import GradientRank, check_rtol, gradient_rank
 from lightning_basin.functional.sketch import SpectrumAccumulator
-from lightning_basin.gradients import layer_gradients
+from lightning_basin.gradients import check_memory, layer_gradients
 from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord, LayerRecord, layer_blocks
@@ -56,6 +56,7 @@ def measure_basin(
     hessian: HessianMode = "auto",
     rtol: float | None = None,
     duplicate_rtol: float = 1e-6,
+    max_outputs: int | None = None,
     seed: int = 0,
     step: int | None = None,
 ) -> BasinRecord:
@@ -75,6 +76,8 @@ def measure_basin(
         hessian: ``"auto"`` forms it up to ``MAX_DENSE_PARAMETERS`` parameters, ``"dense"`` always, ``False`` never.
         rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
         duplicate_rtol: Two activations are the same when they differ by at most this, relative to the largest.
+        max_outputs: Where a module has more outputs per input, measure the gradients of so many random orthonormal
+            combinations of them; ranks are then lower bounds, and the Hessian is left out.
         seed: Of the sketch's random vectors: same seed, same numbers.
         step: Noted in the record.
 
@@ -93,14 +96,20 @@ def measure_basin(
     """
     started = time.perf_counter()
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
-    _check_settings(probe, loss_fn, hessian, rtol, duplicate_rtol)
+    _check_settings(probe, loss_fn, hessian, rtol, duplicate_rtol, max_outputs)
+    generator = Generator().manual_seed(seed)
     with _evaluated(module, probe, loss_fn, behavior) as evaluation:
         notes: list[str] = []
+        if max_outputs is not None and evaluation.num_outputs > max_outputs:
+            notes.append(
+                f"ranks are lower bounds: the {evaluation.num_outputs} outputs of each input are seen along "
+                f"{max_outputs} random orthonormal directions"
+            )
+            evaluation.network.project_outputs(evaluation.num_outputs, max_outputs, generator)
+        _check_num_rows(probe.size, evaluation.num_outputs)
         parts = _selected_parts(evaluation.network.layers, layers)
         keep_rows = _wants_hessian(evaluation, hessian, notes)
-        gradients = _measured_gradients(
-            evaluation, parts, rtol, Generator().manual_seed(seed), keep_rows=keep_rows, notes=notes
-        )
+        gradients = _measured_gradients(evaluation, parts, rtol, generator, keep_rows=keep_rows, notes=notes)
         null_spaces = _measured_hessian(evaluation, parts, gradients.rows, rtol)
         record = _assembled(evaluation, gradients.ranks, null_spaces, _measured_duplicates(evaluation, duplicate_rtol))
     return replace(record, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started)
@@ -113,6 +122,7 @@ def check_measurable(
     loss_fn: LossFunction | None = None,
     behavior: ModuleBehavior | None = None,
     layers: LayerSelection = "all",
+    max_outputs: int | None = None,
     num_inputs: int | None = None,
 ) -> None:
     """Evaluate once, so that what cannot be measured is known before anything is.
@@ -123,26 +133,37 @@ def check_measurable(
         loss_fn: See `measure_basin`.
         behavior: See `measure_basin`.
         layers: See `measure_basin`.
+        max_outputs: See `measure_basin`.
         num_inputs: That the probe will have; ``None`` for those that it has.
 
     Raises:
         TypeError: See `measure_basin`.
         ValueError: See `measure_basin`.
     """
-    _check_settings(probe, loss_fn, "auto", None, 0.0)
+    _check_settings(probe, loss_fn, "auto", None, 0.0, max_outputs)
     with _evaluated(module, probe, loss_fn, behavior) as evaluation:
         _selected_parts(evaluation.network.layers, layers)
-        _check_num_rows(probe.size if num_inputs is None else num_inputs, evaluation.num_outputs)
+        num_outputs = min(evaluation.num_outputs, max_outputs or evaluation.num_outputs)
+        num_inputs = probe.size if num_inputs is None else num_inputs
+        _check_num_rows(num_inputs, num_outputs)
+        check_memory(evaluation.network, evaluation.probe, evaluation.trace, num_rows=num_inputs * num_outputs)
 
 
 def _check_settings(
-    probe: Probe, loss_fn: LossFunction | None, hessian: HessianMode, rtol: float | None, duplicate_rtol: float
+    probe: Probe,
+    loss_fn: LossFunction | None,
+    hessian: HessianMode,
+    rtol: float | None,
+    duplicate_rtol: float,
+    max_outputs: int | None,
 ) -> None:
     if hessian not in ("auto", "dense", False):
         raise ValueError(f"hessian must be 'auto', 'dense' or False, got {hessian!r}")
     check_rtol(rtol)
     if not 0.0 <= duplicate_rtol < 1.0:
         raise ValueError(f"duplicate_rtol must be inside [0, 1), got {duplicate_rtol}")
+    if max_outputs is not None and max_outputs < 1:
+        raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
     if loss_fn is not None and probe.targets is None:
         raise ValueError("a loss_fn needs targets to compare the outputs with, got none: pass targets, or no loss_fn")
 
@@ -160,12 +181,17 @@ class _Evaluation:
     @property
     def num_outputs(self) -> int:
         """Outputs per input, c."""
-        return self.trace.outputs[0].numel()
+        return self.rows.shape[1]
 
     @property
     def num_rows(self) -> int:
         """Outputs on all inputs, m."""
-        return self.trace.outputs.numel()
+        return self.rows.numel()
+
+    @property
+    def rows(self) -> Tensor:
+        """Outputs whose gradients count, shape ``(k, c)``."""
+        return self.network.rows(self.trace.outputs)
 
 
 @contextmanager
@@ -188,7 +214,6 @@ def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
     if not bool(outputs.isfinite().all()):
         count = int((~outputs.isfinite()).reshape(probe.size, -1).any(1).sum())
         raise ValueError(f"outputs must be finite, but are NaN or infinite on {count} of the {probe.size} inputs")
-    _check_num_rows(probe.size, outputs[0].numel())
     tolerance = 1e-9 * float(outputs.abs().max())
     for index in {0, probe.size - 1}:
         try:
@@ -215,7 +240,7 @@ def _check_num_rows(num_inputs: int, num_outputs: int) -> None:
     if num_inputs * num_outputs > MAX_ROWS:
         raise ValueError(
             f"at most {MAX_ROWS} outputs can be measured at once, got {num_inputs} inputs x {num_outputs} outputs: "
-            f"take a smaller probe, or a behavior with fewer outputs"
+            f"take a smaller probe, or pass max_outputs"
         )
 
 
@@ -299,6 +324,9 @@ def _measured_gradients(
 
 def _wants_hessian(evaluation: _Evaluation, hessian: HessianMode, notes: list[str]) -> bool:
     if evaluation.loss is None or hessian is False:
+        return False
+    if evaluation.rows.shape[1] < evaluation.trace.outputs[0].numel():
+        notes.append("the Hessian is left out: its Gauss-Newton part needs all outputs")
         return False
     num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
     if hessian == "dense" or num_parameters <= MAX_DENSE_PARAMETERS:

@@ -54,6 +54,7 @@ class BasinMonitor(Callback):
         zero_loss_patience: For so many measurements in a row.
         rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
         duplicate_rtol: Relative tolerance within which two activations are the same.
+        max_outputs: Where a module has more outputs per input, measure so many random combinations of them.
         seed: Of the random vectors of the sketch, the same at every measurement.
         prefix: First part of every key; two monitors in one trainer need two.
 
@@ -83,6 +84,7 @@ class BasinMonitor(Callback):
         zero_loss_patience: int = 1,
         rtol: float | None = None,
         duplicate_rtol: float = 1e-6,
+        max_outputs: int | None = None,
         seed: int = 0,
         prefix: str = "basin",
     ) -> None:
@@ -94,6 +96,7 @@ class BasinMonitor(Callback):
             every_n_train_steps=every_n_train_steps,
             every_n_epochs_after_zero_loss=every_n_epochs_after_zero_loss,
             zero_loss_patience=zero_loss_patience,
+            max_outputs=max_outputs,
         )
         if rtol is not None and not 0.0 < rtol < 1.0:
             raise MisconfigurationException(f"`BasinMonitor(rtol={rtol})` must be inside (0, 1)")
@@ -115,6 +118,7 @@ class BasinMonitor(Callback):
         self.zero_loss_patience = zero_loss_patience
         self.rtol = rtol
         self.duplicate_rtol = duplicate_rtol
+        self.max_outputs = max_outputs
         self.seed = seed
         self.prefix = prefix
         self.records: list[BasinRecord] = []
@@ -264,7 +268,9 @@ class BasinMonitor(Callback):
         """Evaluate once; a loss that was found and not given is left out where it does not fit."""
         behavior = self._quiet_behavior(trainer)
         size = self._probe_size or probe.size
-        check_measurable(pl_module, probe, behavior=behavior, layers=self.layers, num_inputs=size)
+        check_measurable(
+            pl_module, probe, behavior=behavior, layers=self.layers, max_outputs=self.max_outputs, num_inputs=size
+        )
         loss_fn = self._loss_fn(pl_module)
         if loss_fn is None:
             self._say(
@@ -276,7 +282,7 @@ class BasinMonitor(Callback):
         try:
             if probe.targets is None:
                 raise TypeError("it needs targets, and the batches hold none: pass batch_fn or probe=(inputs, targets)")
-            check_measurable(pl_module, probe, loss_fn=loss_fn, behavior=behavior)
+            check_measurable(pl_module, probe, loss_fn=loss_fn, behavior=behavior, max_outputs=self.max_outputs)
         except TypeError as error:
             if self.loss_fn is not None:
                 raise
@@ -349,6 +355,7 @@ class BasinMonitor(Callback):
                     hessian=self.hessian,
                     rtol=self.rtol,
                     duplicate_rtol=self.duplicate_rtol,
+                    max_outputs=self.max_outputs,
                     seed=self.seed,
                     step=step,
                 )

@@ -1,6 +1,7 @@
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -1069,3 +1070,43 @@ def test_step_is_noted():
 def test_saturated_probe_is_marked():
     assert measure_basin(nn.Linear(4, 1), torch.eye(4)[:2]).saturated
     assert not measure_basin(BagOfTokens(), torch.arange(5).unsqueeze(1).repeat(20, 1)).saturated
+
+
+def test_projected_outputs_count_their_directions():
+    # Every direction of the outputs sees the 3 + 1 dimensions of the inputs on its own: 5 x 4 instead of 20 x 4.
+    record = measure_basin(nn.Linear(3, 20), normal(10, 3), max_outputs=5)
+    assert (record.num_rows, record.gradient_rank) == (50, 20)
+    assert record.gradient_rank <= measure_basin(nn.Linear(3, 20), normal(10, 3)).gradient_rank == 80
+
+
+def test_a_projection_is_said_in_the_record_and_leaves_the_hessian_out():
+    record = measure_basin(nn.Linear(3, 20), normal(10, 3), normal(10, 20), loss_fn=nn.MSELoss(), max_outputs=5)
+    assert any("lower bounds" in note and "20 outputs" in note for note in record.notes)
+    assert record.hessian_nullity is None
+    assert record.loss is not None
+
+
+def test_projected_rank_of_layers_with_and_without_formula_is_the_same():
+    def network(last):
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), last)
+
+    lasts = [nn.Linear(6, 30), nn.utils.parametrizations.weight_norm(nn.Linear(6, 30))]
+    ranks = [measure_basin(network(last), normal(9, 4), max_outputs=4).layers["0"].gradient_rank for last in lasts]
+    assert ranks == [30, 30]  # All of the layer's parameters, with 36 rows of 270.
+
+
+def test_as_many_directions_as_outputs_change_nothing():
+    module = nn.Linear(3, 4)
+    plain = replace(measure_basin(module, normal(5, 3)), measure_seconds=0.0)
+    assert replace(measure_basin(module, normal(5, 3), max_outputs=4), measure_seconds=0.0) == plain
+
+
+def test_fewer_than_one_direction_is_refused():
+    with pytest.raises(ValueError, match="max_outputs must be at least 1, got 0"):
+        measure_basin(nn.Linear(3, 4), normal(5, 3), max_outputs=0)
+
+
+def test_too_many_outputs_are_refused_with_the_way_out():
+    with pytest.raises(ValueError, match="pass max_outputs"):
+        measure_basin(nn.Linear(2, 1000), normal(100, 2))
+    assert measure_basin(nn.Linear(2, 1000), normal(100, 2), max_outputs=3).gradient_rank == 9
