@@ -3,7 +3,17 @@
 from lightning_basin.early_stopping import RankEarlyStopping
 from lightning_basin.measurement import measure_basin
 from lightning_basin.monitor import BasinMonitor
+from lightning_basin.null_space import NullSpaceVerification, verify_null_space
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord, LayerRecord
 
-__all__ = ["BasinMonitor", "BasinRecord", "LayerRecord", "Probe", "RankEarlyStopping", "measure_basin"]
+__all__ = [
+    "BasinMonitor",
+    "BasinRecord",
+    "LayerRecord",
+    "NullSpaceVerification",
+    "Probe",
+    "RankEarlyStopping",
+    "measure_basin",
+    "verify_null_space",
+]

@@ -98,7 +98,7 @@ def measure_basin(
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
     _check_settings(probe, loss_fn, hessian, rtol, duplicate_rtol, max_outputs)
     generator = Generator().manual_seed(seed)
-    with _evaluated(module, probe, loss_fn, behavior) as evaluation:
+    with evaluated(module, probe, loss_fn, behavior) as evaluation:
         notes: list[str] = []
         if max_outputs is not None and evaluation.num_outputs > max_outputs:
             notes.append(
@@ -141,7 +141,7 @@ def check_measurable(
         ValueError: See `measure_basin`.
     """
     _check_settings(probe, loss_fn, "auto", None, 0.0, max_outputs)
-    with _evaluated(module, probe, loss_fn, behavior) as evaluation:
+    with evaluated(module, probe, loss_fn, behavior) as evaluation:
         _selected_parts(evaluation.network.layers, layers)
         num_outputs = min(evaluation.num_outputs, max_outputs or evaluation.num_outputs)
         num_inputs = probe.size if num_inputs is None else num_inputs
@@ -169,7 +169,7 @@ def _check_settings(
 
 
 @dataclass(frozen=True, eq=False)
-class _Evaluation:
+class Evaluation:
     """A network on a probe, evaluated once."""
 
     network: Network
@@ -195,9 +195,9 @@ class _Evaluation:
 
 
 @contextmanager
-def _evaluated(
+def evaluated(
     module: nn.Module, probe: Probe, loss_fn: LossFunction | None, behavior: ModuleBehavior | None
-) -> Iterator[_Evaluation]:
+) -> Iterator[Evaluation]:
     """Evaluate a float64 copy of a module once and check what comes out."""
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     with isolated_evaluation(device):
@@ -207,7 +207,7 @@ def _evaluated(
         trace = network.trace(probe)
         _check_outputs(network, probe, trace.outputs.detach())
         loss = None if loss_fn is None else _checked_loss(loss_fn, trace.outputs, probe.targets)
-        yield _Evaluation(network, probe, loss_fn, trace, loss)
+        yield Evaluation(network, probe, loss_fn, trace, loss)
 
 
 def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
@@ -297,7 +297,7 @@ def _selected_parts(layers: Sequence[Layer], selection: LayerSelection) -> tuple
 
 
 def _measured_gradients(
-    evaluation: _Evaluation,
+    evaluation: Evaluation,
     parts: Sequence[_Part],
     rtol: float | None,
     generator: Generator,
@@ -322,7 +322,7 @@ def _measured_gradients(
     return _Gradients(ranks, rows)
 
 
-def _wants_hessian(evaluation: _Evaluation, hessian: HessianMode, notes: list[str]) -> bool:
+def _wants_hessian(evaluation: Evaluation, hessian: HessianMode, notes: list[str]) -> bool:
     if evaluation.loss is None or hessian is False:
         return False
     if evaluation.rows.shape[1] < evaluation.trace.outputs[0].numel():
@@ -339,7 +339,7 @@ def _wants_hessian(evaluation: _Evaluation, hessian: HessianMode, notes: list[st
 
 
 def _measured_hessian(
-    evaluation: _Evaluation, parts: Sequence[_Part], rows: Mapping[Layer, Tensor], rtol: float | None
+    evaluation: Evaluation, parts: Sequence[_Part], rows: Mapping[Layer, Tensor], rtol: float | None
 ) -> dict[_Part, NullSpace]:
     """Null spaces of the diagonal block of each part; empty where there is no Hessian to look at."""
     if evaluation.loss is None or evaluation.loss_fn is None or not rows:
@@ -375,7 +375,7 @@ class _Duplicates:
     rank_bound: int
 
 
-def _measured_duplicates(evaluation: _Evaluation, rtol: float) -> _Duplicates:
+def _measured_duplicates(evaluation: Evaluation, rtol: float) -> _Duplicates:
     network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
     activations = layer_activations(network, probe, trace)
     layers = {name: _layer_duplicates(layer, rtol) for name, layer in activations.items()}
@@ -411,7 +411,7 @@ def _layer_duplicates(layer: LayerActivations, rtol: float) -> dict[str, int]:
 
 
 def _assembled(
-    evaluation: _Evaluation,
+    evaluation: Evaluation,
     ranks: Mapping[_Part, GradientRank],
     null_spaces: Mapping[_Part, NullSpace],
     duplicates: _Duplicates,

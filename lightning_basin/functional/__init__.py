@@ -19,6 +19,7 @@ from lightning_basin.functional.hessian import (
     output_curvature,
 )
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
+from lightning_basin.functional.manifold import null_directions, surviving_fraction
 from lightning_basin.functional.rank import (
     RANK_TOLERANCES,
     GradientRank,
@@ -60,9 +61,11 @@ __all__ = [
     "hessian_matrix",
     "hessian_null_space",
     "hessian_nullity",
+    "null_directions",
     "numerical_rank",
     "output_curvature",
     "rank_gap",
     "singular_values",
     "sketched_spectrum",
+    "surviving_fraction",
 ]

@@ -1,0 +1,118 @@
+"""Is the null space of the gradients real? The measured counterpart of `gradient_nullity`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from lightning_basin.functional.jacobian import behavioral_gradients
+from lightning_basin.functional.manifold import null_directions, surviving_fraction
+from lightning_basin.functional.rank import check_rtol, default_rtol, numerical_rank, singular_values
+from lightning_basin.layers import ModuleBehavior
+from lightning_basin.measurement import evaluated
+from lightning_basin.probe import Probe, tensors_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullSpaceVerification:
+    """What was left of steps along random null directions, projected back on the behavior manifold.
+
+    Attributes:
+        nullity: N minus the rank of the behavioral gradients.
+        surviving_fractions: For each direction; 1.0000 where the manifold has the direction in its tangent space.
+        residuals: What the projection left of the change of the outputs, relative to it; a fraction counts only where
+            this is small.
+    """
+
+    nullity: int
+    surviving_fractions: tuple[float, ...]
+    residuals: tuple[float, ...]
+
+    @property
+    def surviving_fraction(self) -> float:
+        """The smallest over the directions; 1 where there is no null direction."""
+        return min(self.surviving_fractions, default=1.0)
+
+
+def verify_null_space(
+    module: nn.Module,
+    inputs: Any,
+    *,
+    behavior: ModuleBehavior | None = None,
+    num_directions: int = 4,
+    step: float = 1e-3,
+    rtol: float | None = None,
+    seed: int = 0,
+) -> NullSpaceVerification:
+    """Measure whether the null space of the behavioral gradients is tangent to a manifold of equal behavior.
+
+    ``gradient_nullity`` bounds the dimension of the manifold from above only. This steps along random null directions
+    and back onto the manifold: where the whole step survives, the directions are really free.
+
+    Args:
+        module: Left as it is; a float64 copy is moved.
+        inputs: As of `measure_basin`.
+        behavior: As of `measure_basin`.
+        num_directions: How many random null directions to try.
+        step: Length of the steps, relative to the norm of the parameters (absolute where that is below 1).
+        rtol: Relative tolerance of the rank; ``None`` means ``max(m, N) * eps``.
+        seed: Of the random directions.
+
+    Raises:
+        ValueError: If ``num_directions`` is not positive or ``step`` not inside ``(0, 1)``; and as `measure_basin`.
+
+    Example:
+        Adding to the weight of one input what is taken from an equal one leaves all outputs as they are:
+
+        >>> twins = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
+        >>> verification = verify_null_space(nn.Linear(2, 1), twins)
+        >>> verification.nullity, round(verification.surviving_fraction, 4)
+        (1, 1.0)
+    """
+    if num_directions < 1:
+        raise ValueError(f"num_directions must be at least 1, got {num_directions}")
+    if not 0.0 < step < 1.0:
+        raise ValueError(f"step must be inside (0, 1), got {step}")
+    check_rtol(rtol)
+    probe = inputs if isinstance(inputs, Probe) else Probe(inputs)
+    with evaluated(module, probe, None, behavior) as evaluation:
+        network, probe = evaluation.network, evaluation.probe
+        names = [name for layer in network.layers for name in layer.parameters]
+        values = {name: network.named_parameters[name].detach() for name in names}
+        start = torch.cat([value.flatten() for value in values.values()])
+
+        def unflattened(parameters: Tensor) -> Mapping[str, Tensor]:
+            parts = torch.split(parameters, [value.numel() for value in values.values()])
+            return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}
+
+        def outputs(parameters: Tensor) -> Tensor:
+            with torch.no_grad():
+                return network.functional(probe, tensors_of(probe.inputs), unflattened(parameters)).flatten()
+
+        def jacobian(parameters: Tensor) -> Tensor:
+            return behavioral_gradients(
+                lambda values, tensors: network.functional(probe, tensors, values),
+                unflattened(parameters),
+                tensors_of(probe.inputs),
+            )
+
+        gradients = jacobian(start)
+        tolerance = default_rtol(*gradients.shape) if rtol is None else rtol
+        rank = numerical_rank(singular_values(gradients), rtol=tolerance)
+        nullity = start.numel() - rank
+        if nullity == 0:
+            return NullSpaceVerification(nullity=0, surviving_fractions=(), residuals=())
+        generator = Generator().manual_seed(seed)
+        drawn = torch.randn(num_directions, start.numel(), generator=generator, dtype=torch.float64).to(start.device)
+        length = step * max(1.0, float(start.norm()))
+        tried = [
+            surviving_fraction(outputs, jacobian, start, direction, step=length)
+            for direction in null_directions(gradients, drawn, rank=rank)
+        ]
+    return NullSpaceVerification(
+        nullity=nullity,
+        surviving_fractions=tuple(fraction for fraction, _ in tried),
+        residuals=tuple(left for _, left in tried),
+    )
