@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_basin.layers import AGREEMENT_RTOL, Network, Replacement, Trace
 from lightning_basin.probe import Probe
 
-_CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm)
+_CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +137,7 @@ class _LayoutByExample:
     ) -> tuple[list[Tensor], tuple[int, ...]]:
         """The tensors that have a part per input, each as ``(k, rows, ...)``, and how all are laid out."""
         num_inputs = self._probe.size
-        tensors = [tensor.detach().to(torch.float64) for tensor in tensors]
+        tensors = [_real(tensor.detach()) for tensor in tensors]
         first, last = self._ends
         if num_inputs == 1 or first is None or last is None:
             kept = [tensor for tensor in tensors if tensor.ndim and tensor.shape[0] == num_inputs]
@@ -165,7 +165,7 @@ class _LayoutByExample:
         if len(shapes) != 1 or len(self._singles) < self._probe.size:
             return []
         columns = zip(*(of(run) for run in self._singles), strict=True)
-        return [torch.stack([tensor.to(torch.float64) for tensor in column]) for column in columns]
+        return [torch.stack([_real(tensor) for tensor in column]) for column in columns]
 
 
 def _entering(name: str, trace: Trace) -> list[Tensor]:
@@ -178,6 +178,7 @@ def _leaving(name: str, trace: Trace) -> list[Tensor]:
 
 def _layout(tensor: Tensor, first: Tensor, last: Tensor, num_inputs: int) -> int | None:
     """Rows per input of a tensor, 0 where it does not grow with their number, ``None`` where they are not adjacent."""
+    first, last = _real(first), _real(last)
     if tensor.shape == first.shape:
         return 0
     if not tensor.ndim or tensor.shape != (num_inputs * first.shape[0], *first.shape[1:]):
@@ -188,6 +189,13 @@ def _layout(tensor: Tensor, first: Tensor, last: Tensor, num_inputs: int) -> int
         if bool(((found - alone.flatten()).abs() > tolerance).any()):
             return None
     return int(first.shape[0])
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor in float64; a complex one becomes its real and imaginary parts, side by side."""
+    if tensor.is_complex():
+        tensor = torch.cat([tensor.real, tensor.imag], dim=-1)
+    return tensor.to(torch.float64)
 
 
 def _units_last(part: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:

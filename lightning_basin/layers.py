@@ -204,7 +204,7 @@ def call_module(module: nn.Module, inputs: Any) -> Any:
     """
     signature = inspect.signature(module.forward)
     named = set(signature.parameters)
-    if isinstance(inputs, dict) and all(isinstance(key, str) for key in inputs):
+    if isinstance(inputs, Mapping) and all(isinstance(key, str) for key in inputs):
         # With **kwargs every dict would bind: then one key must name a parameter, or no single argument be possible.
         if _binds(signature, **inputs) and (named & set(inputs) or not _binds(signature, inputs)):
             return module(**inputs)

@@ -1,6 +1,7 @@
 """One measurement: a module and a probe in, a record out. The only place where the quantities meet."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -110,8 +111,14 @@ def measure_basin(
         parts = _selected_parts(evaluation.network.layers, layers)
         keep_rows = _wants_hessian(evaluation, hessian, notes)
         gradients = _measured_gradients(evaluation, parts, rtol, generator, keep_rows=keep_rows, notes=notes)
-        null_spaces = _measured_hessian(evaluation, parts, gradients.rows, rtol)
-        record = _assembled(evaluation, gradients.ranks, null_spaces, _measured_duplicates(evaluation, duplicate_rtol))
+        try:
+            null_spaces = _measured_hessian(evaluation, parts, gradients.rows, rtol)
+        except (RuntimeError, NotImplementedError) as error:  # Not every operation can be differentiated twice.
+            warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=2)
+            null_spaces = {}
+        bound_rtol = gradients.ranks[parts[-1]].rtol
+        duplicates = _measured_duplicates(evaluation, duplicate_rtol, bound_rtol)
+        record = _assembled(evaluation, gradients.ranks, null_spaces, duplicates)
     return replace(record, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started)
 
 
@@ -206,7 +213,11 @@ def evaluated(
         probe = probe.to(device).double()
         trace = network.trace(probe)
         _check_outputs(network, probe, trace.outputs.detach())
-        loss = None if loss_fn is None else _checked_loss(loss_fn, trace.outputs, probe.targets)
+        _check_copy(module, trace.outputs, "behavior")
+        loss = None
+        if loss_fn is not None:
+            loss = _checked_loss(loss_fn, trace.outputs, probe.targets)
+            _check_copy(module, loss, "loss_fn")
         yield Evaluation(network, probe, loss_fn, trace, loss)
 
 
@@ -233,6 +244,20 @@ def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
         raise ValueError(
             f"each output must depend on its own input only, but the output on input {index} changes with the other "
             f"inputs of the batch: the rank is then not defined input by input"
+        )
+
+
+def _check_copy(module: nn.Module, result: Tensor, name: str) -> None:
+    """A closure over the user's module would be evaluated on other parameters than those of the copy."""
+    originals = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not originals or not result.requires_grad:
+        return
+    used = torch.autograd.grad(result.sum(), originals, retain_graph=True, allow_unused=True)
+    if any(gradient is not None for gradient in used):
+        raise ValueError(
+            f"a copy of the module is measured, but its parameters themselves are used: a lambda or weak reference in "
+            f"the module, or the {name}, holds on to them; use the module that is passed in, and methods in place of "
+            f"lambdas"
         )
 
 
@@ -375,7 +400,7 @@ class _Duplicates:
     rank_bound: int
 
 
-def _measured_duplicates(evaluation: Evaluation, rtol: float) -> _Duplicates:
+def _measured_duplicates(evaluation: Evaluation, rtol: float, bound_rtol: float) -> _Duplicates:
     network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
     activations = layer_activations(network, probe, trace)
     layers = {name: _layer_duplicates(layer, rtol) for name, layer in activations.items()}
@@ -386,10 +411,14 @@ def _measured_duplicates(evaluation: Evaluation, rtol: float) -> _Duplicates:
     }
     totals["dead_units"] = sum(layer.get("dead_units", 0) for layer in layers.values())
     outputs = trace.outputs.detach().reshape(probe.size, -1)
-    crossings = [
-        (before, probe.size - layers[name]["duplicated_activations"])
-        for name, before in cuts(network, probe, trace, activations)
-    ]
+    # For the bound, activations are the same at the tolerance that decides the rank: a looser one would let the bound
+    # fall below it.
+    distinct = {
+        name: probe.size - duplicated_activations(layer.entering, rtol=bound_rtol)
+        for name, layer in activations.items()
+        if layer.entering is not None
+    }
+    crossings = [(before, distinct[name]) for name, before in cuts(network, probe, trace, activations)]
     return _Duplicates(
         layers=layers,
         network=totals,

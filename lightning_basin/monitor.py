@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -330,7 +331,7 @@ class BasinMonitor(Callback):
         if not reached_zero:
             scalars.pop(f"{self.prefix}/zero_loss_step", None)
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=log_step)
+            self._log(logger, scalars, log_step)
         for note in record.notes:
             self._say(note)
         if record.saturated:
@@ -341,6 +342,12 @@ class BasinMonitor(Callback):
             )
         for listener in self._listeners:
             listener(trainer, record)
+
+    def _log(self, logger: Logger, scalars: dict[str, float], log_step: int) -> None:
+        try:
+            logger.log_metrics(scalars, step=log_step)
+        except Exception as error:  # The training run is worth more than a curve.
+            self._say(f"{type(logger).__name__} could not log. {type(error).__name__}: {error}", warn=True)
 
     def _record(self, trainer: Trainer, module: nn.Module, step: int) -> BasinRecord | None:
         try:

@@ -3,8 +3,8 @@
 (In interpretability a probe is a linear classifier on features. Here it is a batch.)
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -188,10 +188,18 @@ def _described(batch: Any) -> str:
 
 
 def tensors_of(collection: Any) -> list[Tensor]:
-    """Every tensor in a nested collection, in a fixed order."""
-    found: list[Tensor] = []
-    apply_to_collection(collection, Tensor, found.append)
-    return found
+    """Every tensor in a nested collection, in the order in which `map_tensors` meets them."""
+    if isinstance(collection, Tensor):
+        return [collection]
+    if is_dataclass(collection) and not isinstance(collection, type):
+        items: Iterable[Any] = [getattr(collection, item.name) for item in fields(collection)]
+    elif isinstance(collection, Mapping):
+        items = collection.values()
+    elif isinstance(collection, Sequence) and not isinstance(collection, str | bytes):
+        items = collection
+    else:
+        return []
+    return [tensor for item in items for tensor in tensors_of(item)]
 
 
 def map_tensors(function: Callable[[Tensor], Any], collection: Any) -> Any:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from lightning_basin.probe import as_float64
+from lightning_basin.probe import as_float64, map_tensors, tensors_of
 
 _LOW_PRECISION = {
     torch.float16: torch.float64,
@@ -54,7 +54,7 @@ def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
 
     Raises:
         ValueError: If a parameter has no shape yet because the module is lazily built.
-        TypeError: If a trainable parameter is complex.
+        TypeError: If a trainable parameter is complex, or a part of the module is scripted.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -64,6 +64,12 @@ def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
     """
     owners = [module, *(owner for owner in map(_owner, callables) if owner is not None)]
     modules = [part for owner in owners for part in owner.modules()]
+    for part in modules:
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{type(module).__name__} holds a scripted module, which cannot be looked into: pass the one "
+                f"it was scripted from"
+            )
     memo: dict[int, Any] = {}
     for part in modules:
         _remember_tensors(part, memo)
@@ -75,6 +81,9 @@ def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
     copies += [_deep_copy(item, modules, memo) if _owner(item) is not None else item for item in callables]
     for replica in filter(None, map(_owner, copies)):
         replica.eval()
+        for part in replica.modules():
+            if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+                part.sparse = False  # Sparse gradients save time in training, and do not fit into a matrix.
     return tuple(copies)
 
 
@@ -159,8 +168,20 @@ class _Float64Mode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         func = _LOW_PRECISION_CASTS.get(func, func)
-        raised = [_raised(argument) for argument in args]
-        return func(*raised, **{name: _raised(argument) for name, argument in (kwargs or {}).items()})
+        raised = tuple(_raised(argument) for argument in args)
+        named = {name: _raised(argument) for name, argument in (kwargs or {}).items()}
+        try:
+            return func(*raised, **named)
+        except RuntimeError:
+            # A constant of the module that the copy did not reach, mixed with float64: the same numbers in float64.
+            tensors = tensors_of((raised, named))
+            if not any(tensor.dtype in _LOW_PRECISION and not tensor.requires_grad for tensor in tensors):
+                raise
+            return func(*map_tensors(_raised_constant, raised), **map_tensors(_raised_constant, named))
+
+
+def _raised_constant(tensor: Tensor) -> Tensor:
+    return tensor if tensor.requires_grad else as_float64(tensor)
 
 
 def _raised(argument: Any) -> Any:
