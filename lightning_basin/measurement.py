@@ -18,6 +18,7 @@ from lightning_basin.functional.duplicates import (
 )
 from lightning_basin.functional.hessian import (
     NullSpace,
+    curvature_rows,
     hessian_matrix,
     hessian_null_space,
     output_curvature,
@@ -374,11 +375,12 @@ def _measured_hessian(
     chunk_size = max(1, min(64, _HESSIAN_ELEMENTS // max(1, activations)))
     layers = evaluation.network.layers
     gradients = torch.cat([rows[layer] for layer in layers], dim=1)
-    # Terms of the size of squared gradients cancel where a classifier is saturated; their rounding stays.
-    rounding = 1e-12 * float(gradients.abs().max()) ** 2
-    parameters = evaluation.network.parameters()
-    hessian = hessian_matrix(evaluation.loss, parameters, chunk_size=chunk_size, atol=rounding)
     curvature = output_curvature(lambda outputs: loss_fn(outputs, targets), evaluation.trace.outputs)
+    parameters = evaluation.network.parameters()
+    rounding = 1e3 * curvature.rounding * float(gradients.square().sum())
+    sizes = [parameter.numel() for parameter in parameters]
+    curved = [bool(part.any()) for part in torch.split(curvature_rows(gradients, curvature), sizes, dim=1)]
+    hessian = hessian_matrix(evaluation.loss, parameters, chunk_size=chunk_size, atol=rounding, curved=curved)
     positions = torch.arange(hessian.shape[0], device=hessian.device)
     columns = dict(zip(layers, torch.split(positions, [layer.num_parameters for layer in layers]), strict=True))
     null_spaces = {}

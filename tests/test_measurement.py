@@ -1110,3 +1110,159 @@ def test_too_many_outputs_are_refused_with_the_way_out():
     with pytest.raises(ValueError, match="pass max_outputs"):
         measure_basin(nn.Linear(2, 1000), normal(100, 2))
     assert measure_basin(nn.Linear(2, 1000), normal(100, 2), max_outputs=3).gradient_rank == 9
+
+
+@pytest.mark.parametrize("margin", [1.0, 6.0, 12.0, 18.0, 25.0])
+@pytest.mark.parametrize("layout", ["tokens last", "classes second", "flat"])
+def test_cross_entropy_of_tokens_sees_the_centred_logits_at_any_margin(layout, margin):
+    # 12 tokens of 3 classes: the centred logits have 2 dimensions each, and the 31 parameters see all 24 of them.
+    generator = torch.Generator().manual_seed(0)
+    body, head = nn.Linear(3, 4, dtype=torch.float64), nn.Linear(4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in (*body.parameters(), *head.parameters()):
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        head.bias.copy_(torch.tensor([margin, 0.0, -1.0]))
+    module = nn.Sequential(body, nn.Tanh(), head)
+    inputs = torch.randn(4, 3, 3, generator=generator, dtype=torch.float64)
+    targets = torch.zeros(4, 3, dtype=torch.int64)
+    if layout == "flat":
+        inputs, targets, loss_fn, behavior = inputs.flatten(0, 1), targets.flatten(), nn.CrossEntropyLoss(), None
+    elif layout == "tokens last":
+        behavior = None
+
+        def loss_fn(outputs, labels):
+            return nn.functional.cross_entropy(outputs.flatten(0, 1), labels.flatten())
+    else:
+        loss_fn = nn.CrossEntropyLoss()
+
+        def behavior(network, tokens):
+            return network(tokens).mT
+
+    record = measure_basin(module, inputs, targets, loss_fn=loss_fn, behavior=behavior)
+    assert record.num_parameters - record.gauss_newton_nullity == 24
+    plain = measure_basin(module, inputs, behavior=lambda network, x: centred_logits(network(x)))
+    assert plain.gradient_rank == 24
+
+
+def centred_logits(logits: Tensor) -> Tensor:
+    return logits - logits.mean(-1, keepdim=True)
+
+
+class HoldsItself(nn.Module):
+    """Keeps a function of itself, as `self.encode = lambda x: ...` does in many modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2, dtype=torch.float64)
+        self.encode = lambda inputs: self.linear(inputs).tanh()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.encode(inputs)
+
+
+def test_a_module_that_holds_a_function_of_itself_is_refused():
+    with pytest.raises(ValueError, match="a copy of the module is measured, but its parameters themselves are used"):
+        measure_basin(HoldsItself(), normal(5, 3).double())
+
+
+def test_a_loss_that_closes_over_the_parameters_is_refused():
+    module = nn.Linear(3, 2, dtype=torch.float64)
+
+    def penalised(outputs, targets):
+        return (outputs - targets).square().sum() + sum(p.square().sum() for p in module.parameters())
+
+    with pytest.raises(ValueError, match="the loss_fn, holds on to them"):
+        measure_basin(module, normal(5, 3).double(), normal(5, 2).double(), loss_fn=penalised)
+
+
+def test_rank_bound_is_not_below_the_rank_where_one_feature_is_huge():
+    inputs = normal(30, 3).double()
+    inputs[0, 0] = 1e7
+    record = measure_basin(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), inputs)
+    assert record.gradient_rank <= record.gradient_rank_bound
+
+
+def test_a_parameter_without_effect_behind_a_softmax_is_measured():
+    class ShiftedSoftmax(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+            self.shift = nn.Parameter(torch.ones(1))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return (self.linear(inputs) + self.shift).softmax(1)
+
+    # Three logits of four count; each sees the 3 + 1 dimensions of its input.
+    assert measure_basin(ShiftedSoftmax(), normal(9, 3)).gradient_rank == 12
+
+
+def test_ranks_stay_where_the_loss_cannot_be_differentiated_twice():
+    class OnceOnly(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, inputs):
+            ctx.save_for_backward(inputs)
+            return inputs.square()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return 2 * ctx.saved_tensors[0] * gradient
+
+    class Squares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return OnceOnly.apply(self.linear(inputs))
+
+    with pytest.warns(UserWarning, match="the Hessian is left out"):
+        record = measure_basin(Squares(), normal(9, 3), normal(9, 2), loss_fn=nn.MSELoss())
+    assert (record.gradient_rank, record.hessian_nullity) == (8, None)
+
+
+def test_packed_sequences_between_layers_are_measured():
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent = nn.GRU(2, 3, batch_first=True)
+            self.head = nn.Linear(3, 1)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            lengths = torch.full((inputs.shape[0],), inputs.shape[1])
+            packed = nn.utils.rnn.pack_padded_sequence(inputs, lengths, batch_first=True)
+            return self.head(self.recurrent(packed)[1][-1])
+
+    assert measure_basin(Packed(), normal(6, 4, 2)).gradient_rank == 6
+
+
+def test_a_float32_constant_that_is_no_attribute_is_raised_to_float64():
+    constant = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.linear(inputs) @ constant
+
+    assert measure_basin(Mixing(), normal(9, 3)).gradient_rank == 8
+
+
+def test_a_scripted_module_is_refused():
+    with pytest.raises(TypeError, match="holds a scripted module"):
+        measure_basin(nn.Sequential(torch.jit.trace(nn.Linear(3, 2), torch.zeros(1, 3))), normal(4, 3))
+
+
+def test_sparse_embeddings_are_measured_like_dense_ones():
+    tokens = torch.tensor([[0, 1], [2, 2], [1, 0], [3, 1]])
+    ranks = []
+    for sparse in (False, True):
+        torch_generator = torch.Generator().manual_seed(0)
+        table = nn.EmbeddingBag(5, 2, mode="sum", sparse=sparse)
+        with torch.no_grad():
+            table.weight.copy_(torch.randn(5, 2, generator=torch_generator))
+        ranks.append(measure_basin(table, tokens).gradient_rank)
+    # Counts of tokens (1,1,0,0), (0,0,2,0), (1,1,0,0), (0,1,0,1): three independent ones, for each of two outputs.
+    assert ranks == [6, 6]

@@ -45,15 +45,25 @@ class OutputCurvature:
     Attributes:
         matrices: Per input shape ``(k, c, c)``; shape ``(1, m, m)`` where the loss couples the inputs.
         factors: Of the same shape, ``factors.mT @ factors == matrices``; ``None`` where the loss is not convex.
+        rounding: Absolute error of the matrices where larger terms have cancelled in them, as in the cross-entropy of a
+            saturated classifier; 0 where rounding is relative to the entries.
         residual_is_zero: Whether the first derivative is exactly zero on every input, so that R = 0 and H = P.
     """
 
     matrices: Tensor
     factors: Tensor | None
     residual_is_zero: bool
+    rounding: float = 0.0
 
 
-def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor], *, chunk_size: int = 64, atol: float = 0.0) -> Tensor:
+def hessian_matrix(
+    loss: Tensor,
+    parameters: Sequence[Tensor],
+    *,
+    chunk_size: int = 64,
+    atol: float = 0.0,
+    curved: Sequence[bool] | None = None,
+) -> Tensor:
     """All second derivatives of a loss, by double backward.
 
     Args:
@@ -62,12 +72,15 @@ def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor], *, chunk_size: in
         chunk_size: Columns per batched backward pass; bounds the memory.
         atol: Asymmetry to allow beside 1e-8 of the largest entry: what is left of rounding where larger terms cancel,
             as in the cross-entropy of a saturated classifier.
+        curved: For each parameter whether its Gauss-Newton part is known not to vanish. An operation that can be
+            differentiated once only then shows, where torch would return a silent zero.
 
     Returns:
         Symmetric, shape ``(N, N)``.
 
     Raises:
-        RuntimeError: If the result is not symmetric, as happens where a derivative of an operation is wrong.
+        RuntimeError: If the result is not symmetric, as happens where a derivative of an operation is wrong; or if
+            the gradient has lost its dependence on a curved parameter.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -81,6 +94,7 @@ def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor], *, chunk_size: in
         return hessian
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     gradient = torch.cat([part.flatten() for part in gradients])
+    _check_connected(gradient, parameters, [] if curved is None else curved)
     if not gradient.requires_grad:  # A loss that is piecewise linear in the parameters.
         return hessian
     identity = torch.eye(num_parameters, dtype=gradient.dtype, device=gradient.device)
@@ -95,6 +109,21 @@ def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor], *, chunk_size: in
             f"network or the loss has a wrong second derivative"
         )
     return (hessian + hessian.mT) / 2
+
+
+def _check_connected(gradient: Tensor, parameters: Sequence[Tensor], curved: Sequence[bool]) -> None:
+    if not any(curved):
+        return
+    connected = [False] * len(parameters)
+    if gradient.requires_grad:
+        found = torch.autograd.grad(gradient.sum(), parameters, retain_graph=True, allow_unused=True)
+        connected = [part is not None for part in found]
+    lost = sum(is_curved and not is_connected for is_curved, is_connected in zip(curved, connected, strict=True))
+    if lost:
+        raise RuntimeError(
+            f"the gradient must depend on every parameter in which the loss is curved, but has lost {lost} of them: an "
+            f"operation of the network can be differentiated only once"
+        )
 
 
 def _products(gradient: Tensor, variables: Sequence[Tensor], directions: Tensor) -> Tensor:
@@ -145,7 +174,8 @@ def output_curvature(loss_fn: Callable[[Tensor], Tensor], outputs: Tensor) -> Ou
     if not slope.requires_grad:
         return _constant_curvature(values, residual_is_zero=residual_is_zero)
     matrices = _curvature_blocks(slope, values)
-    return OutputCurvature(matrices, _curvature_factors(matrices, values.detach()), residual_is_zero)
+    factors, rounding = _curvature_factors(matrices, values.detach(), shape)
+    return OutputCurvature(matrices, factors, residual_is_zero, rounding)
 
 
 def _constant_curvature(values: Tensor, *, residual_is_zero: bool) -> OutputCurvature:
@@ -184,35 +214,67 @@ def _couples_inputs(slope: Tensor, values: Tensor) -> bool:
     return False
 
 
-def _curvature_factors(matrices: Tensor, values: Tensor) -> Tensor | None:
-    """Square roots of the curvature, or ``None`` where it is not positive semidefinite."""
-    if matrices.shape[0] == values.shape[0] and values.shape[1] > 1:
-        probabilities = values.softmax(1)
-        # The second most likely class has p of at most 1/2: p (1 - p) suffers no cancellation there.
-        entry, second = (best[:, 1:2] for best in probabilities.topk(2, dim=1))
-        unit = entry * (1 - entry)
-        scale = matrices.diagonal(dim1=1, dim2=2).gather(1, second) / unit.clamp(min=torch.finfo(unit.dtype).tiny)
-        softmax = torch.diag_embed(probabilities) - probabilities.unsqueeze(2) * probabilities.unsqueeze(1)
-        error = (matrices - scale.unsqueeze(2) * softmax).abs().amax((1, 2))
-        if bool(((scale.squeeze(1) >= 0) & (error <= 1e-12 * scale.squeeze(1))).all()):
-            others = probabilities.unsqueeze(1).repeat(1, values.shape[1], 1)
-            others.diagonal(dim1=1, dim2=2).zero_()
-            # 1 - p as the sum of the others: every row then annihilates constants to full relative precision.
-            centred = torch.diag_embed(others.sum(2)) - others
-            factors: Tensor = (scale * probabilities).sqrt().unsqueeze(2) * centred
-            return factors
+def _curvature_factors(matrices: Tensor, values: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, float]:
+    """Square roots of the curvature (``None`` where it is not positive semidefinite), and its absolute rounding."""
+    if matrices.shape[0] == values.shape[0] and len(shape) > 1:
+        # Classes are along the second axis of the outputs, as in torch, or along the last.
+        for axis in {1, len(shape) - 1}:
+            recognised = _softmax_factors(matrices, values, shape, axis)
+            if recognised is not None:
+                return recognised
     # Scaled to a unit diagonal first (Demmel and Veselic, 1992): eigenvalues of very different size stay accurate.
     diagonal = matrices.diagonal(dim1=1, dim2=2)
     if bool((diagonal < 0).any()):
-        return None
+        return None, 0.0
     scales = diagonal.sqrt()
     inverses = torch.where(scales > 0, 1 / scales, 1.0)
     eigenvalues, eigenvectors = torch.linalg.eigh(inverses.unsqueeze(2) * matrices * inverses.unsqueeze(1))
     if bool((eigenvalues < -_ROUNDING_RTOL * matrices.shape[1]).any()):
-        return None
+        return None, 0.0
     kept = torch.where(eigenvalues > _ROUNDING_RTOL * matrices.shape[1], eigenvalues, 0.0)
     roots: Tensor = kept.sqrt().unsqueeze(2) * eigenvectors.mT * scales.unsqueeze(1)
-    return roots
+    return roots, 0.0
+
+
+def _softmax_factors(matrices: Tensor, values: Tensor, shape: Sequence[int], axis: int) -> tuple[Tensor, float] | None:
+    """Factors where the curvature is that of softmax cross-entropies over one axis of the outputs, else ``None``."""
+    order = torch.arange(values.shape[1], device=values.device).view(*shape[1:]).movedim(axis - 1, -1)
+    order = order.reshape(-1, shape[axis])  # flat index of each class at each position
+    if order.shape[1] < 2:
+        return None
+    rows, columns = order.unsqueeze(2), order.unsqueeze(1)
+    blocks = matrices[:, rows, columns].flatten(0, 1)
+    beside = matrices.clone()
+    beside[:, rows, columns] = 0
+    if bool(beside.any()):
+        return None
+    probabilities = values[:, order].flatten(0, 1).softmax(1)
+    # The second most likely class has p of at most 1/2: p (1 - p) suffers no cancellation there.
+    entry, second = (best[:, 1:2] for best in probabilities.topk(2, dim=1))
+    unit = entry * (1 - entry)
+    scale = blocks.diagonal(dim1=1, dim2=2).gather(1, second) / unit.clamp(min=torch.finfo(unit.dtype).tiny)
+    softmax = torch.diag_embed(probabilities) - probabilities.unsqueeze(2) * probabilities.unsqueeze(1)
+    error = (blocks - scale.unsqueeze(2) * softmax).abs().amax((1, 2))
+    if not bool(((scale.squeeze(1) >= 0) & (error <= 1e-12 * scale.squeeze(1))).all()):
+        return None
+    others = probabilities.unsqueeze(1).repeat(1, order.shape[1], 1)
+    others.diagonal(dim1=1, dim2=2).zero_()
+    # 1 - p as the sum of the others: every row then annihilates constants to full relative precision.
+    centred = torch.diag_embed(others.sum(2)) - others
+    factors = torch.zeros_like(matrices)
+    found = (scale * probabilities).sqrt().unsqueeze(2) * centred
+    factors[:, rows, columns] = found.view(matrices.shape[0], *order.shape, order.shape[1])
+    return factors, torch.finfo(values.dtype).eps * float(scale.max())
+
+
+def curvature_rows(gradients: Tensor, curvature: OutputCurvature) -> Tensor:
+    """Rows whose products give the Gauss-Newton matrix, or, where the loss is not convex, half of them.
+
+    Args:
+        gradients: Behavioral gradients, shape ``(m, N)``.
+        curvature: Of the loss at the outputs.
+    """
+    return weighted_rows(gradients, curvature.matrices if curvature.factors is None else curvature.factors)
 
 
 def weighted_rows(gradients: Tensor, blocks: Tensor) -> Tensor:
@@ -262,7 +324,7 @@ def hessian_null_space(
         raise ValueError("hessian must have at least one row, got shape (0, 0)")
     rtol = default_rtol(num_parameters, num_parameters) if rtol is None else rtol
     if gradients is None or curvature is None:
-        strict, negative, _ = _inertia(hessian, rtol)
+        strict, negative, _ = _inertia(hessian, rtol, 0.0)
         return NullSpace(
             nullity=strict,
             strict=strict,
@@ -281,12 +343,14 @@ def hessian_null_space(
             gauss_newton_nullity=num_parameters - rank,
             rtol=rtol,
         )
-    strict, negative, eigenvalues = _inertia(hessian, rtol)
+    # Rounding of what has cancelled in the curvature reaches the Hessian through the gradients.
+    floor = curvature.rounding * float(gradients.square().sum())
+    strict, negative, eigenvalues = _inertia(hessian, rtol, floor)
     magnitudes = eigenvalues.abs()
     largest = float(magnitudes.max())
     residual = float(torch.linalg.eigvalsh(hessian - gauss_newton).abs().max())
     return NullSpace(
-        nullity=int((magnitudes <= max(rtol * largest, residual)).sum()),
+        nullity=int((magnitudes <= max(rtol * largest, residual, floor)).sum()),
         strict=strict,
         negative=negative,
         residual_curvature=residual / largest if largest > 0 else 0.0,
@@ -295,10 +359,10 @@ def hessian_null_space(
     )
 
 
-def _inertia(hessian: Tensor, rtol: float) -> tuple[int, int, Tensor]:
+def _inertia(hessian: Tensor, rtol: float, floor: float) -> tuple[int, int, Tensor]:
     """Numbers of zero and of negative eigenvalues, and the eigenvalues themselves, ascending."""
     eigenvalues = torch.linalg.eigvalsh(hessian)
-    threshold = rtol * float(eigenvalues.abs().max())
+    threshold = max(rtol * float(eigenvalues.abs().max()), floor)
     zero = int((eigenvalues.abs() <= threshold).sum())
     return zero, int((eigenvalues < -threshold).sum()), eigenvalues
 
@@ -306,7 +370,7 @@ def _inertia(hessian: Tensor, rtol: float) -> tuple[int, int, Tensor]:
 def _gauss_newton(gradients: Tensor, curvature: OutputCurvature) -> tuple[int, Tensor]:
     """Rank of the Gauss-Newton matrix, and the matrix."""
     if curvature.factors is not None:
-        rows = weighted_rows(gradients, curvature.factors)
+        rows = curvature_rows(gradients, curvature)
         return numerical_rank(singular_values(rows), rtol=default_rtol(*rows.shape)), rows.mT @ rows
     matrix = gradients.mT @ weighted_rows(gradients, curvature.matrices)
     eigenvalues = torch.linalg.eigvalsh(matrix)
