@@ -161,6 +161,13 @@ class Network:
         # By what the inputs are, as a behavior may drop the axis of a batch of one.
         return self.rows(outputs.reshape(tensors[0].shape[0], -1))
 
+    def layers_run_by(self, function: Callable[[], Any]) -> list[str]:
+        """Names of the layers that are called while a function runs."""
+        trace = Trace(outputs=torch.empty(0))
+        with _recording(self, trace, None):
+            function()
+        return list(trace.entering)
+
     def trace(self, probe: Probe, *, replace: "Replacement | None" = None) -> Trace:
         """Run once and note what enters and leaves each layer.
 

@@ -41,8 +41,11 @@ LayerSelection = Literal["auto", "all"] | Sequence[str]
 MAX_DENSE_PARAMETERS = 3000
 """Largest number of parameters for which ``hessian="auto"`` forms the Hessian: 72 MB, some seconds."""
 
-MAX_ROWS = 8192
-"""Largest number of outputs on a probe: their Gram matrix then takes 512 MiB, its eigenvalues half a minute."""
+MAX_ROWS = 4096
+"""Largest number of outputs on a probe: each decomposition then takes some seconds to half a minute."""
+
+AUTO_ROWS = 2048
+"""What ``max_outputs="auto"`` brings larger numbers down to."""
 
 _HESSIAN_ELEMENTS = 2**25  # float64 numbers in the activations of one batched backward pass: 256 MiB
 
@@ -58,7 +61,7 @@ def measure_basin(
     hessian: HessianMode = "auto",
     rtol: float | None = None,
     duplicate_rtol: float = 1e-6,
-    max_outputs: int | None = None,
+    max_outputs: int | Literal["auto"] | None = None,
     seed: int = 0,
     step: int | None = None,
 ) -> BasinRecord:
@@ -79,7 +82,8 @@ def measure_basin(
         rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
         duplicate_rtol: Two activations are the same when they differ by at most this, relative to the largest.
         max_outputs: Where a module has more outputs per input, measure the gradients of so many random orthonormal
-            combinations of them; ranks are then lower bounds, and the Hessian is left out.
+            combinations of them; ranks are then lower bounds, and the Hessian is left out. ``"auto"`` does so where
+            there are more than ``MAX_ROWS`` outputs on the probe, ``None`` refuses these.
         seed: Of the sketch's random vectors: same seed, same numbers.
         step: Noted in the record.
 
@@ -102,12 +106,13 @@ def measure_basin(
     generator = Generator().manual_seed(seed)
     with evaluated(module, probe, loss_fn, behavior) as evaluation:
         notes: list[str] = []
-        if max_outputs is not None and evaluation.num_outputs > max_outputs:
+        num_directions = _num_directions(probe.size, evaluation.num_outputs, max_outputs)
+        if num_directions < evaluation.num_outputs:
             notes.append(
                 f"ranks are lower bounds: the {evaluation.num_outputs} outputs of each input are seen along "
-                f"{max_outputs} random orthonormal directions"
+                f"{num_directions} random orthonormal directions"
             )
-            evaluation.network.project_outputs(evaluation.num_outputs, max_outputs, generator)
+            evaluation.network.project_outputs(evaluation.num_outputs, num_directions, generator)
         _check_num_rows(probe.size, evaluation.num_outputs)
         parts = _selected_parts(evaluation.network.layers, layers)
         keep_rows = _wants_hessian(evaluation, hessian, notes)
@@ -130,8 +135,9 @@ def check_measurable(
     loss_fn: LossFunction | None = None,
     behavior: ModuleBehavior | None = None,
     layers: LayerSelection = "all",
-    max_outputs: int | None = None,
+    max_outputs: int | Literal["auto"] | None = None,
     num_inputs: int | None = None,
+    is_loss_given: bool = True,
 ) -> None:
     """Evaluate once, so that what cannot be measured is known before anything is.
 
@@ -143,6 +149,8 @@ def check_measurable(
         layers: See `measure_basin`.
         max_outputs: See `measure_basin`.
         num_inputs: That the probe will have; ``None`` for those that it has.
+        is_loss_given: Whether ``loss_fn`` was passed by a person. One that was found on the module by its name must be
+            a function of outputs and targets alone: many a method of that name takes inputs and runs the module.
 
     Raises:
         TypeError: See `measure_basin`.
@@ -151,8 +159,13 @@ def check_measurable(
     _check_settings(probe, loss_fn, "auto", None, 0.0, max_outputs)
     with evaluated(module, probe, loss_fn, behavior) as evaluation:
         _selected_parts(evaluation.network.layers, layers)
-        num_outputs = min(evaluation.num_outputs, max_outputs or evaluation.num_outputs)
+        if not is_loss_given and evaluation.loss_fn is not None:
+            found, outputs, targets = evaluation.loss_fn, evaluation.trace.outputs, evaluation.probe.targets
+            run = evaluation.network.layers_run_by(lambda: found(outputs, targets))
+            if run:
+                raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {run}")
         num_inputs = probe.size if num_inputs is None else num_inputs
+        num_outputs = _num_directions(num_inputs, evaluation.num_outputs, max_outputs)
         _check_num_rows(num_inputs, num_outputs)
         check_memory(evaluation.network, evaluation.probe, evaluation.trace, num_rows=num_inputs * num_outputs)
 
@@ -163,14 +176,16 @@ def _check_settings(
     hessian: HessianMode,
     rtol: float | None,
     duplicate_rtol: float,
-    max_outputs: int | None,
+    max_outputs: int | Literal["auto"] | None,
 ) -> None:
     if hessian not in ("auto", "dense", False):
         raise ValueError(f"hessian must be 'auto', 'dense' or False, got {hessian!r}")
     check_rtol(rtol)
     if not 0.0 <= duplicate_rtol < 1.0:
         raise ValueError(f"duplicate_rtol must be inside [0, 1), got {duplicate_rtol}")
-    if max_outputs is not None and max_outputs < 1:
+    if isinstance(max_outputs, str) and max_outputs != "auto":
+        raise ValueError(f"max_outputs must be a number, 'auto' or None, got {max_outputs!r}")
+    if isinstance(max_outputs, int) and max_outputs < 1:
         raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
     if loss_fn is not None and probe.targets is None:
         raise ValueError("a loss_fn needs targets to compare the outputs with, got none: pass targets, or no loss_fn")
@@ -260,6 +275,15 @@ def _check_copy(module: nn.Module, result: Tensor, name: str) -> None:
             f"the module, or the {name}, holds on to them; use the module that is passed in, and methods in place of "
             f"lambdas"
         )
+
+
+def _num_directions(num_inputs: int, num_outputs: int, max_outputs: int | str | None) -> int:
+    """Along how many directions the outputs of an input are seen; all of them where none are projected away."""
+    if isinstance(max_outputs, int):
+        return min(max_outputs, num_outputs)
+    if max_outputs == "auto" and num_inputs * num_outputs > MAX_ROWS:
+        return max(1, AUTO_ROWS // num_inputs)
+    return num_outputs
 
 
 def _check_num_rows(num_inputs: int, num_outputs: int) -> None:

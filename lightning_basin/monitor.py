@@ -55,7 +55,8 @@ class BasinMonitor(Callback):
         zero_loss_patience: For so many measurements in a row.
         rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
         duplicate_rtol: Relative tolerance within which two activations are the same.
-        max_outputs: Where a module has more outputs per input, measure so many random combinations of them.
+        max_outputs: Where a module has more outputs per input, measure so many random combinations of them; ranks are
+            then lower bounds. ``"auto"`` does so only where there are too many, and says it; ``None`` refuses these.
         seed: Of the random vectors of the sketch, the same at every measurement.
         prefix: First part of every key; two monitors in one trainer need two.
 
@@ -85,7 +86,7 @@ class BasinMonitor(Callback):
         zero_loss_patience: int = 1,
         rtol: float | None = None,
         duplicate_rtol: float = 1e-6,
-        max_outputs: int | None = None,
+        max_outputs: int | Literal["auto"] | None = "auto",
         seed: int = 0,
         prefix: str = "basin",
     ) -> None:
@@ -97,8 +98,10 @@ class BasinMonitor(Callback):
             every_n_train_steps=every_n_train_steps,
             every_n_epochs_after_zero_loss=every_n_epochs_after_zero_loss,
             zero_loss_patience=zero_loss_patience,
-            max_outputs=max_outputs,
+            max_outputs=max_outputs if isinstance(max_outputs, int) else None,
         )
+        if isinstance(max_outputs, str) and max_outputs != "auto":
+            raise MisconfigurationException(f"`BasinMonitor(max_outputs={max_outputs!r})` must be a number or 'auto'")
         if rtol is not None and not 0.0 < rtol < 1.0:
             raise MisconfigurationException(f"`BasinMonitor(rtol={rtol})` must be inside (0, 1)")
         if not 0.0 <= duplicate_rtol < 1.0:
@@ -186,7 +189,7 @@ class BasinMonitor(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._measured_step is not None:
+        if self._probe is not None and self._measured_step is not None:
             return
         # Rank zero decides for all: batches may differ in size from process to process.
         problem = self._take_probe(trainer, pl_module, batch) if trainer.is_global_zero else None
@@ -210,7 +213,7 @@ class BasinMonitor(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._measured_step is None:  # An epoch with fewer inputs than were asked for.
+        if self._probe is None or self._measured_step is None:  # An epoch with fewer inputs than were asked for.
             if self._probe is None and self._collector.num_inputs:
                 self._probe = self._collector.probe()
             self._probe = trainer.strategy.broadcast(self._probe, 0)
@@ -253,7 +256,8 @@ class BasinMonitor(Callback):
                     self._probe = self._collector.probe()
             if is_first:
                 self._check(trainer, pl_module, self._probe or self._collector.probe())
-                if self._probe is None:  # Some training steps will pass before there are enough inputs.
+                # Some training steps will pass before there are enough inputs: the baseline is that of the weights now.
+                if self._probe is None and self._measured_step is None:
                     (module,) = float64_replica(pl_module)
                     self._initial = (module, trainer.global_step, _batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
@@ -283,7 +287,14 @@ class BasinMonitor(Callback):
         try:
             if probe.targets is None:
                 raise TypeError("it needs targets, and the batches hold none: pass batch_fn or probe=(inputs, targets)")
-            check_measurable(pl_module, probe, loss_fn=loss_fn, behavior=behavior, max_outputs=self.max_outputs)
+            check_measurable(
+                pl_module,
+                probe,
+                loss_fn=loss_fn,
+                behavior=behavior,
+                max_outputs=self.max_outputs,
+                is_loss_given=self.loss_fn is not None,
+            )
         except TypeError as error:
             if self.loss_fn is not None:
                 raise
@@ -312,7 +323,7 @@ class BasinMonitor(Callback):
         return behavior
 
     def _measure_baseline(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._probe is not None:
+        if self._probe is not None and self._measured_step is None:
             initial, self._initial = self._initial, None
             self._collector = self._new_collector()
             now = (pl_module, trainer.global_step, _batches_that_stepped(trainer))
@@ -320,6 +331,8 @@ class BasinMonitor(Callback):
 
     def _measure(self, trainer: Trainer, module: nn.Module, step: int, log_step: int) -> None:
         self._measured_step = step
+        if self._probe is None:  # Resumed without one, and no batch has come by yet.
+            return
         record = self._record(trainer, module, step) if trainer.is_global_zero else None
         record = trainer.strategy.broadcast(record, 0)
         if record is None:
@@ -398,7 +411,13 @@ class BasinMonitor(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         probe = None
-        if self._probe is not None:
+        if self._probe is not None and not _is_plain((self._probe.inputs, self._probe.targets)):
+            self._say(
+                "The probe holds objects that a checkpoint cannot hold: a resumed run takes another one. HINT: pass "
+                "BasinMonitor(batch_fn=...) that returns tensors, or tuples and dicts of tensors",
+                warn=True,
+            )
+        elif self._probe is not None:
             probe = map_tensors(
                 lambda tensor: tensor.cpu().clone(), {"inputs": self._probe.inputs, "targets": self._probe.targets}
             )
@@ -467,6 +486,15 @@ def _batches_that_stepped(trainer: Trainer) -> int:
 def _metrics(scalars: Mapping[str, float]) -> dict[str, Tensor]:
     # Early stopping squeezes what it finds; float64 keeps large integers.
     return {key: torch.tensor(value, dtype=torch.float64) for key, value in scalars.items()}
+
+
+def _is_plain(collection: Any) -> bool:
+    """Whether a collection is made of what ``torch.load(weights_only=True)`` reads."""
+    if type(collection) is dict:
+        return all(isinstance(key, str | int) and _is_plain(item) for key, item in collection.items())
+    if type(collection) in (tuple, list):
+        return all(_is_plain(item) for item in collection)
+    return collection is None or isinstance(collection, Tensor | str | int | float | bool)
 
 
 def _ignore(*_: Any, **__: Any) -> None:

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -992,7 +993,12 @@ def not_a_number(outputs, targets):
             id="unknown layer",
         ),
         pytest.param(Regressor, lambda: BasinMonitor(layers="x"), "layers must be 'auto', 'all'", id="layers"),
-        pytest.param(Wide, BasinMonitor, "outputs can be measured at once", id="too many outputs on the whole probe"),
+        pytest.param(
+            Wide,
+            lambda: BasinMonitor(max_outputs=None),
+            "outputs can be measured at once",
+            id="too many outputs on the whole probe",
+        ),
     ],
 )
 def test_what_cannot_be_measured_raises_before_the_first_training_step(tmp_path, make_module, make_monitor, message):
@@ -1133,3 +1139,64 @@ def test_module_without_forward_is_measured_by_its_behavior(tmp_path):
     make_trainer(tmp_path, monitor).fit(Headless(), loader())
     # One linear layer: 20 inputs and the constant span 4 dimensions, for each of 2 outputs.
     assert [record.gradient_rank for record in monitor.records] == [8, 8, 8]
+
+
+def test_many_outputs_are_measured_along_some_directions(tmp_path):
+    monitor = BasinMonitor()
+    make_trainer(tmp_path, monitor, max_epochs=1).fit(Wide(), loader(160))
+    record = monitor.records[-1]
+    assert (record.num_inputs, record.num_rows) == (128, 128 * 16)
+    assert any("lower bounds" in note for note in record.notes)
+
+
+def test_a_found_loss_that_runs_the_module_is_left_out(tmp_path):
+    class Autoencoder(Regressor):
+        def loss_fn(self, inputs, _):
+            return self(torch.zeros(len(inputs), 3)).square().mean()
+
+    monitor = BasinMonitor(probe=20)
+    with pytest.warns(UserWarning, match="loss_fn must compute the loss from outputs and targets"):
+        make_trainer(tmp_path, monitor, max_epochs=1).fit(Autoencoder(), loader())
+    assert {record.loss for record in monitor.records} == {None}
+
+
+def test_a_logger_that_fails_ends_no_run(tmp_path):
+    class FullDisk(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            if any(key.startswith("basin") for key in metrics):
+                raise OSError("no space left")
+            super().log_metrics(metrics, step)
+
+    monitor = BasinMonitor(probe=20)
+    with pytest.warns(UserWarning, match="FullDisk could not log. OSError: no space left"):
+        make_trainer(tmp_path, monitor, logger=FullDisk(tmp_path)).fit(Regressor(), loader())
+    assert len(monitor.records) > 1
+
+
+def test_a_probe_of_objects_that_a_checkpoint_cannot_hold_is_taken_anew(tmp_path):
+    class Batch(NamedTuple):
+        x: torch.Tensor
+        y: torch.Tensor
+        z: int
+
+    def collate(items):
+        x, y = torch.utils.data.default_collate(items)
+        return Batch(x, y, 0)
+
+    class OfBatches(Regressor):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch.x, batch.y), batch_idx)
+
+    def fit(**options):
+        monitor = BasinMonitor(probe=10, behavior=lambda module, batch: module(batch.x), loss_fn=None, hessian=False)
+        trainer = make_trainer(tmp_path, monitor, **options)
+        data = torch.utils.data.DataLoader(loader().dataset, batch_size=20, collate_fn=collate)
+        return monitor, trainer, data
+
+    monitor, trainer, data = fit(max_epochs=1)
+    trainer.fit(OfBatches(), data)
+    with pytest.warns(UserWarning, match="a checkpoint cannot hold"):
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+    resumed, trainer, data = fit(max_epochs=2)
+    trainer.fit(OfBatches(), data, ckpt_path=tmp_path / "end.ckpt")
+    assert len(resumed.records) == len(monitor.records) + 1
