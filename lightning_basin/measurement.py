@@ -27,7 +27,7 @@ from lightning_basin.functional.rank import GradientRank, check_rtol, gradient_r
 from lightning_basin.functional.sketch import SpectrumAccumulator
 from lightning_basin.gradients import check_memory, layer_gradients
 from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace
-from lightning_basin.probe import Probe
+from lightning_basin.probe import Probe, float64_device
 from lightning_basin.record import BasinRecord, LayerRecord, layer_blocks
 from lightning_basin.replica import float64_replica, isolated_evaluation
 
@@ -222,7 +222,7 @@ def evaluated(
     module: nn.Module, probe: Probe, loss_fn: LossFunction | None, behavior: ModuleBehavior | None
 ) -> Iterator[Evaluation]:
     """Evaluate a float64 copy of a module once and check what comes out."""
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    device = float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
     with isolated_evaluation(device):
         replica, loss_fn, behavior = float64_replica(module, loss_fn, behavior)
         network = Network(replica, behavior)

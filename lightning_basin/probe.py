@@ -208,8 +208,19 @@ def map_tensors(function: Callable[[Tensor], Any], collection: Any) -> Any:
 
 
 def as_float64(tensor: Tensor) -> Tensor:
-    """The same numbers in float64; tensors of integers and booleans stay."""
+    """The same numbers in float64; tensors of integers and booleans stay. From devices without float64, on the CPU."""
+    tensor = tensor.to(float64_device(tensor.device))
     return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where to compute what lies on a device: there, or on the CPU if it has no float64.
+
+    Example:
+        >>> float64_device(torch.device("mps"))
+        device(type='cpu')
+    """
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _copied(tensor: Tensor) -> Tensor:
