@@ -83,6 +83,7 @@ def main() -> None:
         logger=loggers,
         log_every_n_steps=3,
         accelerator="cpu",
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
