@@ -12,7 +12,40 @@ from lightning_basin.functional.hessian import hessian_nullity
 from lightning_basin.functional.rank import behavioral_gradient_rank, check_rtol
 
 
-class BehavioralGradientRank(Metric):
+class _Count(Metric):
+    """A number of dimensions or of inputs: at least 0, and no gradient."""
+
+    is_differentiable = False
+    higher_is_better: bool | None = None
+    full_state_update = False
+    plot_lower_bound = 0.0
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Plot one or several values, see `torchmetrics.Metric`."""
+        return self._plot(val, ax)
+
+
+class _CountOfRows(_Count):
+    """A count over all rows that came in batches."""
+
+    rows: list[Tensor]
+
+    def __init__(self, num_columns: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._num_columns = num_columns
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the rows of all processes, also of those that have none."""
+        self.rows = _never_empty(self.rows, self._num_columns)
+        super().sync(*args, **kwargs)
+
+    def _all_rows(self) -> Tensor:
+        """A list before the processes are synchronized, a tensor after."""
+        return self.rows if isinstance(self.rows, Tensor) else torch.cat(_never_empty(self.rows, self._num_columns))
+
+
+class BehavioralGradientRank(_CountOfRows):
     """Rank of behavioral gradients collected over batches; the functional twin is `behavioral_gradient_rank`.
 
     Args:
@@ -31,19 +64,12 @@ class BehavioralGradientRank(Metric):
         tensor(1)
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-    plot_lower_bound = 0.0
-    gradients: list[Tensor]
-
     def __init__(self, num_parameters: int, *, rtol: float | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         _check_positive("num_parameters", num_parameters)
         check_rtol(rtol)
+        super().__init__(num_parameters, **kwargs)
         self.num_parameters = num_parameters
         self.rtol = rtol
-        self.add_state("gradients", default=[], dist_reduce_fx="cat")
 
     def update(self, gradients: Tensor) -> None:
         """Add rows.
@@ -54,23 +80,14 @@ class BehavioralGradientRank(Metric):
         Raises:
             ValueError: If the shape is another.
         """
-        self.gradients.append(_checked(gradients, "gradients", self.num_parameters))
+        self.rows.append(_checked(gradients, "gradients", self.num_parameters))
 
     def compute(self) -> Tensor:
         """The rank, int64, shape ``()``."""
-        return torch.tensor(behavioral_gradient_rank(_joined(self.gradients, self.num_parameters), rtol=self.rtol))
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the rows of all processes, also of those that have none."""
-        self.gradients = _never_empty(self.gradients, self.num_parameters)
-        super().sync(*args, **kwargs)
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot one or several values, see `torchmetrics.Metric`."""
-        return self._plot(val, ax)
+        return torch.tensor(behavioral_gradient_rank(self._all_rows(), rtol=self.rtol))
 
 
-class HessianNullity(Metric):
+class HessianNullity(_Count):
     """Zero eigenvalues of a Hessian averaged over batches; the functional twin is `hessian_nullity`.
 
     Args:
@@ -89,10 +106,6 @@ class HessianNullity(Metric):
         tensor(1)
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-    plot_lower_bound = 0.0
     weighted_sum: Tensor
     num_inputs: Tensor
 
@@ -127,12 +140,8 @@ class HessianNullity(Metric):
         """The nullity, int64, shape ``()``."""
         return torch.tensor(hessian_nullity(self.weighted_sum / self.num_inputs.clamp(min=1), rtol=self.rtol))
 
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot one or several values, see `torchmetrics.Metric`."""
-        return self._plot(val, ax)
 
-
-class DuplicatedActivations(Metric):
+class DuplicatedActivations(_CountOfRows):
     """Inputs that share their activation with an earlier one; the functional twin is `duplicated_activations`.
 
     Args:
@@ -151,20 +160,15 @@ class DuplicatedActivations(Metric):
         tensor(1)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    plot_lower_bound = 0.0
-    activations: list[Tensor]
 
     def __init__(self, num_features: int, *, rtol: float = 1e-6, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         _check_positive("num_features", num_features)
         if not 0.0 <= rtol < 1.0:
             raise ValueError(f"rtol must be inside [0, 1), got {rtol}")
+        super().__init__(num_features, **kwargs)
         self.num_features = num_features
         self.rtol = rtol
-        self.add_state("activations", default=[], dist_reduce_fx="cat")
 
     def update(self, activations: Tensor) -> None:
         """Add activations.
@@ -175,20 +179,11 @@ class DuplicatedActivations(Metric):
         Raises:
             ValueError: If the shape is another.
         """
-        self.activations.append(_checked(activations, "activations", self.num_features))
+        self.rows.append(_checked(activations, "activations", self.num_features))
 
     def compute(self) -> Tensor:
         """The number of duplicates, int64, shape ``()``."""
-        return torch.tensor(duplicated_activations(_joined(self.activations, self.num_features), rtol=self.rtol))
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the activations of all processes, also of those that have none."""
-        self.activations = _never_empty(self.activations, self.num_features)
-        super().sync(*args, **kwargs)
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot one or several values, see `torchmetrics.Metric`."""
-        return self._plot(val, ax)
+        return torch.tensor(duplicated_activations(self._all_rows(), rtol=self.rtol))
 
 
 def _check_positive(name: str, count: int) -> None:
@@ -200,11 +195,6 @@ def _checked(rows: Tensor, name: str, num_columns: int) -> Tensor:
     if rows.ndim != 2 or rows.shape[1] != num_columns:  # noqa: PLR2004 - a matrix
         raise ValueError(f"{name} must be a matrix with {num_columns} columns, got shape {tuple(rows.shape)}")
     return rows.detach().to(torch.float64, copy=True)
-
-
-def _joined(rows: list[Tensor] | Tensor, num_columns: int) -> Tensor:
-    """All rows: a list before the processes are synchronized, a tensor after."""
-    return rows if isinstance(rows, Tensor) else torch.cat(_never_empty(rows, num_columns))
 
 
 def _never_empty(rows: list[Tensor], num_columns: int) -> list[Tensor]:
