@@ -42,7 +42,7 @@ MAX_DENSE_PARAMETERS = 3000
 """Largest number of parameters for which ``hessian="auto"`` forms the Hessian: 72 MB, some seconds."""
 
 MAX_ROWS = 4096
-"""Largest number of outputs on a probe: each decomposition then takes some seconds to half a minute."""
+"""Largest number of outputs on a probe: each decomposition then takes about ten seconds on two cores."""
 
 AUTO_ROWS = 2048
 """What ``max_outputs="auto"`` brings larger numbers down to."""
@@ -92,8 +92,11 @@ def measure_basin(
         ValueError: If there is nothing to measure (no trainable parameters, no inputs), outputs or loss are not
             finite, targets are missing, inputs influence each other's outputs, or a value is out of range.
 
+    Warns:
+        UserWarning: If the Hessian cannot be formed; everything else is then measured without it.
+
     Example:
-        Three inputs on a line fill two of the four dimensions that a linear layer of 2 inputs and 1 output sees:
+        Three inputs on a line see two of the three parameters of a linear layer with 2 inputs and 1 output:
 
         >>> layer = nn.Linear(2, 1)
         >>> record = measure_basin(layer, torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))

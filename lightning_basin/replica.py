@@ -79,7 +79,9 @@ def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
             memo[id(part)] = _deep_copy(part._orig_mod, modules, memo)
     copies = [_deep_copy(module, modules, memo)]
     copies += [_deep_copy(item, modules, memo) if _owner(item) is not None else item for item in callables]
-    for replica in filter(None, map(_owner, copies)):
+    for replica in map(_owner, copies):
+        if replica is None:  # Not by truth: a module may have a length, and that be 0.
+            continue
         replica.eval()
         for part in replica.modules():
             if isinstance(part, nn.Embedding | nn.EmbeddingBag):

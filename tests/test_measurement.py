@@ -1140,6 +1140,8 @@ def test_cross_entropy_of_tokens_sees_the_centred_logits_at_any_margin(layout, m
 
     record = measure_basin(module, inputs, targets, loss_fn=loss_fn, behavior=behavior)
     assert record.num_parameters - record.gauss_newton_nullity == 24
+    # Adding one number to all logits changes nothing: 4 directions in the head's weight and 1 in its bias, exactly.
+    assert record.hessian_nullity_strict == 5
     plain = measure_basin(module, inputs, behavior=lambda network, x: centred_logits(network(x)))
     assert plain.gradient_rank == 24
 
@@ -1266,3 +1268,46 @@ def test_sparse_embeddings_are_measured_like_dense_ones():
         ranks.append(measure_basin(table, tokens).gradient_rank)
     # Counts of tokens (1,1,0,0), (0,0,2,0), (1,1,0,0), (0,1,0,1): three independent ones, for each of two outputs.
     assert ranks == [6, 6]
+
+
+class WithLength(nn.Linear):
+    """A module that is false, as an empty memory bank would be."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(inputs, training=self.training))
+
+
+def test_a_module_of_length_zero_is_evaluated_like_any_other():
+    assert measure_basin(WithLength(3, 1), normal(6, 3)).gradient_rank == 4
+
+
+def test_activations_that_differ_in_their_imaginary_part_are_distinct():
+    class Phases(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Linear(1, 1)
+            self.scale = Scale()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.scale(torch.complex(torch.ones_like(inputs), self.shift(inputs))).imag
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.factor * inputs
+
+    inputs = torch.arange(5.0).unsqueeze(1)
+    assert measure_basin(Phases(), inputs).layers["scale"].duplicated_activations == 0
+
+
+def test_channels_are_the_units_of_a_prelu():
+    module = nn.Sequential(nn.Conv2d(1, 2, 1), nn.PReLU(2), nn.Flatten())
+    with torch.no_grad():
+        module[0].weight[1] = 0
+    assert measure_basin(module, normal(5, 1, 3, 3)).layers["1"].dead_units == 1

@@ -80,7 +80,9 @@ def test_gradients_of_an_embedding_are_those_of_finite_differences(padding_idx):
     if padding_idx is not None:  # Its gradient is zero by definition, though the outputs depend on it.
         expected.view(-1, 7, 3)[:, padding_idx] = 0
     assert gradients.structured
-    torch.testing.assert_close(gradients.gradients.rows(), expected, rtol=1e-7, atol=1e-6)
+    rows = gradients.gradients.rows()
+    torch.testing.assert_close(rows, expected, rtol=1e-7, atol=1e-6)
+    torch.testing.assert_close(gradients.gradients.gram, rows @ rows.mT)
 
 
 def test_gradients_of_a_bilinear_layer_are_those_of_finite_differences():
