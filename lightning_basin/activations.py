@@ -1,6 +1,6 @@
 """What enters and leaves each layer, input by input, and where that is all a network knows of its input."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,10 +47,27 @@ def layer_activations(network: Network, probe: Probe, trace: Trace) -> dict[str,
         return _LayoutByExample(network, probe, trace).activations()
 
 
-def cuts(
-    network: Network, probe: Probe, trace: Trace, activations: dict[str, LayerActivations]
-) -> Iterator[tuple[str, int]]:
-    """Layers whose input is all that crosses, with the number of parameters used before it.
+def parameters_before(network: Network, trace: Trace, name: str) -> list[bool]:
+    """For each parameter whether what enters a layer depends on it.
+
+    Args:
+        network: That was traced.
+        trace: Of the probe.
+        name: Of a layer that was called.
+    """
+    attached = [tensor for tensor in trace.entering[name] if tensor.requires_grad]
+    parameters = network.parameters()
+    if not attached:
+        return [False] * len(parameters)
+    ones = [torch.ones_like(tensor) for tensor in attached]
+    gradients = torch.autograd.grad(attached, parameters, ones, retain_graph=True, allow_unused=True)
+    return [gradient is not None for gradient in gradients]
+
+
+def is_cut(
+    network: Network, probe: Probe, trace: Trace, name: str, layer: LayerActivations, before: Sequence[bool]
+) -> bool:
+    """Whether what enters a layer is all that crosses to what follows.
 
     Found by computing: where what enters a layer is rolled from each input to the next, and all outputs and
     gradients with respect to later parameters roll along, nothing else about an input gets past the layer. A
@@ -60,34 +77,19 @@ def cuts(
         network: That was traced.
         probe: The inputs.
         trace: Of the probe.
-        activations: Of the probe.
-
-    Yields:
-        Name of the layer, and number of entries of all parameters that what enters it depends on.
+        name: Of the layer.
+        layer: Its activations.
+        before: Which parameters what enters depends on, from `parameters_before`.
     """
-    for name, layer in activations.items():
-        called_once = len(trace.leaving.get(name, [])) == 1  # Later calls see the earlier ones already rolled.
-        if not layer.rows_per_input or not called_once:
-            continue
-        before = _used_before(network, trace.entering[name])
-        rolled = network.trace(probe, replace=Replacement(name, layer.rows_per_input)).outputs
-        tolerance = AGREEMENT_RTOL * float(trace.outputs.detach().abs().max())
-        if float((rolled - trace.outputs.roll(1, 0)).detach().abs().max()) > tolerance:
-            continue
-        after = [parameter for parameter, used in zip(network.parameters(), before, strict=True) if not used]
-        if _gradients_roll(trace.outputs, rolled, after):
-            yield name, sum(p.numel() for p, used in zip(network.parameters(), before, strict=True) if used)
-
-
-def _used_before(network: Network, entering: Sequence[Tensor]) -> list[bool]:
-    """For each parameter whether what enters a layer depends on it."""
-    attached = [tensor for tensor in entering if tensor.requires_grad]
-    parameters = network.parameters()
-    if not attached:
-        return [False] * len(parameters)
-    ones = [torch.ones_like(tensor) for tensor in attached]
-    gradients = torch.autograd.grad(attached, parameters, ones, retain_graph=True, allow_unused=True)
-    return [gradient is not None for gradient in gradients]
+    called_once = len(trace.leaving.get(name, [])) == 1  # Later calls see the earlier ones already rolled.
+    if not layer.rows_per_input or not called_once:
+        return False
+    rolled = network.trace(probe, replace=Replacement(name, layer.rows_per_input)).outputs
+    tolerance = AGREEMENT_RTOL * float(trace.outputs.detach().abs().max())
+    if float((rolled - trace.outputs.roll(1, 0)).detach().abs().max()) > tolerance:
+        return False
+    after = [parameter for parameter, used in zip(network.parameters(), before, strict=True) if not used]
+    return _gradients_roll(trace.outputs, rolled, after)
 
 
 def _gradients_roll(outputs: Tensor, rolled: Tensor, parameters: Sequence[Tensor]) -> bool:

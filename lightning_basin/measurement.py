@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from lightning_basin.activations import LayerActivations, cuts, layer_activations
+from lightning_basin.activations import LayerActivations, is_cut, layer_activations, parameters_before
 from lightning_basin.functional.duplicates import (
     dead_units,
     duplicated_activations,
@@ -25,8 +25,8 @@ from lightning_basin.functional.hessian import (
 )
 from lightning_basin.functional.rank import GradientRank, check_rtol, gradient_rank
 from lightning_basin.functional.sketch import SpectrumAccumulator
-from lightning_basin.gradients import check_memory, layer_gradients
-from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace
+from lightning_basin.gradients import layer_gradients
+from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace, TracedProbe
 from lightning_basin.probe import Probe, float64_device
 from lightning_basin.record import BasinRecord, LayerRecord, layer_blocks
 from lightning_basin.replica import float64_replica, isolated_evaluation
@@ -170,7 +170,6 @@ def check_measurable(
         num_inputs = probe.size if num_inputs is None else num_inputs
         num_outputs = _num_directions(num_inputs, evaluation.num_outputs, max_outputs)
         _check_num_rows(num_inputs, num_outputs)
-        check_memory(evaluation.network, evaluation.probe, evaluation.trace, num_rows=num_inputs * num_outputs)
 
 
 def _check_settings(
@@ -198,11 +197,24 @@ def _check_settings(
 class Evaluation:
     """A network on a probe, evaluated once."""
 
-    network: Network
-    probe: Probe
+    traced: TracedProbe
     loss_fn: LossFunction | None
-    trace: Trace
     loss: Tensor | None
+
+    @property
+    def network(self) -> Network:
+        """The network, a copy in float64."""
+        return self.traced.network
+
+    @property
+    def probe(self) -> Probe:
+        """The inputs."""
+        return self.traced.probe
+
+    @property
+    def trace(self) -> Trace:
+        """What one forward pass showed."""
+        return self.traced.whole
 
     @property
     def num_outputs(self) -> int:
@@ -230,14 +242,15 @@ def evaluated(
         replica, loss_fn, behavior = float64_replica(module, loss_fn, behavior)
         network = Network(replica, behavior)
         probe = probe.to(device).double()
-        trace = network.trace(probe)
+        traced = TracedProbe(network, probe)
+        trace = traced.whole
         _check_outputs(network, probe, trace.outputs.detach())
         _check_copy(module, trace.outputs, "behavior")
         loss = None
         if loss_fn is not None:
             loss = _checked_loss(loss_fn, trace.outputs, probe.targets)
             _check_copy(module, loss, "loss_fn")
-        yield Evaluation(network, probe, loss_fn, trace, loss)
+        yield Evaluation(traced, loss_fn, loss)
 
 
 def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
@@ -361,7 +374,7 @@ def _measured_gradients(
     spectra = {part: SpectrumAccumulator(evaluation.num_rows, part.num_parameters, generator) for part in parts}
     ranks: dict[_Part, GradientRank] = {}
     rows: dict[Layer, Tensor] = {}
-    for measured in layer_gradients(evaluation.network, evaluation.probe, evaluation.trace, generator=generator):
+    for measured in layer_gradients(evaluation.traced, generator=generator):
         for part in parts:
             if measured.layer in part.layers:
                 spectra[part].add(measured.gradients)
@@ -447,15 +460,31 @@ def _measured_duplicates(evaluation: Evaluation, rtol: float, bound_rtol: float)
         for name, layer in activations.items()
         if layer.entering is not None
     }
-    crossings = [(before, distinct[name]) for name, before in cuts(network, probe, trace, activations)]
     return _Duplicates(
         layers=layers,
         network=totals,
         outputs=(duplicated_activations(outputs, rtol=rtol), duplicated_activations(outputs, rtol=0.0)),
-        rank_bound=gradient_rank_bound(
-            sum(layer.num_parameters for layer in network.layers), evaluation.num_outputs, [(0, probe.size), *crossings]
-        ),
+        rank_bound=_rank_bound(evaluation, activations, distinct),
     )
+
+
+def _rank_bound(
+    evaluation: Evaluation, activations: Mapping[str, LayerActivations], distinct: Mapping[str, int]
+) -> int:
+    """The smallest bound over all cuts; whether a layer is one is looked at only where it would lower the bound."""
+    network, trace, num_outputs = evaluation.network, evaluation.trace, evaluation.num_outputs
+    parameters = network.parameters()
+    crossings = [(0, evaluation.probe.size)]
+    bound = gradient_rank_bound(sum(parameter.numel() for parameter in parameters), num_outputs, crossings)
+    for name, count in sorted(distinct.items(), key=lambda item: item[1]):
+        if num_outputs * count >= bound:
+            break
+        used = parameters_before(network, trace, name)
+        before = sum(parameter.numel() for parameter, is_used in zip(parameters, used, strict=True) if is_used)
+        lowered = gradient_rank_bound(bound, num_outputs, [(before, count)])
+        if lowered < bound and is_cut(network, evaluation.probe, trace, name, activations[name], used):
+            bound = lowered
+    return bound
 
 
 def _layer_duplicates(layer: LayerActivations, rtol: float) -> dict[str, int]:

@@ -26,18 +26,17 @@ def khatri_rao(k=5, c=3, t=1, d_in=4, d_out=2, columns="weight and bias", seed=0
     activations = drawn(k, t, d_in, seed=seed) if "weight" in columns else drawn(k, t, 0)
     if "bias" in columns:
         activations = torch.cat([activations, activations.new_ones(k, t, 1)], dim=2)
-    return KhatriRaoGradients(activations, drawn(k, c, t, d_out, seed=seed + 1), "bias" in columns)
+    return KhatriRaoGradients(activations, drawn(k, c, t, d_out, seed=seed + 1))
 
 
 def rows_by_loop(gradients):
-    """Row (x, j): sum over t of b outer a, the weight's part first, then the bias's."""
+    """Row (x, j): sum over t of b outer a."""
     activations, signals = gradients.activations.numpy(), gradients.output_gradients.numpy()
     rows = []
     for x in range(signals.shape[0]):
         for j in range(signals.shape[1]):
             outer = sum(np.outer(signals[x, j, t], activations[x, t]) for t in range(signals.shape[2]))
-            parts = [outer[:, :-1].ravel(), outer[:, -1]] if gradients.bias else [outer.ravel()]
-            rows.append(np.concatenate(parts))
+            rows.append(outer.ravel())
     return np.stack(rows)
 
 
@@ -194,7 +193,7 @@ def test_rank_of_a_khatri_rao_sketch_is_the_rank_of_the_matrix(seed):
     values = np.concatenate([[1.0], 10.0 ** random.uniform(smallest, 0, inner - 1)])
     # One position with a deficient matrix of activations, and further ones that repeat it.
     activations = with_singular_values(k, d_in, values, 1000 + seed).unsqueeze(1).expand(k, t, d_in)
-    gradients = KhatriRaoGradients(activations, drawn(k, c, t, d_out, seed=seed), bias=False)
+    gradients = KhatriRaoGradients(activations, drawn(k, c, t, d_out, seed=seed))
     sketch = gradients.sketch(2 * gradients.num_rows, generator_of(seed))
     found = numerical_rank(singular_values(sketch), rtol=default_rtol(*sketch.shape))
     assert found == np.linalg.matrix_rank(rows_by_loop(gradients))
@@ -276,7 +275,7 @@ def wide_blocks(num_rows=200, rank=None, seed=0):
     if rank is not None:  # Inputs beyond the first ``rank`` repeat them.
         repeated = torch.arange(num_rows) % rank
         activations, signals = activations[repeated], [signal[repeated] for signal in signals]
-    return [KhatriRaoGradients(activations, signal, bias=False) for signal in signals]
+    return [KhatriRaoGradients(activations, signal) for signal in signals]
 
 
 def test_wide_matrices_of_full_rank_are_judged_by_the_gram_matrix():
@@ -284,7 +283,7 @@ def test_wide_matrices_of_full_rank_are_judged_by_the_gram_matrix():
     activations = with_singular_values(200, 250, np.ones(200), 0) * torch.from_numpy(values).unsqueeze(1)
     signal = torch.zeros(200, 1, 1, 261, dtype=torch.float64)
     signal[..., :2] = torch.tensor([3.0, 4.0])
-    block = KhatriRaoGradients(activations.unsqueeze(1), signal, bias=False)
+    block = KhatriRaoGradients(activations.unsqueeze(1), signal)
     spectrum = gradient_spectrum([block], generator=generator_of(0))
     assert spectrum.method == "gram"
     # Orthogonal rows of activations with these norms, times a signal of norm 5.
@@ -324,7 +323,7 @@ def test_spectra_are_float64():
 def test_integers_of_a_wide_gram_matrix_are_exact():
     # Entries 0 and 1: all products are integers below 2**53, the singular values sqrt(250 * 261) and zeros.
     ones = torch.ones(200, 1, 250, dtype=torch.float64)
-    blocks = [KhatriRaoGradients(ones, ones.new_ones(200, 1, 1, width), bias=False) for width in (160, 101)]
+    blocks = [KhatriRaoGradients(ones, ones.new_ones(200, 1, 1, width)) for width in (160, 101)]
     spectrum = gradient_spectrum(blocks, generator=generator_of(0))
     torch.testing.assert_close(float(spectrum.singular_values[0]), math.sqrt(200 * 250 * 261))
     assert numerical_rank(spectrum.singular_values, rtol=spectrum.rtol) == 1

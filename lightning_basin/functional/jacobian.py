@@ -84,3 +84,38 @@ def gradient_rows(outputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         gradients = torch.autograd.grad(output, parameters, retain_graph=True, materialize_grads=True)
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     return torch.stack(rows)
+
+
+def vector_jacobian_products(outputs: Tensor, variables: Sequence[Tensor], vectors: Tensor) -> Tensor:
+    """Rows of ``vectors @ d(outputs)/d(variables)``, batched where every operation allows it.
+
+    Args:
+        outputs: In the graph of ``variables``, which stays.
+        variables: In the order of the columns.
+        vectors: n of them, each in the shape of ``outputs``.
+
+    Returns:
+        Shape ``(n, N)``; zero where the outputs do not depend on a variable.
+
+    Example:
+        >>> w = torch.tensor([2.0, 3.0], requires_grad=True)
+        >>> vector_jacobian_products(w.square(), [w], torch.eye(2))
+        tensor([[4., 0.],
+                [0., 6.]])
+    """
+
+    def backward(vectors: Tensor, *, batched: bool) -> Tensor:
+        parts = torch.autograd.grad(
+            outputs, variables, vectors, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+        batch = vectors.shape[: int(batched)]
+        rows = [
+            vectors.new_zeros(*batch, variable.numel()) if part is None else part.reshape(*batch, -1)
+            for part, variable in zip(parts, variables, strict=True)
+        ]
+        return torch.cat(rows, dim=-1)
+
+    try:
+        return backward(vectors, batched=True).detach()
+    except RuntimeError:  # Some operations (recurrent cells, custom functions) have no batching rule.
+        return torch.stack([backward(vector, batched=False) for vector in vectors]).detach()

@@ -24,27 +24,19 @@ _DENSE_WORK = 2e9  # and rows**2 * columns, the cost of its triangular factor: a
 
 @dataclass(frozen=True, eq=False)
 class KhatriRaoGradients:
-    r"""Gradients of a layer that multiplies what enters with its weight, kept as their factors.
+    r"""Gradients by a matrix that multiplies what enters, kept as their factors.
 
-    Row (x, j) of the matrix is the gradient of output j on input x with respect to the layer's weight and bias,
-    :math:`\sum_t b_{xjt} \tilde a_{xt}^T`. Linear layers have one position t for each element of a sequence,
-    convolutions one for each place of their kernel, embeddings one-hot activations.
+    Row (x, j) of the gradients is that of output j on input x by the matrix, row by row:
+    :math:`\sum_t b_{xjt} a_{xt}^T`. A linear layer has one position t for each element of a sequence, a convolution one
+    for each place of its kernel. A bias is one more activation, which is always 1; a look-up has one-hot activations.
 
     Attributes:
-        activations: What enters the layer, with a 1 appended where ``bias``, shape ``(k, t, d_in)``.
-        output_gradients: Derivative of each output with respect to what leaves it, shape ``(k, c, t, d_out)``.
-        bias: Whether the last column of ``activations`` belongs to a bias.
-        transposed: Whether the weight is stored with its activations along the first axis.
-        used_columns: Which of ``num_activations`` the columns of ``activations`` are, where the others are zero.
-        num_activations: Their number with the zero ones; ``None`` without ``used_columns``.
+        activations: What is multiplied, shape ``(k, t, d_in)``.
+        output_gradients: Derivative of each output by the products, shape ``(k, c, t, d_out)``.
     """
 
     activations: Tensor
     output_gradients: Tensor
-    bias: bool
-    transposed: bool = False
-    used_columns: Tensor | None = None
-    num_activations: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -53,8 +45,8 @@ class KhatriRaoGradients:
 
     @property
     def num_columns(self) -> int:
-        """Number of parameters."""
-        return (self.num_activations or self.activations.shape[-1]) * self.output_gradients.shape[-1]
+        """Number of entries of the matrix."""
+        return self.activations.shape[-1] * self.output_gradients.shape[-1]
 
     @property
     def num_elements(self) -> int:
@@ -62,19 +54,10 @@ class KhatriRaoGradients:
         return self.activations.numel() + self.output_gradients.numel()
 
     def rows(self) -> Tensor:
-        """The matrix itself, columns in the order of the parameters (weight, then bias), shape ``(m, N)``."""
+        """The gradients themselves, shape ``(m, d_out * d_in)``."""
         k, c, t, d_out = self.output_gradients.shape
         signals = self.output_gradients.transpose(2, 3).reshape(k, c * d_out, t)
-        return self._in_order((signals @ self.activations).reshape(k * c, d_out, -1))
-
-    def _in_order(self, outer: Tensor) -> Tensor:
-        """From ``(n, d_out, d_in)`` to columns in the order of the parameters, shape ``(n, N)``."""
-        if self.used_columns is not None and self.num_activations is not None:
-            whole = outer.new_zeros(*outer.shape[:2], self.num_activations)
-            outer = whole.index_copy_(2, self.used_columns, outer)
-        weight = outer[:, :, :-1] if self.bias else outer
-        columns = (weight.mT if self.transposed else weight).flatten(1)
-        return torch.cat([columns, outer[:, :, -1]], dim=1) if self.bias else columns
+        return (signals @ self.activations).reshape(k * c, -1)
 
     @cached_property
     def gram(self) -> Tensor:
@@ -120,8 +103,7 @@ class KhatriRaoGradients:
         """``weights @ rows()`` without the rows; ``weights`` and result have shapes ``(m,)`` and ``(N,)``."""
         k, c = self.output_gradients.shape[:2]
         signals = torch.einsum("kj,kjto->kto", weights.view(k, c), self.output_gradients)
-        outer = torch.einsum("kto,ktd->od", signals, self.activations)
-        return self._in_order(outer.unsqueeze(0)).squeeze(0)
+        return torch.einsum("kto,ktd->od", signals, self.activations).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,20 +173,16 @@ class StackedGradients:
     """Gradients of a layer whose parameters fall into parts, side by side.
 
     Attributes:
-        parts: In the order of the parameters.
+        parts: Of different columns each.
+        columns: For each part where its columns stand; columns of no part are zero.
+        num_rows: m.
+        num_columns: N.
     """
 
-    parts: "tuple[LayerGradients, ...]"
-
-    @property
-    def num_rows(self) -> int:
-        """Number of inputs times outputs per input."""
-        return self.parts[0].num_rows
-
-    @property
-    def num_columns(self) -> int:
-        """Number of parameters."""
-        return sum(part.num_columns for part in self.parts)
+    parts: "tuple[KhatriRaoGradients | DenseGradients, ...]"
+    columns: tuple[Tensor, ...]
+    num_rows: int
+    num_columns: int
 
     @property
     def num_elements(self) -> int:
@@ -213,20 +191,36 @@ class StackedGradients:
 
     def rows(self) -> Tensor:
         """The matrix, shape ``(m, N)``."""
-        return torch.cat([part.rows() for part in self.parts], dim=1)
+        rows = self._zeros(self.num_rows, self.num_columns)
+        for part, columns in zip(self.parts, self.columns, strict=True):
+            rows.index_copy_(1, columns, part.rows())
+        return rows
 
     @cached_property
     def gram(self) -> Tensor:
         """Products of all pairs of rows, shape ``(m, m)``."""
-        return torch.stack([part.gram for part in self.parts]).sum(0)
+        gram = self._zeros(self.num_rows, self.num_rows)
+        for part in self.parts:
+            gram += part.gram
+        return gram
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
         """The sum of the sketches of the parts, shape ``(m, num_columns)``."""
-        return torch.stack([part.sketch(num_columns, generator) for part in self.parts]).sum(0)
+        sketch = self._zeros(self.num_rows, num_columns)
+        for part in self.parts:
+            sketch += part.sketch(num_columns, generator)
+        return sketch
 
     def combination(self, weights: Tensor) -> Tensor:
         """``weights @ rows()`` without the rows; shapes ``(m,)`` and ``(N,)``."""
-        return torch.cat([part.combination(weights) for part in self.parts])
+        combination = weights.new_zeros(self.num_columns)
+        for part, columns in zip(self.parts, self.columns, strict=True):
+            combination[columns] = part.combination(weights)
+        return combination
+
+    def _zeros(self, *shape: int) -> Tensor:
+        device = self.columns[0].device if self.columns else None
+        return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
 LayerGradients = KhatriRaoGradients | DenseGradients | StackedGradients
