@@ -159,6 +159,24 @@ def _structured_gradients(
             yield layer, gradients_from_uses(parameters, found, num_rows=check.num_rows)
 
 
+def layer_elements(network: Network, trace: Trace, *, num_inputs: int, num_outputs: int) -> dict[str, tuple[bool, int]]:
+    """For each layer whether its gradients stay factored, and how many numbers are held of them.
+
+    Args:
+        network: That was traced.
+        trace: Of some inputs.
+        num_inputs: That will be measured.
+        num_outputs: Per input.
+    """
+    traced_inputs = trace.outputs.shape[0]
+    found = {}
+    for layer, uses in _uses_by_layer(network, trace).items():
+        factors = sum(_num_elements(use, num_outputs) for use in uses.values()) * num_inputs // traced_inputs
+        dense = layer.num_parameters * num_inputs * num_outputs
+        found[layer.name] = (True, factors) if uses else (False, dense)
+    return found
+
+
 def _num_elements(use: Use, num_outputs: int) -> int:
     """Numbers that are held of a use: what enters, and the derivatives of each output."""
     if isinstance(use, ProductUse):
@@ -229,7 +247,7 @@ def _input_axes(outputs: Tensor, uses: Mapping[int, Use], edges: Sequence[Leavin
     """Where the inputs are in what left each operation, seen from the outputs of some of them."""
     generator = Generator().manual_seed(0)
     num_inputs = outputs.shape[0]
-    chosen = (torch.rand(num_inputs, generator=generator) < 0.5).to(outputs.device)
+    chosen = torch.randint(0, 2, (num_inputs,), generator=generator).bool().to(outputs.device)
     chosen[0], chosen[-1] = True, num_inputs == 1
     weights = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
     by_edge = _derivatives((outputs * weights)[chosen].sum(), edges)

@@ -299,7 +299,7 @@ class TracedProbe:
         self._whole: Trace | None = None
 
     def __iter__(self) -> Iterator[Trace]:
-        if self._chunk_size >= self.probe.size:
+        if self.is_whole:
             yield self.whole
             return
         for start in range(0, self.probe.size, self._chunk_size):
@@ -307,8 +307,14 @@ class TracedProbe:
             yield self.network.trace(self.probe.select(indices))
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all inputs are run at once."""
+        return self._chunk_size >= self.probe.size
+
+    @property
     def whole(self) -> Trace:
-        """The trace of all inputs at once."""
+        """The trace of all inputs at once; without a graph, where this would not fit into memory."""
         if self._whole is None:
-            self._whole = self.network.trace(self.probe)
+            with torch.set_grad_enabled(self.is_whole):
+                self._whole = self.network.trace(self.probe)
         return self._whole

@@ -23,10 +23,11 @@ from lightning_basin.functional.hessian import (
     hessian_null_space,
     output_curvature,
 )
-from lightning_basin.functional.rank import GradientRank, check_rtol, gradient_rank
+from lightning_basin.functional.rank import GradientRank, check_rtol
 from lightning_basin.functional.sketch import SpectrumAccumulator
-from lightning_basin.gradients import layer_gradients
+from lightning_basin.gradients import GROUP_ELEMENTS, layer_gradients
 from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace, TracedProbe
+from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.probe import Probe, float64_device
 from lightning_basin.record import BasinRecord, LayerRecord, layer_blocks
 from lightning_basin.replica import float64_replica, isolated_evaluation
@@ -62,6 +63,8 @@ def measure_basin(
     rtol: float | None = None,
     duplicate_rtol: float = 1e-6,
     max_outputs: int | Literal["auto"] | None = None,
+    spectrum: bool = True,
+    memory_budget: int | None = None,
     seed: int = 0,
     step: int | None = None,
 ) -> BasinRecord:
@@ -84,6 +87,10 @@ def measure_basin(
         max_outputs: Where a module has more outputs per input, measure the gradients of so many random orthonormal
             combinations of them; ranks are then lower bounds, and the Hessian is left out. ``"auto"`` does so where
             there are more than ``MAX_ROWS`` outputs on the probe, ``None`` refuses these.
+        spectrum: Whether singular values are wanted where full rank can be proved without them, several times as fast;
+            without, effective ranks and ranks at coarser tolerances are then left out.
+        memory_budget: Bytes that the measurement may use beside what the process holds; ``None`` means half of what is
+            free. Inputs and layers are then measured in pieces where that is needed.
         seed: Of the sketch's random vectors: same seed, same numbers.
         step: Noted in the record.
 
@@ -91,6 +98,7 @@ def measure_basin(
         TypeError: If there is no input tensor, or the outputs are not a floating point tensor.
         ValueError: If there is nothing to measure (no trainable parameters, no inputs), outputs or loss are not
             finite, targets are missing, inputs influence each other's outputs, or a value is out of range.
+        MemoryBudgetError: A ValueError, if it cannot be cut to ``memory_budget``.
 
     Warns:
         UserWarning: If the Hessian cannot be formed; everything else is then measured without it.
@@ -107,7 +115,25 @@ def measure_basin(
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
     _check_settings(probe, loss_fn, hessian, rtol, duplicate_rtol, max_outputs)
     generator = Generator().manual_seed(seed)
-    with evaluated(module, probe, loss_fn, behavior) as evaluation:
+
+    def planned(network: Network, few: Probe, trace: Trace) -> MeasurementPlan:
+        num_outputs = _num_directions(probe.size, network.rows(trace.outputs).shape[1], max_outputs)
+        _check_num_rows(probe.size, num_outputs)
+        parts = _selected_parts(network.layers, layers)
+        num_parameters = parts[-1].num_parameters
+        return plan_measurement(
+            network,
+            few,
+            trace,
+            num_inputs=probe.size,
+            num_outputs=num_outputs,
+            num_blocks=sum(part.kind == "block" for part in parts),
+            with_hessian=loss_fn is not None
+            and (hessian == "dense" or (hessian == "auto" and num_parameters <= MAX_DENSE_PARAMETERS)),
+            memory_budget=memory_budget,
+        )
+
+    with evaluated(module, probe, loss_fn, behavior, planned) as evaluation:
         notes: list[str] = []
         num_directions = _num_directions(probe.size, evaluation.num_outputs, max_outputs)
         if num_directions < evaluation.num_outputs:
@@ -116,10 +142,11 @@ def measure_basin(
                 f"{num_directions} random orthonormal directions"
             )
             evaluation.network.project_outputs(evaluation.num_outputs, num_directions, generator)
-        _check_num_rows(probe.size, evaluation.num_outputs)
         parts = _selected_parts(evaluation.network.layers, layers)
         keep_rows = _wants_hessian(evaluation, hessian, notes)
-        gradients = _measured_gradients(evaluation, parts, rtol, generator, keep_rows=keep_rows, notes=notes)
+        gradients = _measured_gradients(
+            evaluation, parts, rtol, generator, spectrum=spectrum, keep_rows=keep_rows, notes=notes
+        )
         try:
             null_spaces = _measured_hessian(evaluation, parts, gradients.rows, rtol)
         except (RuntimeError, NotImplementedError) as error:  # Not every operation can be differentiated twice.
@@ -141,7 +168,8 @@ def check_measurable(
     max_outputs: int | Literal["auto"] | None = None,
     num_inputs: int | None = None,
     is_loss_given: bool = True,
-) -> None:
+    memory_budget: int | None = None,
+) -> MeasurementPlan:
     """Evaluate once, so that what cannot be measured is known before anything is.
 
     Args:
@@ -154,10 +182,15 @@ def check_measurable(
         num_inputs: That the probe will have; ``None`` for those that it has.
         is_loss_given: Whether ``loss_fn`` was passed by a person. One that was found on the module by its name must be
             a function of outputs and targets alone: many a method of that name takes inputs and runs the module.
+        memory_budget: See `measure_basin`.
+
+    Returns:
+        How large a measurement will be.
 
     Raises:
         TypeError: See `measure_basin`.
         ValueError: See `measure_basin`.
+        MemoryBudgetError: See `measure_basin`.
     """
     _check_settings(probe, loss_fn, "auto", None, 0.0, max_outputs)
     with evaluated(module, probe, loss_fn, behavior) as evaluation:
@@ -170,6 +203,14 @@ def check_measurable(
         num_inputs = probe.size if num_inputs is None else num_inputs
         num_outputs = _num_directions(num_inputs, evaluation.num_outputs, max_outputs)
         _check_num_rows(num_inputs, num_outputs)
+        return plan_measurement(
+            evaluation.network,
+            evaluation.probe,
+            evaluation.trace,
+            num_inputs=num_inputs,
+            num_outputs=num_outputs,
+            memory_budget=memory_budget,
+        )
 
 
 def _check_settings(
@@ -193,6 +234,10 @@ def _check_settings(
         raise ValueError("a loss_fn needs targets to compare the outputs with, got none: pass targets, or no loss_fn")
 
 
+Planner = Callable[[Network, Probe, Trace], MeasurementPlan]
+"""From a network, some inputs and their trace to how all inputs are measured."""
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """A network on a probe, evaluated once."""
@@ -200,6 +245,7 @@ class Evaluation:
     traced: TracedProbe
     loss_fn: LossFunction | None
     loss: Tensor | None
+    plan: MeasurementPlan | None = None
 
     @property
     def network(self) -> Network:
@@ -234,15 +280,28 @@ class Evaluation:
 
 @contextmanager
 def evaluated(
-    module: nn.Module, probe: Probe, loss_fn: LossFunction | None, behavior: ModuleBehavior | None
+    module: nn.Module,
+    probe: Probe,
+    loss_fn: LossFunction | None,
+    behavior: ModuleBehavior | None,
+    planned: Planner | None = None,
 ) -> Iterator[Evaluation]:
-    """Evaluate a float64 copy of a module once and check what comes out."""
+    """Evaluate a float64 copy of a module once and check what comes out.
+
+    Args:
+        module: Stays as it is.
+        probe: The inputs.
+        loss_fn: See `measure_basin`.
+        behavior: See `measure_basin`.
+        planned: Cuts the measurement to the memory that there is; ``None`` runs all inputs at once.
+    """
     device = float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
     with isolated_evaluation(device):
         replica, loss_fn, behavior = float64_replica(module, loss_fn, behavior)
         network = Network(replica, behavior)
         probe = probe.to(device).double()
-        traced = TracedProbe(network, probe)
+        plan = None if planned is None else planned(network, *_few_traced(network, probe))
+        traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size)
         trace = traced.whole
         _check_outputs(network, probe, trace.outputs.detach())
         _check_copy(module, trace.outputs, "behavior")
@@ -250,7 +309,16 @@ def evaluated(
         if loss_fn is not None:
             loss = _checked_loss(loss_fn, trace.outputs, probe.targets)
             _check_copy(module, loss, "loss_fn")
-        yield Evaluation(traced, loss_fn, loss)
+        yield Evaluation(traced, loss_fn, loss, plan)
+
+
+def _few_traced(network: Network, probe: Probe) -> tuple[Probe, Trace]:
+    """The first inputs, whose run shows how large that of all will be."""
+    few = probe.select(range(min(2, probe.size)))
+    try:
+        return few, network.trace(few)
+    except (TypeError, ValueError):  # Some modules cannot run so few.
+        return probe, network.trace(probe)
 
 
 def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
@@ -368,23 +436,28 @@ def _measured_gradients(
     rtol: float | None,
     generator: Generator,
     *,
+    spectrum: bool,
     keep_rows: bool,
     notes: list[str],
 ) -> _Gradients:
-    spectra = {part: SpectrumAccumulator(evaluation.num_rows, part.num_parameters, generator) for part in parts}
+    max_elements = GROUP_ELEMENTS if evaluation.plan is None else evaluation.plan.group_elements
+    spectra = {
+        part: SpectrumAccumulator(evaluation.num_rows, part.num_parameters, generator, max_waiting=max_elements // 2)
+        for part in parts
+    }
     ranks: dict[_Part, GradientRank] = {}
     rows: dict[Layer, Tensor] = {}
-    for measured in layer_gradients(evaluation.traced, generator=generator):
+    for measured in layer_gradients(evaluation.traced, generator=generator, max_elements=max_elements):
         for part in parts:
             if measured.layer in part.layers:
                 spectra[part].add(measured.gradients)
                 if part.kind == "layer":  # Complete: judge it now and free its memory.
-                    ranks[part] = gradient_rank(spectra.pop(part).spectrum(), rtol=rtol)
+                    ranks[part] = spectra.pop(part).rank(rtol=rtol, with_spectrum=spectrum)
         if keep_rows:
             rows[measured.layer] = measured.gradients.rows()
         if measured.note is not None:
             notes.append(measured.note)
-    ranks |= {part: gradient_rank(accumulator.spectrum(), rtol=rtol) for part, accumulator in spectra.items()}
+    ranks |= {part: found.rank(rtol=rtol, with_spectrum=spectrum) for part, found in spectra.items()}
     return _Gradients(ranks, rows)
 
 
@@ -393,6 +466,9 @@ def _wants_hessian(evaluation: Evaluation, hessian: HessianMode, notes: list[str
         return False
     if evaluation.rows.shape[1] < evaluation.trace.outputs[0].numel():
         notes.append("the Hessian is left out: its Gauss-Newton part needs all outputs")
+        return False
+    if not evaluation.traced.is_whole:
+        notes.append("the Hessian is left out: memory_budget does not hold the graph of all inputs at once")
         return False
     num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
     if hessian == "dense" or num_parameters <= MAX_DENSE_PARAMETERS:
@@ -439,7 +515,7 @@ class _Duplicates:
     layers: Mapping[str, Mapping[str, Any]]
     network: Mapping[str, Any]
     outputs: tuple[int, int]
-    rank_bound: int
+    rank_bound: int | None
 
 
 def _measured_duplicates(evaluation: Evaluation, rtol: float, bound_rtol: float) -> _Duplicates:
@@ -470,9 +546,11 @@ def _measured_duplicates(evaluation: Evaluation, rtol: float, bound_rtol: float)
 
 def _rank_bound(
     evaluation: Evaluation, activations: Mapping[str, LayerActivations], distinct: Mapping[str, int]
-) -> int:
+) -> int | None:
     """The smallest bound over all cuts; whether a layer is one is looked at only where it would lower the bound."""
     network, trace, num_outputs = evaluation.network, evaluation.trace, evaluation.num_outputs
+    if not evaluation.traced.is_whole:  # There is no graph that could tell what a layer's input depends on.
+        return None
     parameters = network.parameters()
     crossings = [(0, evaluation.probe.size)]
     bound = gradient_rank_bound(sum(parameter.numel() for parameter in parameters), num_outputs, crossings)

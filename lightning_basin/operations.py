@@ -153,7 +153,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
             uses = _HANDLERS[func](self, leaving, *args, **kwargs) if func in _HANDLERS else []
         results = func(*args, **kwargs)
         tensors = tensors_of(results)
-        if uses:
+        if uses and not tensors[0].is_complex():  # Derivatives by complex numbers follow other rules.
             self.operations.uses += uses
             self._unsettled.append((leaving, tensors[0]))
         if (is_fixed and uses) or any(id(tensor) in self._parts for tensor in arguments):

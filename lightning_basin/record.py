@@ -24,10 +24,10 @@ class LayerRecord:
         num_rows: Outputs on all inputs of the probe, m.
         gradient_rank: Singular values of the behavioral gradients G above ``gradient_rtol`` times the largest.
         gradient_rank_gap: ``log10(sigma_r / sigma_{r+1})``; ``None`` at rank 0.
-        gradient_rank_at: The rank at relative tolerances 1e-12, 1e-8, 1e-6, 1e-4 and 1e-2.
-        gradient_effective_rank: ``exp`` of the entropy of the squared singular values.
+        gradient_rank_at: The rank at relative tolerances 1e-12, 1e-8, 1e-6, 1e-4 and 1e-2, as far as it is known.
+        gradient_effective_rank: ``exp`` of the entropy of the squared singular values; ``None`` without a spectrum.
         gradient_rtol: Relative tolerance that decided ``gradient_rank``.
-        gradient_method: ``"svd"``, ``"gram"`` or ``"gram+sketch"``.
+        gradient_method: ``"svd"``, ``"gram"``, ``"gram+sketch"`` or ``"cholesky"``.
         hessian_nullity: Eigenvalues of the Hessian that the remaining residual leaves indistinguishable from zero.
         hessian_nullity_strict: Eigenvalues that are zero to rounding.
         hessian_negative: Eigenvalues that are negative beyond rounding.
@@ -43,7 +43,7 @@ class LayerRecord:
     gradient_rank: int
     gradient_rank_gap: float | None
     gradient_rank_at: Mapping[float, int]
-    gradient_effective_rank: float
+    gradient_effective_rank: float | None
     gradient_rtol: float
     gradient_method: str
     hessian_nullity: int | None = None
@@ -204,8 +204,9 @@ class BasinRecord(LayerRecord):
         lines = [
             f"{step}{self.num_inputs} inputs, {self.num_rows} outputs, {self.num_parameters} parameters{loss}",
             f"{decided}, gap {gap}{flags}",
-            f"rank at {elsewhere}; effective {self.gradient_effective_rank:.1f}",
         ]
+        if self.gradient_effective_rank is not None:
+            lines.append(f"rank at {elsewhere}; effective {self.gradient_effective_rank:.1f}")
         if self.gradient_rank_bound is not None:
             lines.append(f"duplicated activations bound the rank by {self.gradient_rank_bound}")
         if self.residual_curvature is not None:

@@ -14,7 +14,6 @@ from lightning_basin.functional.jacobian import vector_jacobian_products
 from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients, LayerGradients, StackedGradients
 from lightning_basin.operations import ElementwiseUse, ProductUse, Source, Use
 
-
 _Block = tuple[Tensor, KhatriRaoGradients | DenseGradients]  # columns, and the gradients by them
 
 

@@ -9,6 +9,7 @@ from lightning_basin.functional.sketch import (
     DenseGradients,
     KhatriRaoGradients,
     SpectrumAccumulator,
+    full_rank_of_gram,
     gradient_spectrum,
     sketched_spectrum,
 )
@@ -344,3 +345,41 @@ def test_no_matrix_at_all_is_refused():
 def test_a_spectrum_of_nothing_is_refused(num_columns):
     with pytest.raises(RuntimeError, match="add at least one matrix of gradients"):
         SpectrumAccumulator(2, num_columns, generator_of(0)).spectrum()
+
+
+# Full rank by a Cholesky factor.
+
+
+@pytest.mark.parametrize("smallest", [1e-1, 1e-4, 1e-6])
+def test_full_rank_is_proved_with_its_gap(smallest):
+    values = np.geomspace(1.0, smallest, 40)
+    matrix = with_singular_values(40, 90, values, seed=0)
+    proved = full_rank_of_gram(matrix @ matrix.mT, rtol=1e-12)
+    assert (proved.rank, proved.method, proved.effective_rank) == (40, "cholesky", None)
+    # The Gram matrix holds smallest**2 to eps, and powers converge from below and above: two digits are promised.
+    assert proved.gap == pytest.approx(math.log10(smallest / 2.0**-52), abs=0.1)
+
+
+@pytest.mark.parametrize("smallest", [3e-8, 1e-10, 1e-14, 0.0])
+def test_what_the_gram_matrix_cannot_resolve_is_never_called_full(smallest):
+    values = np.append(np.geomspace(1.0, 1e-3, 39), smallest)
+    for seed in range(20):
+        matrix = with_singular_values(40, 90, values, seed=seed)
+        assert full_rank_of_gram(matrix @ matrix.mT, rtol=1e-12) is None
+
+
+def test_the_zero_matrix_is_not_of_full_rank():
+    assert full_rank_of_gram(torch.zeros(3, 3, dtype=torch.float64), rtol=1e-12) is None
+
+
+@pytest.mark.parametrize("deficit", [0, 1, 30])
+def test_ranks_without_a_spectrum_are_those_with_one(deficit):
+    values = np.append(np.geomspace(1.0, 1e-3, 200 - deficit), np.full(deficit, 0.0))
+    matrix = with_singular_values(200, 90000, values, seed=1)
+    ranks = []
+    for with_spectrum in (True, False):
+        accumulator = SpectrumAccumulator(200, 90000, generator_of(0))
+        accumulator.add(DenseGradients(matrix))
+        ranks.append(accumulator.rank(with_spectrum=with_spectrum))
+    assert [rank.rank for rank in ranks] == [200 - deficit] * 2
+    assert [rank.method for rank in ranks] == (["gram", "cholesky"] if not deficit else ["gram+sketch"] * 2)

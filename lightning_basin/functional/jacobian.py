@@ -9,7 +9,7 @@ from torch.func import jacrev, vmap
 Behavior = Callable[[Mapping[str, Tensor], Sequence[Tensor]], Tensor]
 """Maps parameters by name and a batch, tensors with n inputs along their first axis, to outputs ``(n, ...)``."""
 
-_CHUNK_ELEMENTS = 2**24  # float64 numbers in a temporary: 128 MiB
+_CHUNK_ELEMENTS = 2**23  # float64 numbers in a temporary: 64 MiB
 
 
 def behavioral_gradients(behavior: Behavior, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
