@@ -209,7 +209,8 @@ def isolated_evaluation(device: torch.device) -> Iterator[None]:
     """Evaluate in float64 with gradients, and put every global state back, also when the body raises.
 
     Inside: gradients on, inference mode, autocast, anomaly detection and compilation off, the mathematical attention
-    kernel (others have no second derivative), no cuDNN and no reentrant checkpoints, float64 as default dtype and in place of every lower precision.
+    kernel (others have no second derivative), no cuDNN and no reentrant checkpoints, float64 as default dtype and in
+    place of every lower precision.
     Afterwards: the random states of Python, NumPy, torch and ``device`` are as before.
 
     Args:
