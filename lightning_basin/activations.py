@@ -12,6 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_basin.layers import AGREEMENT_RTOL, Network, Replacement, Trace
 from lightning_basin.probe import Probe
 
+_SIGNALS = 2**24  # float64 numbers in the signals of one layer: 128 MiB
+
 _CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU)
 
 
@@ -77,6 +79,95 @@ def cuts(
         after = [parameter for parameter, used in zip(network.parameters(), before, strict=True) if not used]
         if _gradients_roll(trace.outputs, rolled, after):
             yield name, sum(p.numel() for p, used in zip(network.parameters(), before, strict=True) if used)
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """A layer that all parameters before a cut act through.
+
+    Attributes:
+        signals: Derivative of each output by what leaves the layer, shape ``(k, c, units)``.
+        inputs: What enters it, shape ``(k, features)``, where it is a linear layer and nothing else is trained before
+            the cut; ``None`` otherwise.
+    """
+
+    signals: Tensor
+    inputs: Tensor | None
+
+
+def passage(
+    network: Network, probe: Probe, trace: Trace, activations: dict[str, LayerActivations], cut: str
+) -> Passage | None:
+    """The layer called last before a cut, if everything trained before the cut acts on the outputs through it alone.
+
+    The graph of the outputs tells: no such parameter may be reached on a way around what leaves the layer. A weight
+    that is used on both sides of the cut is, and so is one beside a skip connection.
+
+    Args:
+        network: That was traced.
+        probe: The inputs.
+        trace: Of the probe.
+        activations: Of the probe.
+        cut: Name of the layer whose input is all that crosses, as `cuts` found it.
+
+    Returns:
+        ``None`` where there is no such layer, where what leaves it is not laid out input by input, and where its
+        signals are more than 2**24 numbers.
+    """
+    called = list(activations)
+    position = called.index(cut)
+    name = called[position - 1]
+    left = trace.leaving.get(name, [])
+    rows = network.rows(trace.outputs)
+    if position == 0 or len(left) != 1 or not left[0].requires_grad or rows.shape[1] * left[0].numel() > _SIGNALS:
+        return None
+    part, arranged = network.module.get_submodule(name), activations[name].leaving
+    if left[0].shape[:1] != (probe.size,) or arranged is None:
+        return None
+    if not torch.equal(_units_last(part, [_real(left[0].detach()).unsqueeze(1)]), arranged):
+        return None
+    used = _used_before(network, trace.entering[cut])
+    before = [parameter for parameter, is_used in zip(network.parameters(), used, strict=True) if is_used]
+    if _reached_around(trace.outputs, left[0], before):
+        return None
+    signals = torch.stack([torch.autograd.grad(row.sum(), left[0], retain_graph=True)[0] for row in rows.unbind(1)], 1)
+    signals = signals.flatten(2)
+    return Passage(signals, _linear_inputs(part, trace.entering[name], before, rows, signals))
+
+
+def _reached_around(outputs: Tensor, passed: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether the graph of the outputs leads to any parameter on a way that does not pass a tensor."""
+    wanted = {id(parameter) for parameter in parameters}
+    waiting, seen = [outputs.grad_fn], {outputs.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        for following, number in () if node is None else node.next_functions:
+            if following is None or following in seen or (following, number) == (passed.grad_fn, passed.output_nr):
+                continue
+            if id(getattr(following, "variable", None)) in wanted:
+                return True
+            seen.add(following)
+            waiting.append(following)
+    return False
+
+
+def _linear_inputs(
+    part: nn.Module, entering: Sequence[Tensor], before: Sequence[Tensor], rows: Tensor, signals: Tensor
+) -> Tensor | None:
+    """What enters a linear layer, if its parameters are all there are before a cut, and it acts as such a layer."""
+    if type(part) is not nn.Linear or len(entering) != 1 or entering[0].ndim != 2:  # noqa: PLR2004 - a matrix
+        return None
+    own = {id(part.weight), id(part.bias)}
+    if id(part.weight) not in {id(parameter) for parameter in before} <= own:
+        return None
+    generator = Generator().manual_seed(0)
+    weights = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)
+    (expected,) = torch.autograd.grad(rows, part.weight, weights, retain_graph=True)
+    inputs = _real(entering[0].detach())
+    found = (weights.unsqueeze(2) * signals).sum(1).mT @ inputs
+    if bool(((found - expected).abs() > AGREEMENT_RTOL * expected.abs().max()).any()):
+        return None
+    return inputs
 
 
 def _used_before(network: Network, entering: Sequence[Tensor]) -> list[bool]:

@@ -10,11 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from lightning_basin.activations import LayerActivations, cuts, layer_activations
+from lightning_basin.activations import LayerActivations, cuts, layer_activations, passage
 from lightning_basin.functional.duplicates import (
     dead_units,
+    duplicate_classes,
     duplicated_activations,
     gradient_rank_bound,
+    merged_directions,
+    merged_linear_directions,
 )
 from lightning_basin.functional.hessian import (
     NullSpace,
@@ -440,22 +443,43 @@ def _measured_duplicates(evaluation: Evaluation, rtol: float, bound_rtol: float)
     }
     totals["dead_units"] = sum(layer.get("dead_units", 0) for layer in layers.values())
     outputs = trace.outputs.detach().reshape(probe.size, -1)
-    # For the bound, activations are the same at the tolerance that decides the rank: a looser one would let the bound
-    # fall below it.
-    distinct = {
-        name: probe.size - duplicated_activations(layer.entering, rtol=bound_rtol)
-        for name, layer in activations.items()
-        if layer.entering is not None
-    }
-    crossings = [(before, distinct[name]) for name, before in cuts(network, probe, trace, activations)]
     return _Duplicates(
         layers=layers,
         network=totals,
         outputs=(duplicated_activations(outputs, rtol=rtol), duplicated_activations(outputs, rtol=0.0)),
-        rank_bound=gradient_rank_bound(
-            sum(layer.num_parameters for layer in network.layers), evaluation.num_outputs, [(0, probe.size), *crossings]
-        ),
+        rank_bound=_rank_bound(evaluation, activations, bound_rtol),
     )
+
+
+def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations], rtol: float) -> int:
+    """The tightest bound over all cuts.
+
+    Args:
+        evaluation: Of the probe.
+        activations: Of the probe.
+        rtol: The tolerance that decides the rank: at a looser one the bound could fall below it.
+    """
+    network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
+    crossings = [(0, probe.size)]
+    for name, num_before in cuts(network, probe, trace, activations):
+        entering = activations[name].entering
+        # What all inputs share is the same for all.
+        classes = torch.zeros(probe.size) if entering is None else duplicate_classes(entering, rtol=rtol)
+        distinct = classes.unique().numel()
+        crossings.append((num_before, distinct))
+        through = passage(network, probe, trace, activations, name) if distinct < probe.size else None
+        if through is None:
+            continue
+        # What the tighter bounds ask of a class: the same signals before the cut as well.
+        alike = duplicate_classes(through.signals.flatten(1), rtol=rtol)
+        classes = duplicate_classes(torch.stack([classes, alike], dim=1), rtol=0.0)
+        directions = merged_directions(classes, through.signals)
+        if through.inputs is not None:
+            linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rtol)
+            directions = min(directions, linear)
+        crossings.append((min(num_before, directions), classes.unique().numel()))
+    num_parameters = sum(layer.num_parameters for layer in network.layers)
+    return gradient_rank_bound(num_parameters, evaluation.num_outputs, crossings)
 
 
 def _layer_duplicates(layer: LayerActivations, rtol: float) -> dict[str, int]:
