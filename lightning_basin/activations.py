@@ -122,9 +122,10 @@ def passage(
     if position == 0 or len(left) != 1 or not left[0].requires_grad or rows.shape[1] * left[0].numel() > _SIGNALS:
         return None
     part, arranged = network.module.get_submodule(name), activations[name].leaving
-    if left[0].shape[:1] != (probe.size,) or arranged is None:
+    if left[0].shape[:1] != (probe.size,):
         return None
-    if not torch.equal(_units_last(part, [_real(left[0].detach()).unsqueeze(1)]), arranged):
+    by_input = _units_last(part, [_real(left[0].detach()).unsqueeze(1)])
+    if arranged is None or by_input is None or not torch.equal(by_input, arranged):
         return None
     used = _used_before(network, trace.entering[cut])
     before = [parameter for parameter, is_used in zip(network.parameters(), used, strict=True) if is_used]
@@ -157,8 +158,8 @@ def _linear_inputs(
     """What enters a linear layer, if its parameters are all there are before a cut, and it acts as such a layer."""
     if type(part) is not nn.Linear or len(entering) != 1 or entering[0].ndim != 2:  # noqa: PLR2004 - a matrix
         return None
-    own = {id(part.weight), id(part.bias)}
-    if id(part.weight) not in {id(parameter) for parameter in before} <= own:
+    others = {id(parameter) for parameter in before} - {id(part.bias)}
+    if others != {id(part.weight)}:
         return None
     generator = Generator().manual_seed(0)
     weights = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)

@@ -464,8 +464,10 @@ def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations]
     for name, num_before in cuts(network, probe, trace, activations):
         entering = activations[name].entering
         # What all inputs share is the same for all.
-        classes = torch.zeros(probe.size) if entering is None else duplicate_classes(entering, rtol=rtol)
-        distinct = classes.unique().numel()
+        classes = (
+            torch.zeros(probe.size, dtype=torch.int64) if entering is None else duplicate_classes(entering, rtol=rtol)
+        )
+        distinct = _num_classes(classes)
         crossings.append((num_before, distinct))
         through = passage(network, probe, trace, activations, name) if distinct < probe.size else None
         if through is None:
@@ -477,9 +479,13 @@ def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations]
         if through.inputs is not None:
             linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rtol)
             directions = min(directions, linear)
-        crossings.append((min(num_before, directions), classes.unique().numel()))
+        crossings.append((min(num_before, directions), _num_classes(classes)))
     num_parameters = sum(layer.num_parameters for layer in network.layers)
     return gradient_rank_bound(num_parameters, evaluation.num_outputs, crossings)
+
+
+def _num_classes(classes: Tensor) -> int:
+    return len(set(classes.tolist()))
 
 
 def _layer_duplicates(layer: LayerActivations, rtol: float) -> dict[str, int]:
