@@ -60,8 +60,8 @@ class BasinMonitor(Callback):
         rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
         duplicate_rtol: Relative tolerance within which two activations are the same.
         duplicates_over: ``"train"`` counts duplicated activations over the whole training set too, at the price of two
-            or more passes over it at each measurement. They read the data set of the run's loader, not the loader. Where
-            that is no map-style data set, pass one, or batches, as `measure_basin` takes them.
+            or more passes over it at each measurement. They read the data set of the run's loader, not the loader.
+            Where that is no map-style data set, pass one, or batches, as `measure_basin` takes them.
         max_outputs: Where a module has more outputs per input, measure so many random combinations of them; ranks are
             then lower bounds. ``"auto"`` does so only where there are too many, and says it; ``None`` refuses these.
         seed: Of the random vectors of the sketch, the same at every measurement.
