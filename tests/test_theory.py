@@ -303,6 +303,31 @@ def test_parameter_that_bypasses_the_layer_before_a_cut_is_noticed():
     assert record.gradient_rank <= record.gradient_rank_bound
 
 
+class TwoBranches(nn.Module):
+    """A live branch and one that is dead on every input, entered in this order, side by side in front of the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.dead, self.head = nn.Linear(2, 1), nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.live(x).relu(), self.dead(x).relu()], dim=1))
+
+
+def test_layer_before_a_cut_that_only_some_parameters_act_through_does_not_tighten_the_bound():
+    module = TwoBranches().double()
+    with torch.no_grad():
+        module.live.weight.copy_(torch.tensor([[1.0, 0.0]]))
+        module.live.bias.zero_()
+        module.dead.bias.fill_(-1000.0)
+        module.head.weight.fill_(1.0)
+    record = measure_basin(module, torch.cartesian_prod(torch.tensor([1.0, 2.0]), torch.arange(4.0)))
+    assert record.layers["head"].duplicated_activations == 6
+    # The live branch alone has rank [x, 1] = 3. Two codes, and no directions through the dead branch, would make 2.
+    assert record.gradient_rank == 3
+    assert record.gradient_rank_bound == 6 + 2
+
+
 class TokensBeside(nn.Module):
     """Merged features, and a token index that reaches the outputs through a table of its own."""
 
