@@ -266,9 +266,10 @@ def _recording(network: Network, trace: Trace, replace: Replacement | None) -> I
         return hook
 
     def leave(name: str) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: Any, output: Any) -> None:
+        def hook(_: nn.Module, args: Any, output: Any) -> Any:
             first = tensors_of(output)[:1]
-            trace.leaving.setdefault(name, []).extend(tensor.detach().clone() for tensor in first)
+            trace.leaving.setdefault(name, []).extend(first)
+            return output.clone() if isinstance(output, Tensor) else output
 
         return hook
 

@@ -10,11 +10,21 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from lightning_basin.activations import LayerActivations, is_cut, layer_activations, parameters_before
+from lightning_basin.activations import (
+    LayerActivations,
+    is_cut,
+    layer_activations,
+    parameters_before,
+    passage,
+    streamed_classes,
+)
 from lightning_basin.functional.duplicates import (
     dead_units,
+    duplicate_classes,
     duplicated_activations,
     gradient_rank_bound,
+    merged_directions,
+    merged_linear_directions,
 )
 from lightning_basin.functional.hessian import (
     NullSpace,
@@ -29,8 +39,9 @@ from lightning_basin.gradients import GROUP_ELEMENTS, layer_gradients
 from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace, TracedProbe
 from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.probe import Probe, float64_device
-from lightning_basin.record import BasinRecord, LayerRecord, layer_blocks
+from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
 from lightning_basin.replica import float64_replica, isolated_evaluation
+from lightning_basin.training_set import as_probes
 
 LossFunction = Callable[[Tensor, Any], Tensor]
 """From the outputs and the targets of a probe to a scalar."""
@@ -62,6 +73,7 @@ def measure_basin(
     hessian: HessianMode = "auto",
     rtol: float | None = None,
     duplicate_rtol: float = 1e-6,
+    duplicates_over: Any = None,
     max_outputs: int | Literal["auto"] | None = None,
     spectrum: bool = True,
     memory_budget: int | None = None,
@@ -84,6 +96,10 @@ def measure_basin(
         hessian: ``"auto"`` forms it up to ``MAX_DENSE_PARAMETERS`` parameters, ``"dense"`` always, ``False`` never.
         rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
         duplicate_rtol: Two activations are the same when they differ by at most this, relative to the largest.
+        duplicates_over: A whole training set over which duplicated activations are counted too: a map-style data set
+            or a ``DataLoader`` of one (read in the order of its indices, without the loader's workers and shuffling),
+            or batches that can be iterated over several times, each a tensor, a pair of inputs and targets, or a
+            `Probe`. It is streamed two times or more.
         max_outputs: Where a module has more outputs per input, measure the gradients of so many random orthonormal
             combinations of them; ranks are then lower bounds, and the Hessian is left out. ``"auto"`` does so where
             there are more than ``MAX_ROWS`` outputs on the probe, ``None`` refuses these.
@@ -95,13 +111,15 @@ def measure_basin(
         step: Noted in the record.
 
     Raises:
-        TypeError: If there is no input tensor, or the outputs are not a floating point tensor.
+        TypeError: If there is no input tensor, the outputs are not a floating point tensor, or ``duplicates_over`` can
+            be iterated over only once.
         ValueError: If there is nothing to measure (no trainable parameters, no inputs), outputs or loss are not
             finite, targets are missing, inputs influence each other's outputs, or a value is out of range.
         MemoryBudgetError: A ValueError, if it cannot be cut to ``memory_budget``.
 
     Warns:
-        UserWarning: If the Hessian cannot be formed; everything else is then measured without it.
+        UserWarning: If the Hessian cannot be formed, or the training set not be evaluated; everything else is then
+            measured without it.
 
     Example:
         Three inputs on a line see two of the three parameters of a linear layer with 2 inputs and 1 output:
@@ -114,6 +132,7 @@ def measure_basin(
     started = time.perf_counter()
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
     _check_settings(probe, loss_fn, hessian, rtol, duplicate_rtol, max_outputs)
+    training_set = None if duplicates_over is None else as_probes(duplicates_over)
     generator = Generator().manual_seed(seed)
 
     def planned(network: Network, few: Probe, trace: Trace) -> MeasurementPlan:
@@ -154,7 +173,13 @@ def measure_basin(
             null_spaces = {}
         bound_rtol = gradients.ranks[parts[-1]].rtol
         duplicates = _measured_duplicates(evaluation, duplicate_rtol, bound_rtol)
-        record = _assembled(evaluation, gradients.ranks, null_spaces, duplicates)
+    if training_set is not None:  # Out here, where its items are read as in training.
+        try:
+            classes = streamed_classes(evaluation.network, training_set, rtol=duplicate_rtol)
+            duplicates = _with_training_set(duplicates, classes, evaluation.trace.num_first)
+        except Exception as error:  # Whatever a data set raises: the probe has been measured.
+            warnings.warn(f"the training set is left out. {type(error).__name__}: {error}", stacklevel=2)
+    record = _assembled(evaluation, gradients.ranks, null_spaces, duplicates)
     return replace(record, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started)
 
 
@@ -510,65 +535,124 @@ def _measured_hessian(
 
 @dataclass(frozen=True, eq=False)
 class _Duplicates:
-    """Numbers of duplicated activations and dead units, by layer, of the network and of its outputs."""
+    """Numbers of duplicated activations and dead units, by layer and of the network, and the inputs that merged."""
 
     layers: Mapping[str, Mapping[str, Any]]
     network: Mapping[str, Any]
-    outputs: tuple[int, int]
     rank_bound: int | None
 
 
 def _measured_duplicates(evaluation: Evaluation, rtol: float, bound_rtol: float) -> _Duplicates:
     network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
     activations = layer_activations(network, probe, trace)
-    layers = {name: _layer_duplicates(layer, rtol) for name, layer in activations.items()}
-    after_first = [layers[name] for name in list(activations)[trace.num_first :]]
-    totals = {
-        quantity: max((layer[quantity] for layer in after_first if quantity in layer), default=0)
-        for quantity in ("duplicated_activations", "duplicated_activations_exact")
-    }
-    totals["dead_units"] = sum(layer.get("dead_units", 0) for layer in layers.values())
-    outputs = trace.outputs.detach().reshape(probe.size, -1)
-    # For the bound, activations are the same at the tolerance that decides the rank: a looser one would let the bound
-    # fall below it.
-    distinct = {
-        name: probe.size - duplicated_activations(layer.entering, rtol=bound_rtol)
+    classes: dict[str | None, Tensor] = {
+        name: duplicate_classes(layer.entering, rtol=rtol)
         for name, layer in activations.items()
         if layer.entering is not None
     }
-    return _Duplicates(
-        layers=layers,
-        network=totals,
-        outputs=(duplicated_activations(outputs, rtol=rtol), duplicated_activations(outputs, rtol=0.0)),
-        rank_bound=_rank_bound(evaluation, activations, distinct),
-    )
+    layers = {name: _layer_duplicates(layer, classes.get(name), rtol) for name, layer in activations.items()}
+    after_first = [layers[name] for name in list(activations)[trace.num_first :]]
+    outputs = trace.outputs.detach().reshape(probe.size, -1)
+    output_classes = duplicate_classes(outputs, rtol=rtol)
+    totals: dict[str, Any] = {
+        quantity: max((layer[quantity] for layer in after_first if quantity in layer), default=0)
+        for quantity in ("duplicated_activations", "duplicated_activations_exact")
+    }
+    totals |= {
+        "dead_units": sum(layer.get("dead_units", 0) for layer in layers.values()),
+        "output_duplicated_activations": probe.size - _num_classes(output_classes),
+        "output_duplicated_activations_exact": duplicated_activations(outputs, rtol=0.0),
+        "merged_inputs": _merged_inputs(classes | {None: output_classes}),
+    }
+    return _Duplicates(layers=layers, network=totals, rank_bound=_rank_bound(evaluation, activations, bound_rtol))
 
 
-def _rank_bound(
-    evaluation: Evaluation, activations: Mapping[str, LayerActivations], distinct: Mapping[str, int]
-) -> int | None:
-    """The smallest bound over all cuts; whether a layer is one is looked at only where it would lower the bound."""
-    network, trace, num_outputs = evaluation.network, evaluation.trace, evaluation.num_outputs
+def _merged_inputs(classes: Mapping[str | None, Tensor]) -> tuple[MergedInput, ...]:
+    """Each input that is not the first of its class, at the first layer where it is not."""
+    merged: dict[int, MergedInput] = {}
+    for layer, first in classes.items():
+        for index in (first != torch.arange(first.numel())).nonzero().squeeze(1).tolist():
+            merged.setdefault(index, MergedInput(index, int(first[index]), layer))
+    return tuple(merged[index] for index in sorted(merged))
+
+
+def _with_training_set(duplicates: _Duplicates, classes: Mapping[str | None, Tensor], num_first: int) -> _Duplicates:
+    """What was counted on the probe, and the same over the whole training set beside it."""
+    counts = {name: first.numel() - _num_classes(first) for name, first in classes.items()}
+    first_layers = list(duplicates.layers)[:num_first]
+    later = [count for name, count in counts.items() if name is not None and name not in first_layers]
+    layers = {
+        name: {**counted, "train_duplicated_activations": counts[name]} if name in counts else counted
+        for name, counted in duplicates.layers.items()
+    }
+    totals = {
+        "train_duplicated_activations": max(later, default=0),
+        "train_num_inputs": classes[None].numel(),
+        "train_output_duplicated_activations": counts[None],
+        "train_merged_inputs": _merged_inputs(classes),
+    }
+    return replace(duplicates, layers=layers, network={**duplicates.network, **totals})
+
+
+def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations], rtol: float) -> int | None:
+    """The tightest bound over all cuts; whether a layer is one is looked at only where it could lower the bound.
+
+    Args:
+        evaluation: Of the probe.
+        activations: Of the probe.
+        rtol: The tolerance that decides the rank: at a looser one the bound could fall below it.
+    """
     if not evaluation.traced.is_whole:  # There is no graph that could tell what a layer's input depends on.
         return None
-    parameters = network.parameters()
-    crossings = [(0, evaluation.probe.size)]
-    bound = gradient_rank_bound(sum(parameter.numel() for parameter in parameters), num_outputs, crossings)
-    for name, count in sorted(distinct.items(), key=lambda item: item[1]):
-        if num_outputs * count >= bound:
+    network, probe, num_outputs = evaluation.network, evaluation.probe, evaluation.num_outputs
+    # What all inputs share is the same for all.
+    shared = torch.zeros(probe.size, dtype=torch.int64)
+    classes = {
+        name: shared if layer.entering is None else duplicate_classes(layer.entering, rtol=rtol)
+        for name, layer in activations.items()
+    }
+    num_parameters = sum(layer.num_parameters for layer in network.layers)
+    bound = gradient_rank_bound(num_parameters, num_outputs, [(0, probe.size)])
+    for name in sorted(classes, key=lambda name: _num_classes(classes[name])):
+        if num_outputs * _num_classes(classes[name]) >= bound:
             break
-        used = parameters_before(network, trace, name)
-        before = sum(parameter.numel() for parameter, is_used in zip(parameters, used, strict=True) if is_used)
-        lowered = gradient_rank_bound(bound, num_outputs, [(before, count)])
-        if lowered < bound and is_cut(network, evaluation.probe, trace, name, activations[name], used):
-            bound = lowered
+        crossings = _crossings(evaluation, activations, name, classes[name], rtol)
+        bound = gradient_rank_bound(bound, num_outputs, crossings)
     return bound
 
 
-def _layer_duplicates(layer: LayerActivations, rtol: float) -> dict[str, int]:
+def _crossings(
+    evaluation: Evaluation, activations: dict[str, LayerActivations], name: str, classes: Tensor, rtol: float
+) -> list[tuple[int, int]]:
+    """For a layer that is a cut: how much rank lies before it, and how many classes of inputs cross it."""
+    network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
+    used = parameters_before(network, trace, name)
+    if not is_cut(network, probe, trace, name, activations[name], used):
+        return []
+    parameters = zip(network.parameters(), used, strict=True)
+    num_before = sum(parameter.numel() for parameter, is_used in parameters if is_used)
+    crossings = [(num_before, _num_classes(classes))]
+    through = passage(network, probe, trace, activations, name)
+    if through is not None:
+        # What the tighter bounds ask of a class: the same signals before the cut as well.
+        alike = duplicate_classes(through.signals.flatten(1), rtol=rtol)
+        classes = duplicate_classes(torch.stack([classes, alike], dim=1), rtol=0.0)
+        directions = merged_directions(classes, through.signals)
+        if through.inputs is not None:
+            linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rtol)
+            directions = min(directions, linear)
+        crossings.append((min(num_before, directions), _num_classes(classes)))
+    return crossings
+
+
+def _num_classes(classes: Tensor) -> int:
+    return len(set(classes.tolist()))
+
+
+def _layer_duplicates(layer: LayerActivations, classes: Tensor | None, rtol: float) -> dict[str, int]:
     counted = {}
-    if layer.entering is not None:
-        counted["duplicated_activations"] = duplicated_activations(layer.entering, rtol=rtol)
+    if layer.entering is not None and classes is not None:
+        counted["duplicated_activations"] = classes.numel() - _num_classes(classes)
         counted["duplicated_activations_exact"] = duplicated_activations(layer.entering, rtol=0.0)
     if layer.leaving is not None:
         counted["dead_units"] = dead_units(layer.leaving, rtol=rtol)
@@ -618,8 +702,6 @@ def _assembled(
         num_inputs=evaluation.probe.size,
         loss=None if evaluation.loss is None else float(evaluation.loss.detach()),
         gradient_rank_bound=duplicates.rank_bound,
-        output_duplicated_activations=duplicates.outputs[0],
-        output_duplicated_activations_exact=duplicates.outputs[1],
         layers={name: layers[name] for name in order if name in layers},
         blocks=blocks,
     )
@@ -631,6 +713,7 @@ def _block_duplicates(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for quantity, combine in (
         ("duplicated_activations", max),
         ("duplicated_activations_exact", max),
+        ("train_duplicated_activations", max),
         ("dead_units", sum),
     ):
         values = [member[quantity] for member in members if quantity in member]

@@ -1,6 +1,8 @@
 """The callback: when to measure during a fit, and where the results go."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,6 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_basin.layers import call_module
@@ -20,6 +23,7 @@ from lightning_basin.plan import MemoryBudgetError
 from lightning_basin.probe import Probe, ProbeCollector, map_tensors
 from lightning_basin.record import BasinRecord
 from lightning_basin.replica import float64_replica
+from lightning_basin.training_set import TrainingSet, as_probes
 
 _LOSS_ATTRIBUTES = ("loss_fn", "criterion")
 
@@ -58,6 +62,9 @@ class BasinMonitor(Callback):
         zero_loss_patience: For so many measurements in a row.
         rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
         duplicate_rtol: Relative tolerance within which two activations are the same.
+        duplicates_over: ``"train"`` counts duplicated activations over the whole training set too, at the price of two
+            or more passes over it at each measurement. They read the data set of the run's loader, not the loader.
+            Where that is no map-style data set, pass one, or batches, as `measure_basin` takes them.
         max_outputs: Where a module has more outputs per input, measure so many random combinations of them; ranks are
             then lower bounds. ``"auto"`` does so only where there are too many, and says it; ``None`` refuses these.
         memory_budget: Bytes that a measurement may use beside what the process holds; ``None`` means half of what is
@@ -92,6 +99,7 @@ class BasinMonitor(Callback):
         zero_loss_patience: int = 1,
         rtol: float | None = None,
         duplicate_rtol: float = 1e-6,
+        duplicates_over: Any = None,
         max_outputs: int | Literal["auto"] | None = "auto",
         memory_budget: int | None = None,
         seed: int = 0,
@@ -119,6 +127,10 @@ class BasinMonitor(Callback):
             raise MisconfigurationException(f"`BasinMonitor(zero_loss_threshold={zero_loss_threshold})` must be >= 0")
         if hessian not in ("auto", "dense", False):
             raise MisconfigurationException(f"`BasinMonitor(hessian={hessian!r})` must be 'auto', 'dense' or False")
+        if isinstance(duplicates_over, str) and duplicates_over != "train":
+            raise MisconfigurationException(
+                f"`BasinMonitor(duplicates_over={duplicates_over!r})` must be 'train', a data set or batches"
+            )
         self.loss_fn = loss_fn
         self.behavior = behavior
         self.batch_fn = batch_fn
@@ -132,6 +144,7 @@ class BasinMonitor(Callback):
         self.zero_loss_patience = zero_loss_patience
         self.rtol = rtol
         self.duplicate_rtol = duplicate_rtol
+        self.duplicates_over = duplicates_over
         self.max_outputs = max_outputs
         self.memory_budget = memory_budget
         self.seed = seed
@@ -193,6 +206,7 @@ class BasinMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = trainer.global_step
+        self._whole_training_set(trainer)
         if trainer.global_step == 0:
             self._reset()
         elif self.records:  # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
@@ -283,6 +297,8 @@ class BasinMonitor(Callback):
     def _check(self, trainer: Trainer, pl_module: LightningModule, probe: Probe) -> None:
         """Evaluate once; a loss that was found and not given is left out where it does not fit."""
         behavior = self._quiet_behavior(trainer)
+        for _ in self._whole_training_set(trainer) or ():  # Whether its first batch can be told apart.
+            break
         size = self._probe_size or probe.size
         try:
             plan = check_measurable(
@@ -333,6 +349,23 @@ class BasinMonitor(Callback):
         found = (getattr(pl_module, name, None) for name in _LOSS_ATTRIBUTES)
         return next((attribute for attribute in found if callable(attribute)), None)
 
+    def _whole_training_set(self, trainer: Trainer) -> Iterable[Probe] | None:
+        """Over which duplicates are counted, as a loader's data set is read anew by a plain sequential pass."""
+        data, prepare = self.duplicates_over, None
+        if data is None:
+            return None
+        if isinstance(data, str):
+            data, prepare = trainer.train_dataloader, partial(_as_in_training, trainer)
+        try:
+            if prepare is None and not isinstance(data, DataLoader | Dataset):
+                return as_probes(data)
+            return TrainingSet(data, prepare=prepare, batch_fn=self.batch_fn, whole_batches=self.behavior is not None)
+        except TypeError as error:
+            raise MisconfigurationException(
+                f"`BasinMonitor(duplicates_over=...)` cannot count over the training set: {error}. HINT: pass such a "
+                f"data set, or a list of batches, as `duplicates_over`"
+            ) from error
+
     def _quiet_behavior(self, trainer: Trainer) -> Callable[[nn.Module, Any], Any]:
         """The behavior, on a copy that still finds its trainer but logs nothing."""
 
@@ -359,6 +392,8 @@ class BasinMonitor(Callback):
         record = trainer.strategy.broadcast(record, 0)
         if record is None:
             return
+        if self.records:  # Names of the inputs of a whole training set are kept of the newest record only.
+            self.records[-1] = replace(self.records[-1], train_merged_inputs=())
         self.records.append(record)
         reached_zero = self._reaches_zero_loss(record)
         scalars = self._scalars(record)
@@ -397,6 +432,7 @@ class BasinMonitor(Callback):
                     hessian=self.hessian,
                     rtol=self.rtol,
                     duplicate_rtol=self.duplicate_rtol,
+                    duplicates_over=self._whole_training_set(trainer),
                     max_outputs=self.max_outputs,
                     spectrum=len(self.records) % self.every_n_spectra == 0,
                     memory_budget=self.memory_budget,
@@ -505,6 +541,13 @@ def _check_at_least_one(**counts: int | None) -> None:
 def _batches_that_stepped(trainer: Trainer) -> int:
     """The x axis of Lightning's own curves: private, but what its LearningRateMonitor uses (lightning 2.5 - 2.6)."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _as_in_training(trainer: Trainer, batch: Any) -> Any:
+    """A batch as the training step gets it: what lightning 2.6 does between the loader and the step."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _metrics(scalars: Mapping[str, float]) -> dict[str, Tensor]:

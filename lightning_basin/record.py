@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import quantiles
+from textwrap import shorten
 from typing import Any
 
 MAX_LAYER_CURVES = 32
@@ -12,7 +13,25 @@ MAX_LAYER_CURVES = 32
 ILL_DEFINED_GAP = 3.0
 """A rank whose gap is below three digits depends on the tolerance."""
 
+_MERGED = ("merged_inputs", "train_merged_inputs")
+
 _STATISTICS = ("gradient_rank", "gradient_rank_deficit", "hessian_nullity", "duplicated_activations", "dead_units")
+
+
+@dataclass(frozen=True)
+class MergedInput:
+    """An input that a network does not tell from an earlier one, from some layer on.
+
+    Attributes:
+        index: Of the input.
+        equals: Of the first input with the same activation.
+        layer: The first layer, in the order in which they are entered, where both have the same activation; ``None``
+            where only the outputs are the same. Inputs that are equal from the start are so at the first layer.
+    """
+
+    index: int
+    equals: int
+    layer: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +54,7 @@ class LayerRecord:
         gauss_newton_nullity: N minus the rank of the Gauss-Newton part.
         duplicated_activations: Inputs that what enters the layer no longer tells from an earlier one.
         duplicated_activations_exact: The same counted with equality.
+        train_duplicated_activations: ``duplicated_activations`` over the whole training set.
         dead_units: Outputs of the layer that are constant over the probe; of the network, their sum.
     """
 
@@ -53,6 +73,7 @@ class LayerRecord:
     gauss_newton_nullity: int | None = None
     duplicated_activations: int | None = None
     duplicated_activations_exact: int | None = None
+    train_duplicated_activations: int | None = None
     dead_units: int | None = None
 
     @property
@@ -91,6 +112,7 @@ class LayerRecord:
             "gauss_newton_nullity": self.gauss_newton_nullity,
             "duplicated_activations": self.duplicated_activations,
             "duplicated_activations_exact": self.duplicated_activations_exact,
+            "train_duplicated_activations": self.train_duplicated_activations,
             "dead_units": self.dead_units,
         }
         return {name: value for name, value in named.items() if value is not None}
@@ -108,6 +130,10 @@ class BasinRecord(LayerRecord):
         gradient_rank_bound: The largest rank that the duplicated activations leave possible.
         output_duplicated_activations: Inputs whose output equals that of an earlier one.
         output_duplicated_activations_exact: The same counted with equality.
+        merged_inputs: Inputs of the probe that share their activation with an earlier one, by index.
+        train_num_inputs: Inputs of the training set, where duplicates were counted over it.
+        train_output_duplicated_activations: Of these, inputs whose output equals that of an earlier one.
+        train_merged_inputs: ``merged_inputs`` of the training set.
         layers: By name in ``named_modules()``; ``""`` is the root.
         blocks: Of networks with more than 32 layers, by range of names.
         notes: What a reader should know about how the numbers were obtained.
@@ -120,6 +146,10 @@ class BasinRecord(LayerRecord):
     gradient_rank_bound: int | None = None
     output_duplicated_activations: int | None = None
     output_duplicated_activations_exact: int | None = None
+    merged_inputs: tuple[MergedInput, ...] = ()
+    train_num_inputs: int | None = None
+    train_output_duplicated_activations: int | None = None
+    train_merged_inputs: tuple[MergedInput, ...] = ()
     layers: Mapping[str, LayerRecord] = field(default_factory=dict)
     blocks: Mapping[str, LayerRecord] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -139,6 +169,7 @@ class BasinRecord(LayerRecord):
             "gradient_rank_bound": self.gradient_rank_bound,
             "loss": self.loss,
             "log10_loss": self.log10_loss,
+            "train_num_inputs": self.train_num_inputs,
         }
         named |= {name: value for name, value in own.items() if value is not None}
         return named | {"measure_seconds": self.measure_seconds}
@@ -160,6 +191,7 @@ class BasinRecord(LayerRecord):
         outputs = {
             "duplicated_activations": self.output_duplicated_activations,
             "duplicated_activations_exact": self.output_duplicated_activations_exact,
+            "train_duplicated_activations": self.train_output_duplicated_activations,
         }
         for name, count in outputs.items():
             if count is not None and "output" not in tags.values():
@@ -178,6 +210,8 @@ class BasinRecord(LayerRecord):
     def to_dict(self) -> dict[str, Any]:
         """All fields as builtins, layers as nested dicts; `from_dict` reads it back."""
         plain = _fields(self)
+        for name in _MERGED:
+            plain[name] = [(merged.index, merged.equals, merged.layer) for merged in plain[name]]
         plain["layers"] = {name: _fields(layer) for name, layer in self.layers.items()}
         plain["blocks"] = {name: _fields(block) for name, block in self.blocks.items()}
         return plain
@@ -188,7 +222,8 @@ class BasinRecord(LayerRecord):
         parts = {
             part: {name: LayerRecord(**record) for name, record in plain[part].items()} for part in ("layers", "blocks")
         }
-        return cls(**{**plain, **parts})
+        merged = {name: tuple(MergedInput(*item) for item in plain.get(name, ())) for name in _MERGED}
+        return cls(**{**plain, **parts, **merged})
 
     def __str__(self) -> str:
         """A table that can be read in a terminal of 100 columns."""
@@ -209,6 +244,10 @@ class BasinRecord(LayerRecord):
             lines.append(f"rank at {elsewhere}; effective {self.gradient_effective_rank:.1f}")
         if self.gradient_rank_bound is not None:
             lines.append(f"duplicated activations bound the rank by {self.gradient_rank_bound}")
+        lines += [*_merged_lines("inputs", self.merged_inputs)]
+        if self.train_num_inputs is not None:
+            training_set = f"of {self.train_num_inputs:,} training inputs"
+            lines += [*_merged_lines(training_set, self.train_merged_inputs)] or [f"none {training_set} merged"]
         if self.residual_curvature is not None:
             lines.append(
                 f"Hessian: {self.hessian_nullity_strict} zero to rounding, {self.hessian_negative} negative, "
@@ -245,6 +284,25 @@ def _table(record: BasinRecord) -> str:
         )
         for row in rows
     )
+
+
+def _merged_lines(what: str, merged: Sequence[MergedInput]) -> Iterator[str]:
+    """At most one line: how many inputs merged, and the first of them at each layer."""
+    if not merged:
+        return
+    at: dict[str | None, list[MergedInput]] = {}
+    for item in merged:
+        at.setdefault(item.layer, []).append(item)
+    parts = [
+        f"{len(items)} at {'output' if layer is None else tag(layer)} ({', '.join(map(_pair, items[:3]))}"
+        + (", ...)" if len(items) > 3 else ")")  # noqa: PLR2004 - some examples
+        for layer, items in at.items()
+    ]
+    yield shorten(f"{len(merged):,} {what} merged, first {'; '.join(parts)}", 100, placeholder=" ...")
+
+
+def _pair(merged: MergedInput) -> str:
+    return f"{merged.index}={merged.equals}"
 
 
 def layer_blocks(names: Sequence[str]) -> dict[str, list[str]]:

@@ -221,14 +221,14 @@ def test_dead_units_of_each_layer_are_outputs_constant_over_the_probe(name, seed
 
 @pytest.mark.parametrize("name", CHAINS)
 @every_case
-def test_rank_bound_of_a_chain_is_the_smallest_over_its_layers(name, seed):
+def test_rank_bound_of_a_chain_is_at_most_the_smallest_over_its_layers(name, seed):
     network, outputs = evaluated_case(name, seed)
     num_inputs, num_outputs = outputs.value.shape
     bounds, before = [network.num_parameters], 0
     for layer, duplicates in network.duplicates().items():
         bounds.append(before + num_outputs * (num_inputs - duplicates))
         before += len(network.columns[layer])
-    assert measured(name, seed).gradient_rank_bound == min(bounds)
+    assert measured(name, seed).gradient_rank_bound <= min(bounds)
 
 
 @every_network
@@ -239,7 +239,8 @@ def test_exact_rank_is_within_the_rank_bound(name, seed):
 
 
 def test_rank_bound_of_merged_categories_follows_the_worked_example():
-    # 64 pairs of categories, of which the first layer keeps the first only: 17 parameters before the cut, 8 codes.
+    # 64 pairs of categories, of which the first layer keeps the first only. Behind it are 8 codes; before it, the
+    # differences between the merged inputs have rank 7, and one unit (B4). From its 17 parameters it would be 25 (B2).
     pairs = torch.cartesian_prod(torch.arange(8), torch.arange(8))
     inputs = torch.cat([torch.eye(8)[pairs[:, 0]], torch.eye(8)[pairs[:, 1]]], dim=1)
     module = Chain(16, 1, 16, 1)
@@ -248,7 +249,7 @@ def test_rank_bound_of_merged_categories_follows_the_worked_example():
         module.layers[0].bias.fill_(1.0)
     record = measure_basin(module, inputs)
     assert record.layers["layers.1"].duplicated_activations == 56
-    assert record.gradient_rank_bound == 25
+    assert record.gradient_rank_bound == 8 + 1 * 7
 
 
 # --- large matrices -------------------------------------------------------------------------------------------------

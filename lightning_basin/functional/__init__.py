@@ -4,11 +4,14 @@ Axis letters everywhere: k inputs of the probe, c outputs per input, m = k * c r
 N parameters, d features of an activation, r columns of a sketch.
 """
 
+from lightning_basin.functional.duplicate_stream import DuplicateSearch, streamed_duplicate_classes
 from lightning_basin.functional.duplicates import (
     dead_units,
     duplicate_classes,
     duplicated_activations,
     gradient_rank_bound,
+    merged_directions,
+    merged_linear_directions,
 )
 from lightning_basin.functional.hessian import (
     NullSpace,
@@ -42,6 +45,7 @@ from lightning_basin.functional.sketch import (
 __all__ = [
     "RANK_TOLERANCES",
     "DenseGradients",
+    "DuplicateSearch",
     "GradientRank",
     "KhatriRaoGradients",
     "NullSpace",
@@ -61,11 +65,14 @@ __all__ = [
     "hessian_matrix",
     "hessian_null_space",
     "hessian_nullity",
+    "merged_directions",
+    "merged_linear_directions",
     "null_directions",
     "numerical_rank",
     "output_curvature",
     "rank_gap",
     "singular_values",
     "sketched_spectrum",
+    "streamed_duplicate_classes",
     "surviving_fraction",
 ]
