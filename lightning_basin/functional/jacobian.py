@@ -84,3 +84,19 @@ def gradient_rows(outputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         gradients = torch.autograd.grad(output, parameters, retain_graph=True, materialize_grads=True)
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     return torch.stack(rows)
+
+
+def weighted_rows(gradients: Tensor, blocks: Tensor) -> Tensor:
+    """Combine the rows of each input: ``blocks[x] @ gradients`` of input x, shape ``(m', N)``.
+
+    Args:
+        gradients: Rows ordered by input, then output, shape ``(m, N)``.
+        blocks: Shape ``(k, c', c)``, or ``(1, m', m)``.
+
+    Example:
+        >>> weighted_rows(torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.ones(2, 1, 2))
+        tensor([[3.],
+                [7.]])
+    """
+    columns = gradients.shape[1]
+    return (blocks @ gradients.view(blocks.shape[0], blocks.shape[2], columns)).view(-1, columns)

@@ -8,12 +8,13 @@ sums over layers. Axis letters: k inputs, c outputs per input, m = k * c rows, t
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
 
+from lightning_basin.functional.jacobian import weighted_rows
 from lightning_basin.functional.rank import GRAM_RESOLUTION, Spectrum, default_rtol, singular_values
 
 _CHUNK_ELEMENTS = 2**24  # float64 numbers in a temporary: 128 MiB
@@ -123,6 +124,18 @@ class KhatriRaoGradients:
         outer = torch.einsum("kto,ktd->od", signals, self.activations)
         return self._in_order(outer.unsqueeze(0)).squeeze(0)
 
+    def weighted(self, blocks: Tensor) -> "LayerGradients":
+        """Rows combined within each input, ``weighted_rows(rows(), blocks)``, by combining their factors.
+
+        Args:
+            blocks: Shape ``(k, c', c)``; or ``(1, m', m)``, which mixes inputs and gives dense rows.
+        """
+        k, _, t, d_out = self.output_gradients.shape
+        if blocks.shape[0] != k:
+            return DenseGradients(self.rows()).weighted(blocks)
+        signals = (blocks @ self.output_gradients.flatten(2)).view(k, -1, t, d_out)
+        return replace(self, output_gradients=signals)
+
 
 @dataclass(frozen=True, eq=False)
 class DenseGradients:
@@ -185,6 +198,10 @@ class DenseGradients:
         """``weights @ rows()``; shapes ``(m,)`` and ``(N,)``."""
         return weights @ self.matrix
 
+    def weighted(self, blocks: Tensor) -> "DenseGradients":
+        """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
+        return DenseGradients(weighted_rows(self.matrix, blocks))
+
 
 @dataclass(frozen=True, eq=False)
 class StackedGradients:
@@ -227,6 +244,10 @@ class StackedGradients:
     def combination(self, weights: Tensor) -> Tensor:
         """``weights @ rows()`` without the rows; shapes ``(m,)`` and ``(N,)``."""
         return torch.cat([part.combination(weights) for part in self.parts])
+
+    def weighted(self, blocks: Tensor) -> "StackedGradients":
+        """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
+        return StackedGradients(tuple(part.weighted(blocks) for part in self.parts))
 
 
 LayerGradients = KhatriRaoGradients | DenseGradients | StackedGradients
