@@ -39,6 +39,8 @@ NETWORK_PRODUCTS = 80
 LAYER_PRODUCTS = 100
 """And so many with the blocks of all layers together; at least one each, which finds those where R is zero."""
 
+_SLACK = 2.0  # factor within which the norm of R is bounded
+_DENSE_SLACK = 1.01  # the same where products are cheap beside all of H
 _LARGEST_PRODUCTS = 30  # for the largest eigenvalue of H
 _LARGEST_RTOL = 1e-3  # to which it is known: three digits of a scale
 _BASIS_ELEMENTS = 2**28  # float64 numbers in the vectors of a Lanczos iteration: 2 GiB
@@ -122,12 +124,16 @@ class HessianMeasurement(Generic[Part]):
     def resolving_loss(self, null_space: NullSpace) -> float | None:
         """Below about which loss the two ends of a bracket meet; ``None`` where they do, or where it is not known.
 
-        Of a squared error R falls with the residual, and the loss with its square.
+        Of a squared error R falls with the residual, and the loss with its square. 0 where that would be below the
+        rounding of the outputs.
         """
         is_open = null_space.upper is not None and null_space.lower != null_space.upper
-        if not is_open or not self._is_squared_error or not null_space.residual or not null_space.smallest:
+        multiple = self._curvature.multiple
+        if not is_open or multiple is None or not self._is_squared_error or not null_space.residual:
             return None
-        return self._loss * (null_space.smallest / (2 * null_space.residual)) ** 2
+        loss = self._loss * ((null_space.smallest or 0.0) / (2 * null_space.residual)) ** 2
+        rounding = 0.5 * multiple * float((EPSILON * self._trace.outputs.detach()).square().sum())
+        return loss if loss > rounding else 0.0
 
     @property
     def _loss(self) -> float:
@@ -199,7 +205,7 @@ class HessianMeasurement(Generic[Part]):
             residual = 0.0 if self._is_exact else None
             return {part: self._bracket(part, spectra[part], residual) for part in self._parts}
         *parts, whole = self._parts
-        products = _Products(self._network, self._probe, self._trace, self._curvature)
+        products = HessianProducts(self._network, self._probe, self._trace, self._curvature)
         products.check([self._curved[name] for layer in self._network.layers for name in layer.parameters])
         found = {whole: self._bounded(whole, spectra[whole], products, float("inf"), NETWORK_PRODUCTS)}
         # A block of R is not larger than R.
@@ -218,7 +224,7 @@ class HessianMeasurement(Generic[Part]):
         )
 
     def _bounded(
-        self, part: Part, spectrum: Spectrum, products: "_Products", inherited: float, max_products: int
+        self, part: Part, spectrum: Spectrum, products: "HessianProducts", inherited: float, max_products: int
     ) -> NullSpace:
         """The bracket with the bound on R's block that some products give."""
         layers = self._parts[part]
@@ -228,7 +234,8 @@ class HessianMeasurement(Generic[Part]):
         if inherited > 0:
             for bound in self._bounds(products, layers, steepest, max_products, of_residual=True):
                 residual = min(inherited, bound.upper * (1 + products.uncertainty))
-                if _is_settled(bound, residual, smallest, is_tight=inherited < float("inf")):
+                slack = _DENSE_SLACK if self._is_dense else _SLACK
+                if _is_settled(bound, residual, smallest, slack, is_bounded=inherited < float("inf")):
                     break
         largest: float | None = steepest
         if residual > _LARGEST_RTOL * steepest:
@@ -238,7 +245,13 @@ class HessianMeasurement(Generic[Part]):
         return self._bracket(part, spectrum, residual, largest)
 
     def _bounds(
-        self, products: "_Products", layers: Sequence[Layer], scale: float, max_products: int, *, of_residual: bool
+        self,
+        products: "HessianProducts",
+        layers: Sequence[Layer],
+        scale: float,
+        max_products: int,
+        *,
+        of_residual: bool,
     ) -> Iterator[NormBound]:
         num_parameters = _num_parameters(layers)
         for bound in norm_bounds(
@@ -280,16 +293,15 @@ class HessianMeasurement(Generic[Part]):
         return null_spaces
 
 
-def _is_settled(bound: NormBound, residual: float, smallest: float | None, *, is_tight: bool) -> bool:
-    """Whether further products would change neither what is certified nor, by more than two, the bound."""
-    if not is_tight and bound.upper > 2 * bound.value:
-        return False
+def _is_settled(bound: NormBound, residual: float, smallest: float | None, slack: float, *, is_bounded: bool) -> bool:
+    """Whether further products would change neither what is certified nor, by more than the slack, the bound."""
+    is_tight = bound.upper <= slack * bound.value
     is_certified = smallest is not None and 2 * residual < smallest
-    is_hopeless = smallest is None or (2 * bound.value >= smallest and bound.upper <= 2 * bound.value)
-    return is_certified or is_hopeless
+    is_hopeless = smallest is None or 2 * bound.value >= smallest
+    return (is_certified and (is_tight or is_bounded)) or (is_hopeless and is_tight)
 
 
-class _Products:
+class HessianProducts:
     r"""Products with the Hessian and with its residual part, by plain double backward.
 
     At the point where it is taken, the Hessian of the loss is that of its quadratic model in the outputs,

@@ -40,8 +40,8 @@ class LayerRecord:
         smallest_curvature: Smallest nonzero eigenvalue of the Gauss-Newton part, relative to the largest of the
             Hessian; a bound from below.
         gauss_newton_nullity: N minus the rank of the Gauss-Newton part.
-        hessian_resolving_loss: Below about which loss the two ends will meet; ``None`` where they do, or where this is
-            not known.
+        hessian_resolving_loss: Below about which loss the two ends will meet; 0 where float64 cannot hold such a loss;
+            ``None`` where they do meet, or where this is not known.
         hessian_rtol: Tolerance on eigenvalues relative to the largest, beside the residual curvature.
         hessian_method: ``"dense"``, ``"bracket"`` or ``"gauss-newton"``.
         duplicated_activations: Inputs that what enters the layer no longer tells from an earlier one.
@@ -273,7 +273,8 @@ def _known_nullity(record: BasinRecord) -> str:
     counted = "" if record.hessian_nullity is None else f"nullity {record.hessian_nullity}, certified "
     between = f"{counted}between {record.hessian_nullity_lower} and {record.hessian_nullity_upper}"
     if record.hessian_resolving_loss is not None:
-        return f"{between}: resolve by training until the loss is below about {record.hessian_resolving_loss:.0e}"
+        below = f"below about {record.hessian_resolving_loss:.0e}" if record.hessian_resolving_loss else "exactly zero"
+        return f"{between}: resolve by training until the loss is {below}"
     return f"{between}: {sizes.format('against')}" if sizes else between
 
 
@@ -292,8 +293,7 @@ def _table(record: BasinRecord) -> str:
     rows = [["layer", *_COLUMNS]]
     parts = record.blocks or record.layers
     for name, part in [*((tag(name), part) for name, part in parts.items()), ("network", record)]:
-        values = (getattr(part, attribute) for attribute in _COLUMNS.values())
-        rows.append([name, *("" if value is None else f"{value:,}" for value in values)])
+        rows.append([name, *(_cell(part, attribute) for attribute in _COLUMNS.values())])
     if record.output_duplicated_activations is not None:
         cells = {"layer": "output", "duplicates": f"{record.output_duplicated_activations:,}"}
         rows.insert(-1, [cells.get(column, "") for column in rows[0]])
@@ -305,6 +305,13 @@ def _table(record: BasinRecord) -> str:
         )
         for row in rows
     )
+
+
+def _cell(record: LayerRecord, attribute: str) -> str:
+    value = getattr(record, attribute)
+    if attribute == "hessian_nullity" and value is None and record.hessian_nullity_upper is not None:
+        return f"{record.hessian_nullity_lower:,} to {record.hessian_nullity_upper:,}"
+    return "" if value is None else f"{value:,}"
 
 
 def layer_blocks(names: Sequence[str]) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ LayerNorm (62 % error), and ``jvp(grad(...))`` fails for the mean squared error.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from lightning_basin.functional.rank import (
 
 _SYMMETRY_RTOL = 1e-8  # of a Hessian's largest entry; rounding is near 1e-14, a wrong formula near 1e-2
 _ROUNDING_RTOL = 1e-13  # times c: what eigenvalues of a c x c block with unit diagonal do not resolve
+_NEARBY = 1e-6  # how far to move outputs to see whether a slope is constant
 _GRAM_ERROR = 16 * EPSILON  # of the largest eigenvalue of a Gram matrix: ten times what is measured at m = 2560
 _SKETCH_FACTOR = 4.0  # singular values of a sketch with 2m columns are not larger: 1 + sqrt(1/2) for Gaussian ones
 
@@ -238,6 +239,9 @@ def output_curvature(loss_fn: Callable[[Tensor], Tensor], outputs: Tensor) -> Ou
         loss_fn: From outputs, in the shape of ``outputs``, to a scalar.
         outputs: Shape ``(k, ...)``.
 
+    Raises:
+        RuntimeError: If the loss cannot be differentiated twice.
+
     Example:
         >>> curvature = output_curvature(lambda outputs: outputs.square().sum(), torch.ones(1, 2, dtype=torch.float64))
         >>> curvature.matrices
@@ -252,10 +256,25 @@ def output_curvature(loss_fn: Callable[[Tensor], Tensor], outputs: Tensor) -> Ou
     (slope,) = torch.autograd.grad(loss, values, create_graph=True)
     residual_is_zero = not bool(slope.detach().any())
     if not slope.requires_grad:
+        _check_piecewise_linear(loss_fn, values.detach(), shape, slope.detach())
         return _constant_curvature(values, slope)
     matrices = _curvature_blocks(slope, values)
     factors, rounding = _curvature_factors(matrices, values.detach(), shape)
     return OutputCurvature(matrices, factors, residual_is_zero, rounding, slope.detach())
+
+
+def _check_piecewise_linear(
+    loss_fn: Callable[[Tensor], Tensor], values: Tensor, shape: Sequence[int], slope: Tensor
+) -> None:
+    """Refuse a slope that torch takes for constant, but that changes a little where the outputs do."""
+    moved = (values + _NEARBY * (1 + values.abs())).requires_grad_()
+    (nearby,) = torch.autograd.grad(loss_fn(moved.view(shape)), moved)
+    change = (nearby - slope).abs()
+    # At a kink it changes by as much as it is.
+    if bool(((change > _NEARBY**2 * slope.abs()) & (change < _NEARBY**0.5 * slope.abs())).any()):
+        raise RuntimeError(
+            "the loss is curved in the outputs, but holds an operation that can be differentiated only once"
+        )
 
 
 def _constant_curvature(values: Tensor, slope: Tensor) -> OutputCurvature:
@@ -417,22 +436,38 @@ def null_space_bracket(
     certain = multiple * _certain(rows)[:rank].square()
     steepest = multiple * float(rows.singular_values.max()) ** 2 if rank else 0.0
     smallest = float(certain[-1]) if rank else None
-    known = {"gauss_newton_nullity": nullity, "smallest": smallest, "rtol": rows.rtol**2 if rtol is None else rtol}
+    known: dict[str, Any] = {
+        "gauss_newton_nullity": nullity,
+        "smallest": smallest,
+        "rtol": rows.rtol**2 if rtol is None else rtol,
+    }
     if residual is None:
-        return NullSpace(nullity=None, method="gauss-newton", **known)  # type: ignore[arg-type]
+        return NullSpace(nullity=None, method="gauss-newton", **known)
+    if residual == 0:  # H = P: what counts as zero in it is known, however uncertain the last singular values are.
+        if rtol is not None:
+            curved = int((multiple * rows.singular_values.square() > rtol * steepest).sum())
+            nullity = num_parameters - curved
+        return NullSpace(
+            nullity=nullity,
+            lower=nullity,
+            upper=nullity,
+            strict=nullity,
+            negative=0,
+            residual=0.0,
+            largest=steepest,
+            method="bracket",
+            **known,
+        )
     tolerance = residual if rtol is None else max(residual, rtol * (steepest + residual))
-    # H = P: the rank stands as it is, its last singular values may be as uncertain as they like.
-    curved = rank if tolerance == 0 else int((certain > tolerance + residual).sum())
+    curved = int((certain > tolerance + residual).sum())
     return NullSpace(
         nullity=nullity if curved == rank else None,
         lower=nullity,
         upper=num_parameters - curved,
-        strict=nullity if tolerance == 0 else None,
-        negative=0 if residual == 0 else None,
         residual=residual,
-        largest=steepest if residual == 0 else largest,
+        largest=largest,
         method="bracket",
-        **known,  # type: ignore[arg-type]
+        **known,
     )
 
 
@@ -505,7 +540,7 @@ def hessian_null_space(
         bound = 0.0 if curvature.residual_is_zero else _norm(hessian - rows.mT @ rows)
         bracket = null_space_bracket(num_parameters, spectrum, residual=bound, rtol=rtol)
     if bracket.residual == 0:
-        return replace(bracket, nullity=bracket.lower, strict=bracket.lower, rtol=tolerance, method="dense")
+        return replace(bracket, rtol=tolerance, method="dense")
     # Rounding of what has cancelled in the curvature reaches the Hessian through the gradients.
     floor = curvature.rounding * float(gradients.square().sum())
     strict, negative, eigenvalues = _inertia(hessian, tolerance, floor)
@@ -570,6 +605,6 @@ def hessian_nullity(hessian: Tensor, *, rtol: float | None = None) -> int:
         >>> hessian_nullity(torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
         1
     """
-    eigenvalues = hessian_null_space(hessian.to(torch.float64), rtol=rtol)
-    assert eigenvalues.strict is not None
-    return eigenvalues.strict
+    null_space = hessian_null_space(hessian.to(torch.float64), rtol=rtol)
+    assert null_space.strict is not None
+    return null_space.strict
