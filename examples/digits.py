@@ -55,7 +55,7 @@ def what_to_look_at(first: BasinRecord, last: BasinRecord) -> str:
     rows = {
         "gradient_rank_deficit": "directions lost beyond the unavoidable ones",
         "gradient_nullity": "directions that leave every output as it is",
-        "hessian_nullity": "flat directions of the loss; falls to gradient_nullity as the residual vanishes",
+        "hessian_nullity_upper": "flat directions of the loss at most; falls to gradient_nullity with the residual",
         "residual_curvature": "how far the two still are from being the same thing",
     }
     lines = ["What to look at, and its way from the start to the end:"]

@@ -18,6 +18,7 @@ from lightning_basin.activations import (
     passage,
     streamed_classes,
 )
+from lightning_basin.curvature import HESSIAN_MODES, MAX_DENSE_PARAMETERS, HessianMeasurement, HessianMode
 from lightning_basin.functional.duplicates import (
     dead_units,
     duplicate_classes,
@@ -26,19 +27,13 @@ from lightning_basin.functional.duplicates import (
     merged_directions,
     merged_linear_directions,
 )
-from lightning_basin.functional.hessian import (
-    NullSpace,
-    curvature_rows,
-    hessian_matrix,
-    hessian_null_space,
-    output_curvature,
-)
-from lightning_basin.functional.rank import GradientRank, check_rtol
+from lightning_basin.functional.hessian import NullSpace, softmax_jacobian
+from lightning_basin.functional.rank import GradientRank, Spectrum, check_rtol, gradient_rank
 from lightning_basin.functional.sketch import SpectrumAccumulator
 from lightning_basin.gradients import GROUP_ELEMENTS, layer_gradients
-from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace, TracedProbe
+from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace, TracedProbe, call_module
 from lightning_basin.plan import MeasurementPlan, plan_measurement
-from lightning_basin.probe import Probe, float64_device
+from lightning_basin.probe import Probe, float64_device, tensors_of
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
 from lightning_basin.replica import float64_replica, isolated_evaluation
 from lightning_basin.training_set import as_probes
@@ -46,12 +41,23 @@ from lightning_basin.training_set import as_probes
 LossFunction = Callable[[Tensor, Any], Tensor]
 """From the outputs and the targets of a probe to a scalar."""
 
-HessianMode = Literal["auto", "dense", False]
+
+@dataclass(frozen=True)
+class Probabilities:
+    """Probabilities as the behavior whose gradients count: the softmax over the second axis of a module's outputs.
+
+    The loss still takes the outputs themselves.
+
+    Attributes:
+        outputs: From the module and the inputs to the outputs, shape ``(k, classes, ...)``.
+    """
+
+    outputs: ModuleBehavior = call_module
+
+
+Behavior = ModuleBehavior | Probabilities | Literal["outputs", "probabilities"]
 
 LayerSelection = Literal["auto", "all"] | Sequence[str]
-
-MAX_DENSE_PARAMETERS = 3000
-"""Largest number of parameters for which ``hessian="auto"`` forms the Hessian: 72 MB, some seconds."""
 
 MAX_ROWS = 4096
 """Largest number of outputs on a probe: each decomposition then takes about ten seconds on two cores."""
@@ -59,16 +65,14 @@ MAX_ROWS = 4096
 AUTO_ROWS = 2048
 """What ``max_outputs="auto"`` brings larger numbers down to."""
 
-_HESSIAN_ELEMENTS = 2**25  # float64 numbers in the activations of one batched backward pass: 256 MiB
-
 
 def measure_basin(
     module: nn.Module,
     inputs: Any,
     targets: Any = None,
     *,
-    loss_fn: LossFunction | None = None,
-    behavior: ModuleBehavior | None = None,
+    loss_fn: LossFunction | Literal["behavioral"] | None = None,
+    behavior: Behavior | None = None,
     layers: LayerSelection = "all",
     hessian: HessianMode = "auto",
     rtol: float | None = None,
@@ -88,12 +92,18 @@ def measure_basin(
         module: Any module, of any floating point type, on any device.
         inputs: A tensor, or a tuple or dict of tensors, with the k inputs along their first axis; or a `Probe`.
         targets: What ``loss_fn`` takes as its second argument.
-        loss_fn: From outputs and targets to a scalar. Without it loss and Hessian are not measured.
-        behavior: From the module and the inputs to the outputs whose gradients count, shape ``(k, ...)``. ``None``
-            calls the module, unpacking a tuple or dict as its ``forward`` takes it.
+        loss_fn: From outputs and targets to a scalar. Without it loss and Hessian are not measured. ``"behavioral"``
+            takes the outputs as they are for targets, in squared error: its Hessian is 2 GᵀG at any weights, and there
+            is no loss to report.
+        behavior: From the module and the inputs to the outputs whose gradients count, shape ``(k, ...)``. ``None`` or
+            ``"outputs"`` calls the module, unpacking a tuple or dict as its ``forward`` takes it. ``"probabilities"``
+            counts the gradients of the softmax over the second axis of these, where torch's cross-entropy has the
+            classes, while ``loss_fn`` still takes the outputs before the softmax.
         layers: ``"all"``, ``"auto"`` (blocks beside the layers where these are more than 32), or names of
             layers to report.
-        hessian: ``"auto"`` forms it up to ``MAX_DENSE_PARAMETERS`` parameters, ``"dense"`` always, ``False`` never.
+        hessian: ``"auto"`` brackets its nullity by some 30 products at any size, and up to 500 parameters forms it
+            too; ``"dense"`` forms it always, ``"bracket"`` never; ``"gauss-newton"`` takes no product and measures
+            ``gauss_newton_nullity`` only; ``False`` measures nothing of it.
         rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
         duplicate_rtol: Two activations are the same when they differ by at most this, relative to the largest.
         duplicates_over: A whole training set over which duplicated activations are counted too: a map-style data set
@@ -131,7 +141,7 @@ def measure_basin(
     """
     started = time.perf_counter()
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
-    _check_settings(probe, loss_fn, hessian, rtol, duplicate_rtol, max_outputs)
+    _check_settings(probe, loss_fn, behavior, hessian, rtol, duplicate_rtol, max_outputs)
     training_set = None if duplicates_over is None else as_probes(duplicates_over)
     generator = Generator().manual_seed(seed)
 
@@ -147,12 +157,12 @@ def measure_basin(
             num_inputs=probe.size,
             num_outputs=num_outputs,
             num_blocks=sum(part.kind == "block" for part in parts),
-            with_hessian=loss_fn is not None
+            with_dense_hessian=loss_fn is not None
             and (hessian == "dense" or (hessian == "auto" and num_parameters <= MAX_DENSE_PARAMETERS)),
             memory_budget=memory_budget,
         )
 
-    with evaluated(module, probe, loss_fn, behavior, planned) as evaluation:
+    with evaluated(module, probe, _loss_function(loss_fn), _outputs_of(behavior), planned) as evaluation:
         notes: list[str] = []
         num_directions = _num_directions(probe.size, evaluation.num_outputs, max_outputs)
         if num_directions < evaluation.num_outputs:
@@ -160,26 +170,23 @@ def measure_basin(
                 f"ranks are lower bounds: the {evaluation.num_outputs} outputs of each input are seen along "
                 f"{num_directions} random orthonormal directions"
             )
+            _check_projection(behavior)
             evaluation.network.project_outputs(evaluation.num_outputs, num_directions, generator)
         parts = _selected_parts(evaluation.network.layers, layers)
-        keep_rows = _wants_hessian(evaluation, hessian, notes)
-        gradients = _measured_gradients(
-            evaluation, parts, rtol, generator, spectrum=spectrum, keep_rows=keep_rows, notes=notes
+        readout = _readout(evaluation, behavior)
+        curvature = _curvature(evaluation, parts, hessian, rtol, seed, is_plain=readout is None, notes=notes)
+        ranks, spectra = _measured_gradients(
+            evaluation, parts, rtol, generator, readout, curvature, spectrum=spectrum, notes=notes
         )
-        try:
-            null_spaces = _measured_hessian(evaluation, parts, gradients.rows, rtol)
-        except (RuntimeError, NotImplementedError) as error:  # Not every operation can be differentiated twice.
-            warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=2)
-            null_spaces = {}
-        bound_rtol = gradients.ranks[parts[-1]].rtol
-        duplicates = _measured_duplicates(evaluation, duplicate_rtol, bound_rtol)
+        null_spaces = _measured_hessian(curvature, spectra)
+        duplicates = _measured_duplicates(evaluation, duplicate_rtol, ranks[parts[-1]].rtol)
     if training_set is not None:  # Out here, where its items are read as in training.
         try:
             classes = streamed_classes(evaluation.network, training_set, rtol=duplicate_rtol)
             duplicates = _with_training_set(duplicates, classes, evaluation.trace.num_first)
         except Exception as error:  # Whatever a data set raises: the probe has been measured.
             warnings.warn(f"the training set is left out. {type(error).__name__}: {error}", stacklevel=2)
-    record = _assembled(evaluation, gradients.ranks, null_spaces, duplicates)
+    record = _assembled(evaluation, ranks, null_spaces, duplicates, curvature)
     return replace(record, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started)
 
 
@@ -187,8 +194,8 @@ def check_measurable(
     module: nn.Module,
     probe: Probe,
     *,
-    loss_fn: LossFunction | None = None,
-    behavior: ModuleBehavior | None = None,
+    loss_fn: LossFunction | Literal["behavioral"] | None = None,
+    behavior: Behavior | None = None,
     layers: LayerSelection = "all",
     max_outputs: int | Literal["auto"] | None = None,
     num_inputs: int | None = None,
@@ -217,8 +224,8 @@ def check_measurable(
         ValueError: See `measure_basin`.
         MemoryBudgetError: See `measure_basin`.
     """
-    _check_settings(probe, loss_fn, "auto", None, 0.0, max_outputs)
-    with evaluated(module, probe, loss_fn, behavior) as evaluation:
+    _check_settings(probe, loss_fn, behavior, "auto", None, 0.0, max_outputs)
+    with evaluated(module, probe, _loss_function(loss_fn), _outputs_of(behavior)) as evaluation:
         _selected_parts(evaluation.network.layers, layers)
         if not is_loss_given and evaluation.loss_fn is not None:
             found, outputs, targets = evaluation.loss_fn, evaluation.trace.outputs, evaluation.probe.targets
@@ -227,6 +234,9 @@ def check_measurable(
                 raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {run}")
         num_inputs = probe.size if num_inputs is None else num_inputs
         num_outputs = _num_directions(num_inputs, evaluation.num_outputs, max_outputs)
+        if num_outputs < evaluation.num_outputs:
+            _check_projection(behavior)
+        _readout(evaluation, behavior)
         _check_num_rows(num_inputs, num_outputs)
         return plan_measurement(
             evaluation.network,
@@ -240,14 +250,21 @@ def check_measurable(
 
 def _check_settings(
     probe: Probe,
-    loss_fn: LossFunction | None,
+    loss_fn: LossFunction | Literal["behavioral"] | None,
+    behavior: Behavior | None,
     hessian: HessianMode,
     rtol: float | None,
     duplicate_rtol: float,
     max_outputs: int | Literal["auto"] | None,
 ) -> None:
-    if hessian not in ("auto", "dense", False):
-        raise ValueError(f"hessian must be 'auto', 'dense' or False, got {hessian!r}")
+    if hessian is not False and hessian not in HESSIAN_MODES:
+        raise ValueError(f"hessian must be one of {HESSIAN_MODES} or False, got {hessian!r}")
+    if isinstance(loss_fn, str) and loss_fn != "behavioral":
+        raise ValueError(f"loss_fn must be a function of outputs and targets or 'behavioral', got {loss_fn!r}")
+    if isinstance(behavior, str) and behavior not in ("outputs", "probabilities"):
+        raise ValueError(
+            f"behavior must be a function of module and inputs, 'outputs' or 'probabilities', got {behavior!r}"
+        )
     check_rtol(rtol)
     if not 0.0 <= duplicate_rtol < 1.0:
         raise ValueError(f"duplicate_rtol must be inside [0, 1), got {duplicate_rtol}")
@@ -255,12 +272,49 @@ def _check_settings(
         raise ValueError(f"max_outputs must be a number, 'auto' or None, got {max_outputs!r}")
     if isinstance(max_outputs, int) and max_outputs < 1:
         raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
-    if loss_fn is not None and probe.targets is None:
+    if callable(loss_fn) and probe.targets is None:
         raise ValueError("a loss_fn needs targets to compare the outputs with, got none: pass targets, or no loss_fn")
 
 
 Planner = Callable[[Network, Probe, Trace], MeasurementPlan]
 """From a network, some inputs and their trace to how all inputs are measured."""
+
+
+def _loss_function(loss_fn: LossFunction | Literal["behavioral"] | None) -> LossFunction | None:
+    return _behavioral_loss if isinstance(loss_fn, str) else loss_fn
+
+
+def _behavioral_loss(outputs: Tensor, _: Any) -> Tensor:
+    """Squared distance from the outputs as they are (Bushnaq et al., 2024): zero, with the Hessian 2 GᵀG."""
+    return (outputs - outputs.detach()).square().sum()
+
+
+def _outputs_of(behavior: Behavior | None) -> ModuleBehavior | None:
+    """What gives the module's outputs, which the loss takes; ``None`` calls the module."""
+    if isinstance(behavior, Probabilities):
+        return behavior.outputs
+    return None if isinstance(behavior, str) else behavior
+
+
+def _readout(evaluation: "Evaluation", behavior: Behavior | None) -> Tensor | None:
+    """Derivative of the behavior by the outputs, as blocks for `weighted_rows`; ``None`` where they are the same."""
+    if not isinstance(behavior, Probabilities) and behavior != "probabilities":
+        return None
+    shape = evaluation.trace.outputs.shape
+    if len(shape) == 1 or shape[1] < 2:  # noqa: PLR2004 - classes
+        raise ValueError(
+            f"behavior='probabilities' needs outputs with at least two classes along their second axis, got shape "
+            f"{tuple(shape)}: pass behavior=lambda module, inputs: ... that returns the probabilities"
+        )
+    return softmax_jacobian(evaluation.trace.outputs)
+
+
+def _check_projection(behavior: Behavior | None) -> None:
+    if isinstance(behavior, Probabilities) or behavior == "probabilities":
+        raise ValueError(
+            f"behavior='probabilities' needs all outputs, of which at most {MAX_ROWS} can be measured at once, and "
+            f"cannot be combined with max_outputs: take a smaller probe"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -405,7 +459,7 @@ def _check_num_rows(num_inputs: int, num_outputs: int) -> None:
 
 def _checked_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
     try:
-        loss = loss_fn(outputs, targets)
+        loss = _loss_of_equal_shapes(loss_fn, outputs, targets)
     except Exception as error:
         raise TypeError(
             f"loss_fn must take the outputs, shape {tuple(outputs.shape)}, and the targets of the probe, but failed "
@@ -416,7 +470,28 @@ def _checked_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tenso
         raise TypeError(f"loss_fn must return one floating point number as a tensor, got {got}")
     if not bool(loss.isfinite().all()):
         raise ValueError(f"the loss on the probe must be finite, got {loss.item()}")
+    if outputs.requires_grad and not loss.requires_grad:
+        raise ValueError(
+            f"the loss must be a differentiable function of the outputs, got the constant {loss.item()}: loss_fn may "
+            f"neither ignore the outputs nor detach them"
+        )
+    if loss_fn(outputs, targets).item() != loss.item():
+        raise ValueError(
+            "the loss must be a function of outputs and targets, but two evaluations differ: loss_fn draws random "
+            "numbers, or changes with every call"
+        )
     return loss.reshape(())
+
+
+def _loss_of_equal_shapes(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
+    """The loss; torch's own losses only warn where targets of another shape are compared with every output."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Using a target size")
+        try:
+            return loss_fn(outputs, targets)
+        except UserWarning as warning:
+            shapes = [tuple(tensor.shape) for tensor in tensors_of(targets)]
+            raise TypeError(f"targets must have the shape of the outputs, got {shapes}. {warning}") from warning
 
 
 @dataclass(frozen=True)
@@ -430,14 +505,6 @@ class _Part:
     @property
     def num_parameters(self) -> int:
         return sum(layer.num_parameters for layer in self.layers)
-
-
-@dataclass(frozen=True, eq=False)
-class _Gradients:
-    """Ranks by part; and the dense gradients by layer where the Hessian needs them."""
-
-    ranks: Mapping[_Part, GradientRank]
-    rows: Mapping[Layer, Tensor]
 
 
 def _selected_parts(layers: Sequence[Layer], selection: LayerSelection) -> tuple[_Part, ...]:
@@ -460,77 +527,95 @@ def _measured_gradients(
     parts: Sequence[_Part],
     rtol: float | None,
     generator: Generator,
+    readout: Tensor | None,
+    curvature: HessianMeasurement[_Part] | None,
     *,
     spectrum: bool,
-    keep_rows: bool,
     notes: list[str],
-) -> _Gradients:
+) -> tuple[dict[_Part, GradientRank], dict[_Part, Spectrum]]:
+    """Ranks of the behavioral gradients of each part; and singular values, unless neither they nor these are wanted."""
     max_elements = GROUP_ELEMENTS if evaluation.plan is None else evaluation.plan.group_elements
-    spectra = {
+    waiting = {
         part: SpectrumAccumulator(evaluation.num_rows, part.num_parameters, generator, max_waiting=max_elements // 2)
         for part in parts
     }
     ranks: dict[_Part, GradientRank] = {}
-    rows: dict[Layer, Tensor] = {}
+    spectra: dict[_Part, Spectrum] = {}
+
+    def judge(part: _Part) -> None:
+        accumulator = waiting.pop(part)
+        proved = None if spectrum or curvature is not None else accumulator.full_rank(rtol=rtol)
+        if proved is None:
+            spectra[part] = accumulator.spectrum()
+            proved = gradient_rank(spectra[part], rtol=rtol)
+        ranks[part] = proved
+
     for measured in layer_gradients(evaluation.traced, generator=generator, max_elements=max_elements):
+        gradients = measured.gradients if readout is None else measured.gradients.weighted(readout)
         for part in parts:
             if measured.layer in part.layers:
-                spectra[part].add(measured.gradients)
+                waiting[part].add(gradients)
                 if part.kind == "layer":  # Complete: judge it now and free its memory.
-                    ranks[part] = spectra.pop(part).rank(rtol=rtol, with_spectrum=spectrum)
-        if keep_rows:
-            rows[measured.layer] = measured.gradients.rows()
+                    judge(part)
+        if curvature is not None:
+            curvature.add(measured.layer, measured.gradients)
         if measured.note is not None:
             notes.append(measured.note)
-    ranks |= {part: found.rank(rtol=rtol, with_spectrum=spectrum) for part, found in spectra.items()}
-    return _Gradients(ranks, rows)
+    for part in list(waiting):
+        judge(part)
+    return ranks, spectra
 
 
-def _wants_hessian(evaluation: Evaluation, hessian: HessianMode, notes: list[str]) -> bool:
-    if evaluation.loss is None or hessian is False:
-        return False
+def _curvature(
+    evaluation: Evaluation,
+    parts: Sequence[_Part],
+    hessian: HessianMode,
+    rtol: float | None,
+    seed: int,
+    *,
+    is_plain: bool,
+    notes: list[str],
+) -> HessianMeasurement[_Part] | None:
+    """What will measure the Hessian; ``None`` where there is nothing to look at."""
+    if evaluation.loss_fn is None or hessian is False:
+        return None
     if evaluation.rows.shape[1] < evaluation.trace.outputs[0].numel():
         notes.append("the Hessian is left out: its Gauss-Newton part needs all outputs")
-        return False
+        return None
     if not evaluation.traced.is_whole:
         notes.append("the Hessian is left out: memory_budget does not hold the graph of all inputs at once")
-        return False
-    num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
-    if hessian == "dense" or num_parameters <= MAX_DENSE_PARAMETERS:
-        return True
-    notes.append(
-        f"the Hessian is left out: it is formed up to {MAX_DENSE_PARAMETERS} parameters, and the network has "
-        f"{num_parameters}; hessian='dense' forms it all the same"
-    )
-    return False
+        return None
+    loss_fn, targets = evaluation.loss_fn, evaluation.probe.targets
+    try:
+        measurement = HessianMeasurement(
+            evaluation.network,
+            evaluation.probe,
+            evaluation.trace,
+            lambda outputs: loss_fn(outputs, targets),
+            {part: part.layers for part in parts},
+            mode=hessian,
+            rtol=rtol,
+            generator=Generator().manual_seed(seed),
+            is_plain=is_plain,
+        )
+    except (RuntimeError, NotImplementedError) as error:  # Not every loss can be differentiated twice.
+        warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=3)
+        return None
+    notes.extend(measurement.notes)
+    return measurement
 
 
 def _measured_hessian(
-    evaluation: Evaluation, parts: Sequence[_Part], rows: Mapping[Layer, Tensor], rtol: float | None
+    curvature: HessianMeasurement[_Part] | None, spectra: Mapping[_Part, Spectrum]
 ) -> dict[_Part, NullSpace]:
     """Null spaces of the diagonal block of each part; empty where there is no Hessian to look at."""
-    if evaluation.loss is None or evaluation.loss_fn is None or not rows:
+    if curvature is None:
         return {}
-    loss_fn, targets = evaluation.loss_fn, evaluation.probe.targets
-    activations = sum(tensor.numel() for left in evaluation.trace.leaving.values() for tensor in left)
-    chunk_size = max(1, min(64, _HESSIAN_ELEMENTS // max(1, activations)))
-    layers = evaluation.network.layers
-    gradients = torch.cat([rows[layer] for layer in layers], dim=1)
-    curvature = output_curvature(lambda outputs: loss_fn(outputs, targets), evaluation.trace.outputs)
-    parameters = evaluation.network.parameters()
-    rounding = 1e3 * curvature.rounding * float(gradients.square().sum())
-    sizes = [parameter.numel() for parameter in parameters]
-    curved = [bool(part.any()) for part in torch.split(curvature_rows(gradients, curvature), sizes, dim=1)]
-    hessian = hessian_matrix(evaluation.loss, parameters, chunk_size=chunk_size, atol=rounding, curved=curved)
-    positions = torch.arange(hessian.shape[0], device=hessian.device)
-    columns = dict(zip(layers, torch.split(positions, [layer.num_parameters for layer in layers]), strict=True))
-    null_spaces = {}
-    for part in parts:
-        chosen = torch.cat([columns[layer] for layer in part.layers])
-        null_spaces[part] = hessian_null_space(
-            hessian[chosen][:, chosen], gradients=gradients[:, chosen], curvature=curvature, rtol=rtol
-        )
-    return null_spaces
+    try:
+        return curvature.null_spaces(spectra)
+    except (RuntimeError, NotImplementedError) as error:  # Not every operation can be differentiated twice.
+        warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=3)
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -664,6 +749,7 @@ def _assembled(
     ranks: Mapping[_Part, GradientRank],
     null_spaces: Mapping[_Part, NullSpace],
     duplicates: _Duplicates,
+    curvature: HessianMeasurement[_Part] | None,
 ) -> BasinRecord:
     def quantities(part: _Part) -> dict[str, Any]:
         rank, null_space = ranks[part], null_spaces.get(part)
@@ -677,13 +763,20 @@ def _assembled(
             "gradient_rtol": rank.rtol,
             "gradient_method": rank.method,
         }
-        if null_space is not None:
+        if null_space is not None and curvature is not None:
             found |= {
                 "hessian_nullity": null_space.nullity,
+                "hessian_nullity_lower": null_space.lower,
+                "hessian_nullity_upper": null_space.upper,
                 "hessian_nullity_strict": null_space.strict,
                 "hessian_negative": null_space.negative,
+                "hessian_largest": null_space.largest,
                 "residual_curvature": null_space.residual_curvature,
+                "smallest_curvature": null_space.smallest_curvature,
                 "gauss_newton_nullity": null_space.gauss_newton_nullity,
+                "hessian_resolving_loss": curvature.resolving_loss(null_space),
+                "hessian_rtol": null_space.rtol,
+                "hessian_method": null_space.method,
             }
         return found
 
@@ -700,11 +793,18 @@ def _assembled(
         **quantities(network),
         **duplicates.network,
         num_inputs=evaluation.probe.size,
-        loss=None if evaluation.loss is None else float(evaluation.loss.detach()),
+        loss=_reported_loss(evaluation),
         gradient_rank_bound=duplicates.rank_bound,
         layers={name: layers[name] for name in order if name in layers},
         blocks=blocks,
     )
+
+
+def _reported_loss(evaluation: Evaluation) -> float | None:
+    # The behavioral loss is zero by what it is: no sign of a fit.
+    if evaluation.loss is None or evaluation.loss_fn is _behavioral_loss:
+        return None
+    return float(evaluation.loss.detach())
 
 
 def _block_duplicates(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

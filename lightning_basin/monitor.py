@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from lightning_basin.curvature import HESSIAN_MODES, HessianMode
 from lightning_basin.layers import call_module
-from lightning_basin.measurement import check_measurable, measure_basin
+from lightning_basin.measurement import Behavior, Probabilities, check_measurable, measure_basin
 from lightning_basin.plan import MemoryBudgetError
 from lightning_basin.probe import Probe, ProbeCollector, map_tensors
 from lightning_basin.record import BasinRecord
@@ -46,9 +47,10 @@ class BasinMonitor(Callback):
     Args:
         probe: How many inputs to take from the first training batches; or a `Probe`, or a pair of inputs and targets.
         loss_fn: From outputs and targets to a scalar. ``None`` takes the module's ``loss_fn`` or ``criterion``;
-            without either, loss and Hessian are left out.
-        behavior: From the module and the inputs to the outputs whose gradients count, one row per input. ``None``
-            calls the module.
+            without either, loss and Hessian are left out. ``"behavioral"`` compares the outputs with themselves, see
+            `measure_basin`; there is then no loss that could reach zero.
+        behavior: From the module and the inputs to the outputs whose gradients count, one row per input. ``None`` or
+            ``"outputs"`` calls the module, ``"probabilities"`` takes the softmax over the second axis of that.
         batch_fn: From a training batch to a pair of inputs and targets (``None`` for no targets). ``None``
             takes a pair as it is, and a tensor as inputs without targets.
         every_n_epochs: Measure at the end of every n-th epoch.
@@ -57,7 +59,8 @@ class BasinMonitor(Callback):
         every_n_spectra: Take singular values at every n-th measurement only. At the others, a rank that is full is
             proved without them, several times as fast, and effective ranks are absent.
         layers: ``"auto"`` (blocks above 32 layers), ``"all"``, or names of layers.
-        hessian: ``"auto"`` measures it for up to 3000 parameters, ``"dense"`` always, ``False`` never.
+        hessian: ``"auto"`` brackets its nullity, and up to 500 parameters forms it; ``"dense"`` always, ``"bracket"``
+            never; ``"gauss-newton"`` looks at its Gauss-Newton part only, ``False`` at nothing of it.
         zero_loss_threshold: The loss on the probe counts as zero at or below this magnitude.
         zero_loss_patience: For so many measurements in a row.
         rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
@@ -86,15 +89,15 @@ class BasinMonitor(Callback):
         self,
         probe: int | Probe | tuple[Any, Any] = 128,
         *,
-        loss_fn: Callable[..., Any] | None = None,
-        behavior: Callable[..., Any] | None = None,
+        loss_fn: Callable[..., Any] | Literal["behavioral"] | None = None,
+        behavior: Callable[..., Any] | Literal["outputs", "probabilities"] | None = None,
         batch_fn: Callable[..., Any] | None = None,
         every_n_epochs: int = 1,
         every_n_train_steps: int | None = None,
         every_n_epochs_after_zero_loss: int | None = None,
         every_n_spectra: int = 1,
         layers: Literal["auto", "all"] | Sequence[str] = "auto",
-        hessian: Literal["auto", "dense", False] = "auto",
+        hessian: HessianMode = "auto",
         zero_loss_threshold: float = 1e-6,
         zero_loss_patience: int = 1,
         rtol: float | None = None,
@@ -125,11 +128,17 @@ class BasinMonitor(Callback):
             raise MisconfigurationException(f"`BasinMonitor(duplicate_rtol={duplicate_rtol})` must be inside [0, 1)")
         if not zero_loss_threshold >= 0.0:
             raise MisconfigurationException(f"`BasinMonitor(zero_loss_threshold={zero_loss_threshold})` must be >= 0")
-        if hessian not in ("auto", "dense", False):
-            raise MisconfigurationException(f"`BasinMonitor(hessian={hessian!r})` must be 'auto', 'dense' or False")
         if isinstance(duplicates_over, str) and duplicates_over != "train":
             raise MisconfigurationException(
                 f"`BasinMonitor(duplicates_over={duplicates_over!r})` must be 'train', a data set or batches"
+            )
+        if hessian is not False and hessian not in HESSIAN_MODES:
+            raise MisconfigurationException(f"`BasinMonitor(hessian={hessian!r})` must be in {HESSIAN_MODES} or False")
+        if isinstance(loss_fn, str) and loss_fn != "behavioral":
+            raise MisconfigurationException(f"`BasinMonitor(loss_fn={loss_fn!r})` must be callable or 'behavioral'")
+        if isinstance(behavior, str) and behavior not in ("outputs", "probabilities"):
+            raise MisconfigurationException(
+                f"`BasinMonitor(behavior={behavior!r})` must be callable, 'outputs' or 'probabilities'"
             )
         self.loss_fn = loss_fn
         self.behavior = behavior
@@ -269,7 +278,7 @@ class BasinMonitor(Callback):
             self._probe = None
 
     def _new_collector(self) -> ProbeCollector:
-        return ProbeCollector(self._probe_size, batch_fn=self.batch_fn, whole_batches=self.behavior is not None)
+        return ProbeCollector(self._probe_size, batch_fn=self.batch_fn, whole_batches=callable(self.behavior))
 
     def _take_probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> str | None:
         """Collect inputs until there are enough; the first time, say what is wrong with the configuration."""
@@ -323,7 +332,7 @@ class BasinMonitor(Callback):
             )
             return
         try:
-            if probe.targets is None:
+            if callable(loss_fn) and probe.targets is None:
                 raise TypeError("it needs targets, and the batches hold none: pass batch_fn or probe=(inputs, targets)")
             check_measurable(
                 pl_module,
@@ -343,7 +352,7 @@ class BasinMonitor(Callback):
                 warn=True,
             )
 
-    def _loss_fn(self, pl_module: nn.Module) -> Callable[..., Any] | None:
+    def _loss_fn(self, pl_module: nn.Module) -> Callable[..., Any] | Literal["behavioral"] | None:
         if self.loss_fn is not None or self._leave_out_loss:
             return self.loss_fn
         found = (getattr(pl_module, name, None) for name in _LOSS_ATTRIBUTES)
@@ -366,16 +375,17 @@ class BasinMonitor(Callback):
                 f"data set, or a list of batches, as `duplicates_over`"
             ) from error
 
-    def _quiet_behavior(self, trainer: Trainer) -> Callable[[nn.Module, Any], Any]:
+    def _quiet_behavior(self, trainer: Trainer) -> Behavior:
         """The behavior, on a copy that still finds its trainer but logs nothing."""
+        call = self.behavior if callable(self.behavior) else call_module
 
-        def behavior(module: nn.Module, inputs: Any) -> Any:
+        def outputs(module: nn.Module, inputs: Any) -> Any:
             if isinstance(module, LightningModule):
                 module.trainer = trainer
                 vars(module).update(log=_ignore, log_dict=_ignore)
-            return (self.behavior or call_module)(module, inputs)
+            return call(module, inputs)
 
-        return behavior
+        return Probabilities(outputs) if self.behavior == "probabilities" else outputs
 
     def _measure_baseline(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._probe is not None and self._measured_step is None:

@@ -81,7 +81,7 @@ def plan_measurement(
     num_inputs: int,
     num_outputs: int,
     num_blocks: int = 0,
-    with_hessian: bool = False,
+    with_dense_hessian: bool = False,
     memory_budget: int | None = None,
 ) -> MeasurementPlan:
     """Cut a measurement to a memory budget.
@@ -93,7 +93,7 @@ def plan_measurement(
         num_inputs: Inputs of the whole probe, k.
         num_outputs: Outputs per input whose gradients count, c.
         num_blocks: Blocks of layers that are reported beside the layers.
-        with_hessian: Whether the Hessian is formed.
+        with_dense_hessian: Whether the Hessian is formed.
         memory_budget: Bytes; ``None`` means half of what is free.
 
     Raises:
@@ -105,7 +105,7 @@ def plan_measurement(
     num_parameters = sum(layer.num_parameters for layer in network.layers)
     fixed = _NUMBER * ((_DECOMPOSITION + 3 * num_blocks) * num_rows**2 + 5 * num_parameters)
     fixed += min(_TEMPORARIES, budget // 8)
-    if with_hessian:
+    if with_dense_hessian:
         fixed += _NUMBER * (6 * num_parameters**2 + 3 * num_rows * num_parameters)
     if fixed > budget:
         raise MemoryBudgetError(

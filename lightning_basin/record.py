@@ -47,11 +47,22 @@ class LayerRecord:
         gradient_effective_rank: ``exp`` of the entropy of the squared singular values; ``None`` without a spectrum.
         gradient_rtol: Relative tolerance that decided ``gradient_rank``.
         gradient_method: ``"svd"``, ``"gram"``, ``"gram+sketch"`` or ``"cholesky"``.
-        hessian_nullity: Eigenvalues of the Hessian that the remaining residual leaves indistinguishable from zero.
+        hessian_nullity: Eigenvalues of the Hessian that the remaining residual leaves indistinguishable from zero;
+            ``None`` where the Hessian was not formed and the two ends below do not meet.
+        hessian_nullity_lower: It is at least this: a proof.
+        hessian_nullity_upper: And at most this: a proof but for a probability of 1e-9.
         hessian_nullity_strict: Eigenvalues that are zero to rounding.
         hessian_negative: Eigenvalues that are negative beyond rounding.
-        residual_curvature: Norm of what the residual adds to the Gauss-Newton part, relative to the largest eigenvalue.
+        hessian_largest: Largest magnitude of an eigenvalue of the Hessian.
+        residual_curvature: Norm of what the residual adds to the Gauss-Newton part, relative to the largest eigenvalue;
+            a bound from above, within a factor of two for the network, where the Hessian was not formed.
+        smallest_curvature: Smallest nonzero eigenvalue of the Gauss-Newton part, relative to the largest of the
+            Hessian; a bound from below.
         gauss_newton_nullity: N minus the rank of the Gauss-Newton part.
+        hessian_resolving_loss: Below about which loss the two ends will meet; 0 where float64 cannot hold such a loss;
+            ``None`` where they do meet, or where this is not known.
+        hessian_rtol: Tolerance on eigenvalues relative to the largest, beside the residual curvature.
+        hessian_method: ``"dense"``, ``"bracket"`` or ``"gauss-newton"``.
         duplicated_activations: Inputs that what enters the layer no longer tells from an earlier one.
         duplicated_activations_exact: The same counted with equality.
         train_duplicated_activations: ``duplicated_activations`` over the whole training set.
@@ -67,10 +78,17 @@ class LayerRecord:
     gradient_rtol: float
     gradient_method: str
     hessian_nullity: int | None = None
+    hessian_nullity_lower: int | None = None
+    hessian_nullity_upper: int | None = None
     hessian_nullity_strict: int | None = None
     hessian_negative: int | None = None
+    hessian_largest: float | None = None
     residual_curvature: float | None = None
+    smallest_curvature: float | None = None
     gauss_newton_nullity: int | None = None
+    hessian_resolving_loss: float | None = None
+    hessian_rtol: float | None = None
+    hessian_method: str | None = None
     duplicated_activations: int | None = None
     duplicated_activations_exact: int | None = None
     train_duplicated_activations: int | None = None
@@ -96,6 +114,13 @@ class LayerRecord:
         """Whether no clear gap separates the singular values that count from those that do not."""
         return self.gradient_rank_gap is not None and self.gradient_rank_gap < ILL_DEFINED_GAP
 
+    @property
+    def hessian_certified(self) -> bool | None:
+        """Whether the two ends of the bracket meet; ``None`` where there is none."""
+        if self.hessian_nullity_lower is None or self.hessian_nullity_upper is None:
+            return None
+        return self.hessian_nullity_lower == self.hessian_nullity_upper
+
     def quantities(self) -> dict[str, float]:
         """Every quantity that was measured, by name, in the order in which it is documented."""
         named: dict[str, float | None] = {
@@ -106,9 +131,14 @@ class LayerRecord:
             "gradient_effective_rank": self.gradient_effective_rank,
             "saturated": int(self.saturated),
             "hessian_nullity": self.hessian_nullity,
+            "hessian_nullity_lower": self.hessian_nullity_lower,
+            "hessian_nullity_upper": self.hessian_nullity_upper,
+            "hessian_certified": None if self.hessian_certified is None else int(self.hessian_certified),
             "hessian_nullity_strict": self.hessian_nullity_strict,
             "hessian_negative": self.hessian_negative,
+            "hessian_largest": self.hessian_largest,
             "residual_curvature": self.residual_curvature,
+            "smallest_curvature": self.smallest_curvature,
             "gauss_newton_nullity": self.gauss_newton_nullity,
             "duplicated_activations": self.duplicated_activations,
             "duplicated_activations_exact": self.duplicated_activations_exact,
@@ -248,12 +278,44 @@ class BasinRecord(LayerRecord):
         if self.train_num_inputs is not None:
             training_set = f"of {self.train_num_inputs:,} training inputs"
             lines += [*_merged_lines(training_set, self.train_merged_inputs)] or [f"none {training_set} merged"]
-        if self.residual_curvature is not None:
-            lines.append(
-                f"Hessian: {self.hessian_nullity_strict} zero to rounding, {self.hessian_negative} negative, "
-                f"Gauss-Newton nullity {self.gauss_newton_nullity}, residual curvature {self.residual_curvature:.1e}"
-            )
+        lines.extend(_hessian_lines(self))
         return "\n".join(lines)
+
+
+def _hessian_lines(record: BasinRecord) -> Iterator[str]:
+    if record.hessian_method is None:
+        return
+    yield f"Hessian by {record.hessian_method}: {_known_nullity(record)}"
+    details = {
+        "zero to rounding": record.hessian_nullity_strict,
+        "negative": record.hessian_negative,
+        "Gauss-Newton nullity": record.gauss_newton_nullity,
+    }
+    counts = [f"{name} {count}" for name, count in details.items() if count is not None]
+    if record.residual_curvature is not None:
+        counts.append(f"residual curvature {record.residual_curvature:.1e}")
+    yield ", ".join(counts)
+
+
+def _known_nullity(record: BasinRecord) -> str:
+    """In one sentence what is known of the nullity."""
+    smallest, residual = record.smallest_curvature, record.residual_curvature
+    sizes = ""
+    if smallest is not None and residual is not None:
+        sizes = f"smallest curvature {smallest:.1e} {{}} 2·residual curvature {2 * residual:.1e}"
+    if record.hessian_certified:
+        because = f": {sizes.format('>')}" if sizes else ""
+        return f"nullity {record.hessian_nullity}, certified{because}"
+    if record.hessian_certified is None:
+        return "nothing is proved of the nullity" + (
+            "" if record.hessian_nullity is None else f", counted {record.hessian_nullity}"
+        )
+    counted = "" if record.hessian_nullity is None else f"nullity {record.hessian_nullity}, certified "
+    between = f"{counted}between {record.hessian_nullity_lower} and {record.hessian_nullity_upper}"
+    if record.hessian_resolving_loss is not None:
+        below = f"below about {record.hessian_resolving_loss:.0e}" if record.hessian_resolving_loss else "exactly zero"
+        return f"{between}: resolve by training until the loss is {below}"
+    return f"{between}: {sizes.format('against')}" if sizes else between
 
 
 _COLUMNS = {
@@ -271,8 +333,7 @@ def _table(record: BasinRecord) -> str:
     rows = [["layer", *_COLUMNS]]
     parts = record.blocks or record.layers
     for name, part in [*((tag(name), part) for name, part in parts.items()), ("network", record)]:
-        values = (getattr(part, attribute) for attribute in _COLUMNS.values())
-        rows.append([name, *("" if value is None else f"{value:,}" for value in values)])
+        rows.append([name, *(_cell(part, attribute) for attribute in _COLUMNS.values())])
     if record.output_duplicated_activations is not None:
         cells = {"layer": "output", "duplicates": f"{record.output_duplicated_activations:,}"}
         rows.insert(-1, [cells.get(column, "") for column in rows[0]])
@@ -303,6 +364,13 @@ def _merged_lines(what: str, merged: Sequence[MergedInput]) -> Iterator[str]:
 
 def _pair(merged: MergedInput) -> str:
     return f"{merged.index}={merged.equals}"
+
+
+def _cell(record: LayerRecord, attribute: str) -> str:
+    value = getattr(record, attribute)
+    if attribute == "hessian_nullity" and value is None and record.hessian_nullity_upper is not None:
+        return f"{record.hessian_nullity_lower:,} to {record.hessian_nullity_upper:,}"
+    return "" if value is None else f"{value:,}"
 
 
 def layer_blocks(names: Sequence[str]) -> dict[str, list[str]]:

@@ -897,7 +897,9 @@ def test_same_seed_gives_the_same_records(tmp_path):
         ({"rtol": 2}, r"rtol=2\).* inside \(0, 1\)"),
         ({"rtol": 0.0}, r"rtol=0.0\).* inside \(0, 1\)"),
         ({"duplicate_rtol": 1.0}, r"duplicate_rtol=1.0\).* inside \[0, 1\)"),
-        ({"hessian": "x"}, r"hessian='x'\).*'auto', 'dense' or False"),
+        ({"hessian": "x"}, r"hessian='x'\).*'auto', 'dense', 'bracket', 'gauss-newton'\) or False"),
+        ({"loss_fn": "mse"}, r"loss_fn='mse'\).*callable or 'behavioral'"),
+        ({"behavior": "logits"}, r"behavior='logits'\).*callable, 'outputs' or 'probabilities'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -119,3 +119,19 @@ def vector_jacobian_products(outputs: Tensor, variables: Sequence[Tensor], vecto
         return backward(vectors, batched=True).detach()
     except RuntimeError:  # Some operations (recurrent cells, custom functions) have no batching rule.
         return torch.stack([backward(vector, batched=False) for vector in vectors]).detach()
+
+
+def weighted_rows(gradients: Tensor, blocks: Tensor) -> Tensor:
+    """Combine the rows of each input: ``blocks[x] @ gradients`` of input x, shape ``(m', N)``.
+
+    Args:
+        gradients: Rows ordered by input, then output, shape ``(m, N)``.
+        blocks: Shape ``(k, c', c)``, or ``(1, m', m)``.
+
+    Example:
+        >>> weighted_rows(torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.ones(2, 1, 2))
+        tensor([[3.],
+                [7.]])
+    """
+    columns = gradients.shape[1]
+    return (blocks @ gradients.view(blocks.shape[0], blocks.shape[2], columns)).view(-1, columns)

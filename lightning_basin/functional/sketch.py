@@ -8,12 +8,13 @@ sums over layers. Axis letters: k inputs, c outputs per input, m = k * c rows, t
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
 
+from lightning_basin.functional.jacobian import weighted_rows
 from lightning_basin.functional.rank import (
     EPSILON,
     GRAM_RESOLUTION,
@@ -22,7 +23,6 @@ from lightning_basin.functional.rank import (
     Spectrum,
     check_rtol,
     default_rtol,
-    gradient_rank,
     singular_values,
 )
 
@@ -116,6 +116,18 @@ class KhatriRaoGradients:
         signals = torch.einsum("kj,kjto->kto", weights.view(k, c), self.output_gradients)
         return torch.einsum("kto,ktd->od", signals, self.activations).flatten()
 
+    def weighted(self, blocks: Tensor) -> "KhatriRaoGradients | DenseGradients":
+        """Rows combined within each input, ``weighted_rows(rows(), blocks)``, by combining their factors.
+
+        Args:
+            blocks: Shape ``(k, c', c)``; or ``(1, m', m)``, which mixes inputs and gives dense rows.
+        """
+        k, _, t, d_out = self.output_gradients.shape
+        if blocks.shape[0] != k:
+            return DenseGradients(self.rows()).weighted(blocks)
+        signals = (blocks @ self.output_gradients.flatten(2)).view(k, -1, t, d_out)
+        return replace(self, output_gradients=signals)
+
 
 @dataclass(frozen=True, eq=False)
 class DenseGradients:
@@ -178,6 +190,10 @@ class DenseGradients:
         """``weights @ rows()``; shapes ``(m,)`` and ``(N,)``."""
         return weights @ self.matrix
 
+    def weighted(self, blocks: Tensor) -> "DenseGradients":
+        """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
+        return DenseGradients(weighted_rows(self.matrix, blocks))
+
 
 @dataclass(frozen=True, eq=False)
 class StackedGradients:
@@ -232,6 +248,11 @@ class StackedGradients:
     def _zeros(self, *shape: int) -> Tensor:
         device = self.columns[0].device if self.columns else None
         return torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def weighted(self, blocks: Tensor) -> "StackedGradients":
+        """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
+        parts = tuple(part.weighted(blocks) for part in self.parts)
+        return replace(self, parts=parts, num_rows=blocks.shape[0] * blocks.shape[1])
 
 
 LayerGradients = KhatriRaoGradients | DenseGradients | StackedGradients
@@ -288,24 +309,21 @@ class SpectrumAccumulator:
             raise RuntimeError("add at least one matrix of gradients before asking for the spectrum")
         return sketched_spectrum(self._gram, self._add_sketches, num_columns=2 * self._num_rows)
 
-    def rank(self, *, rtol: float | None = None, with_spectrum: bool = True) -> GradientRank:
-        """The rank of everything that was added, by the cheapest certificate that decides it.
+    def full_rank(self, *, rtol: float | None = None) -> GradientRank | None:
+        """Full rank, where the Gram matrix proves it without singular values; see `full_rank_of_gram`.
 
         Args:
-            rtol: Relative tolerance; ``None`` means that of the matrix which is decomposed.
-            with_spectrum: Whether singular values are wanted even where full rank can be proved without them.
+            rtol: Relative tolerance; ``None`` means that of the matrix which would be decomposed.
 
         Raises:
-            RuntimeError: If nothing was added.
             ValueError: If ``rtol`` is not inside ``(0, 1)``.
         """
         check_rtol(rtol)
-        if not with_spectrum and self._gram is not None:
-            decided_by = default_rtol(self._num_rows, 2 * self._num_rows) if rtol is None else rtol
-            proved = full_rank_of_gram(self._gram, rtol=decided_by)
-            if proved is not None:
-                return proved
-        return gradient_rank(self.spectrum(), rtol=rtol)
+        if self._gram is None:
+            return None
+        return full_rank_of_gram(
+            self._gram, rtol=default_rtol(self._num_rows, 2 * self._num_rows) if rtol is None else rtol
+        )
 
     def _add_sketches(self) -> Tensor:
         sketches = [gradients.sketch(2 * self._num_rows, self._generator) for gradients in self._unsketched]
