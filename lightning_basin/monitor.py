@@ -342,7 +342,7 @@ class BasinMonitor(Callback):
                 max_outputs=self.max_outputs,
                 is_loss_given=self.loss_fn is not None,
             )
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             if self.loss_fn is not None:
                 raise
             self._leave_out_loss = True

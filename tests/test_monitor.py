@@ -292,6 +292,54 @@ def test_found_loss_that_does_not_fit_warns_and_is_left_out(tmp_path):
     assert monitor.records[-1].loss is None
 
 
+def test_found_loss_that_draws_random_numbers_warns_and_is_left_out(tmp_path):
+    class Noisy(Unmeasurable):
+        def loss_fn(self, outputs, targets):
+            return (outputs - targets + torch.randn_like(outputs)).square().mean()
+
+    monitor = BasinMonitor(probe=20)
+    with pytest.warns(UserWarning, match="two evaluations differ"):
+        make_trainer(tmp_path, monitor, max_epochs=1).fit(Noisy(), loader())
+    assert monitor.records[-1].loss is None
+
+
+def test_given_loss_that_draws_random_numbers_raises_before_training(tmp_path):
+    module, monitor = Regressor(), BasinMonitor(probe=20, loss_fn=lambda f, y: (f - y + torch.randn_like(f)).sum())
+    with pytest.raises(MisconfigurationException, match="two evaluations differ"):
+        make_trainer(tmp_path, monitor).fit(module, loader())
+    assert module.num_training_steps == 0
+
+
+@pytest.mark.parametrize("hessian", ["auto", "bracket"])
+def test_both_ends_of_the_bracket_are_curves(tmp_path, hessian):
+    monitor = BasinMonitor(probe=20, hessian=hessian)
+    trainer = make_trainer(tmp_path, monitor, max_epochs=1)
+    trainer.fit(Regressor(), loader())
+    lower, upper = (trainer.callback_metrics[f"basin/hessian_nullity_{end}"] for end in ("lower", "upper"))
+    assert lower <= upper
+    assert trainer.callback_metrics["basin/hessian_certified"] == (lower == upper)
+    assert lower == trainer.callback_metrics["basin/gauss_newton_nullity"]
+    assert monitor.records[-1].hessian_method == ("dense" if hessian == "auto" else "bracket")
+
+
+def test_behavioral_loss_measures_a_hessian_and_never_reaches_zero_loss(tmp_path):
+    monitor = BasinMonitor(probe=20, loss_fn="behavioral")
+    make_trainer(tmp_path, monitor, max_epochs=2).fit(Unmeasurable(), loader())
+    assert [record.loss for record in monitor.records] == [None] * 3
+    assert monitor.zero_loss_step is None
+    assert all(record.hessian_nullity == record.gradient_nullity for record in monitor.records)
+
+
+def test_probabilities_are_measured_on_logits(tmp_path):
+    class Classes(Unmeasurable):
+        def loss_fn(self, outputs, targets):
+            return nn.functional.cross_entropy(outputs, (targets[:, 0] > 0).long())
+
+    module, monitor = Classes(), BasinMonitor(probe=20, behavior="probabilities", hessian="gauss-newton")
+    make_trainer(tmp_path, monitor, max_epochs=1).fit(module, loader())
+    assert all(record.gauss_newton_nullity == record.gradient_nullity for record in monitor.records)
+
+
 def test_forward_may_log_and_ask_for_its_trainer(tmp_path):
     class Talkative(Regressor):
         def forward(self, inputs):
@@ -544,7 +592,7 @@ def test_measurement_that_fails_in_any_evaluation_warns_once_and_leaves_training
     ("failing_call", "message", "measured"),
     [
         pytest.param(1, r"could not measure at step 12, training goes on\.", [0, 6, 18], id="in the evaluation"),
-        pytest.param(2, r"the Hessian is left out", [0, 6, 12, 18], id="in the Hessian"),
+        pytest.param(3, r"the Hessian is left out", [0, 6, 12, 18], id="in the Hessian"),
     ],
 )
 def test_measurement_is_tried_again_after_one_that_failed(tmp_path, failing_call, message, measured):
