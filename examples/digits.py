@@ -67,7 +67,7 @@ def what_to_look_at(first: BasinRecord, last: BasinRecord) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-epochs", type=int, default=3000)
-    parser.add_argument("--every-n-epochs", type=int, default=150)
+    parser.add_argument("--every-n-epochs", type=int, default=300)
     parser.add_argument("--log-dir", default="logs")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -1,5 +1,6 @@
 """The callback: when to measure during a fit, and where the results go."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from typing_extensions import override
 from lightning_basin.curvature import HESSIAN_MODES, HessianMode
 from lightning_basin.layers import call_module
 from lightning_basin.measurement import Behavior, Probabilities, check_measurable, measure_basin
+from lightning_basin.null_space import verify_null_space as verified_null_space
 from lightning_basin.plan import MemoryBudgetError
 from lightning_basin.probe import Probe, ProbeCollector, map_tensors
 from lightning_basin.record import BasinRecord
@@ -72,7 +74,11 @@ class BasinMonitor(Callback):
             then lower bounds. ``"auto"`` does so only where there are too many, and says it; ``None`` refuses these.
         memory_budget: Bytes that a measurement may use beside what the process holds; ``None`` means half of what is
             free then. What cannot be cut to it is not measured, and training goes on.
+        verify_null_space: Also log ``surviving_fraction``, by the function of this name: 1 where random null directions
+            of the gradients are really free. ``"zero_loss"`` does so once, where the loss reaches zero; a number n at
+            every n-th measurement, from the baseline on.
         seed: Of the random vectors of the sketch, the same at every measurement.
+        max_failures: Stop measuring after so many failures in a row; ``None`` tries again every time.
         prefix: First part of every key; two monitors in one trainer need two.
 
     Raises:
@@ -105,7 +111,9 @@ class BasinMonitor(Callback):
         duplicates_over: Any = None,
         max_outputs: int | Literal["auto"] | None = "auto",
         memory_budget: int | None = None,
+        verify_null_space: int | Literal["zero_loss"] | None = None,
         seed: int = 0,
+        max_failures: int | None = 3,
         prefix: str = "basin",
     ) -> None:
         super().__init__()
@@ -119,7 +127,13 @@ class BasinMonitor(Callback):
             zero_loss_patience=zero_loss_patience,
             max_outputs=max_outputs if isinstance(max_outputs, int) else None,
             memory_budget=memory_budget,
+            verify_null_space=verify_null_space if isinstance(verify_null_space, int) else None,
+            max_failures=max_failures,
         )
+        if isinstance(verify_null_space, str) and verify_null_space != "zero_loss":
+            raise MisconfigurationException(
+                f"`BasinMonitor(verify_null_space={verify_null_space!r})` must be a number or 'zero_loss'"
+            )
         if isinstance(max_outputs, str) and max_outputs != "auto":
             raise MisconfigurationException(f"`BasinMonitor(max_outputs={max_outputs!r})` must be a number or 'auto'")
         if rtol is not None and not 0.0 < rtol < 1.0:
@@ -156,13 +170,16 @@ class BasinMonitor(Callback):
         self.duplicates_over = duplicates_over
         self.max_outputs = max_outputs
         self.memory_budget = memory_budget
+        self.verify_null_space = verify_null_space
         self.seed = seed
+        self.max_failures = max_failures
         self.prefix = prefix
         self.records: list[BasinRecord] = []
         """Every record of the run, oldest first."""
         self.zero_loss_step: int | None = None
         """Optimizer steps taken when the loss had been zero for ``zero_loss_patience`` measurements."""
         self._num_zero_losses = 0
+        self._num_failures = 0  # In a row.
         self._measured_step: int | None = None
         self._seen_step = 0
         self._collector = self._new_collector()
@@ -216,6 +233,7 @@ class BasinMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = trainer.global_step
         self._whole_training_set(trainer)
+        self._num_failures = 0
         if trainer.global_step == 0:
             self._reset()
         elif self.records:  # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
@@ -396,16 +414,15 @@ class BasinMonitor(Callback):
 
     def _measure(self, trainer: Trainer, module: nn.Module, step: int, log_step: int) -> None:
         self._measured_step = step
-        if self._probe is None:  # Resumed without one, and no batch has come by yet.
+        if self._has_given_up or self._probe is None:  # Resumed without one, and no batch has come by yet.
             return
         record = self._record(trainer, module, step) if trainer.is_global_zero else None
         record = trainer.strategy.broadcast(record, 0)
         if record is None:
+            self._count_failure()
             return
-        if self.records:  # Names of the inputs of a whole training set are kept of the newest record only.
-            self.records[-1] = replace(self.records[-1], train_merged_inputs=())
-        self.records.append(record)
-        reached_zero = self._reaches_zero_loss(record)
+        self._num_failures = 0
+        reached_zero = self._keep(record)
         scalars = self._scalars(record)
         trainer.callback_metrics.update(_metrics(scalars))
         if not reached_zero:
@@ -433,7 +450,7 @@ class BasinMonitor(Callback):
         try:
             profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
             with profiler.profile(f"[BasinMonitor]{self.prefix}.measure"):
-                return measure_basin(
+                record = measure_basin(
                     module,
                     self._probe,
                     loss_fn=self._loss_fn(module),
@@ -450,22 +467,70 @@ class BasinMonitor(Callback):
                     step=step,
                 )
         except Exception as error:  # A measurement must never end a training run.
+            is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
             rank_zero_warn(
                 f"BasinMonitor could not measure at step {step}, training goes on. {type(error).__name__}: {error}"
+                + (". HINT: pass a smaller BasinMonitor(probe=...)" if is_memory else "")
             )
             return None
+        with profiler.profile(f"[BasinMonitor]{self.prefix}.verify_null_space"):
+            return self._verified(trainer, module, record)
+
+    def _verified(self, trainer: Trainer, module: nn.Module, record: BasinRecord) -> BasinRecord:
+        """The record, with what survives of steps along null directions where that was asked for."""
+        every_n = self.verify_null_space
+        is_due = (
+            self._reaches_zero_loss(record) if every_n == "zero_loss" else every_n and not len(self.records) % every_n
+        )
+        if not is_due:
+            return record
+        started = time.perf_counter()
+        behavior = self._quiet_behavior(trainer)
+        if isinstance(behavior, Probabilities):
+            behavior = partial(_probabilities, behavior.outputs)
+        assert not isinstance(behavior, str)
+        try:
+            found = verified_null_space(module, self._probe, behavior=behavior, rtol=self.rtol, seed=self.seed)
+        except Exception as error:  # The rest of the record is as it would be without.
+            self._say(f"The null space could not be verified. {type(error).__name__}: {error}", warn=True)
+            return record
+        if not found.converged:
+            self._say("The null space could not be verified at every step: no way back to the same outputs was found")
+            return record
+        seconds = record.measure_seconds + time.perf_counter() - started
+        return replace(record, surviving_fraction=found.surviving_fraction, measure_seconds=seconds)
+
+    @property
+    def _has_given_up(self) -> bool:
+        return self.max_failures is not None and self._num_failures >= self.max_failures
+
+    def _count_failure(self) -> None:
+        self._num_failures += 1
+        if self._has_given_up:
+            rank_zero_warn(
+                f"BasinMonitor stops measuring after {self._num_failures} failures in a row, training goes on. "
+                f"HINT: BasinMonitor(max_failures=None) keeps trying"
+            )
+
+    def _keep(self, record: BasinRecord) -> bool:
+        """Add a record to the history; whether it is the one that completes the wait for zero loss."""
+        reaches_zero = self._reaches_zero_loss(record)
+        if reaches_zero:
+            self.zero_loss_step = record.step
+        self._num_zero_losses = self._num_zero_losses_with(record)
+        if self.records:  # Names of the inputs of a whole training set are kept of the newest record only.
+            self.records[-1] = replace(self.records[-1], train_merged_inputs=())
+        self.records.append(record)
+        return reaches_zero
 
     def _reaches_zero_loss(self, record: BasinRecord) -> bool:
-        """Whether this record is the one that completes the wait for zero loss."""
-        if record.loss is None or self.zero_loss_step is not None:
-            return False
+        return self.zero_loss_step is None and self._num_zero_losses_with(record) >= self.zero_loss_patience
+
+    def _num_zero_losses_with(self, record: BasinRecord) -> int:
+        """Measurements in a row without a loss, this one included."""
         # A loss that goes below zero has no minimum there: its sign is no sign of a perfect fit.
-        is_zero = abs(record.loss) <= self.zero_loss_threshold
-        self._num_zero_losses = self._num_zero_losses + 1 if is_zero else 0
-        if self._num_zero_losses < self.zero_loss_patience:
-            return False
-        self.zero_loss_step = record.step
-        return True
+        is_zero = record.loss is not None and abs(record.loss) <= self.zero_loss_threshold
+        return self._num_zero_losses + 1 if is_zero else 0
 
     def _scalars(self, record: BasinRecord) -> dict[str, float]:
         scalars = record.scalars(self.prefix)
@@ -572,6 +637,10 @@ def _is_plain(collection: Any) -> bool:
     if type(collection) in (tuple, list):
         return all(_is_plain(item) for item in collection)
     return collection is None or isinstance(collection, Tensor | str | int | float | bool)
+
+
+def _probabilities(outputs: Callable[[nn.Module, Any], Tensor], module: nn.Module, inputs: Any) -> Tensor:
+    return outputs(module, inputs).softmax(1)
 
 
 def _ignore(*_: Any, **__: Any) -> None:

@@ -14,6 +14,11 @@ from lightning_basin.layers import ModuleBehavior
 from lightning_basin.measurement import evaluated
 from lightning_basin.probe import Probe, tensors_of
 
+MAX_DENSE_ELEMENTS = 2**27
+"""Largest number of dense gradients, outputs on the probe times parameters: 1 GiB, of which some copies are needed."""
+
+_CONVERGED = 1e-4  # Where two manifolds touch, the distance goes with the square root: a fraction is right to 0.01.
+
 
 @dataclass(frozen=True, kw_only=True)
 class NullSpaceVerification:
@@ -34,6 +39,11 @@ class NullSpaceVerification:
     def surviving_fraction(self) -> float:
         """The smallest over the directions; 1 where there is no null direction."""
         return min(self.surviving_fractions, default=1.0)
+
+    @property
+    def converged(self) -> bool:
+        """Whether every projection has arrived on the manifold, so that the fractions count."""
+        return max(self.residuals, default=0.0) <= _CONVERGED
 
 
 def verify_null_space(
@@ -61,7 +71,8 @@ def verify_null_space(
         seed: Of the random directions.
 
     Raises:
-        ValueError: If ``num_directions`` is not positive or ``step`` not inside ``(0, 1)``; and as `measure_basin`.
+        ValueError: If ``num_directions`` is not positive or ``step`` not inside ``(0, 1)``, or there are more than
+            ``MAX_DENSE_ELEMENTS`` gradients; and as `measure_basin`.
 
     Example:
         Adding to the weight of one input what is taken from an equal one leaves all outputs as they are:
@@ -82,6 +93,7 @@ def verify_null_space(
         names = [name for layer in network.layers for name in layer.parameters]
         values = {name: network.named_parameters[name].detach() for name in names}
         start = torch.cat([value.flatten() for value in values.values()])
+        _check_size(probe.size, evaluation.num_outputs, start.numel())
 
         def unflattened(parameters: Tensor) -> Mapping[str, Tensor]:
             parts = torch.split(parameters, [value.numel() for value in values.values()])
@@ -116,3 +128,13 @@ def verify_null_space(
         surviving_fractions=tuple(fraction for fraction, _ in tried),
         residuals=tuple(left for _, left in tried),
     )
+
+
+def _check_size(num_inputs: int, num_outputs: int, num_parameters: int) -> None:
+    if num_inputs * num_outputs * num_parameters > MAX_DENSE_ELEMENTS:
+        largest = MAX_DENSE_ELEMENTS // (num_outputs * num_parameters)
+        raise ValueError(
+            f"a null space is verified with at most {MAX_DENSE_ELEMENTS} dense gradients, got {num_inputs} inputs x "
+            f"{num_outputs} outputs x {num_parameters} parameters: "
+            + (f"take a probe of at most {largest} inputs" if largest else "the network is too large for it")
+        )

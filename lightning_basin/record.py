@@ -157,6 +157,7 @@ class BasinRecord(LayerRecord):
     Attributes:
         num_inputs: Inputs of the probe, k.
         loss: Of the probe, in evaluation mode and float64.
+        surviving_fraction: What is left of steps along random null directions: 1 where these are free.
         gradient_rank_bound: The largest rank that the duplicated activations leave possible.
         output_duplicated_activations: Inputs whose output equals that of an earlier one.
         output_duplicated_activations_exact: The same counted with equality.
@@ -173,6 +174,7 @@ class BasinRecord(LayerRecord):
 
     num_inputs: int
     loss: float | None = None
+    surviving_fraction: float | None = None
     gradient_rank_bound: int | None = None
     output_duplicated_activations: int | None = None
     output_duplicated_activations_exact: int | None = None
@@ -197,6 +199,7 @@ class BasinRecord(LayerRecord):
         named |= {f"gradient_rank_at_{tolerance:.0e}": rank for tolerance, rank in self.gradient_rank_at.items()}
         own: dict[str, float | None] = {
             "gradient_rank_bound": self.gradient_rank_bound,
+            "surviving_fraction": self.surviving_fraction,
             "loss": self.loss,
             "log10_loss": self.log10_loss,
             "train_num_inputs": self.train_num_inputs,
@@ -274,6 +277,8 @@ class BasinRecord(LayerRecord):
             lines.append(f"rank at {elsewhere}; effective {self.gradient_effective_rank:.1f}")
         if self.gradient_rank_bound is not None:
             lines.append(f"duplicated activations bound the rank by {self.gradient_rank_bound}")
+        if self.surviving_fraction is not None:
+            lines.append(f"null space: {self.surviving_fraction:.4f} of steps along random null directions survive")
         lines += [*_merged_lines("inputs", self.merged_inputs)]
         if self.train_num_inputs is not None:
             training_set = f"of {self.train_num_inputs:,} training inputs"

@@ -726,6 +726,158 @@ def test_batch_fn_that_fails_later_does_not_end_training(tmp_path, error):
     assert timeless(monitor.records[:1]) == timeless([baseline])
 
 
+def always_failing(error):
+    def behavior(module, inputs):
+        if len(inputs) == 20:  # The check before training has seen the first batch of 10 only.
+            raise error
+        return module(inputs)
+
+    return behavior
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("out of order"), "RuntimeError: out of order"),
+        (torch.OutOfMemoryError("no more memory"), r"no more memory. HINT: pass a smaller BasinMonitor\(probe="),
+        (torch.linalg.LinAlgError("did not converge"), "LinAlgError: did not converge"),
+    ],
+)
+def test_monitor_gives_up_after_some_failures_in_a_row_and_says_so_once(tmp_path, error, message):
+    monitor = BasinMonitor(probe=20, behavior=always_failing(error), max_failures=2)
+    module = Regressor()
+    with pytest.warns(UserWarning, match=message) as warned:
+        make_trainer(tmp_path, monitor, max_epochs=5).fit(module, loader(60, 10))
+    messages = [str(warning.message) for warning in warned if "BasinMonitor" in str(warning.message)]
+    assert [text.partition(",")[0] for text in messages] == [
+        "BasinMonitor could not measure at step 0",
+        "BasinMonitor could not measure at step 6",
+        "BasinMonitor stops measuring after 2 failures in a row",
+    ]
+    assert module.num_training_steps == 30
+    assert monitor.records == []
+
+
+def test_monitor_that_may_fail_keeps_trying(tmp_path):
+    monitor = BasinMonitor(probe=20, behavior=always_failing(RuntimeError("no")), max_failures=None)
+    with pytest.warns(UserWarning, match="could not measure") as warned:
+        make_trainer(tmp_path, monitor, max_epochs=5).fit(Regressor(), loader(60, 10))
+    assert sum("could not measure" in str(warning.message) for warning in warned) == 6
+
+
+def test_failures_with_a_measurement_in_between_are_not_in_a_row(tmp_path):
+    class Exploding(Regressor):
+        def on_train_epoch_start(self):
+            if self.current_epoch % 2:
+                self.weight = self.readout.weight.data.clone()
+                self.readout.weight.data.fill_(torch.nan)
+            elif self.current_epoch:
+                self.readout.weight.data.copy_(self.weight)
+                self.readout.bias.data.zero_()
+                self.hidden.weight.data.fill_(0.5)
+                self.hidden.bias.data.zero_()
+
+    monitor = BasinMonitor(probe=20, max_failures=2)
+    with pytest.warns(UserWarning, match="could not measure"):
+        make_trainer(tmp_path, monitor, max_epochs=7).fit(Exploding(), loader())
+    # Fails at the ends of epochs 2, 4 and 6, of three steps each.
+    assert steps(monitor) == [0, 3, 9, 15, 21]
+
+
+def test_monitor_that_gave_up_starts_anew_with_the_next_fit(tmp_path):
+    failing = [True]
+
+    def behavior(module, inputs):
+        if failing[0] and len(inputs) == 20:
+            raise RuntimeError("out of order")
+        return module(inputs)
+
+    monitor = BasinMonitor(probe=20, behavior=behavior, max_failures=1)
+    with pytest.warns(UserWarning, match="stops measuring after 1 failures"):
+        make_trainer(tmp_path, monitor).fit(Regressor(), loader(60, 10))
+    failing[0] = False
+    make_trainer(tmp_path, monitor).fit(Regressor(), loader(60, 10))
+    assert steps(monitor) == [0, 6, 12]
+
+
+# ---------------------------------------------------------------------------------------- is the null space real
+
+
+class WithRedundantScale(Scripted):
+    """Two outputs a theta_1 x_1 and a theta_2 x_2, ...: scaling a up and theta down is free, and nothing else is."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs):
+        return super().forward(inputs * self.scale)
+
+
+def fractions(monitor):
+    return [record.surviving_fraction for record in monitor.records]
+
+
+@pytest.mark.parametrize(
+    ("every_n", "measured"),
+    [(None, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (5, [0]), ("zero_loss", [3])],
+)
+def test_null_space_is_verified_at_chosen_measurements(tmp_path, every_n, measured):
+    monitor = BasinMonitor(verify_null_space=every_n)
+    logger = TensorBoardLogger(tmp_path)
+    trainer = make_trainer(tmp_path, monitor, logger=logger, max_epochs=4)
+    trainer.fit(WithRedundantScale(losses=(1.0, 1.0, 1.0, 0.0)), scripted_loader())
+    assert [record.step for record in monitor.records if record.surviving_fraction is not None] == measured
+    # The manifold is the curve a theta = const: what a step of 1e-3 loses to its curvature is of order 1e-6.
+    assert all(fraction is None or fraction > 1 - 1e-4 for fraction in fractions(monitor))
+    if measured:
+        assert len(events_of(logger).Scalars("basin/surviving_fraction")) == len(measured)
+
+
+class Touching(Regressor):
+    """Squared distances to (-1, 0, 0) and (1, 0, 0), on the axis: two spheres touch, and no null direction is free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = self.readout = None
+        self.point = nn.Parameter(torch.tensor([0.3, 0.0, 0.0]))
+
+    def forward(self, inputs):
+        return (inputs - self.point).square().sum(1, keepdim=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_null_space_that_is_not_free_is_seen(tmp_path):
+    centres = torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    monitor = BasinMonitor((centres, torch.zeros(2, 1)), verify_null_space=1)
+    make_trainer(tmp_path, monitor, max_epochs=1).fit(
+        Touching(), DataLoader(TensorDataset(centres, torch.zeros(2, 1)), 2)
+    )
+    assert [record.gradient_nullity for record in monitor.records] == [2, 2]
+    assert max(fractions(monitor)) < 0.01
+
+
+def test_training_is_bit_identical_with_verification(tmp_path):
+    monitor = BasinMonitor(probe=10, verify_null_space=1)
+    with_monitor = witnessed(tmp_path, monitor)
+    assert with_monitor == witnessed(tmp_path)
+    assert None not in fractions(monitor)
+
+
+def test_verification_that_fails_costs_one_warning_and_no_measurement(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_basin.null_space.MAX_DENSE_ELEMENTS", 100)
+    monitor, plain = BasinMonitor(probe=20, verify_null_space=1), BasinMonitor(probe=20)
+    with pytest.warns(
+        UserWarning, match="null space could not be verified.*take a probe of at most 1 inputs"
+    ) as warned:
+        make_trainer(tmp_path, monitor).fit(Regressor(), loader())
+    assert sum("could not be verified" in str(warning.message) for warning in warned) == 1
+    make_trainer(tmp_path, plain).fit(Regressor(), loader())
+    assert timeless(monitor.records) == timeless(plain.records)
+
+
 # ----------------------------------------------------------------------------------------------------- zero loss
 
 
@@ -948,6 +1100,9 @@ def test_same_seed_gives_the_same_records(tmp_path):
         ({"hessian": "x"}, r"hessian='x'\).*'auto', 'dense', 'bracket', 'gauss-newton'\) or False"),
         ({"loss_fn": "mse"}, r"loss_fn='mse'\).*callable or 'behavioral'"),
         ({"behavior": "logits"}, r"behavior='logits'\).*callable, 'outputs' or 'probabilities'"),
+        ({"verify_null_space": 0}, r"verify_null_space=0\).* at least 1"),
+        ({"verify_null_space": "always"}, r"verify_null_space='always'\).*'zero_loss'"),
+        ({"max_failures": 0}, r"max_failures=0\).* at least 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

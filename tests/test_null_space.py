@@ -83,6 +83,13 @@ def test_without_a_null_space_there_is_nothing_to_verify():
     assert verification.surviving_fraction == 1.0
 
 
+def test_more_gradients_than_fit_are_refused_with_the_probe_that_would_fit():
+    # 2^15 parameters leave room for 2^27 / 2^15 / 2 = 2^11 inputs with two outputs.
+    module = nn.Linear(2**14, 2, bias=False)
+    with pytest.raises(ValueError, match="3000 inputs x 2 outputs x 32768 parameters: take a probe of at most 2048"):
+        verify_null_space(module, torch.zeros(3000, 1).expand(3000, 2**14))
+
+
 def test_the_module_does_not_move():
     module = filled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
     before = {name: value.clone() for name, value in module.state_dict().items()}

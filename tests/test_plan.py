@@ -1,5 +1,6 @@
 """Budgets are kept: seen from outside, as the growth of the process, in processes of their own."""
 
+import os
 import subprocess
 import sys
 
@@ -41,6 +42,11 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 record = measure_basin(module, inputs, memory_budget=int(sys.argv[1]))
 print(record.gradient_rank, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
+
+
+def run(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # Small matrices: a second thread only waits.
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
 def rank_and_peak(budget):

@@ -102,6 +102,19 @@ def failing(rank, root):
     return {"steps": steps(monitor), "metrics": basin_metrics(trainer), "last_step": trainer.global_step}
 
 
+def giving_up(rank, root):
+    """A behavior that always fails on the process that measures, and would not on the other."""
+
+    def behavior(module, inputs):
+        if rank == 0 and len(inputs) == 15:  # The check before training has seen the first batch of 10 only.
+            raise torch.linalg.LinAlgError("did not converge")
+        return module(inputs)
+
+    monitor = BasinMonitor(probe=15, behavior=behavior, max_failures=2)
+    trainer, _ = fit(root, monitor, RankEarlyStopping(patience=1), max_epochs=4)
+    return {"steps": steps(monitor), "last_step": trainer.global_step, "given_up": monitor._has_given_up}
+
+
 def uneven(rank, root):
     """Batches of 20 on one process, of 5 on the other: their probes are not full at the same time."""
     monitor = BasinMonitor(probe=40)
@@ -174,7 +187,7 @@ def run_two_processes(root, *scenarios):
 
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory):
-    return run_two_processes(tmp_path_factory.mktemp("fits"), "measured", "stopped", "failing")
+    return run_two_processes(tmp_path_factory.mktemp("fits"), "measured", "stopped", "failing", "giving_up")
 
 
 def test_both_processes_hold_equal_records_and_metrics(fits):
@@ -212,6 +225,11 @@ def test_measurement_that_fails_on_one_process_ends_no_run(fits):
     first, second = (process["failing"] for process in fits)
     assert first == second
     assert (first["steps"], first["last_step"]) == ([0, 4, 8, 12], 12)  # Without a Hessian at step 8.
+
+
+def test_processes_give_up_together(fits):
+    first, second = (process["giving_up"] for process in fits)
+    assert first == second == {"steps": [], "last_step": 16, "given_up": True}
 
 
 def test_processes_with_batches_of_different_sizes_do_not_wait_for_each_other(tmp_path):
