@@ -32,7 +32,7 @@ MAX_DENSE_PARAMETERS = 500
 """Largest number of parameters for which ``hessian="auto"`` also forms the Hessian: some 0.1 s."""
 
 MAX_UNPROVED_PARAMETERS = 3000
-"""The same where the loss is not a convex function of the outputs alone, and nothing else is to be had: some seconds."""
+"""The same where the loss is not a convex function of the outputs alone, and nothing else is to be had: seconds."""
 
 NETWORK_PRODUCTS = 80
 """At most so many products with R bound its norm; some 30 are enough for a factor of two."""
