@@ -1,6 +1,7 @@
 """How the loss on a probe curves: null spaces of its Hessian, of a network of any size and of each of its parts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -30,8 +31,8 @@ HessianMode = Literal["auto", "dense", "bracket", "gauss-newton", False]
 MAX_DENSE_PARAMETERS = 500
 """Largest number of parameters for which ``hessian="auto"`` also forms the Hessian: some 0.1 s."""
 
-MAX_INDEFINITE_PARAMETERS = 3000
-"""The same where the loss is not convex in the outputs, so that nothing else is to be had: 72 MB, some seconds."""
+MAX_UNPROVED_PARAMETERS = 3000
+"""The same where the loss is not a convex function of the outputs alone, and nothing else is to be had: seconds."""
 
 NETWORK_PRODUCTS = 80
 """At most so many products with R bound its norm; some 30 are enough for a factor of two."""
@@ -88,10 +89,13 @@ class HessianMeasurement(Generic[Part]):
         self._network, self._probe, self._trace, self._loss_fn = network, probe, trace, loss_fn
         self._parts, self._rtol, self._generator = parts, rtol, generator
         self._curvature = output_curvature(loss_fn, trace.outputs)
+        self._has_penalty = loss_fn(trace.outputs.detach()).requires_grad
+        if self._has_penalty:  # Whatever the outputs do, H is not P.
+            self._curvature = replace(self._curvature, residual_is_zero=False)
         self._multiple = self._curvature.multiple if is_plain else None
         self._takes_products = mode != "gauss-newton"
         self._is_dense = mode == "dense" or (mode == "auto" and _num_parameters(network.layers) <= self._dense_limit)
-        self._is_left_out = self._curvature.factors is None and not self._is_dense
+        self._is_left_out = not self._is_provable and not self._is_dense
         self._note_loss()
         self._rows: dict[Layer, Tensor] = {}
         self._curved: dict[str, bool] = {}
@@ -105,16 +109,21 @@ class HessianMeasurement(Generic[Part]):
 
     @property
     def _dense_limit(self) -> int:
-        return MAX_INDEFINITE_PARAMETERS if self._curvature.factors is None else MAX_DENSE_PARAMETERS
+        return MAX_DENSE_PARAMETERS if self._is_provable else MAX_UNPROVED_PARAMETERS
+
+    @property
+    def _is_provable(self) -> bool:
+        """Whether the spectrum of P and the slopes of the outputs bracket the Hessian's nullity."""
+        return self._curvature.factors is not None and not self._has_penalty
 
     def _note_loss(self) -> None:
-        if self._is_left_out:
+        if not self._is_provable:
+            why = "is not convex in the outputs" if self._curvature.factors is None else "holds parameters themselves"
+            done = "is left out" if self._is_left_out else "is formed"
             self.notes.append(
-                f"the Hessian is left out: the loss is not convex in the outputs, so that its Gauss-Newton part proves "
-                f"nothing; hessian='dense' forms it, 'auto' up to {MAX_INDEFINITE_PARAMETERS} parameters"
+                f"the loss {why}, so that no products bracket its Hessian's nullity: it {done}; 'auto' forms it up to "
+                f"{MAX_UNPROVED_PARAMETERS} parameters, hessian='dense' always"
             )
-        elif self._curvature.factors is None:
-            self.notes.append("the loss is not convex in the outputs: nothing is proved of the Hessian's nullity")
         elif not self._curvature.residual_is_zero and not bool(self._curvature.matrices.any()):
             self.notes.append(
                 "the loss is piecewise linear in the outputs: its second derivative is zero almost everywhere, and all "
@@ -191,7 +200,7 @@ class HessianMeasurement(Generic[Part]):
             return {}
         if self._multiple is None:
             spectra = self._own_spectra()
-        brackets = {} if self._curvature.factors is None else self._brackets(spectra)
+        brackets = self._brackets(spectra) if self._is_provable else {}
         return self._dense(brackets) if self._is_dense and not self._is_exact else brackets
 
     def _own_spectra(self) -> dict[Part, Spectrum]:

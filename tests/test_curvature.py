@@ -10,7 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_basin import curvature, measure_basin
 from lightning_basin.curvature import HessianProducts
+from lightning_basin.functional import hessian
 from lightning_basin.functional.hessian import output_curvature
+from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients, StackedGradients
 from lightning_basin.layers import Network
 from lightning_basin.probe import Probe
 from lightning_basin.replica import isolated_evaluation
@@ -191,11 +193,11 @@ def true_eigenvalues(module, inputs, targets, loss_fn):
         return functional_call(module, values, (inputs,))
 
     at = outputs(flat)
-    hessian = torch.func.hessian(lambda vector: loss_fn(outputs(vector), targets))(flat).numpy()
+    curved = torch.func.hessian(lambda vector: loss_fn(outputs(vector), targets))(flat).numpy()
     jacobian = torch.func.jacrev(outputs)(flat).reshape(at.numel(), -1).numpy()
     inner = torch.func.hessian(lambda f: loss_fn(f, targets))(at).reshape(at.numel(), at.numel()).numpy()
-    residual = np.abs(np.linalg.eigvalsh(hessian - jacobian.T @ inner @ jacobian)).max()
-    return np.abs(np.linalg.eigvalsh(hessian)), residual
+    residual = np.abs(np.linalg.eigvalsh(curved - jacobian.T @ inner @ jacobian)).max()
+    return np.abs(np.linalg.eigvalsh(curved)), residual
 
 
 def assert_bracket_holds(seed):
@@ -315,6 +317,26 @@ def test_a_large_network_has_a_bracket():
     assert record.hessian_nullity == record.gradient_nullity == record.num_parameters - 12
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_sketch_does_not_overstate_singular_values_by_more_than_the_certificate_allows(seed):
+    k, c = ((10, 2), (30, 3), (20, 1), (5, 4))[seed % 4]
+    decay = torch.logspace(0, -4, k, dtype=torch.float64).view(k, 1, 1)
+    factored = KhatriRaoGradients(decay * drawn(k, 1, 30, seed=seed), drawn(k, c, 1, 20, seed=seed + 50))
+    exact = torch.from_numpy(np.linalg.svd(factored.rows().numpy(), compute_uv=False))
+    for gradients in (factored, DenseGradients(factored.rows())):
+        found = torch.linalg.svdvals(gradients.sketch(2 * k * c, torch.Generator().manual_seed(seed)))
+        assert (found / exact).max() < hessian._SKETCH_FACTOR
+
+
+def test_weighted_gradients_are_the_weighted_rows():
+    factored = KhatriRaoGradients(drawn(4, 2, 5), drawn(4, 3, 2, 6, seed=1))
+    columns = torch.randperm(40, generator=torch.Generator().manual_seed(5)).split([30, 7, 3])[:2]  # Three are zero.
+    stacked = StackedGradients((factored, DenseGradients(drawn(12, 7, seed=2))), columns, num_rows=12, num_columns=40)
+    for blocks in (drawn(4, 2, 3, seed=3), drawn(1, 12, 12, seed=4)):
+        expected = torch.block_diag(*blocks).numpy() @ stacked.rows().numpy()
+        torch.testing.assert_close(stacked.weighted(blocks).rows(), torch.from_numpy(expected))
+
+
 # --- modes ----------------------------------------------------------------------------------------------------------
 
 
@@ -428,11 +450,36 @@ def not_convex(outputs, targets):
 def test_a_loss_that_is_not_convex_proves_nothing_and_is_formed_where_that_is_possible():
     module, inputs, targets = filled(nn.Linear(3, 2)), drawn(5, 3), drawn(5, 2, seed=1)
     record = measure_basin(module, inputs, targets, loss_fn=not_convex)
-    assert any("not convex in the outputs" in note for note in record.notes)
+    assert any("the loss is not convex in the outputs" in note and "it is formed" in note for note in record.notes)
     assert (record.hessian_certified, record.hessian_nullity, record.hessian_negative) == (None, 0, 8)
     bracket = measure_basin(module, inputs, targets, loss_fn=not_convex, hessian="bracket")
-    assert any("the Hessian is left out: the loss is not convex" in note for note in bracket.notes)
+    assert any("the loss is not convex in the outputs" in note and "it is left out" in note for note in bracket.notes)
     assert (bracket.hessian_method, bracket.gauss_newton_nullity) == (None, None)
+
+
+class Penalised(nn.Module):
+    """Its loss is a method, which follows the copy that is measured, and so may hold its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, inputs):
+        return self.last(self.first(inputs).tanh())
+
+    def loss(self, outputs, targets):
+        return (outputs - targets).square().sum() + 1e-3 * sum(p.square().sum() for p in self.parameters())
+
+
+def test_weight_decay_inside_of_the_loss_leaves_no_null_space():
+    module, inputs = filled(Penalised()), drawn(5, 3)
+    targets = module(inputs).detach()
+    record = measure_basin(module, inputs, targets, loss_fn=module.loss)
+    # At zero residual H = 2 G^T G + 2e-3 I.
+    assert (record.hessian_nullity_strict, record.hessian_negative) == (0, 0)
+    assert record.residual_curvature * record.hessian_largest == pytest.approx(2e-3, rel=1e-6)
+    assert any("the loss holds parameters themselves" in note for note in record.notes)
+    assert measure_basin(module, inputs, targets, loss_fn=module.loss, hessian="bracket").hessian_method is None
 
 
 @pytest.mark.parametrize(

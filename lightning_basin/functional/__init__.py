@@ -19,9 +19,13 @@ from lightning_basin.functional.hessian import (
     hessian_matrix,
     hessian_null_space,
     hessian_nullity,
+    hessian_product,
+    null_space_bracket,
     output_curvature,
+    softmax_jacobian,
 )
-from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
+from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows, weighted_rows
+from lightning_basin.functional.lanczos import NormBound, norm_bounds
 from lightning_basin.functional.manifold import null_directions, surviving_fraction
 from lightning_basin.functional.rank import (
     RANK_TOLERANCES,
@@ -48,6 +52,7 @@ __all__ = [
     "DuplicateSearch",
     "GradientRank",
     "KhatriRaoGradients",
+    "NormBound",
     "NullSpace",
     "OutputCurvature",
     "Spectrum",
@@ -65,14 +70,19 @@ __all__ = [
     "hessian_matrix",
     "hessian_null_space",
     "hessian_nullity",
+    "hessian_product",
     "merged_directions",
     "merged_linear_directions",
+    "norm_bounds",
     "null_directions",
+    "null_space_bracket",
     "numerical_rank",
     "output_curvature",
     "rank_gap",
     "singular_values",
     "sketched_spectrum",
+    "softmax_jacobian",
     "streamed_duplicate_classes",
     "surviving_fraction",
+    "weighted_rows",
 ]
