@@ -544,7 +544,7 @@ def _measured_gradients(
 
     def judge(part: _Part) -> None:
         accumulator = waiting.pop(part)
-        proved = None if spectrum or curvature is not None else accumulator.full_rank(rtol=rtol)
+        proved = None if spectrum or curvature is not None else accumulator.proved_rank(rtol=rtol)
         if proved is None:
             spectra[part] = accumulator.spectrum()
             proved = gradient_rank(spectra[part], rtol=rtol)

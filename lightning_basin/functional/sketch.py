@@ -15,10 +15,9 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_basin.functional.jacobian import weighted_rows
+from lightning_basin.functional.proofs import OVERSAMPLING, full_rank_of_gram, rank_of_sketch
 from lightning_basin.functional.rank import (
-    EPSILON,
     GRAM_RESOLUTION,
-    RANK_TOLERANCES,
     GradientRank,
     Spectrum,
     check_rtol,
@@ -29,7 +28,6 @@ from lightning_basin.functional.rank import (
 _CHUNK_ELEMENTS = 2**22  # float64 numbers in a temporary: 32 MiB
 _WAITING_ELEMENTS = 2**26  # and in the matrices or factors that wait for their sketch: 512 MiB
 _DENSE_ELEMENTS = 2e7  # entries of a matrix that is decomposed as it stands: 160 MB
-_POWER_STEPS = 20  # towards the largest and the smallest singular value, for the gap
 _DENSE_WORK = 2e9  # and rows**2 * columns, the cost of its triangular factor: about 0.1 s
 
 
@@ -309,8 +307,8 @@ class SpectrumAccumulator:
             raise RuntimeError("add at least one matrix of gradients before asking for the spectrum")
         return sketched_spectrum(self._gram, self._add_sketches, num_columns=2 * self._num_rows)
 
-    def full_rank(self, *, rtol: float | None = None) -> GradientRank | None:
-        """Full rank, where the Gram matrix proves it without singular values; see `full_rank_of_gram`.
+    def proved_rank(self, *, rtol: float | None = None) -> GradientRank | None:
+        """The rank, where it can be proved without the spectrum; see `lightning_basin.functional.proofs`.
 
         Args:
             rtol: Relative tolerance; ``None`` means that of the matrix which would be decomposed.
@@ -319,64 +317,45 @@ class SpectrumAccumulator:
             ValueError: If ``rtol`` is not inside ``(0, 1)``.
         """
         check_rtol(rtol)
-        if self._gram is None:
+        if self._rows:
+            gradients = DenseGradients(torch.cat(self._rows, 1))
+            fewer, more = sorted((self._num_rows, self._num_columns))
+            if fewer**2 * more <= _DENSE_WORK:  # Singular values are as fast.
+                return None
+            rtol = default_rtol(fewer, more) if rtol is None else rtol
+            by_rows = self._num_rows <= self._num_columns
+            gram = gradients.gram if by_rows else gradients.matrix.mT @ gradients.matrix
+            sketched: Sequence[LayerGradients] = [gradients]
+        elif self._gram is not None:
+            rtol = default_rtol(self._num_rows, 2 * self._num_rows) if rtol is None else rtol
+            fewer, gram, sketched = self._num_rows, self._gram, self._unsketched
+        else:
             return None
-        return full_rank_of_gram(
-            self._gram, rtol=default_rtol(self._num_rows, 2 * self._num_rows) if rtol is None else rtol
-        )
+        found = full_rank_of_gram(gram, rtol=rtol)
+        if found is not None:
+            return found
+        if self._sketch is None:
+            sketch = _sum_of_sketches(sketched, math.ceil(OVERSAMPLING * fewer), self._generator)
+        else:  # Some could not wait: their sketch is the wide one.
+            sketch = self._add_sketches()
+        return rank_of_sketch(sketch, rtol=rtol)
 
     def _add_sketches(self) -> Tensor:
-        sketches = [gradients.sketch(2 * self._num_rows, self._generator) for gradients in self._unsketched]
-        self._unsketched.clear()
-        if self._sketch is not None:
-            sketches.append(self._sketch)
-        self._sketch = torch.stack(sketches).sum(0) if len(sketches) > 1 else sketches[0]
+        """The wide sketch of everything that was added."""
+        if self._unsketched:
+            sketch = _sum_of_sketches(self._unsketched, 2 * self._num_rows, self._generator)
+            self._unsketched.clear()
+            self._sketch = sketch if self._sketch is None else self._sketch.add_(sketch)
+        assert self._sketch is not None
         return self._sketch
 
 
-def full_rank_of_gram(gram: Tensor, *, rtol: float) -> GradientRank | None:
-    """Prove full rank by a Cholesky factor, ``m**3 / 3`` operations where eigenvalues take several times as many.
-
-    The factor of ``gram - tau**2`` exists if and only if every singular value is above tau (Sylvester, 1852). With tau
-    at ``GRAM_RESOLUTION`` of the largest one, rounding cannot pretend this.
-
-    Args:
-        gram: Shape ``(m, m)``.
-        rtol: Relative tolerance that the rank is wanted at.
-
-    Returns:
-        The rank, or ``None`` where a singular value may be below ``GRAM_RESOLUTION`` or ``rtol``.
-
-    Example:
-        >>> full_rank_of_gram(torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64)), rtol=1e-12).rank
-        2
-        >>> full_rank_of_gram(torch.ones(2, 2, dtype=torch.float64), rtol=1e-12) is None
-        True
-    """
-    num_rows = gram.shape[0]
-    # The largest row sum bounds the largest eigenvalue from above (Gershgorin, 1931): a bound on the safe side.
-    bound = float(gram.abs().sum(1).max())
-    resolution = max(rtol, GRAM_RESOLUTION)
-    shift = resolution**2 * bound
-    if bound == 0.0:
-        return None
-    factor, failed = torch.linalg.cholesky_ex(gram - shift * torch.eye(num_rows, dtype=gram.dtype, device=gram.device))
-    if int(failed):
-        return None
-    vector = torch.ones(num_rows, 1, dtype=gram.dtype, device=gram.device)
-    forward, inverse = vector, vector
-    for _ in range(_POWER_STEPS):
-        forward = gram @ (forward / forward.norm())
-        inverse = torch.cholesky_solve(inverse / inverse.norm(), factor)
-    largest, smallest = math.sqrt(float(forward.norm())), math.sqrt(shift + 1 / float(inverse.norm()))
-    return GradientRank(
-        rank=num_rows,
-        gap=math.log10(smallest / (EPSILON * largest)),
-        at={tolerance: num_rows for tolerance in RANK_TOLERANCES if tolerance <= resolution},
-        effective_rank=None,
-        rtol=rtol,
-        method="cholesky",
-    )
+def _sum_of_sketches(gradients: Sequence[LayerGradients], num_columns: int, generator: Generator) -> Tensor:
+    """The sketch of matrices side by side."""
+    total = gradients[0].sketch(num_columns, generator)
+    for block in gradients[1:]:
+        total.add_(block.sketch(num_columns, generator))
+    return total
 
 
 def sketched_spectrum(gram: Tensor, sketch: Callable[[], Tensor], *, num_columns: int) -> Spectrum:
