@@ -289,11 +289,30 @@ def test_wide_matrices_of_full_rank_are_judged_by_the_gram_matrix():
     activations = with_singular_values(200, 250, np.ones(200), 0) * torch.from_numpy(values).unsqueeze(1)
     signal = torch.zeros(200, 1, 1, 261, dtype=torch.float64)
     signal[..., :2] = torch.tensor([3.0, 4.0])
+    signal[::2] *= -1
     block = KhatriRaoGradients(activations.unsqueeze(1), signal)
     spectrum = gradient_spectrum([block], generator=generator_of(0))
     assert spectrum.method == "gram"
     # Orthogonal rows of activations with these norms, times a signal of norm 5.
     torch.testing.assert_close(spectrum.singular_values, torch.from_numpy(5 * values[::-1].copy()))
+
+
+@pytest.mark.parametrize(("k", "c", "d_in", "d_out"), [(60, 3, 20, 3), (20, 3, 60, 3), (30, 4, 12, 9), (1, 1, 1, 1)])
+def test_singular_values_of_a_linear_layer_at_the_end_are_products(k, c, d_in, d_out):
+    activations, signal = drawn(k, 1, d_in), drawn(1, c, 1, d_out, seed=1)
+    activations[: k // 3] = activations[0]
+    block = KhatriRaoGradients(activations, signal.expand(k, c, 1, d_out).contiguous())
+    rows = rows_by_loop(block)
+    np.testing.assert_allclose(block.kronecker_spectrum(), np.linalg.svd(rows, compute_uv=False), atol=1e-12)
+    judged = gradient_rank(gradient_spectrum([block], generator=generator_of(0)))
+    assert judged.rank == min(k - max(0, k // 3 - 1), d_in) * min(c, d_out)
+
+
+def test_derivatives_that_differ_make_no_product():
+    signals = drawn(1, 3, 1, 4).repeat(5, 1, 1, 1)
+    signals[4, 0, 0, 0] += 2.0**-50
+    assert KhatriRaoGradients(drawn(5, 1, 6), signals).kronecker_spectrum() is None
+    assert KhatriRaoGradients(drawn(5, 2, 6), drawn(1, 3, 2, 4).repeat(5, 1, 1, 1)).kronecker_spectrum() is None
 
 
 def test_wide_deficient_matrices_are_judged_by_the_sketch():
@@ -355,7 +374,7 @@ def test_a_spectrum_of_nothing_is_refused(num_columns):
 # Ranks that are proved without singular values.
 
 
-@pytest.mark.parametrize(("num_rows", "num_columns"), [(200, 90000), (400, 600), (600, 400), (1500, 1300)])
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(200, 90000), (100, 900), (400, 600), (600, 400)])
 @pytest.mark.parametrize("deficit", [0, 1, 30])
 def test_the_rank_that_is_proved_is_that_of_the_spectrum(num_rows, num_columns, deficit):
     size = min(num_rows, num_columns)
@@ -365,8 +384,8 @@ def test_the_rank_that_is_proved_is_that_of_the_spectrum(num_rows, num_columns, 
     accumulator.add(DenseGradients(matrix if num_rows == size else matrix.mT.contiguous()))
     proved, spectrum = accumulator.proved_rank(), accumulator.spectrum()
     assert gradient_rank(spectrum).rank == size - deficit
-    is_small = (num_rows, num_columns) in ((400, 600), (600, 400))
-    assert proved is None if is_small else proved.method == ("sketch" if deficit else "cholesky")
+    is_tiny = num_rows == 100  # Where singular values are as fast.
+    assert proved is None if is_tiny else proved.method == ("sketch" if deficit else "cholesky")
     assert proved is None or (proved.rank, proved.rtol) == (size - deficit, spectrum.rtol)
 
 
