@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -16,11 +17,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_basin.history import HistoryFile
 from lightning_basin.layers import call_module
+from lightning_basin.loggers import batches_that_stepped, log_scalars
 from lightning_basin.measurement import check_measurable, measure_basin
 from lightning_basin.null_space import verify_null_space as verified_null_space
 from lightning_basin.probe import Probe, ProbeCollector, map_tensors
-from lightning_basin.record import BasinRecord
+from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import float64_replica
 
 _LOSS_ATTRIBUTES = ("loss_fn", "criterion")
@@ -65,6 +68,7 @@ class BasinMonitor(Callback):
             every n-th measurement, from the baseline on.
         seed: Of the random vectors of the sketch, the same at every measurement.
         max_failures: Stop measuring after so many failures in a row; ``None`` tries again every time.
+        history: Also write every measurement to ``<prefix>.csv`` or ``<prefix>.jsonl`` in the log directory.
         prefix: First part of every key; two monitors in one trainer need two.
 
     Raises:
@@ -97,6 +101,7 @@ class BasinMonitor(Callback):
         verify_null_space: int | Literal["zero_loss"] | None = None,
         seed: int = 0,
         max_failures: int | None = 3,
+        history: Literal["csv", "jsonl"] | None = None,
         prefix: str = "basin",
     ) -> None:
         super().__init__()
@@ -125,6 +130,8 @@ class BasinMonitor(Callback):
             raise MisconfigurationException(f"`BasinMonitor(zero_loss_threshold={zero_loss_threshold})` must be >= 0")
         if hessian not in ("auto", "dense", False):
             raise MisconfigurationException(f"`BasinMonitor(hessian={hessian!r})` must be 'auto', 'dense' or False")
+        if history not in ("csv", "jsonl", None):
+            raise MisconfigurationException(f"`BasinMonitor(history={history!r})` must be 'csv', 'jsonl' or None")
         self.loss_fn = loss_fn
         self.behavior = behavior
         self.batch_fn = batch_fn
@@ -141,6 +148,7 @@ class BasinMonitor(Callback):
         self.verify_null_space = verify_null_space
         self.seed = seed
         self.max_failures = max_failures
+        self.history = history
         self.prefix = prefix
         self.records: list[BasinRecord] = []
         """Every record of the run, oldest first."""
@@ -154,6 +162,7 @@ class BasinMonitor(Callback):
         self._initial: tuple[nn.Module, int, int] | None = None  # for the baseline: its step and x axis beside it
         self._is_checked = False
         self._leave_out_loss = False
+        self._history_file: HistoryFile | None = None
         self._said: set[str] = set()
         self._loads_state = True
         self._listeners: list[Callable[[Trainer, BasinRecord], None]] = []
@@ -168,10 +177,56 @@ class BasinMonitor(Callback):
         """The inputs that are measured; ``None`` until enough training batches have come by."""
         return self._probe
 
+    def start(self, module: nn.Module, probe: Probe | None = None) -> None:
+        """Begin to measure outside of a fit: forget what was measured, and see whether a module can be.
+
+        Args:
+            module: One of those that will be measured.
+            probe: Taken where the monitor has none of its own.
+
+        Raises:
+            MisconfigurationException: If there is no probe, or the module cannot be measured on it.
+        """
+        self._reset()
+        self._num_failures = 0
+        self._probe = self._probe or probe
+        try:
+            if self._probe is None:
+                raise ValueError("there is no probe; pass BasinMonitor(probe=(inputs, targets))")
+            self._check(module, self._probe)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"BasinMonitor cannot measure {type(module).__name__}: {error}") from error
+
+    def observe(self, module: nn.Module, step: int) -> BasinRecord | None:
+        """Measure outside of a fit, as at a step of one, and add it to the records.
+
+        Args:
+            module: Stays as it is.
+            step: Optimizer steps that it was trained for.
+
+        Returns:
+            The record; ``None``, after a warning, where measuring failed.
+        """
+        record = None if self._has_given_up else self._record(None, module, step)
+        if record is not None:
+            self._keep(record)
+        elif not self._has_given_up:
+            self._count_failure()
+        return record
+
     def subscribe(self, listener: Callable[[Trainer, BasinRecord], None]) -> None:
         """Call ``listener(trainer, record)`` after every measurement, on every process."""
         if listener not in self._listeners:
             self._listeners.append(listener)
+
+    def logged(self, record: BasinRecord) -> dict[str, float]:
+        """The values of a record of this monitor by key; ``zero_loss_step`` is in one record only."""
+        is_first_zero = record.step is not None and record.step == self.zero_loss_step
+        return record.scalars(self.prefix) | (self._zero_loss_scalar() if is_first_zero else {})
+
+    def row(self, record: BasinRecord) -> dict[str, float]:
+        """The same as a row of a table, which begins with the step."""
+        return ({} if record.step is None else {"step": record.step}) | self.logged(record)
 
     def logs(self, key: str) -> bool:
         """Whether a metric's key is one of this monitor's."""
@@ -189,7 +244,7 @@ class BasinMonitor(Callback):
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
             raise MisconfigurationException(
                 f"BasinMonitor needs whole parameters on each process, but {type(trainer.strategy).__name__} shards "
-                f"them. HINT: train with DDP, or call `measure_basin` on the checkpoints"
+                f"them. HINT: train with DDP, or pass the checkpoints to `measure_checkpoints`"
             )
 
     @override
@@ -204,7 +259,8 @@ class BasinMonitor(Callback):
         if trainer.global_step == 0:
             self._reset()
         elif self.records:  # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
-            trainer.callback_metrics.update(_metrics(self._scalars(self.records[-1])))
+            trainer.callback_metrics.update(_metrics(self._monitored(self.records[-1])))
+        self._start_history(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -228,7 +284,7 @@ class BasinMonitor(Callback):
             return
         # Counts crossings: several micro-batches share a step, and manual optimization can skip some.
         if step // interval > seen // interval:
-            self._measure(trainer, pl_module, step, _batches_that_stepped(trainer))
+            self._measure(trainer, pl_module, step, batches_that_stepped(trainer))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -243,7 +299,7 @@ class BasinMonitor(Callback):
         if interval is None or (trainer.current_epoch + 1) % interval != 0:
             return
         if trainer.global_step != self._measured_step:
-            self._measure(trainer, pl_module, trainer.global_step, _batches_that_stepped(trainer) - 1)
+            self._measure(trainer, pl_module, trainer.global_step, batches_that_stepped(trainer) - 1)
 
     @property
     def _epochs_after_zero_loss(self) -> int | None:
@@ -274,11 +330,11 @@ class BasinMonitor(Callback):
                 if self._collector.complete:
                     self._probe = self._collector.probe()
             if is_first:
-                self._check(trainer, pl_module, self._probe or self._collector.probe())
+                self._check(pl_module, self._probe or self._collector.probe(), trainer)
                 # Some training steps will pass before there are enough inputs: the baseline is that of the weights now.
                 if self._probe is None and self._measured_step is None:
                     (module,) = float64_replica(pl_module)
-                    self._initial = (module, trainer.global_step, _batches_that_stepped(trainer))
+                    self._initial = (module, trainer.global_step, batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
             if is_first:
                 return str(error)
@@ -288,7 +344,7 @@ class BasinMonitor(Callback):
             rank_zero_warn(f"BasinMonitor could not check {type(pl_module).__name__}. {type(error).__name__}: {error}")
         return None
 
-    def _check(self, trainer: Trainer, pl_module: LightningModule, probe: Probe) -> None:
+    def _check(self, pl_module: nn.Module, probe: Probe, trainer: Trainer | None = None) -> None:
         """Evaluate once; a loss that was found and not given is left out where it does not fit."""
         behavior = self._quiet_behavior(trainer)
         size = self._probe_size or probe.size
@@ -330,12 +386,13 @@ class BasinMonitor(Callback):
         found = (getattr(pl_module, name, None) for name in _LOSS_ATTRIBUTES)
         return next((attribute for attribute in found if callable(attribute)), None)
 
-    def _quiet_behavior(self, trainer: Trainer) -> Callable[[nn.Module, Any], Any]:
+    def _quiet_behavior(self, trainer: Trainer | None) -> Callable[[nn.Module, Any], Any]:
         """The behavior, on a copy that still finds its trainer but logs nothing."""
 
         def behavior(module: nn.Module, inputs: Any) -> Any:
             if isinstance(module, LightningModule):
-                module.trainer = trainer
+                if trainer is not None:
+                    module.trainer = trainer
                 vars(module).update(log=_ignore, log_dict=_ignore)
             return (self.behavior or call_module)(module, inputs)
 
@@ -345,7 +402,7 @@ class BasinMonitor(Callback):
         if self._probe is not None and self._measured_step is None:
             initial, self._initial = self._initial, None
             self._collector = self._new_collector()
-            now = (pl_module, trainer.global_step, _batches_that_stepped(trainer))
+            now = (pl_module, trainer.global_step, batches_that_stepped(trainer))
             self._measure(trainer, *(initial or now))
 
     def _measure(self, trainer: Trainer, module: nn.Module, step: int, log_step: int) -> None:
@@ -357,14 +414,16 @@ class BasinMonitor(Callback):
         if record is None:
             self._count_failure()
             return
-        self._num_failures = 0
-        reached_zero = self._keep(record)
-        scalars = self._scalars(record)
-        trainer.callback_metrics.update(_metrics(scalars))
-        if not reached_zero:
-            scalars.pop(f"{self.prefix}/zero_loss_step", None)
-        for logger in trainer.loggers:
-            self._log(logger, scalars, log_step)
+        self._keep(record)
+        trainer.callback_metrics.update(_metrics(self._monitored(record)))
+        self._publish(trainer, record, log_step)
+        for listener in self._listeners:
+            listener(trainer, record)
+
+    def _publish(self, trainer: Trainer, record: BasinRecord, log_step: int) -> None:
+        for problem in log_scalars(trainer.loggers, self.logged(record), step=log_step):
+            self._say(problem, warn=True)
+        self._write_history(lambda file: file.append(self.row(record)))
         for note in record.notes:
             self._say(note)
         if record.saturated:
@@ -373,19 +432,10 @@ class BasinMonitor(Callback):
                 f"probe, {record.num_rows}. HINT: pass a larger BasinMonitor(probe=...)",
                 warn=True,
             )
-        for listener in self._listeners:
-            listener(trainer, record)
 
-    def _log(self, logger: Logger, scalars: dict[str, float], log_step: int) -> None:
+    def _record(self, trainer: Trainer | None, module: nn.Module, step: int) -> BasinRecord | None:
         try:
-            logger.log_metrics(scalars, step=log_step)
-        except Exception as error:  # The training run is worth more than a curve.
-            self._say(f"{type(logger).__name__} could not log. {type(error).__name__}: {error}", warn=True)
-
-    def _record(self, trainer: Trainer, module: nn.Module, step: int) -> BasinRecord | None:
-        try:
-            profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
-            with profiler.profile(f"[BasinMonitor]{self.prefix}.measure"):
+            with self._profiled(trainer, "measure"):
                 record = measure_basin(
                     module,
                     self._probe,
@@ -402,14 +452,21 @@ class BasinMonitor(Callback):
         except Exception as error:  # A measurement must never end a training run.
             is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
             rank_zero_warn(
-                f"BasinMonitor could not measure at step {step}, training goes on. {type(error).__name__}: {error}"
+                f"BasinMonitor could not measure at step {step}{', training goes on' if trainer is not None else ''}. "
+                f"{type(error).__name__}: {error}"
                 + (". HINT: pass a smaller BasinMonitor(probe=...)" if is_memory else "")
             )
             return None
-        with profiler.profile(f"[BasinMonitor]{self.prefix}.verify_null_space"):
+        with self._profiled(trainer, "verify_null_space"):
             return self._verified(trainer, module, record)
 
-    def _verified(self, trainer: Trainer, module: nn.Module, record: BasinRecord) -> BasinRecord:
+    def _profiled(self, trainer: Trainer | None, action: str) -> AbstractContextManager[Any]:
+        if trainer is None:
+            return nullcontext()
+        profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+        return profiler.profile(f"[BasinMonitor]{self.prefix}.{action}")
+
+    def _verified(self, trainer: Trainer | None, module: nn.Module, record: BasinRecord) -> BasinRecord:
         """The record, with what survives of steps along null directions where that was asked for."""
         every_n = self.verify_null_space
         is_due = (
@@ -439,18 +496,16 @@ class BasinMonitor(Callback):
         self._num_failures += 1
         if self._has_given_up:
             rank_zero_warn(
-                f"BasinMonitor stops measuring after {self._num_failures} failures in a row, training goes on. "
-                f"HINT: BasinMonitor(max_failures=None) keeps trying"
+                f"BasinMonitor stops measuring after {self._num_failures} failures in a row. HINT: "
+                f"BasinMonitor(max_failures=None) keeps trying"
             )
 
-    def _keep(self, record: BasinRecord) -> bool:
-        """Add a record to the history; whether it is the one that completes the wait for zero loss."""
-        reaches_zero = self._reaches_zero_loss(record)
-        if reaches_zero:
+    def _keep(self, record: BasinRecord) -> None:
+        self._num_failures = 0
+        if self._reaches_zero_loss(record):
             self.zero_loss_step = record.step
         self._num_zero_losses = self._num_zero_losses_with(record)
         self.records.append(record)
-        return reaches_zero
 
     def _reaches_zero_loss(self, record: BasinRecord) -> bool:
         return self.zero_loss_step is None and self._num_zero_losses_with(record) >= self.zero_loss_patience
@@ -461,11 +516,30 @@ class BasinMonitor(Callback):
         is_zero = record.loss is not None and abs(record.loss) <= self.zero_loss_threshold
         return self._num_zero_losses + 1 if is_zero else 0
 
-    def _scalars(self, record: BasinRecord) -> dict[str, float]:
-        scalars = record.scalars(self.prefix)
-        if self.zero_loss_step is not None:
-            scalars[f"{self.prefix}/zero_loss_step"] = float(self.zero_loss_step)
-        return scalars
+    def _monitored(self, record: BasinRecord) -> dict[str, float]:
+        """What callbacks find: the step of zero loss stays, so that a strict EarlyStopping does not miss it."""
+        return self.logged(record) | self._zero_loss_scalar()
+
+    def _zero_loss_scalar(self) -> dict[str, float]:
+        return {} if self.zero_loss_step is None else {f"{self.prefix}/zero_loss_step": float(self.zero_loss_step)}
+
+    def _start_history(self, trainer: Trainer) -> None:
+        """Begin the file with the records of the run that is resumed."""
+        self._history_file = None
+        fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+        if self.history is None or fast_dev_run:
+            return
+        folder = trainer.log_dir or trainer.default_root_dir  # Asked for on all processes: it is a broadcast.
+        if trainer.is_global_zero:
+            self._history_file = HistoryFile(Path(folder) / f"{tag(self.prefix)}.{self.history}")
+            self._write_history(lambda file: file.write(map(self.row, self.records)))
+
+    def _write_history(self, write: Callable[[HistoryFile], None]) -> None:
+        if self._history_file is not None:
+            try:
+                write(self._history_file)
+            except OSError as error:  # A full disk, say.
+                self._say(f"{self._history_file.path} could not be written. {type(error).__name__}: {error}", warn=True)
 
     def _say(self, message: str, *, warn: bool = False) -> None:
         if message not in self._said:
@@ -540,11 +614,6 @@ def _check_at_least_one(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise MisconfigurationException(f"`BasinMonitor({name}={count})` must be at least 1")
-
-
-def _batches_that_stepped(trainer: Trainer) -> int:
-    """The x axis of Lightning's own curves: private, but what its LearningRateMonitor uses (lightning 2.5 - 2.6)."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def _metrics(scalars: Mapping[str, float]) -> dict[str, Tensor]:

@@ -1052,6 +1052,7 @@ def test_same_seed_gives_the_same_records(tmp_path):
         ({"hessian": "x"}, r"hessian='x'\).*'auto', 'dense' or False"),
         ({"verify_null_space": 0}, r"verify_null_space=0\).* at least 1"),
         ({"verify_null_space": "always"}, r"verify_null_space='always'\).*'zero_loss'"),
+        ({"history": "xml"}, r"history='xml'\).*'csv', 'jsonl' or None"),
         ({"max_failures": 0}, r"max_failures=0\).* at least 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
