@@ -1,5 +1,6 @@
 """The callback: when to measure during a fit, and where the results go."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,10 +22,15 @@ from lightning_basin.history import HistoryFile
 from lightning_basin.layers import call_module
 from lightning_basin.loggers import batches_that_stepped, log_scalars
 from lightning_basin.measurement import check_measurable, measure_basin
+from lightning_basin.monitored import misunderstandings
 from lightning_basin.null_space import verify_null_space as verified_null_space
+from lightning_basin.overhead import OverheadLimit
 from lightning_basin.probe import Probe, ProbeCollector, map_tensors
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import float64_replica
+
+LONG_SECONDS = 10.0
+"""A measurement that takes longer is announced, so that nobody takes a run for dead."""
 
 _LOSS_ATTRIBUTES = ("loss_fn", "criterion")
 
@@ -67,6 +73,8 @@ class BasinMonitor(Callback):
             of the gradients are really free. ``"zero_loss"`` does so once, where the loss reaches zero; a number n at
             every n-th measurement, from the baseline on.
         seed: Of the random vectors of the sketch, the same at every measurement.
+        max_overhead: Measure less often where measuring would take more than this share of the wall time of the fit.
+            Which measurements are skipped then depends on the speed of the machine.
         max_failures: Stop measuring after so many failures in a row; ``None`` tries again every time.
         history: Also write every measurement to ``<prefix>.csv`` or ``<prefix>.jsonl`` in the log directory.
         prefix: First part of every key; two monitors in one trainer need two.
@@ -100,6 +108,7 @@ class BasinMonitor(Callback):
         max_outputs: int | Literal["auto"] | None = "auto",
         verify_null_space: int | Literal["zero_loss"] | None = None,
         seed: int = 0,
+        max_overhead: float | None = None,
         max_failures: int | None = 3,
         history: Literal["csv", "jsonl"] | None = None,
         prefix: str = "basin",
@@ -124,6 +133,8 @@ class BasinMonitor(Callback):
             raise MisconfigurationException(f"`BasinMonitor(max_outputs={max_outputs!r})` must be a number or 'auto'")
         if rtol is not None and not 0.0 < rtol < 1.0:
             raise MisconfigurationException(f"`BasinMonitor(rtol={rtol})` must be inside (0, 1)")
+        if max_overhead is not None and not 0.0 < max_overhead < 1.0:
+            raise MisconfigurationException(f"`BasinMonitor(max_overhead={max_overhead})` must be inside (0, 1)")
         if not 0.0 <= duplicate_rtol < 1.0:
             raise MisconfigurationException(f"`BasinMonitor(duplicate_rtol={duplicate_rtol})` must be inside [0, 1)")
         if not zero_loss_threshold >= 0.0:
@@ -147,6 +158,7 @@ class BasinMonitor(Callback):
         self.max_outputs = max_outputs
         self.verify_null_space = verify_null_space
         self.seed = seed
+        self.max_overhead = max_overhead
         self.max_failures = max_failures
         self.history = history
         self.prefix = prefix
@@ -154,8 +166,11 @@ class BasinMonitor(Callback):
         """Every record of the run, oldest first."""
         self.zero_loss_step: int | None = None
         """Optimizer steps taken when the loss had been zero for ``zero_loss_patience`` measurements."""
+        self.skipped_steps: list[int] = []
+        """Steps at which a measurement was due that ``max_overhead`` did not allow."""
         self._num_zero_losses = 0
         self._num_failures = 0  # In a row.
+        self._overhead: OverheadLimit | None = None
         self._measured_step: int | None = None
         self._seen_step = 0
         self._collector = self._new_collector()
@@ -256,11 +271,13 @@ class BasinMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = trainer.global_step
         self._num_failures = 0
+        self._overhead = None if self.max_overhead is None else OverheadLimit(self.max_overhead)
         if trainer.global_step == 0:
             self._reset()
         elif self.records:  # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
             trainer.callback_metrics.update(_metrics(self._monitored(self.records[-1])))
         self._start_history(trainer)
+        self._warn_of_misunderstandings(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -308,6 +325,7 @@ class BasinMonitor(Callback):
     def _reset(self) -> None:
         """Forget another run, so that a monitor can be used for two fits."""
         self.records.clear()
+        self.skipped_steps.clear()
         self.zero_loss_step = None
         self._num_zero_losses = 0
         self._measured_step = None
@@ -409,8 +427,15 @@ class BasinMonitor(Callback):
         self._measured_step = step
         if self._has_given_up or self._probe is None:  # Resumed without one, and no batch has come by yet.
             return
-        record = self._record(trainer, module, step) if trainer.is_global_zero else None
-        record = trainer.strategy.broadcast(record, 0)
+        # Rank zero decides for all, by its own clock.
+        is_skipped, record = self._timed(trainer, module, step) if trainer.is_global_zero else (False, None)
+        is_skipped, record = trainer.strategy.broadcast((is_skipped, record), 0)
+        if is_skipped:
+            self.skipped_steps.append(step)
+            self._say(
+                f"Measurements are skipped from step {step} on, so that they take {self.max_overhead:.0%} of time"
+            )
+            return
         if record is None:
             self._count_failure()
             return
@@ -420,8 +445,25 @@ class BasinMonitor(Callback):
         for listener in self._listeners:
             listener(trainer, record)
 
+    def _timed(self, trainer: Trainer, module: nn.Module, step: int) -> tuple[bool, BasinRecord | None]:
+        """Measure unless that takes too long; whether it was skipped, and the record."""
+        if self._overhead is not None and not self._overhead.allows_next():
+            return True, None
+        last = self.records[-1].measure_seconds if self.records else 0.0
+        if last >= LONG_SECONDS:
+            rank_zero_info(f"Measuring at step {step}; the last measurement took {last:.0f} s")
+        started = time.perf_counter()
+        record = self._record(trainer, module, step)
+        seconds = time.perf_counter() - started
+        if seconds >= LONG_SECONDS:
+            rank_zero_info(f"The measurement at step {step} took {seconds:.0f} s")
+        if self._overhead is not None:
+            self._overhead.add(seconds)
+        return False, record
+
     def _publish(self, trainer: Trainer, record: BasinRecord, log_step: int) -> None:
-        for problem in log_scalars(trainer.loggers, self.logged(record), step=log_step):
+        skipped = {} if self._overhead is None else {f"{self.prefix}/skipped_measurements": len(self.skipped_steps)}
+        for problem in log_scalars(trainer.loggers, self.logged(record) | skipped, step=log_step):
             self._say(problem, warn=True)
         self._write_history(lambda file: file.append(self.row(record)))
         for note in record.notes:
@@ -523,6 +565,21 @@ class BasinMonitor(Callback):
     def _zero_loss_scalar(self) -> dict[str, float]:
         return {} if self.zero_loss_step is None else {f"{self.prefix}/zero_loss_step": float(self.zero_loss_step)}
 
+    def _warn_of_misunderstandings(self, trainer: Trainer) -> None:
+        if self.every_n_train_steps is None:
+            epochs_between = self.every_n_epochs
+        else:  # An unknown number of batches is infinite.
+            steps_in_epoch = max(1.0, trainer.num_training_batches / trainer.accumulate_grad_batches)
+            epochs_between = math.ceil(self.every_n_train_steps / steps_in_epoch)
+        for problem in misunderstandings(
+            trainer,
+            self.logs,
+            epochs_between=max(1, epochs_between, self.every_n_epochs_after_zero_loss or 1),
+            at_epoch_end=self.every_n_train_steps is None,
+            rare=tuple(f"{self.prefix}/{name}" for name in ("zero_loss_step", "surviving_fraction")),
+        ):
+            self._say(problem, warn=True)
+
     def _start_history(self, trainer: Trainer) -> None:
         """Begin the file with the records of the run that is resumed."""
         self._history_file = None
@@ -565,6 +622,7 @@ class BasinMonitor(Callback):
             "measured_step": self._measured_step,
             "zero_loss_step": self.zero_loss_step,
             "num_zero_losses": self._num_zero_losses,
+            "skipped_steps": list(self.skipped_steps),
             "leave_out_loss": self._leave_out_loss,
         }
 
@@ -583,6 +641,7 @@ class BasinMonitor(Callback):
         self._measured_step = state_dict["measured_step"]
         self.zero_loss_step = state_dict["zero_loss_step"]
         self._num_zero_losses = state_dict["num_zero_losses"]
+        self.skipped_steps = list(state_dict["skipped_steps"])
         self._leave_out_loss = state_dict["leave_out_loss"]
 
     def __getstate__(self) -> dict[str, Any]:

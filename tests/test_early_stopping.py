@@ -60,6 +60,74 @@ def test_strict_early_stopping_of_lightning_with_a_rare_measurement_does_not_rai
     assert steps(monitor) == [0, 5, 10, 15, 20]
 
 
+@pytest.mark.parametrize(
+    ("stopping", "options", "message"),
+    [
+        pytest.param({}, {"val_check_interval": 0.5}, "sees the one before. HINT: pass check_on", id="in the epoch"),
+        pytest.param({"check_on_train_epoch_end": False}, {}, "sees the one before", id="at validation end"),
+        pytest.param({}, {"check_val_every_n_epoch": 3}, "sees the one before", id="rare validation"),
+        pytest.param(
+            {"check_on_train_epoch_end": False}, {"limit_val_batches": 0}, "of which there is none", id="no validation"
+        ),
+        pytest.param(
+            {"patience": 4}, {"monitor": {"every_n_epochs": 5}}, "patience=4 is over .* pass patience=20", id="patience"
+        ),
+        pytest.param(
+            {"patience": 2},
+            {"monitor": {"every_n_train_steps": 6}},
+            "each value up to 3 times: patience=2 is over",
+            id="patience, steps",
+        ),
+        pytest.param(
+            {"patience": 2},
+            {"monitor": {"every_n_epochs_after_zero_loss": 3}},
+            "each value up to 3 times",
+            id="patience, after zero loss",
+        ),
+    ],
+)
+def test_what_early_stopping_of_lightning_cannot_do_is_said_at_the_start(tmp_path, stopping, options, message):
+    callback = EarlyStopping("basin/gradient_rank", **{"patience": 100} | stopping)
+    with pytest.warns(UserWarning, match=message):
+        stop_on(tmp_path, callback, num_batches=2, max_epochs=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("stopping", "options"),
+    [
+        pytest.param({}, {}, id="default"),
+        pytest.param({"check_on_train_epoch_end": True}, {"val_check_interval": 0.5}, id="checks at epoch end"),
+        pytest.param({"patience": 5}, {"monitor": {"every_n_epochs": 5}}, id="patience"),
+        pytest.param({"monitor": "val_loss", "patience": 1}, {"monitor": {"every_n_epochs": 5}}, id="another value"),
+    ],
+)
+def test_nothing_is_said_where_early_stopping_of_lightning_does_what_is_meant(tmp_path, recwarn, stopping, options):
+    callback = EarlyStopping(**{"monitor": "basin/gradient_rank", "patience": 100} | stopping)
+    stop_on(tmp_path, callback, num_batches=2, max_epochs=1, **options)
+    stop_on(tmp_path, RankEarlyStopping(patience=1), num_batches=2, max_epochs=1, monitor={"every_n_epochs": 3})
+    assert not [warning for warning in recwarn if "HINT: pass" in str(warning.message)]
+
+
+def test_a_value_that_comes_late_asks_for_a_lenient_early_stopping(tmp_path):
+    stopping = EarlyStopping("basin/zero_loss_step", strict=True, patience=100)
+    with pytest.warns(UserWarning, match="HINT: pass strict=False"), pytest.raises(RuntimeError, match="not available"):
+        stop_on(tmp_path, stopping, max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("saving", "options", "message"),
+    [
+        ({"save_on_train_epoch_end": False}, {}, "under the value of the one before. HINT: pass save_on_train_epoch"),
+        ({"every_n_epochs": 2}, {"monitor": {"every_n_epochs": 3}}, "HINT: pass every_n_epochs=3"),
+    ],
+    ids=["at validation end", "between measurements"],
+)
+def test_what_model_checkpoint_cannot_do_is_said_at_the_start(tmp_path, saving, options, message):
+    callback = ModelCheckpoint(tmp_path, monitor="basin/gradient_rank", **saving)
+    with pytest.warns(UserWarning, match=message):
+        stop_on(tmp_path, callback, max_epochs=1, enable_checkpointing=True, **options)
+
+
 def test_model_checkpoint_keeps_the_weights_of_the_lowest_rank(tmp_path):
     saving = ModelCheckpoint(tmp_path, "{step}", monitor="basin/gradient_rank", mode="min", save_top_k=1)
     stop_on(tmp_path, saving, (6, 5, 4, 3, 5, 6), max_epochs=6, enable_checkpointing=True)

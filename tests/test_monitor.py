@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.profilers import SimpleProfiler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -752,6 +753,67 @@ def test_monitor_that_gave_up_starts_anew_with_the_next_fit(tmp_path):
     assert steps(monitor) == [0, 6, 12]
 
 
+# ----------------------------------------------------------------------------------------------------------- time
+
+
+def test_measurements_that_would_take_too_long_are_skipped(tmp_path):
+    monitor = BasinMonitor(probe=20, every_n_train_steps=1, max_overhead=1e-6)
+    logger = TensorBoardLogger(tmp_path)
+    make_trainer(tmp_path, monitor, logger=logger).fit(Regressor(), loader())
+    # A millionth of the time: after the baseline of some milliseconds, none for hours.
+    assert steps(monitor) == [0]
+    assert monitor.skipped_steps == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in events_of(logger).Scalars("basin/skipped_measurements")] == [0]
+
+
+def test_measurements_take_at_most_their_share_of_a_run(tmp_path):
+    class Slow(Regressor):
+        def training_step(self, batch, batch_idx):
+            time.sleep(0.02)
+            return super().training_step(batch, batch_idx)
+
+    monitor = BasinMonitor(probe=20, every_n_train_steps=1, max_overhead=0.3)
+    started = time.monotonic()
+    make_trainer(tmp_path, monitor, max_epochs=20).fit(Slow(), loader())
+    elapsed = time.monotonic() - started
+    spent = sum(record.measure_seconds for record in monitor.records)
+    assert len(monitor.records) > 1
+    assert monitor.skipped_steps
+    # The last measurement may have taken longer than the one before, by which it was allowed.
+    assert spent <= 0.3 * elapsed + max(record.measure_seconds for record in monitor.records)
+
+
+def test_a_run_with_time_to_spare_skips_nothing(tmp_path):
+    class Slow(Regressor):
+        def on_train_epoch_start(self):
+            time.sleep(0.3)
+
+    monitor = BasinMonitor(probe=20, max_overhead=0.99)
+    make_trainer(tmp_path, monitor, max_epochs=3).fit(Slow(), loader())
+    assert (steps(monitor), monitor.skipped_steps) == ([0, 3, 6, 9], [])
+
+
+def test_a_long_measurement_is_announced(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("lightning_basin.monitor.LONG_SECONDS", 0.0)
+    with caplog.at_level("INFO"):
+        make_trainer(tmp_path, BasinMonitor(probe=20), max_epochs=1).fit(Regressor(), loader())
+    said = [message.split(";")[0].split(" took")[0] for message in caplog.messages if "easur" in message]
+    assert said == [
+        "Measuring at step 0",
+        "The measurement at step 0",
+        "Measuring at step 3",
+        "The measurement at step 3",
+    ]
+
+
+def test_profiler_shows_what_measuring_takes(tmp_path):
+    profiler = SimpleProfiler()
+    make_trainer(tmp_path, BasinMonitor(probe=20, verify_null_space=1), profiler=profiler).fit(Regressor(), loader())
+    durations = profiler.recorded_durations
+    assert len(durations["[BasinMonitor]basin.measure"]) == 3
+    assert len(durations["[BasinMonitor]basin.verify_null_space"]) == 3
+
+
 # ---------------------------------------------------------------------------------------- is the null space real
 
 
@@ -1053,6 +1115,8 @@ def test_same_seed_gives_the_same_records(tmp_path):
         ({"verify_null_space": 0}, r"verify_null_space=0\).* at least 1"),
         ({"verify_null_space": "always"}, r"verify_null_space='always'\).*'zero_loss'"),
         ({"history": "xml"}, r"history='xml'\).*'csv', 'jsonl' or None"),
+        ({"max_overhead": 0.0}, r"max_overhead=0.0\).* inside \(0, 1\)"),
+        ({"max_overhead": 1.0}, r"max_overhead=1.0\).* inside \(0, 1\)"),
         ({"max_failures": 0}, r"max_failures=0\).* at least 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
