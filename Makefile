@@ -4,13 +4,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check examples install clean
+.PHONY: demo test bench check examples install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check

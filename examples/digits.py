@@ -55,7 +55,7 @@ def what_to_look_at(first: BasinRecord, last: BasinRecord) -> str:
     rows = {
         "gradient_rank_deficit": "directions lost beyond the unavoidable ones",
         "gradient_nullity": "directions that leave every output as it is",
-        "hessian_nullity": "flat directions of the loss; falls to gradient_nullity as the residual vanishes",
+        "hessian_nullity_upper": "flat directions of the loss at most; falls to gradient_nullity with the residual",
         "residual_curvature": "how far the two still are from being the same thing",
     }
     lines = ["What to look at, and its way from the start to the end:"]
@@ -67,7 +67,7 @@ def what_to_look_at(first: BasinRecord, last: BasinRecord) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-epochs", type=int, default=3000)
-    parser.add_argument("--every-n-epochs", type=int, default=150)
+    parser.add_argument("--every-n-epochs", type=int, default=300)
     parser.add_argument("--log-dir", default="logs")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -6,12 +6,13 @@ from lightning_basin.monitor import BasinMonitor
 from lightning_basin.null_space import NullSpaceVerification, verify_null_space
 from lightning_basin.offline import measure_checkpoints
 from lightning_basin.probe import Probe
-from lightning_basin.record import BasinRecord, LayerRecord
+from lightning_basin.record import BasinRecord, LayerRecord, MergedInput
 
 __all__ = [
     "BasinMonitor",
     "BasinRecord",
     "LayerRecord",
+    "MergedInput",
     "NullSpaceVerification",
     "Probe",
     "RankEarlyStopping",

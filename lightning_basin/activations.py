@@ -1,6 +1,6 @@
 """What enters and leaves each layer, input by input, and where that is all a network knows of its input."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,8 +9,16 @@ from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_basin.functional.duplicate_stream import DuplicateSearch
 from lightning_basin.layers import AGREEMENT_RTOL, Network, Replacement, Trace
 from lightning_basin.probe import Probe
+from lightning_basin.replica import isolated_evaluation
+
+_STREAMED = 2**25  # float64 numbers in the activations evaluated at once: 256 MiB
+
+_HELD = 2**26  # and in those that the searches of all layers hold to compare others with: 512 MiB
+
+_SIGNALS = 2**24  # float64 numbers in the signals of one layer: 128 MiB
 
 _CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU)
 
@@ -47,10 +55,27 @@ def layer_activations(network: Network, probe: Probe, trace: Trace) -> dict[str,
         return _LayoutByExample(network, probe, trace).activations()
 
 
-def cuts(
-    network: Network, probe: Probe, trace: Trace, activations: dict[str, LayerActivations]
-) -> Iterator[tuple[str, int]]:
-    """Layers whose input is all that crosses, with the number of parameters used before it.
+def parameters_before(network: Network, trace: Trace, name: str) -> list[bool]:
+    """For each parameter whether what enters a layer depends on it.
+
+    Args:
+        network: That was traced.
+        trace: Of the probe.
+        name: Of a layer that was called.
+    """
+    attached = [tensor for tensor in trace.entering[name] if tensor.requires_grad]
+    parameters = network.parameters()
+    if not attached:
+        return [False] * len(parameters)
+    ones = [torch.ones_like(tensor) for tensor in attached]
+    gradients = torch.autograd.grad(attached, parameters, ones, retain_graph=True, allow_unused=True)
+    return [gradient is not None for gradient in gradients]
+
+
+def is_cut(
+    network: Network, probe: Probe, trace: Trace, name: str, layer: LayerActivations, before: Sequence[bool]
+) -> bool:
+    """Whether what enters a layer is all that crosses to what follows.
 
     Found by computing: where what enters a layer is rolled from each input to the next, and all outputs and
     gradients with respect to later parameters roll along, nothing else about an input gets past the layer. A
@@ -60,34 +85,167 @@ def cuts(
         network: That was traced.
         probe: The inputs.
         trace: Of the probe.
-        activations: Of the probe.
-
-    Yields:
-        Name of the layer, and number of entries of all parameters that what enters it depends on.
+        name: Of the layer.
+        layer: Its activations.
+        before: Which parameters what enters depends on, from `parameters_before`.
     """
-    for name, layer in activations.items():
-        called_once = len(trace.leaving.get(name, [])) == 1  # Later calls see the earlier ones already rolled.
-        if not layer.rows_per_input or not called_once:
-            continue
-        before = _used_before(network, trace.entering[name])
-        rolled = network.trace(probe, replace=Replacement(name, layer.rows_per_input)).outputs
-        tolerance = AGREEMENT_RTOL * float(trace.outputs.detach().abs().max())
-        if float((rolled - trace.outputs.roll(1, 0)).detach().abs().max()) > tolerance:
-            continue
-        after = [parameter for parameter, used in zip(network.parameters(), before, strict=True) if not used]
-        if _gradients_roll(trace.outputs, rolled, after):
-            yield name, sum(p.numel() for p, used in zip(network.parameters(), before, strict=True) if used)
+    called_once = len(trace.leaving.get(name, [])) == 1  # Later calls see the earlier ones already rolled.
+    if not layer.rows_per_input or not called_once:
+        return False
+    rolled = network.trace(probe, replace=Replacement(name, layer.rows_per_input)).outputs
+    tolerance = AGREEMENT_RTOL * float(trace.outputs.detach().abs().max())
+    if float((rolled - trace.outputs.roll(1, 0)).detach().abs().max()) > tolerance:
+        return False
+    after = [parameter for parameter, used in zip(network.parameters(), before, strict=True) if not used]
+    return _gradients_roll(trace.outputs, rolled, after)
 
 
-def _used_before(network: Network, entering: Sequence[Tensor]) -> list[bool]:
-    """For each parameter whether what enters a layer depends on it."""
-    attached = [tensor for tensor in entering if tensor.requires_grad]
-    parameters = network.parameters()
-    if not attached:
-        return [False] * len(parameters)
-    ones = [torch.ones_like(tensor) for tensor in attached]
-    gradients = torch.autograd.grad(attached, parameters, ones, retain_graph=True, allow_unused=True)
-    return [gradient is not None for gradient in gradients]
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """A layer that all parameters before a cut act through.
+
+    Attributes:
+        signals: Derivative of each output by what leaves the layer, shape ``(k, c, units)``.
+        inputs: What enters it, shape ``(k, features)``, where it is a linear layer and nothing else is trained before
+            the cut; ``None`` otherwise.
+    """
+
+    signals: Tensor
+    inputs: Tensor | None
+
+
+def passage(
+    network: Network, probe: Probe, trace: Trace, activations: dict[str, LayerActivations], cut: str
+) -> Passage | None:
+    """The layer called last before a cut, if everything trained before the cut acts on the outputs through it alone.
+
+    The graph of the outputs tells: no such parameter may be reached on a way around what leaves the layer. A weight
+    that is used on both sides of the cut is, and so is one beside a skip connection.
+
+    Args:
+        network: That was traced.
+        probe: The inputs.
+        trace: Of the probe.
+        activations: Of the probe.
+        cut: Name of the layer whose input is all that crosses, as `is_cut` found it.
+
+    Returns:
+        ``None`` where there is no such layer, where what leaves it is not laid out input by input, and where its
+        signals are more than 2**24 numbers.
+    """
+    called = list(activations)
+    position = called.index(cut)
+    name = called[position - 1]
+    left = trace.leaving.get(name, [])
+    rows = network.rows(trace.outputs)
+    if position == 0 or len(left) != 1 or not left[0].requires_grad or rows.shape[1] * left[0].numel() > _SIGNALS:
+        return None
+    part, arranged = network.module.get_submodule(name), activations[name].leaving
+    if left[0].shape[:1] != (probe.size,):
+        return None
+    by_input = _units_last(part, [_real(left[0].detach()).unsqueeze(1)])
+    if arranged is None or by_input is None or not torch.equal(by_input, arranged):
+        return None
+    used = parameters_before(network, trace, cut)
+    before = [parameter for parameter, is_used in zip(network.parameters(), used, strict=True) if is_used]
+    if _reached_around(trace.outputs, left[0], before):
+        return None
+    signals = torch.stack([torch.autograd.grad(row.sum(), left[0], retain_graph=True)[0] for row in rows.unbind(1)], 1)
+    signals = signals.flatten(2)
+    return Passage(signals, _linear_inputs(part, trace.entering[name], before, rows, signals))
+
+
+def _reached_around(outputs: Tensor, passed: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether the graph of the outputs leads to any parameter on a way that does not pass a tensor."""
+    wanted = {id(parameter) for parameter in parameters}
+    waiting, seen = [outputs.grad_fn], {outputs.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        for following, number in () if node is None else node.next_functions:
+            if following is None or following in seen or (following, number) == (passed.grad_fn, passed.output_nr):
+                continue
+            if id(getattr(following, "variable", None)) in wanted:
+                return True
+            seen.add(following)
+            waiting.append(following)
+    return False
+
+
+def _linear_inputs(
+    part: nn.Module, entering: Sequence[Tensor], before: Sequence[Tensor], rows: Tensor, signals: Tensor
+) -> Tensor | None:
+    """What enters a linear layer, if its parameters are all there are before a cut, and it acts as such a layer."""
+    if type(part) is not nn.Linear or len(entering) != 1 or entering[0].ndim != 2:  # noqa: PLR2004 - a matrix
+        return None
+    others = {id(parameter) for parameter in before} - {id(part.bias)}
+    if others != {id(part.weight)}:
+        return None
+    generator = Generator().manual_seed(0)
+    weights = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)
+    (expected,) = torch.autograd.grad(rows, part.weight, weights, retain_graph=True)
+    inputs = _real(entering[0].detach())
+    found = (weights.unsqueeze(2) * signals).sum(1).mT @ inputs
+    if bool(((found - expected).abs() > AGREEMENT_RTOL * expected.abs().max()).any()):
+        return None
+    return inputs
+
+
+def streamed_classes(network: Network, probes: Iterable[Probe], *, rtol: float) -> dict[str | None, Tensor]:
+    """Classes of equal activations over more inputs than fit into memory; see `DuplicateSearch`.
+
+    Args:
+        network: Is run under `isolated_evaluation`; probes are taken outside of it, where they are what training sees.
+        probes: The inputs, in parts; iterated over several times.
+        rtol: Two activations are the same when they differ by at most this, relative to the largest.
+
+    Returns:
+        For each layer whose activation is known input by input, in the order of first entry, and last, as ``None``, for
+        the outputs: the smallest index of each input's class.
+
+    Raises:
+        ValueError: If there are no inputs, two passes differ, or activations differ in length or are not finite.
+    """
+    stream = _ActivationStream(network, probes)
+    searches = {name: DuplicateSearch(rtol=rtol, max_elements=_HELD // len(stream.names)) for name in stream.names}
+    unfinished = searches
+    while unfinished:
+        for activations in stream:
+            for name, search in unfinished.items():
+                search.add(activations[name])
+        unfinished = {name: search for name, search in unfinished.items() if search.finish_pass()}
+    return {name: search.classes for name, search in searches.items()}
+
+
+class _ActivationStream:
+    """What enters each layer and what leaves the network, chunk by chunk, at each iteration anew."""
+
+    def __init__(self, network: Network, probes: Iterable[Probe]) -> None:
+        self._network = network
+        self._probes = probes
+        first = next(iter(probes), None)
+        if first is None:
+            raise ValueError("there must be at least one input to look for duplicates in, got none")
+        activations = self._evaluated(first.select([0]))
+        self.names = list(activations)
+        self._chunk_size = max(2, _STREAMED // sum(tensor.numel() for tensor in activations.values()))
+
+    def __iter__(self) -> Iterator[dict[str | None, Tensor]]:
+        for probe in self._probes:
+            for indices in torch.split(torch.arange(probe.size), self._chunk_size):
+                yield self._evaluated(probe.select(indices))
+
+    def _evaluated(self, probe: Probe) -> dict[str | None, Tensor]:
+        size, device = probe.size, self._network.parameters()[0].device
+        if size == 1:  # Beside itself: alone, an input does not show which axis counts the inputs.
+            probe = probe.select([0, 0])
+        with isolated_evaluation(device), torch.no_grad():
+            probe = probe.to(device).double()
+            trace = self._network.trace(probe)
+            layers = layer_activations(self._network, probe, trace)
+        found: dict[str | None, Tensor] = {
+            name: layer.entering[:size] for name, layer in layers.items() if layer.entering is not None
+        }
+        return found | {None: trace.outputs[:size].unsqueeze(-1).flatten(1)}
 
 
 def _gradients_roll(outputs: Tensor, rolled: Tensor, parameters: Sequence[Tensor]) -> bool:

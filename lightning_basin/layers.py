@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from lightning_basin.operations import Operations, recorded_operations
 from lightning_basin.probe import Probe, map_tensors, tensors_of
 
 AGREEMENT_RTOL = 1e-9
@@ -43,12 +44,14 @@ class Trace:
         entering: Tensors that entered each layer, over all its calls, in the order of first entry.
         leaving: The (first) tensor that left each call of a layer.
         num_first: How many layers were entered before any had been left: the first one, and what it sits in.
+        operations: Those that use trainable parameters.
     """
 
     outputs: Tensor
     entering: dict[str, list[Tensor]] = field(default_factory=dict)
     leaving: dict[str, list[Tensor]] = field(default_factory=dict)
     num_first: int = 0
+    operations: Operations = field(default_factory=Operations)
 
 
 def find_layers(module: nn.Module) -> tuple[Layer, ...]:
@@ -169,14 +172,19 @@ class Network:
         return list(trace.entering)
 
     def trace(self, probe: Probe, *, replace: "Replacement | None" = None) -> Trace:
-        """Run once and note what enters and leaves each layer.
+        """Run once and note what enters and leaves each layer, and which operations use its parameters.
 
         Args:
             probe: The inputs.
             replace: Changes what enters one layer, at every call.
         """
         trace = Trace(outputs=torch.empty(0))
-        with _recording(self, trace, replace):
+        trained = {name: self.named_parameters[name] for layer in self.layers for name in layer.parameters}
+        constants = [*self.named_parameters.values(), *self.module.buffers()]
+        with (
+            _recording(self, trace, replace),
+            recorded_operations(trained, constants, num_inputs=probe.size) as trace.operations,
+        ):
             trace.outputs = self.outputs(probe)
         return trace
 
@@ -274,3 +282,40 @@ def _recording(network: Network, trace: Trace, replace: Replacement | None) -> I
     finally:
         for handle in handles:
             handle.remove()
+
+
+class TracedProbe:
+    """A probe that a network has been run on, all inputs at once or chunk by chunk where memory asks for it.
+
+    Args:
+        network: To run.
+        probe: The inputs.
+        chunk_size: Inputs per run; the traces of several chunks are not kept, but made anew at each iteration.
+    """
+
+    def __init__(self, network: Network, probe: Probe, *, chunk_size: int | None = None) -> None:
+        self.network = network
+        self.probe = probe
+        self._chunk_size = probe.size if chunk_size is None else chunk_size
+        self._whole: Trace | None = None
+
+    def __iter__(self) -> Iterator[Trace]:
+        if self.is_whole:
+            yield self.whole
+            return
+        for start in range(0, self.probe.size, self._chunk_size):
+            indices = range(start, min(start + self._chunk_size, self.probe.size))
+            yield self.network.trace(self.probe.select(indices))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all inputs are run at once."""
+        return self._chunk_size >= self.probe.size
+
+    @property
+    def whole(self) -> Trace:
+        """The trace of all inputs at once; without a graph, where this would not fit into memory."""
+        if self._whole is None:
+            with torch.set_grad_enabled(self.is_whole):
+                self._whole = self.network.trace(self.probe)
+        return self._whole

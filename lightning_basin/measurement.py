@@ -10,36 +10,54 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from lightning_basin.activations import LayerActivations, cuts, layer_activations
+from lightning_basin.activations import (
+    LayerActivations,
+    is_cut,
+    layer_activations,
+    parameters_before,
+    passage,
+    streamed_classes,
+)
+from lightning_basin.curvature import HESSIAN_MODES, MAX_DENSE_PARAMETERS, HessianMeasurement, HessianMode
 from lightning_basin.functional.duplicates import (
     dead_units,
+    duplicate_classes,
     duplicated_activations,
     gradient_rank_bound,
+    merged_directions,
+    merged_linear_directions,
 )
-from lightning_basin.functional.hessian import (
-    NullSpace,
-    curvature_rows,
-    hessian_matrix,
-    hessian_null_space,
-    output_curvature,
-)
-from lightning_basin.functional.rank import GradientRank, check_rtol, gradient_rank
+from lightning_basin.functional.hessian import NullSpace, softmax_jacobian
+from lightning_basin.functional.rank import GradientRank, Spectrum, check_rtol, gradient_rank
 from lightning_basin.functional.sketch import SpectrumAccumulator
-from lightning_basin.gradients import check_memory, layer_gradients
-from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace
-from lightning_basin.probe import Probe, float64_device
-from lightning_basin.record import BasinRecord, LayerRecord, layer_blocks
+from lightning_basin.gradients import GROUP_ELEMENTS, layer_gradients
+from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace, TracedProbe, call_module
+from lightning_basin.plan import MeasurementPlan, plan_measurement
+from lightning_basin.probe import Probe, float64_device, tensors_of
+from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
 from lightning_basin.replica import float64_replica, isolated_evaluation
+from lightning_basin.training_set import as_probes
 
 LossFunction = Callable[[Tensor, Any], Tensor]
 """From the outputs and the targets of a probe to a scalar."""
 
-HessianMode = Literal["auto", "dense", False]
+
+@dataclass(frozen=True)
+class Probabilities:
+    """Probabilities as the behavior whose gradients count: the softmax over the second axis of a module's outputs.
+
+    The loss still takes the outputs themselves.
+
+    Attributes:
+        outputs: From the module and the inputs to the outputs, shape ``(k, classes, ...)``.
+    """
+
+    outputs: ModuleBehavior = call_module
+
+
+Behavior = ModuleBehavior | Probabilities | Literal["outputs", "probabilities"]
 
 LayerSelection = Literal["auto", "all"] | Sequence[str]
-
-MAX_DENSE_PARAMETERS = 3000
-"""Largest number of parameters for which ``hessian="auto"`` forms the Hessian: 72 MB, some seconds."""
 
 MAX_ROWS = 4096
 """Largest number of outputs on a probe: each decomposition then takes about ten seconds on two cores."""
@@ -47,21 +65,22 @@ MAX_ROWS = 4096
 AUTO_ROWS = 2048
 """What ``max_outputs="auto"`` brings larger numbers down to."""
 
-_HESSIAN_ELEMENTS = 2**25  # float64 numbers in the activations of one batched backward pass: 256 MiB
-
 
 def measure_basin(
     module: nn.Module,
     inputs: Any,
     targets: Any = None,
     *,
-    loss_fn: LossFunction | None = None,
-    behavior: ModuleBehavior | None = None,
+    loss_fn: LossFunction | Literal["behavioral"] | None = None,
+    behavior: Behavior | None = None,
     layers: LayerSelection = "all",
     hessian: HessianMode = "auto",
     rtol: float | None = None,
     duplicate_rtol: float = 1e-6,
+    duplicates_over: Any = None,
     max_outputs: int | Literal["auto"] | None = None,
+    spectrum: bool = True,
+    memory_budget: int | None = None,
     seed: int = 0,
     step: int | None = None,
 ) -> BasinRecord:
@@ -73,27 +92,44 @@ def measure_basin(
         module: Any module, of any floating point type, on any device.
         inputs: A tensor, or a tuple or dict of tensors, with the k inputs along their first axis; or a `Probe`.
         targets: What ``loss_fn`` takes as its second argument.
-        loss_fn: From outputs and targets to a scalar. Without it loss and Hessian are not measured.
-        behavior: From the module and the inputs to the outputs whose gradients count, shape ``(k, ...)``. ``None``
-            calls the module, unpacking a tuple or dict as its ``forward`` takes it.
+        loss_fn: From outputs and targets to a scalar. Without it loss and Hessian are not measured. ``"behavioral"``
+            takes the outputs as they are for targets, in squared error: its Hessian is 2 GᵀG at any weights, and there
+            is no loss to report.
+        behavior: From the module and the inputs to the outputs whose gradients count, shape ``(k, ...)``. ``None`` or
+            ``"outputs"`` calls the module, unpacking a tuple or dict as its ``forward`` takes it. ``"probabilities"``
+            counts the gradients of the softmax over the second axis of these, where torch's cross-entropy has the
+            classes, while ``loss_fn`` still takes the outputs before the softmax.
         layers: ``"all"``, ``"auto"`` (blocks beside the layers where these are more than 32), or names of
             layers to report.
-        hessian: ``"auto"`` forms it up to ``MAX_DENSE_PARAMETERS`` parameters, ``"dense"`` always, ``False`` never.
+        hessian: ``"auto"`` brackets its nullity by some 30 products at any size, and up to 500 parameters forms it
+            too; ``"dense"`` forms it always, ``"bracket"`` never; ``"gauss-newton"`` takes no product and measures
+            ``gauss_newton_nullity`` only; ``False`` measures nothing of it.
         rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
         duplicate_rtol: Two activations are the same when they differ by at most this, relative to the largest.
+        duplicates_over: A whole training set over which duplicated activations are counted too: a map-style data set
+            or a ``DataLoader`` of one (read in the order of its indices, without the loader's workers and shuffling),
+            or batches that can be iterated over several times, each a tensor, a pair of inputs and targets, or a
+            `Probe`. It is streamed two times or more.
         max_outputs: Where a module has more outputs per input, measure the gradients of so many random orthonormal
             combinations of them; ranks are then lower bounds, and the Hessian is left out. ``"auto"`` does so where
             there are more than ``MAX_ROWS`` outputs on the probe, ``None`` refuses these.
+        spectrum: Whether singular values are wanted where full rank can be proved without them, several times as fast;
+            without, effective ranks and ranks at coarser tolerances are then left out.
+        memory_budget: Bytes that the measurement may use beside what the process holds; ``None`` means half of what is
+            free. Inputs and layers are then measured in pieces where that is needed.
         seed: Of the sketch's random vectors: same seed, same numbers.
         step: Noted in the record.
 
     Raises:
-        TypeError: If there is no input tensor, or the outputs are not a floating point tensor.
+        TypeError: If there is no input tensor, the outputs are not a floating point tensor, or ``duplicates_over`` can
+            be iterated over only once.
         ValueError: If there is nothing to measure (no trainable parameters, no inputs), outputs or loss are not
             finite, targets are missing, inputs influence each other's outputs, or a value is out of range.
+        MemoryBudgetError: A ValueError, if it cannot be cut to ``memory_budget``.
 
     Warns:
-        UserWarning: If the Hessian cannot be formed; everything else is then measured without it.
+        UserWarning: If the Hessian cannot be formed, or the training set not be evaluated; everything else is then
+            measured without it.
 
     Example:
         Three inputs on a line see two of the three parameters of a linear layer with 2 inputs and 1 output:
@@ -105,9 +141,28 @@ def measure_basin(
     """
     started = time.perf_counter()
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
-    _check_settings(probe, loss_fn, hessian, rtol, duplicate_rtol, max_outputs)
+    _check_settings(probe, loss_fn, behavior, hessian, rtol, duplicate_rtol, max_outputs)
+    training_set = None if duplicates_over is None else as_probes(duplicates_over)
     generator = Generator().manual_seed(seed)
-    with evaluated(module, probe, loss_fn, behavior) as evaluation:
+
+    def planned(network: Network, few: Probe, trace: Trace) -> MeasurementPlan:
+        num_outputs = _num_directions(probe.size, network.rows(trace.outputs).shape[1], max_outputs)
+        _check_num_rows(probe.size, num_outputs)
+        parts = _selected_parts(network.layers, layers)
+        num_parameters = parts[-1].num_parameters
+        return plan_measurement(
+            network,
+            few,
+            trace,
+            num_inputs=probe.size,
+            num_outputs=num_outputs,
+            num_blocks=sum(part.kind == "block" for part in parts),
+            with_dense_hessian=loss_fn is not None
+            and (hessian == "dense" or (hessian == "auto" and num_parameters <= MAX_DENSE_PARAMETERS)),
+            memory_budget=memory_budget,
+        )
+
+    with evaluated(module, probe, _loss_function(loss_fn), _outputs_of(behavior), planned) as evaluation:
         notes: list[str] = []
         num_directions = _num_directions(probe.size, evaluation.num_outputs, max_outputs)
         if num_directions < evaluation.num_outputs:
@@ -115,19 +170,23 @@ def measure_basin(
                 f"ranks are lower bounds: the {evaluation.num_outputs} outputs of each input are seen along "
                 f"{num_directions} random orthonormal directions"
             )
+            _check_projection(behavior)
             evaluation.network.project_outputs(evaluation.num_outputs, num_directions, generator)
-        _check_num_rows(probe.size, evaluation.num_outputs)
         parts = _selected_parts(evaluation.network.layers, layers)
-        keep_rows = _wants_hessian(evaluation, hessian, notes)
-        gradients = _measured_gradients(evaluation, parts, rtol, generator, keep_rows=keep_rows, notes=notes)
+        readout = _readout(evaluation, behavior)
+        curvature = _curvature(evaluation, parts, hessian, rtol, seed, is_plain=readout is None, notes=notes)
+        ranks, spectra = _measured_gradients(
+            evaluation, parts, rtol, generator, readout, curvature, spectrum=spectrum, notes=notes
+        )
+        null_spaces = _measured_hessian(curvature, spectra)
+        duplicates = _measured_duplicates(evaluation, duplicate_rtol, ranks[parts[-1]].rtol)
+    if training_set is not None:  # Out here, where its items are read as in training.
         try:
-            null_spaces = _measured_hessian(evaluation, parts, gradients.rows, rtol)
-        except (RuntimeError, NotImplementedError) as error:  # Not every operation can be differentiated twice.
-            warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=2)
-            null_spaces = {}
-        bound_rtol = gradients.ranks[parts[-1]].rtol
-        duplicates = _measured_duplicates(evaluation, duplicate_rtol, bound_rtol)
-        record = _assembled(evaluation, gradients.ranks, null_spaces, duplicates)
+            classes = streamed_classes(evaluation.network, training_set, rtol=duplicate_rtol)
+            duplicates = _with_training_set(duplicates, classes, evaluation.trace.num_first)
+        except Exception as error:  # Whatever a data set raises: the probe has been measured.
+            warnings.warn(f"the training set is left out. {type(error).__name__}: {error}", stacklevel=2)
+    record = _assembled(evaluation, ranks, null_spaces, duplicates, curvature)
     return replace(record, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started)
 
 
@@ -135,13 +194,14 @@ def check_measurable(
     module: nn.Module,
     probe: Probe,
     *,
-    loss_fn: LossFunction | None = None,
-    behavior: ModuleBehavior | None = None,
+    loss_fn: LossFunction | Literal["behavioral"] | None = None,
+    behavior: Behavior | None = None,
     layers: LayerSelection = "all",
     max_outputs: int | Literal["auto"] | None = None,
     num_inputs: int | None = None,
     is_loss_given: bool = True,
-) -> None:
+    memory_budget: int | None = None,
+) -> MeasurementPlan:
     """Evaluate once, so that what cannot be measured is known before anything is.
 
     Args:
@@ -154,13 +214,18 @@ def check_measurable(
         num_inputs: That the probe will have; ``None`` for those that it has.
         is_loss_given: Whether ``loss_fn`` was passed by a person. One that was found on the module by its name must be
             a function of outputs and targets alone: many a method of that name takes inputs and runs the module.
+        memory_budget: See `measure_basin`.
+
+    Returns:
+        How large a measurement will be.
 
     Raises:
         TypeError: See `measure_basin`.
         ValueError: See `measure_basin`.
+        MemoryBudgetError: See `measure_basin`.
     """
-    _check_settings(probe, loss_fn, "auto", None, 0.0, max_outputs)
-    with evaluated(module, probe, loss_fn, behavior) as evaluation:
+    _check_settings(probe, loss_fn, behavior, "auto", None, 0.0, max_outputs)
+    with evaluated(module, probe, _loss_function(loss_fn), _outputs_of(behavior)) as evaluation:
         _selected_parts(evaluation.network.layers, layers)
         if not is_loss_given and evaluation.loss_fn is not None:
             found, outputs, targets = evaluation.loss_fn, evaluation.trace.outputs, evaluation.probe.targets
@@ -169,20 +234,37 @@ def check_measurable(
                 raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {run}")
         num_inputs = probe.size if num_inputs is None else num_inputs
         num_outputs = _num_directions(num_inputs, evaluation.num_outputs, max_outputs)
+        if num_outputs < evaluation.num_outputs:
+            _check_projection(behavior)
+        _readout(evaluation, behavior)
         _check_num_rows(num_inputs, num_outputs)
-        check_memory(evaluation.network, evaluation.probe, evaluation.trace, num_rows=num_inputs * num_outputs)
+        return plan_measurement(
+            evaluation.network,
+            evaluation.probe,
+            evaluation.trace,
+            num_inputs=num_inputs,
+            num_outputs=num_outputs,
+            memory_budget=memory_budget,
+        )
 
 
 def _check_settings(
     probe: Probe,
-    loss_fn: LossFunction | None,
+    loss_fn: LossFunction | Literal["behavioral"] | None,
+    behavior: Behavior | None,
     hessian: HessianMode,
     rtol: float | None,
     duplicate_rtol: float,
     max_outputs: int | Literal["auto"] | None,
 ) -> None:
-    if hessian not in ("auto", "dense", False):
-        raise ValueError(f"hessian must be 'auto', 'dense' or False, got {hessian!r}")
+    if hessian is not False and hessian not in HESSIAN_MODES:
+        raise ValueError(f"hessian must be one of {HESSIAN_MODES} or False, got {hessian!r}")
+    if isinstance(loss_fn, str) and loss_fn != "behavioral":
+        raise ValueError(f"loss_fn must be a function of outputs and targets or 'behavioral', got {loss_fn!r}")
+    if isinstance(behavior, str) and behavior not in ("outputs", "probabilities"):
+        raise ValueError(
+            f"behavior must be a function of module and inputs, 'outputs' or 'probabilities', got {behavior!r}"
+        )
     check_rtol(rtol)
     if not 0.0 <= duplicate_rtol < 1.0:
         raise ValueError(f"duplicate_rtol must be inside [0, 1), got {duplicate_rtol}")
@@ -190,19 +272,74 @@ def _check_settings(
         raise ValueError(f"max_outputs must be a number, 'auto' or None, got {max_outputs!r}")
     if isinstance(max_outputs, int) and max_outputs < 1:
         raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
-    if loss_fn is not None and probe.targets is None:
+    if callable(loss_fn) and probe.targets is None:
         raise ValueError("a loss_fn needs targets to compare the outputs with, got none: pass targets, or no loss_fn")
+
+
+Planner = Callable[[Network, Probe, Trace], MeasurementPlan]
+"""From a network, some inputs and their trace to how all inputs are measured."""
+
+
+def _loss_function(loss_fn: LossFunction | Literal["behavioral"] | None) -> LossFunction | None:
+    return _behavioral_loss if isinstance(loss_fn, str) else loss_fn
+
+
+def _behavioral_loss(outputs: Tensor, _: Any) -> Tensor:
+    """Squared distance from the outputs as they are (Bushnaq et al., 2024): zero, with the Hessian 2 GᵀG."""
+    return (outputs - outputs.detach()).square().sum()
+
+
+def _outputs_of(behavior: Behavior | None) -> ModuleBehavior | None:
+    """What gives the module's outputs, which the loss takes; ``None`` calls the module."""
+    if isinstance(behavior, Probabilities):
+        return behavior.outputs
+    return None if isinstance(behavior, str) else behavior
+
+
+def _readout(evaluation: "Evaluation", behavior: Behavior | None) -> Tensor | None:
+    """Derivative of the behavior by the outputs, as blocks for `weighted_rows`; ``None`` where they are the same."""
+    if not isinstance(behavior, Probabilities) and behavior != "probabilities":
+        return None
+    shape = evaluation.trace.outputs.shape
+    if len(shape) == 1 or shape[1] < 2:  # noqa: PLR2004 - classes
+        raise ValueError(
+            f"behavior='probabilities' needs outputs with at least two classes along their second axis, got shape "
+            f"{tuple(shape)}: pass behavior=lambda module, inputs: ... that returns the probabilities"
+        )
+    return softmax_jacobian(evaluation.trace.outputs)
+
+
+def _check_projection(behavior: Behavior | None) -> None:
+    if isinstance(behavior, Probabilities) or behavior == "probabilities":
+        raise ValueError(
+            f"behavior='probabilities' needs all outputs, of which at most {MAX_ROWS} can be measured at once, and "
+            f"cannot be combined with max_outputs: take a smaller probe"
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """A network on a probe, evaluated once."""
 
-    network: Network
-    probe: Probe
+    traced: TracedProbe
     loss_fn: LossFunction | None
-    trace: Trace
     loss: Tensor | None
+    plan: MeasurementPlan | None = None
+
+    @property
+    def network(self) -> Network:
+        """The network, a copy in float64."""
+        return self.traced.network
+
+    @property
+    def probe(self) -> Probe:
+        """The inputs."""
+        return self.traced.probe
+
+    @property
+    def trace(self) -> Trace:
+        """What one forward pass showed."""
+        return self.traced.whole
 
     @property
     def num_outputs(self) -> int:
@@ -222,22 +359,45 @@ class Evaluation:
 
 @contextmanager
 def evaluated(
-    module: nn.Module, probe: Probe, loss_fn: LossFunction | None, behavior: ModuleBehavior | None
+    module: nn.Module,
+    probe: Probe,
+    loss_fn: LossFunction | None,
+    behavior: ModuleBehavior | None,
+    planned: Planner | None = None,
 ) -> Iterator[Evaluation]:
-    """Evaluate a float64 copy of a module once and check what comes out."""
+    """Evaluate a float64 copy of a module once and check what comes out.
+
+    Args:
+        module: Stays as it is.
+        probe: The inputs.
+        loss_fn: See `measure_basin`.
+        behavior: See `measure_basin`.
+        planned: Cuts the measurement to the memory that there is; ``None`` runs all inputs at once.
+    """
     device = float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
     with isolated_evaluation(device):
         replica, loss_fn, behavior = float64_replica(module, loss_fn, behavior)
         network = Network(replica, behavior)
         probe = probe.to(device).double()
-        trace = network.trace(probe)
+        plan = None if planned is None else planned(network, *_few_traced(network, probe))
+        traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size)
+        trace = traced.whole
         _check_outputs(network, probe, trace.outputs.detach())
         _check_copy(module, trace.outputs, "behavior")
         loss = None
         if loss_fn is not None:
             loss = _checked_loss(loss_fn, trace.outputs, probe.targets)
             _check_copy(module, loss, "loss_fn")
-        yield Evaluation(network, probe, loss_fn, trace, loss)
+        yield Evaluation(traced, loss_fn, loss, plan)
+
+
+def _few_traced(network: Network, probe: Probe) -> tuple[Probe, Trace]:
+    """The first inputs, whose run shows how large that of all will be."""
+    few = probe.select(range(min(2, probe.size)))
+    try:
+        return few, network.trace(few)
+    except (TypeError, ValueError):  # Some modules cannot run so few.
+        return probe, network.trace(probe)
 
 
 def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
@@ -299,7 +459,7 @@ def _check_num_rows(num_inputs: int, num_outputs: int) -> None:
 
 def _checked_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
     try:
-        loss = loss_fn(outputs, targets)
+        loss = _loss_of_equal_shapes(loss_fn, outputs, targets)
     except Exception as error:
         raise TypeError(
             f"loss_fn must take the outputs, shape {tuple(outputs.shape)}, and the targets of the probe, but failed "
@@ -310,7 +470,28 @@ def _checked_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tenso
         raise TypeError(f"loss_fn must return one floating point number as a tensor, got {got}")
     if not bool(loss.isfinite().all()):
         raise ValueError(f"the loss on the probe must be finite, got {loss.item()}")
+    if outputs.requires_grad and not loss.requires_grad:
+        raise ValueError(
+            f"the loss must be a differentiable function of the outputs, got the constant {loss.item()}: loss_fn may "
+            f"neither ignore the outputs nor detach them"
+        )
+    if loss_fn(outputs, targets).item() != loss.item():
+        raise ValueError(
+            "the loss must be a function of outputs and targets, but two evaluations differ: loss_fn draws random "
+            "numbers, or changes with every call"
+        )
     return loss.reshape(())
+
+
+def _loss_of_equal_shapes(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
+    """The loss; torch's own losses only warn where targets of another shape are compared with every output."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Using a target size")
+        try:
+            return loss_fn(outputs, targets)
+        except UserWarning as warning:
+            shapes = [tuple(tensor.shape) for tensor in tensors_of(targets)]
+            raise TypeError(f"targets must have the shape of the outputs, got {shapes}. {warning}") from warning
 
 
 @dataclass(frozen=True)
@@ -324,14 +505,6 @@ class _Part:
     @property
     def num_parameters(self) -> int:
         return sum(layer.num_parameters for layer in self.layers)
-
-
-@dataclass(frozen=True, eq=False)
-class _Gradients:
-    """Ranks by part; and the dense gradients by layer where the Hessian needs them."""
-
-    ranks: Mapping[_Part, GradientRank]
-    rows: Mapping[Layer, Tensor]
 
 
 def _selected_parts(layers: Sequence[Layer], selection: LayerSelection) -> tuple[_Part, ...]:
@@ -354,114 +527,217 @@ def _measured_gradients(
     parts: Sequence[_Part],
     rtol: float | None,
     generator: Generator,
+    readout: Tensor | None,
+    curvature: HessianMeasurement[_Part] | None,
     *,
-    keep_rows: bool,
+    spectrum: bool,
     notes: list[str],
-) -> _Gradients:
-    spectra = {part: SpectrumAccumulator(evaluation.num_rows, part.num_parameters, generator) for part in parts}
+) -> tuple[dict[_Part, GradientRank], dict[_Part, Spectrum]]:
+    """Ranks of the behavioral gradients of each part; and singular values, unless neither they nor these are wanted."""
+    max_elements = GROUP_ELEMENTS if evaluation.plan is None else evaluation.plan.group_elements
+    waiting = {
+        part: SpectrumAccumulator(evaluation.num_rows, part.num_parameters, generator, max_waiting=max_elements // 2)
+        for part in parts
+    }
     ranks: dict[_Part, GradientRank] = {}
-    rows: dict[Layer, Tensor] = {}
-    for measured in layer_gradients(evaluation.network, evaluation.probe, evaluation.trace, generator=generator):
+    spectra: dict[_Part, Spectrum] = {}
+
+    def judge(part: _Part) -> None:
+        accumulator = waiting.pop(part)
+        proved = None if spectrum or curvature is not None else accumulator.full_rank(rtol=rtol)
+        if proved is None:
+            spectra[part] = accumulator.spectrum()
+            proved = gradient_rank(spectra[part], rtol=rtol)
+        ranks[part] = proved
+
+    for measured in layer_gradients(evaluation.traced, generator=generator, max_elements=max_elements):
+        gradients = measured.gradients if readout is None else measured.gradients.weighted(readout)
         for part in parts:
             if measured.layer in part.layers:
-                spectra[part].add(measured.gradients)
+                waiting[part].add(gradients)
                 if part.kind == "layer":  # Complete: judge it now and free its memory.
-                    ranks[part] = gradient_rank(spectra.pop(part).spectrum(), rtol=rtol)
-        if keep_rows:
-            rows[measured.layer] = measured.gradients.rows()
+                    judge(part)
+        if curvature is not None:
+            curvature.add(measured.layer, measured.gradients)
         if measured.note is not None:
             notes.append(measured.note)
-    ranks |= {part: gradient_rank(accumulator.spectrum(), rtol=rtol) for part, accumulator in spectra.items()}
-    return _Gradients(ranks, rows)
+    for part in list(waiting):
+        judge(part)
+    return ranks, spectra
 
 
-def _wants_hessian(evaluation: Evaluation, hessian: HessianMode, notes: list[str]) -> bool:
-    if evaluation.loss is None or hessian is False:
-        return False
+def _curvature(
+    evaluation: Evaluation,
+    parts: Sequence[_Part],
+    hessian: HessianMode,
+    rtol: float | None,
+    seed: int,
+    *,
+    is_plain: bool,
+    notes: list[str],
+) -> HessianMeasurement[_Part] | None:
+    """What will measure the Hessian; ``None`` where there is nothing to look at."""
+    if evaluation.loss_fn is None or hessian is False:
+        return None
     if evaluation.rows.shape[1] < evaluation.trace.outputs[0].numel():
         notes.append("the Hessian is left out: its Gauss-Newton part needs all outputs")
-        return False
-    num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
-    if hessian == "dense" or num_parameters <= MAX_DENSE_PARAMETERS:
-        return True
-    notes.append(
-        f"the Hessian is left out: it is formed up to {MAX_DENSE_PARAMETERS} parameters, and the network has "
-        f"{num_parameters}; hessian='dense' forms it all the same"
-    )
-    return False
+        return None
+    if not evaluation.traced.is_whole:
+        notes.append("the Hessian is left out: memory_budget does not hold the graph of all inputs at once")
+        return None
+    loss_fn, targets = evaluation.loss_fn, evaluation.probe.targets
+    try:
+        measurement = HessianMeasurement(
+            evaluation.network,
+            evaluation.probe,
+            evaluation.trace,
+            lambda outputs: loss_fn(outputs, targets),
+            {part: part.layers for part in parts},
+            mode=hessian,
+            rtol=rtol,
+            generator=Generator().manual_seed(seed),
+            is_plain=is_plain,
+        )
+    except (RuntimeError, NotImplementedError) as error:  # Not every loss can be differentiated twice.
+        warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=3)
+        return None
+    notes.extend(measurement.notes)
+    return measurement
 
 
 def _measured_hessian(
-    evaluation: Evaluation, parts: Sequence[_Part], rows: Mapping[Layer, Tensor], rtol: float | None
+    curvature: HessianMeasurement[_Part] | None, spectra: Mapping[_Part, Spectrum]
 ) -> dict[_Part, NullSpace]:
     """Null spaces of the diagonal block of each part; empty where there is no Hessian to look at."""
-    if evaluation.loss is None or evaluation.loss_fn is None or not rows:
+    if curvature is None:
         return {}
-    loss_fn, targets = evaluation.loss_fn, evaluation.probe.targets
-    activations = sum(tensor.numel() for left in evaluation.trace.leaving.values() for tensor in left)
-    chunk_size = max(1, min(64, _HESSIAN_ELEMENTS // max(1, activations)))
-    layers = evaluation.network.layers
-    gradients = torch.cat([rows[layer] for layer in layers], dim=1)
-    curvature = output_curvature(lambda outputs: loss_fn(outputs, targets), evaluation.trace.outputs)
-    parameters = evaluation.network.parameters()
-    rounding = 1e3 * curvature.rounding * float(gradients.square().sum())
-    sizes = [parameter.numel() for parameter in parameters]
-    curved = [bool(part.any()) for part in torch.split(curvature_rows(gradients, curvature), sizes, dim=1)]
-    hessian = hessian_matrix(evaluation.loss, parameters, chunk_size=chunk_size, atol=rounding, curved=curved)
-    positions = torch.arange(hessian.shape[0], device=hessian.device)
-    columns = dict(zip(layers, torch.split(positions, [layer.num_parameters for layer in layers]), strict=True))
-    null_spaces = {}
-    for part in parts:
-        chosen = torch.cat([columns[layer] for layer in part.layers])
-        null_spaces[part] = hessian_null_space(
-            hessian[chosen][:, chosen], gradients=gradients[:, chosen], curvature=curvature, rtol=rtol
-        )
-    return null_spaces
+    try:
+        return curvature.null_spaces(spectra)
+    except (RuntimeError, NotImplementedError) as error:  # Not every operation can be differentiated twice.
+        warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=3)
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
 class _Duplicates:
-    """Numbers of duplicated activations and dead units, by layer, of the network and of its outputs."""
+    """Numbers of duplicated activations and dead units, by layer and of the network, and the inputs that merged."""
 
     layers: Mapping[str, Mapping[str, Any]]
     network: Mapping[str, Any]
-    outputs: tuple[int, int]
-    rank_bound: int
+    rank_bound: int | None
 
 
 def _measured_duplicates(evaluation: Evaluation, rtol: float, bound_rtol: float) -> _Duplicates:
     network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
     activations = layer_activations(network, probe, trace)
-    layers = {name: _layer_duplicates(layer, rtol) for name, layer in activations.items()}
-    after_first = [layers[name] for name in list(activations)[trace.num_first :]]
-    totals = {
-        quantity: max((layer[quantity] for layer in after_first if quantity in layer), default=0)
-        for quantity in ("duplicated_activations", "duplicated_activations_exact")
-    }
-    totals["dead_units"] = sum(layer.get("dead_units", 0) for layer in layers.values())
-    outputs = trace.outputs.detach().reshape(probe.size, -1)
-    # For the bound, activations are the same at the tolerance that decides the rank: a looser one would let the bound
-    # fall below it.
-    distinct = {
-        name: probe.size - duplicated_activations(layer.entering, rtol=bound_rtol)
+    classes: dict[str | None, Tensor] = {
+        name: duplicate_classes(layer.entering, rtol=rtol)
         for name, layer in activations.items()
         if layer.entering is not None
     }
-    crossings = [(before, distinct[name]) for name, before in cuts(network, probe, trace, activations)]
-    return _Duplicates(
-        layers=layers,
-        network=totals,
-        outputs=(duplicated_activations(outputs, rtol=rtol), duplicated_activations(outputs, rtol=0.0)),
-        rank_bound=gradient_rank_bound(
-            sum(layer.num_parameters for layer in network.layers), evaluation.num_outputs, [(0, probe.size), *crossings]
-        ),
-    )
+    layers = {name: _layer_duplicates(layer, classes.get(name), rtol) for name, layer in activations.items()}
+    after_first = [layers[name] for name in list(activations)[trace.num_first :]]
+    outputs = trace.outputs.detach().reshape(probe.size, -1)
+    output_classes = duplicate_classes(outputs, rtol=rtol)
+    totals: dict[str, Any] = {
+        quantity: max((layer[quantity] for layer in after_first if quantity in layer), default=0)
+        for quantity in ("duplicated_activations", "duplicated_activations_exact")
+    }
+    totals |= {
+        "dead_units": sum(layer.get("dead_units", 0) for layer in layers.values()),
+        "output_duplicated_activations": probe.size - _num_classes(output_classes),
+        "output_duplicated_activations_exact": duplicated_activations(outputs, rtol=0.0),
+        "merged_inputs": _merged_inputs(classes | {None: output_classes}),
+    }
+    return _Duplicates(layers=layers, network=totals, rank_bound=_rank_bound(evaluation, activations, bound_rtol))
 
 
-def _layer_duplicates(layer: LayerActivations, rtol: float) -> dict[str, int]:
+def _merged_inputs(classes: Mapping[str | None, Tensor]) -> tuple[MergedInput, ...]:
+    """Each input that is not the first of its class, at the first layer where it is not."""
+    merged: dict[int, MergedInput] = {}
+    for layer, first in classes.items():
+        for index in (first != torch.arange(first.numel())).nonzero().squeeze(1).tolist():
+            merged.setdefault(index, MergedInput(index, int(first[index]), layer))
+    return tuple(merged[index] for index in sorted(merged))
+
+
+def _with_training_set(duplicates: _Duplicates, classes: Mapping[str | None, Tensor], num_first: int) -> _Duplicates:
+    """What was counted on the probe, and the same over the whole training set beside it."""
+    counts = {name: first.numel() - _num_classes(first) for name, first in classes.items()}
+    first_layers = list(duplicates.layers)[:num_first]
+    later = [count for name, count in counts.items() if name is not None and name not in first_layers]
+    layers = {
+        name: {**counted, "train_duplicated_activations": counts[name]} if name in counts else counted
+        for name, counted in duplicates.layers.items()
+    }
+    totals = {
+        "train_duplicated_activations": max(later, default=0),
+        "train_num_inputs": classes[None].numel(),
+        "train_output_duplicated_activations": counts[None],
+        "train_merged_inputs": _merged_inputs(classes),
+    }
+    return replace(duplicates, layers=layers, network={**duplicates.network, **totals})
+
+
+def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations], rtol: float) -> int | None:
+    """The tightest bound over all cuts; whether a layer is one is looked at only where it could lower the bound.
+
+    Args:
+        evaluation: Of the probe.
+        activations: Of the probe.
+        rtol: The tolerance that decides the rank: at a looser one the bound could fall below it.
+    """
+    if not evaluation.traced.is_whole:  # There is no graph that could tell what a layer's input depends on.
+        return None
+    network, probe, num_outputs = evaluation.network, evaluation.probe, evaluation.num_outputs
+    # What all inputs share is the same for all.
+    shared = torch.zeros(probe.size, dtype=torch.int64)
+    classes = {
+        name: shared if layer.entering is None else duplicate_classes(layer.entering, rtol=rtol)
+        for name, layer in activations.items()
+    }
+    num_parameters = sum(layer.num_parameters for layer in network.layers)
+    bound = gradient_rank_bound(num_parameters, num_outputs, [(0, probe.size)])
+    for name in sorted(classes, key=lambda name: _num_classes(classes[name])):
+        if num_outputs * _num_classes(classes[name]) >= bound:
+            break
+        crossings = _crossings(evaluation, activations, name, classes[name], rtol)
+        bound = gradient_rank_bound(bound, num_outputs, crossings)
+    return bound
+
+
+def _crossings(
+    evaluation: Evaluation, activations: dict[str, LayerActivations], name: str, classes: Tensor, rtol: float
+) -> list[tuple[int, int]]:
+    """For a layer that is a cut: how much rank lies before it, and how many classes of inputs cross it."""
+    network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
+    used = parameters_before(network, trace, name)
+    if not is_cut(network, probe, trace, name, activations[name], used):
+        return []
+    parameters = zip(network.parameters(), used, strict=True)
+    num_before = sum(parameter.numel() for parameter, is_used in parameters if is_used)
+    crossings = [(num_before, _num_classes(classes))]
+    through = passage(network, probe, trace, activations, name)
+    if through is not None:
+        # What the tighter bounds ask of a class: the same signals before the cut as well.
+        alike = duplicate_classes(through.signals.flatten(1), rtol=rtol)
+        classes = duplicate_classes(torch.stack([classes, alike], dim=1), rtol=0.0)
+        directions = merged_directions(classes, through.signals)
+        if through.inputs is not None:
+            linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rtol)
+            directions = min(directions, linear)
+        crossings.append((min(num_before, directions), _num_classes(classes)))
+    return crossings
+
+
+def _num_classes(classes: Tensor) -> int:
+    return len(set(classes.tolist()))
+
+
+def _layer_duplicates(layer: LayerActivations, classes: Tensor | None, rtol: float) -> dict[str, int]:
     counted = {}
-    if layer.entering is not None:
-        counted["duplicated_activations"] = duplicated_activations(layer.entering, rtol=rtol)
+    if layer.entering is not None and classes is not None:
+        counted["duplicated_activations"] = classes.numel() - _num_classes(classes)
         counted["duplicated_activations_exact"] = duplicated_activations(layer.entering, rtol=0.0)
     if layer.leaving is not None:
         counted["dead_units"] = dead_units(layer.leaving, rtol=rtol)
@@ -473,6 +749,7 @@ def _assembled(
     ranks: Mapping[_Part, GradientRank],
     null_spaces: Mapping[_Part, NullSpace],
     duplicates: _Duplicates,
+    curvature: HessianMeasurement[_Part] | None,
 ) -> BasinRecord:
     def quantities(part: _Part) -> dict[str, Any]:
         rank, null_space = ranks[part], null_spaces.get(part)
@@ -486,13 +763,20 @@ def _assembled(
             "gradient_rtol": rank.rtol,
             "gradient_method": rank.method,
         }
-        if null_space is not None:
+        if null_space is not None and curvature is not None:
             found |= {
                 "hessian_nullity": null_space.nullity,
+                "hessian_nullity_lower": null_space.lower,
+                "hessian_nullity_upper": null_space.upper,
                 "hessian_nullity_strict": null_space.strict,
                 "hessian_negative": null_space.negative,
+                "hessian_largest": null_space.largest,
                 "residual_curvature": null_space.residual_curvature,
+                "smallest_curvature": null_space.smallest_curvature,
                 "gauss_newton_nullity": null_space.gauss_newton_nullity,
+                "hessian_resolving_loss": curvature.resolving_loss(null_space),
+                "hessian_rtol": null_space.rtol,
+                "hessian_method": null_space.method,
             }
         return found
 
@@ -509,13 +793,18 @@ def _assembled(
         **quantities(network),
         **duplicates.network,
         num_inputs=evaluation.probe.size,
-        loss=None if evaluation.loss is None else float(evaluation.loss.detach()),
+        loss=_reported_loss(evaluation),
         gradient_rank_bound=duplicates.rank_bound,
-        output_duplicated_activations=duplicates.outputs[0],
-        output_duplicated_activations_exact=duplicates.outputs[1],
         layers={name: layers[name] for name in order if name in layers},
         blocks=blocks,
     )
+
+
+def _reported_loss(evaluation: Evaluation) -> float | None:
+    # The behavioral loss is zero by what it is: no sign of a fit.
+    if evaluation.loss is None or evaluation.loss_fn is _behavioral_loss:
+        return None
+    return float(evaluation.loss.detach())
 
 
 def _block_duplicates(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -524,6 +813,7 @@ def _block_duplicates(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for quantity, combine in (
         ("duplicated_activations", max),
         ("duplicated_activations_exact", max),
+        ("train_duplicated_activations", max),
         ("dead_units", sum),
     ):
         values = [member[quantity] for member in members if quantity in member]

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +17,22 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from lightning_basin.curvature import HESSIAN_MODES, HessianMode
 from lightning_basin.history import HistoryFile
 from lightning_basin.layers import call_module
 from lightning_basin.loggers import batches_that_stepped, log_scalars
-from lightning_basin.measurement import check_measurable, measure_basin
+from lightning_basin.measurement import Behavior, Probabilities, check_measurable, measure_basin
 from lightning_basin.monitored import misunderstandings
 from lightning_basin.null_space import verify_null_space as verified_null_space
 from lightning_basin.overhead import OverheadLimit
+from lightning_basin.plan import MemoryBudgetError
 from lightning_basin.probe import Probe, ProbeCollector, map_tensors
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import float64_replica
+from lightning_basin.training_set import TrainingSet, as_probes
 
 LONG_SECONDS = 10.0
 """A measurement that takes longer is announced, so that nobody takes a run for dead."""
@@ -53,22 +58,31 @@ class BasinMonitor(Callback):
     Args:
         probe: How many inputs to take from the first training batches; or a `Probe`, or a pair of inputs and targets.
         loss_fn: From outputs and targets to a scalar. ``None`` takes the module's ``loss_fn`` or ``criterion``;
-            without either, loss and Hessian are left out.
-        behavior: From the module and the inputs to the outputs whose gradients count, one row per input. ``None``
-            calls the module.
+            without either, loss and Hessian are left out. ``"behavioral"`` compares the outputs with themselves, see
+            `measure_basin`; there is then no loss that could reach zero.
+        behavior: From the module and the inputs to the outputs whose gradients count, one row per input. ``None`` or
+            ``"outputs"`` calls the module, ``"probabilities"`` takes the softmax over the second axis of that.
         batch_fn: From a training batch to a pair of inputs and targets (``None`` for no targets). ``None``
             takes a pair as it is, and a tensor as inputs without targets.
         every_n_epochs: Measure at the end of every n-th epoch.
         every_n_train_steps: Measure every n optimizer steps instead.
         every_n_epochs_after_zero_loss: The cadence after the loss has reached zero; ``None`` keeps the one before.
+        every_n_spectra: Take singular values at every n-th measurement only. At the others, a rank that is full is
+            proved without them, several times as fast, and effective ranks are absent.
         layers: ``"auto"`` (blocks above 32 layers), ``"all"``, or names of layers.
-        hessian: ``"auto"`` measures it for up to 3000 parameters, ``"dense"`` always, ``False`` never.
+        hessian: ``"auto"`` brackets its nullity, and up to 500 parameters forms it; ``"dense"`` always, ``"bracket"``
+            never; ``"gauss-newton"`` looks at its Gauss-Newton part only, ``False`` at nothing of it.
         zero_loss_threshold: The loss on the probe counts as zero at or below this magnitude.
         zero_loss_patience: For so many measurements in a row.
         rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
         duplicate_rtol: Relative tolerance within which two activations are the same.
+        duplicates_over: ``"train"`` counts duplicated activations over the whole training set too, at the price of two
+            or more passes over it at each measurement. They read the data set of the run's loader, not the loader.
+            Where that is no map-style data set, pass one, or batches, as `measure_basin` takes them.
         max_outputs: Where a module has more outputs per input, measure so many random combinations of them; ranks are
             then lower bounds. ``"auto"`` does so only where there are too many, and says it; ``None`` refuses these.
+        memory_budget: Bytes that a measurement may use beside what the process holds; ``None`` means half of what is
+            free then. What cannot be cut to it is not measured, and training goes on.
         verify_null_space: Also log ``surviving_fraction``, by the function of this name: 1 where random null directions
             of the gradients are really free. ``"zero_loss"`` does so once, where the loss reaches zero; a number n at
             every n-th measurement, from the baseline on.
@@ -93,19 +107,22 @@ class BasinMonitor(Callback):
         self,
         probe: int | Probe | tuple[Any, Any] = 128,
         *,
-        loss_fn: Callable[..., Any] | None = None,
-        behavior: Callable[..., Any] | None = None,
+        loss_fn: Callable[..., Any] | Literal["behavioral"] | None = None,
+        behavior: Callable[..., Any] | Literal["outputs", "probabilities"] | None = None,
         batch_fn: Callable[..., Any] | None = None,
         every_n_epochs: int = 1,
         every_n_train_steps: int | None = None,
         every_n_epochs_after_zero_loss: int | None = None,
+        every_n_spectra: int = 1,
         layers: Literal["auto", "all"] | Sequence[str] = "auto",
-        hessian: Literal["auto", "dense", False] = "auto",
+        hessian: HessianMode = "auto",
         zero_loss_threshold: float = 1e-6,
         zero_loss_patience: int = 1,
         rtol: float | None = None,
         duplicate_rtol: float = 1e-6,
+        duplicates_over: Any = None,
         max_outputs: int | Literal["auto"] | None = "auto",
+        memory_budget: int | None = None,
         verify_null_space: int | Literal["zero_loss"] | None = None,
         seed: int = 0,
         max_overhead: float | None = None,
@@ -120,42 +137,58 @@ class BasinMonitor(Callback):
             every_n_epochs=every_n_epochs,
             every_n_train_steps=every_n_train_steps,
             every_n_epochs_after_zero_loss=every_n_epochs_after_zero_loss,
+            every_n_spectra=every_n_spectra,
             zero_loss_patience=zero_loss_patience,
             max_outputs=max_outputs if isinstance(max_outputs, int) else None,
+            memory_budget=memory_budget,
             verify_null_space=verify_null_space if isinstance(verify_null_space, int) else None,
             max_failures=max_failures,
         )
-        if isinstance(verify_null_space, str) and verify_null_space != "zero_loss":
-            raise MisconfigurationException(
-                f"`BasinMonitor(verify_null_space={verify_null_space!r})` must be a number or 'zero_loss'"
-            )
-        if isinstance(max_outputs, str) and max_outputs != "auto":
-            raise MisconfigurationException(f"`BasinMonitor(max_outputs={max_outputs!r})` must be a number or 'auto'")
-        if rtol is not None and not 0.0 < rtol < 1.0:
-            raise MisconfigurationException(f"`BasinMonitor(rtol={rtol})` must be inside (0, 1)")
-        if max_overhead is not None and not 0.0 < max_overhead < 1.0:
-            raise MisconfigurationException(f"`BasinMonitor(max_overhead={max_overhead})` must be inside (0, 1)")
-        if not 0.0 <= duplicate_rtol < 1.0:
-            raise MisconfigurationException(f"`BasinMonitor(duplicate_rtol={duplicate_rtol})` must be inside [0, 1)")
-        if not zero_loss_threshold >= 0.0:
-            raise MisconfigurationException(f"`BasinMonitor(zero_loss_threshold={zero_loss_threshold})` must be >= 0")
-        if hessian not in ("auto", "dense", False):
-            raise MisconfigurationException(f"`BasinMonitor(hessian={hessian!r})` must be 'auto', 'dense' or False")
-        if history not in ("csv", "jsonl", None):
-            raise MisconfigurationException(f"`BasinMonitor(history={history!r})` must be 'csv', 'jsonl' or None")
+        is_word = isinstance(verify_null_space, str)
+        _require(
+            not is_word or verify_null_space == "zero_loss",
+            "be a number or 'zero_loss'",
+            verify_null_space=verify_null_space,
+        )
+        _require(
+            not isinstance(max_outputs, str) or max_outputs == "auto", "be a number or 'auto'", max_outputs=max_outputs
+        )
+        _require(rtol is None or 0.0 < rtol < 1.0, "be inside (0, 1)", rtol=rtol)
+        _require(max_overhead is None or 0.0 < max_overhead < 1.0, "be inside (0, 1)", max_overhead=max_overhead)
+        _require(0.0 <= duplicate_rtol < 1.0, "be inside [0, 1)", duplicate_rtol=duplicate_rtol)
+        _require(zero_loss_threshold >= 0.0, "be >= 0", zero_loss_threshold=zero_loss_threshold)
+        is_word = isinstance(duplicates_over, str)
+        _require(
+            not is_word or duplicates_over == "train",
+            "be 'train', a data set or batches",
+            duplicates_over=duplicates_over,
+        )
+        _require(hessian is False or hessian in HESSIAN_MODES, f"be in {HESSIAN_MODES} or False", hessian=hessian)
+        _require(
+            not isinstance(loss_fn, str) or loss_fn == "behavioral", "be callable or 'behavioral'", loss_fn=loss_fn
+        )
+        _require(
+            not isinstance(behavior, str) or behavior in ("outputs", "probabilities"),
+            "be callable, 'outputs' or 'probabilities'",
+            behavior=behavior,
+        )
+        _require(history in ("csv", "jsonl", None), "be 'csv', 'jsonl' or None", history=history)
         self.loss_fn = loss_fn
         self.behavior = behavior
         self.batch_fn = batch_fn
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps
         self.every_n_epochs_after_zero_loss = every_n_epochs_after_zero_loss
+        self.every_n_spectra = every_n_spectra
         self.layers = layers
         self.hessian = hessian
         self.zero_loss_threshold = zero_loss_threshold
         self.zero_loss_patience = zero_loss_patience
         self.rtol = rtol
         self.duplicate_rtol = duplicate_rtol
+        self.duplicates_over = duplicates_over
         self.max_outputs = max_outputs
+        self.memory_budget = memory_budget
         self.verify_null_space = verify_null_space
         self.seed = seed
         self.max_overhead = max_overhead
@@ -226,7 +259,7 @@ class BasinMonitor(Callback):
         if record is not None:
             self._keep(record)
         elif not self._has_given_up:
-            self._count_failure()
+            self._count_failure(None)
         return record
 
     def subscribe(self, listener: Callable[[Trainer, BasinRecord], None]) -> None:
@@ -270,6 +303,7 @@ class BasinMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = trainer.global_step
+        self._whole_training_set(trainer)
         self._num_failures = 0
         self._overhead = None if self.max_overhead is None else OverheadLimit(self.max_overhead)
         if trainer.global_step == 0:
@@ -337,7 +371,7 @@ class BasinMonitor(Callback):
             self._probe = None
 
     def _new_collector(self) -> ProbeCollector:
-        return ProbeCollector(self._probe_size, batch_fn=self.batch_fn, whole_batches=self.behavior is not None)
+        return ProbeCollector(self._probe_size, batch_fn=self.batch_fn, whole_batches=callable(self.behavior))
 
     def _take_probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> str | None:
         """Collect inputs until there are enough; the first time, say what is wrong with the configuration."""
@@ -365,10 +399,23 @@ class BasinMonitor(Callback):
     def _check(self, pl_module: nn.Module, probe: Probe, trainer: Trainer | None = None) -> None:
         """Evaluate once; a loss that was found and not given is left out where it does not fit."""
         behavior = self._quiet_behavior(trainer)
+        for _ in self._whole_training_set(trainer) or ():  # Whether its first batch can be told apart.
+            break
         size = self._probe_size or probe.size
-        check_measurable(
-            pl_module, probe, behavior=behavior, layers=self.layers, max_outputs=self.max_outputs, num_inputs=size
-        )
+        try:
+            plan = check_measurable(
+                pl_module,
+                probe,
+                behavior=behavior,
+                layers=self.layers,
+                max_outputs=self.max_outputs,
+                num_inputs=size,
+                memory_budget=self.memory_budget,
+            )
+            self._say(f"BasinMonitor measures {plan}")
+        except MemoryBudgetError as error:  # The measurements will say so; training goes on.
+            self._say(f"BasinMonitor will not be able to measure: {error}", warn=True)
+            return
         loss_fn = self._loss_fn(pl_module)
         if loss_fn is None:
             self._say(
@@ -378,7 +425,7 @@ class BasinMonitor(Callback):
             )
             return
         try:
-            if probe.targets is None:
+            if callable(loss_fn) and probe.targets is None:
                 raise TypeError("it needs targets, and the batches hold none: pass batch_fn or probe=(inputs, targets)")
             check_measurable(
                 pl_module,
@@ -388,7 +435,7 @@ class BasinMonitor(Callback):
                 max_outputs=self.max_outputs,
                 is_loss_given=self.loss_fn is not None,
             )
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             if self.loss_fn is not None:
                 raise
             self._leave_out_loss = True
@@ -398,23 +445,45 @@ class BasinMonitor(Callback):
                 warn=True,
             )
 
-    def _loss_fn(self, pl_module: nn.Module) -> Callable[..., Any] | None:
+    def _loss_fn(self, pl_module: nn.Module) -> Callable[..., Any] | Literal["behavioral"] | None:
         if self.loss_fn is not None or self._leave_out_loss:
             return self.loss_fn
         found = (getattr(pl_module, name, None) for name in _LOSS_ATTRIBUTES)
         return next((attribute for attribute in found if callable(attribute)), None)
 
-    def _quiet_behavior(self, trainer: Trainer | None) -> Callable[[nn.Module, Any], Any]:
-        """The behavior, on a copy that still finds its trainer but logs nothing."""
+    def _whole_training_set(self, trainer: Trainer | None) -> Iterable[Probe] | None:
+        """Over which duplicates are counted, as a loader's data set is read anew by a plain sequential pass."""
+        data, prepare = self.duplicates_over, None
+        if data is None:
+            return None
+        if isinstance(data, str):
+            if trainer is None:
+                raise MisconfigurationException(
+                    "`BasinMonitor(duplicates_over='train')` needs a run. HINT: pass the data set itself"
+                )
+            data, prepare = trainer.train_dataloader, partial(_as_in_training, trainer)
+        try:
+            if prepare is None and not isinstance(data, DataLoader | Dataset):
+                return as_probes(data)
+            return TrainingSet(data, prepare=prepare, batch_fn=self.batch_fn, whole_batches=self.behavior is not None)
+        except TypeError as error:
+            raise MisconfigurationException(
+                f"`BasinMonitor(duplicates_over=...)` cannot count over the training set: {error}. HINT: pass such a "
+                f"data set, or a list of batches, as `duplicates_over`"
+            ) from error
 
-        def behavior(module: nn.Module, inputs: Any) -> Any:
+    def _quiet_behavior(self, trainer: Trainer | None) -> Behavior:
+        """The behavior, on a copy that still finds its trainer but logs nothing."""
+        call = self.behavior if callable(self.behavior) else call_module
+
+        def outputs(module: nn.Module, inputs: Any) -> Any:
             if isinstance(module, LightningModule):
                 if trainer is not None:
                     module.trainer = trainer
                 vars(module).update(log=_ignore, log_dict=_ignore)
-            return (self.behavior or call_module)(module, inputs)
+            return call(module, inputs)
 
-        return behavior
+        return Probabilities(outputs) if self.behavior == "probabilities" else outputs
 
     def _measure_baseline(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._probe is not None and self._measured_step is None:
@@ -437,7 +506,7 @@ class BasinMonitor(Callback):
             )
             return
         if record is None:
-            self._count_failure()
+            self._count_failure(trainer)
             return
         self._keep(record)
         trainer.callback_metrics.update(_metrics(self._monitored(record)))
@@ -487,14 +556,17 @@ class BasinMonitor(Callback):
                     hessian=self.hessian,
                     rtol=self.rtol,
                     duplicate_rtol=self.duplicate_rtol,
+                    duplicates_over=self._whole_training_set(trainer),
                     max_outputs=self.max_outputs,
+                    spectrum=len(self.records) % self.every_n_spectra == 0,
+                    memory_budget=self.memory_budget,
                     seed=self.seed,
                     step=step,
                 )
         except Exception as error:  # A measurement must never end a training run.
             is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
             rank_zero_warn(
-                f"BasinMonitor could not measure at step {step}{', training goes on' if trainer is not None else ''}. "
+                f"BasinMonitor could not measure at step {step}{_goes_on(trainer)}. "
                 f"{type(error).__name__}: {error}"
                 + (". HINT: pass a smaller BasinMonitor(probe=...)" if is_memory else "")
             )
@@ -517,10 +589,12 @@ class BasinMonitor(Callback):
         if not is_due:
             return record
         started = time.perf_counter()
+        behavior = self._quiet_behavior(trainer)
+        if isinstance(behavior, Probabilities):
+            behavior = partial(_probabilities, behavior.outputs)
+        assert not isinstance(behavior, str)
         try:
-            found = verified_null_space(
-                module, self._probe, behavior=self._quiet_behavior(trainer), rtol=self.rtol, seed=self.seed
-            )
+            found = verified_null_space(module, self._probe, behavior=behavior, rtol=self.rtol, seed=self.seed)
         except Exception as error:  # The rest of the record is as it would be without.
             self._say(f"The null space could not be verified. {type(error).__name__}: {error}", warn=True)
             return record
@@ -534,12 +608,12 @@ class BasinMonitor(Callback):
     def _has_given_up(self) -> bool:
         return self.max_failures is not None and self._num_failures >= self.max_failures
 
-    def _count_failure(self) -> None:
+    def _count_failure(self, trainer: Trainer | None) -> None:
         self._num_failures += 1
         if self._has_given_up:
             rank_zero_warn(
-                f"BasinMonitor stops measuring after {self._num_failures} failures in a row. HINT: "
-                f"BasinMonitor(max_failures=None) keeps trying"
+                f"BasinMonitor stops measuring after {self._num_failures} failures in a row{_goes_on(trainer)}. "
+                f"HINT: BasinMonitor(max_failures=None) keeps trying"
             )
 
     def _keep(self, record: BasinRecord) -> None:
@@ -547,6 +621,8 @@ class BasinMonitor(Callback):
         if self._reaches_zero_loss(record):
             self.zero_loss_step = record.step
         self._num_zero_losses = self._num_zero_losses_with(record)
+        if self.records:  # Names of the inputs of a whole training set are kept of the newest record only.
+            self.records[-1] = replace(self.records[-1], train_merged_inputs=())
         self.records.append(record)
 
     def _reaches_zero_loss(self, record: BasinRecord) -> bool:
@@ -671,8 +747,24 @@ def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
 
 def _check_at_least_one(**counts: int | None) -> None:
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise MisconfigurationException(f"`BasinMonitor({name}={count})` must be at least 1")
+        _require(count is None or count >= 1, "be at least 1", **{name: count})
+
+
+def _require(holds: bool, what: str, **argument: Any) -> None:  # noqa: FBT001 - as in an assertion
+    if not holds:
+        ((name, value),) = argument.items()
+        raise MisconfigurationException(f"`BasinMonitor({name}={value!r})` must {what}")
+
+
+def _as_in_training(trainer: Trainer, batch: Any) -> Any:
+    """A batch as the training step gets it: what lightning 2.6 does between the loader and the step."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _goes_on(trainer: Trainer | None) -> str:
+    return "" if trainer is None else ", training goes on"
 
 
 def _metrics(scalars: Mapping[str, float]) -> dict[str, Tensor]:
@@ -687,6 +779,10 @@ def _is_plain(collection: Any) -> bool:
     if type(collection) in (tuple, list):
         return all(_is_plain(item) for item in collection)
     return collection is None or isinstance(collection, Tensor | str | int | float | bool)
+
+
+def _probabilities(outputs: Callable[[nn.Module, Any], Tensor], module: nn.Module, inputs: Any) -> Tensor:
+    return outputs(module, inputs).softmax(1)
 
 
 def _ignore(*_: Any, **__: Any) -> None:

@@ -48,8 +48,8 @@ def _of_early_stopping(
     if stopping.patience < epochs_between:
         yield (
             f"{name} counts its checks, and finds each value up to {epochs_between} times: "
-            f"patience={stopping.patience} is over before the next measurement. HINT: pass patience={epochs_between * stopping.patience}, or use "
-            f"RankEarlyStopping, whose patience counts measurements"
+            f"patience={stopping.patience} is over before the next measurement. HINT: pass "
+            f"patience={epochs_between * stopping.patience}, or RankEarlyStopping, whose patience counts measurements"
         )
     if stopping.strict and stopping.monitor in rare:
         yield f"{name} looks for a value that is not there from the start, and would raise. HINT: pass strict=False"

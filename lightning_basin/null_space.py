@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from lightning_basin.functional.jacobian import behavioral_gradients
+from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
 from lightning_basin.functional.manifold import null_directions, surviving_fraction
 from lightning_basin.functional.rank import check_rtol, default_rtol, numerical_rank, singular_values
 from lightning_basin.layers import ModuleBehavior
@@ -104,11 +104,16 @@ def verify_null_space(
                 return network.functional(probe, tensors_of(probe.inputs), unflattened(parameters)).flatten()
 
         def jacobian(parameters: Tensor) -> Tensor:
-            return behavioral_gradients(
-                lambda values, tensors: network.functional(probe, tensors, values),
-                unflattened(parameters),
-                tensors_of(probe.inputs),
-            )
+            tensors = tensors_of(probe.inputs)
+            try:
+                return behavioral_gradients(
+                    lambda values, tensors: network.functional(probe, tensors, values),
+                    unflattened(parameters),
+                    tensors,
+                )
+            except RuntimeError:  # vmap is beyond some modules.
+                moved = parameters.detach().requires_grad_()
+                return gradient_rows(network.functional(probe, tensors, unflattened(moved)), [moved])
 
         gradients = jacobian(start)
         tolerance = default_rtol(*gradients.shape) if rtol is None else rtol

@@ -141,7 +141,7 @@ class ProbeCollector:
             TypeError: If inputs and targets cannot be told apart.
             ValueError: If the batch does not fit to the ones before, which are kept.
         """
-        pair = map_tensors(_copied, self._split(batch))
+        pair = map_tensors(_copied, split_batch(batch, self._batch_fn, whole_batches=self._whole_batches))
         Probe.from_batches([*self._batches, pair], self._size)
         self._batches.append(pair)
 
@@ -153,28 +153,41 @@ class ProbeCollector:
         """
         return Probe.from_batches(self._batches, self._size)
 
-    def _split(self, batch: Any) -> tuple[Any, Any]:
-        if self._batch_fn is not None:
-            try:
-                pair = self._batch_fn(batch)
-            except Exception as error:
-                raise TypeError(
-                    f"batch_fn must take a training batch, {_described(batch)}, but failed with "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            if not _is_sequence_of(2, pair):
-                raise TypeError(f"batch_fn must return a pair of inputs and targets, got {_described(pair)}")
-            return pair[0], pair[1]
-        if _is_sequence_of(2, batch):
-            return batch[0], batch[1]
-        if _is_sequence_of(1, batch):
-            return batch[0], None
-        if isinstance(batch, Tensor) or self._whole_batches:
-            return batch, None
-        raise TypeError(
-            f"a training batch must be a pair of inputs and targets, got {_described(batch)}: pass "
-            f"batch_fn=lambda batch: (inputs, targets), or probe=(inputs, targets)"
-        )
+
+def split_batch(
+    batch: Any, batch_fn: Callable[[Any], Any] | None = None, *, whole_batches: bool = False
+) -> tuple[Any, Any]:
+    """Inputs and targets of a training batch.
+
+    Args:
+        batch: A pair as it is; a tensor, or a sequence of one, as inputs without targets.
+        batch_fn: From any other batch to a pair.
+        whole_batches: Take any other batch as inputs without targets, instead of refusing it.
+
+    Raises:
+        TypeError: If inputs and targets cannot be told apart.
+    """
+    if batch_fn is not None:
+        try:
+            pair = batch_fn(batch)
+        except Exception as error:
+            raise TypeError(
+                f"batch_fn must take a training batch, {_described(batch)}, but failed with "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not _is_sequence_of(2, pair):
+            raise TypeError(f"batch_fn must return a pair of inputs and targets, got {_described(pair)}")
+        return pair[0], pair[1]
+    if _is_sequence_of(2, batch):
+        return batch[0], batch[1]
+    if _is_sequence_of(1, batch):
+        return batch[0], None
+    if isinstance(batch, Tensor) or whole_batches:
+        return batch, None
+    raise TypeError(
+        f"a training batch must be a pair of inputs and targets, got {_described(batch)}: pass "
+        f"batch_fn=lambda batch: (inputs, targets), or probe=(inputs, targets)"
+    )
 
 
 def _is_sequence_of(length: int, item: Any) -> bool:

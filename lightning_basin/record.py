@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import quantiles
+from textwrap import shorten
 from typing import Any
 
 MAX_LAYER_CURVES = 32
@@ -12,7 +13,25 @@ MAX_LAYER_CURVES = 32
 ILL_DEFINED_GAP = 3.0
 """A rank whose gap is below three digits depends on the tolerance."""
 
+_MERGED = ("merged_inputs", "train_merged_inputs")
+
 _STATISTICS = ("gradient_rank", "gradient_rank_deficit", "hessian_nullity", "duplicated_activations", "dead_units")
+
+
+@dataclass(frozen=True)
+class MergedInput:
+    """An input that a network does not tell from an earlier one, from some layer on.
+
+    Attributes:
+        index: Of the input.
+        equals: Of the first input with the same activation.
+        layer: The first layer, in the order in which they are entered, where both have the same activation; ``None``
+            where only the outputs are the same. Inputs that are equal from the start are so at the first layer.
+    """
+
+    index: int
+    equals: int
+    layer: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +43,29 @@ class LayerRecord:
         num_rows: Outputs on all inputs of the probe, m.
         gradient_rank: Singular values of the behavioral gradients G above ``gradient_rtol`` times the largest.
         gradient_rank_gap: ``log10(sigma_r / sigma_{r+1})``; ``None`` at rank 0.
-        gradient_rank_at: The rank at relative tolerances 1e-12, 1e-8, 1e-6, 1e-4 and 1e-2.
-        gradient_effective_rank: ``exp`` of the entropy of the squared singular values.
+        gradient_rank_at: The rank at relative tolerances 1e-12, 1e-8, 1e-6, 1e-4 and 1e-2, as far as it is known.
+        gradient_effective_rank: ``exp`` of the entropy of the squared singular values; ``None`` without a spectrum.
         gradient_rtol: Relative tolerance that decided ``gradient_rank``.
-        gradient_method: ``"svd"``, ``"gram"`` or ``"gram+sketch"``.
-        hessian_nullity: Eigenvalues of the Hessian that the remaining residual leaves indistinguishable from zero.
+        gradient_method: ``"svd"``, ``"gram"``, ``"gram+sketch"`` or ``"cholesky"``.
+        hessian_nullity: Eigenvalues of the Hessian that the remaining residual leaves indistinguishable from zero;
+            ``None`` where the Hessian was not formed and the two ends below do not meet.
+        hessian_nullity_lower: It is at least this: a proof.
+        hessian_nullity_upper: And at most this: a proof but for a probability of 1e-9.
         hessian_nullity_strict: Eigenvalues that are zero to rounding.
         hessian_negative: Eigenvalues that are negative beyond rounding.
-        residual_curvature: Norm of what the residual adds to the Gauss-Newton part, relative to the largest eigenvalue.
+        hessian_largest: Largest magnitude of an eigenvalue of the Hessian.
+        residual_curvature: Norm of what the residual adds to the Gauss-Newton part, relative to the largest eigenvalue;
+            a bound from above, within a factor of two for the network, where the Hessian was not formed.
+        smallest_curvature: Smallest nonzero eigenvalue of the Gauss-Newton part, relative to the largest of the
+            Hessian; a bound from below.
         gauss_newton_nullity: N minus the rank of the Gauss-Newton part.
+        hessian_resolving_loss: Below about which loss the two ends will meet; 0 where float64 cannot hold such a loss;
+            ``None`` where they do meet, or where this is not known.
+        hessian_rtol: Tolerance on eigenvalues relative to the largest, beside the residual curvature.
+        hessian_method: ``"dense"``, ``"bracket"`` or ``"gauss-newton"``.
         duplicated_activations: Inputs that what enters the layer no longer tells from an earlier one.
         duplicated_activations_exact: The same counted with equality.
+        train_duplicated_activations: ``duplicated_activations`` over the whole training set.
         dead_units: Outputs of the layer that are constant over the probe; of the network, their sum.
     """
 
@@ -43,16 +74,24 @@ class LayerRecord:
     gradient_rank: int
     gradient_rank_gap: float | None
     gradient_rank_at: Mapping[float, int]
-    gradient_effective_rank: float
+    gradient_effective_rank: float | None
     gradient_rtol: float
     gradient_method: str
     hessian_nullity: int | None = None
+    hessian_nullity_lower: int | None = None
+    hessian_nullity_upper: int | None = None
     hessian_nullity_strict: int | None = None
     hessian_negative: int | None = None
+    hessian_largest: float | None = None
     residual_curvature: float | None = None
+    smallest_curvature: float | None = None
     gauss_newton_nullity: int | None = None
+    hessian_resolving_loss: float | None = None
+    hessian_rtol: float | None = None
+    hessian_method: str | None = None
     duplicated_activations: int | None = None
     duplicated_activations_exact: int | None = None
+    train_duplicated_activations: int | None = None
     dead_units: int | None = None
 
     @property
@@ -75,6 +114,13 @@ class LayerRecord:
         """Whether no clear gap separates the singular values that count from those that do not."""
         return self.gradient_rank_gap is not None and self.gradient_rank_gap < ILL_DEFINED_GAP
 
+    @property
+    def hessian_certified(self) -> bool | None:
+        """Whether the two ends of the bracket meet; ``None`` where there is none."""
+        if self.hessian_nullity_lower is None or self.hessian_nullity_upper is None:
+            return None
+        return self.hessian_nullity_lower == self.hessian_nullity_upper
+
     def quantities(self) -> dict[str, float]:
         """Every quantity that was measured, by name, in the order in which it is documented."""
         named: dict[str, float | None] = {
@@ -85,12 +131,18 @@ class LayerRecord:
             "gradient_effective_rank": self.gradient_effective_rank,
             "saturated": int(self.saturated),
             "hessian_nullity": self.hessian_nullity,
+            "hessian_nullity_lower": self.hessian_nullity_lower,
+            "hessian_nullity_upper": self.hessian_nullity_upper,
+            "hessian_certified": None if self.hessian_certified is None else int(self.hessian_certified),
             "hessian_nullity_strict": self.hessian_nullity_strict,
             "hessian_negative": self.hessian_negative,
+            "hessian_largest": self.hessian_largest,
             "residual_curvature": self.residual_curvature,
+            "smallest_curvature": self.smallest_curvature,
             "gauss_newton_nullity": self.gauss_newton_nullity,
             "duplicated_activations": self.duplicated_activations,
             "duplicated_activations_exact": self.duplicated_activations_exact,
+            "train_duplicated_activations": self.train_duplicated_activations,
             "dead_units": self.dead_units,
         }
         return {name: value for name, value in named.items() if value is not None}
@@ -109,6 +161,10 @@ class BasinRecord(LayerRecord):
         gradient_rank_bound: The largest rank that the duplicated activations leave possible.
         output_duplicated_activations: Inputs whose output equals that of an earlier one.
         output_duplicated_activations_exact: The same counted with equality.
+        merged_inputs: Inputs of the probe that share their activation with an earlier one, by index.
+        train_num_inputs: Inputs of the training set, where duplicates were counted over it.
+        train_output_duplicated_activations: Of these, inputs whose output equals that of an earlier one.
+        train_merged_inputs: ``merged_inputs`` of the training set.
         layers: By name in ``named_modules()``; ``""`` is the root.
         blocks: Of networks with more than 32 layers, by range of names.
         notes: What a reader should know about how the numbers were obtained.
@@ -122,6 +178,10 @@ class BasinRecord(LayerRecord):
     gradient_rank_bound: int | None = None
     output_duplicated_activations: int | None = None
     output_duplicated_activations_exact: int | None = None
+    merged_inputs: tuple[MergedInput, ...] = ()
+    train_num_inputs: int | None = None
+    train_output_duplicated_activations: int | None = None
+    train_merged_inputs: tuple[MergedInput, ...] = ()
     layers: Mapping[str, LayerRecord] = field(default_factory=dict)
     blocks: Mapping[str, LayerRecord] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -142,6 +202,7 @@ class BasinRecord(LayerRecord):
             "surviving_fraction": self.surviving_fraction,
             "loss": self.loss,
             "log10_loss": self.log10_loss,
+            "train_num_inputs": self.train_num_inputs,
         }
         named |= {name: value for name, value in own.items() if value is not None}
         return named | {"measure_seconds": self.measure_seconds}
@@ -163,6 +224,7 @@ class BasinRecord(LayerRecord):
         outputs = {
             "duplicated_activations": self.output_duplicated_activations,
             "duplicated_activations_exact": self.output_duplicated_activations_exact,
+            "train_duplicated_activations": self.train_output_duplicated_activations,
         }
         for name, count in outputs.items():
             if count is not None and "output" not in tags.values():
@@ -181,6 +243,8 @@ class BasinRecord(LayerRecord):
     def to_dict(self) -> dict[str, Any]:
         """All fields as builtins, layers as nested dicts; `from_dict` reads it back."""
         plain = _fields(self)
+        for name in _MERGED:
+            plain[name] = [(merged.index, merged.equals, merged.layer) for merged in plain[name]]
         plain["layers"] = {name: _fields(layer) for name, layer in self.layers.items()}
         plain["blocks"] = {name: _fields(block) for name, block in self.blocks.items()}
         return plain
@@ -191,7 +255,8 @@ class BasinRecord(LayerRecord):
         parts = {
             part: {name: LayerRecord(**record) for name, record in plain[part].items()} for part in ("layers", "blocks")
         }
-        return cls(**{**plain, **parts})
+        merged = {name: tuple(MergedInput(*item) for item in plain.get(name, ())) for name in _MERGED}
+        return cls(**{**plain, **parts, **merged})
 
     def __str__(self) -> str:
         """A table that can be read in a terminal of 100 columns."""
@@ -207,18 +272,55 @@ class BasinRecord(LayerRecord):
         lines = [
             f"{step}{self.num_inputs} inputs, {self.num_rows} outputs, {self.num_parameters} parameters{loss}",
             f"{decided}, gap {gap}{flags}",
-            f"rank at {elsewhere}; effective {self.gradient_effective_rank:.1f}",
         ]
+        if self.gradient_effective_rank is not None:
+            lines.append(f"rank at {elsewhere}; effective {self.gradient_effective_rank:.1f}")
         if self.gradient_rank_bound is not None:
             lines.append(f"duplicated activations bound the rank by {self.gradient_rank_bound}")
         if self.surviving_fraction is not None:
             lines.append(f"null space: {self.surviving_fraction:.4f} of steps along random null directions survive")
-        if self.residual_curvature is not None:
-            lines.append(
-                f"Hessian: {self.hessian_nullity_strict} zero to rounding, {self.hessian_negative} negative, "
-                f"Gauss-Newton nullity {self.gauss_newton_nullity}, residual curvature {self.residual_curvature:.1e}"
-            )
+        lines += [*_merged_lines("inputs", self.merged_inputs)]
+        if self.train_num_inputs is not None:
+            training_set = f"of {self.train_num_inputs:,} training inputs"
+            lines += [*_merged_lines(training_set, self.train_merged_inputs)] or [f"none {training_set} merged"]
+        lines.extend(_hessian_lines(self))
         return "\n".join(lines)
+
+
+def _hessian_lines(record: BasinRecord) -> Iterator[str]:
+    if record.hessian_method is None:
+        return
+    yield f"Hessian by {record.hessian_method}: {_known_nullity(record)}"
+    details = {
+        "zero to rounding": record.hessian_nullity_strict,
+        "negative": record.hessian_negative,
+        "Gauss-Newton nullity": record.gauss_newton_nullity,
+    }
+    counts = [f"{name} {count}" for name, count in details.items() if count is not None]
+    if record.residual_curvature is not None:
+        counts.append(f"residual curvature {record.residual_curvature:.1e}")
+    yield ", ".join(counts)
+
+
+def _known_nullity(record: BasinRecord) -> str:
+    """In one sentence what is known of the nullity."""
+    smallest, residual = record.smallest_curvature, record.residual_curvature
+    sizes = ""
+    if smallest is not None and residual is not None:
+        sizes = f"smallest curvature {smallest:.1e} {{}} 2·residual curvature {2 * residual:.1e}"
+    if record.hessian_certified:
+        because = f": {sizes.format('>')}" if sizes else ""
+        return f"nullity {record.hessian_nullity}, certified{because}"
+    if record.hessian_certified is None:
+        return "nothing is proved of the nullity" + (
+            "" if record.hessian_nullity is None else f", counted {record.hessian_nullity}"
+        )
+    counted = "" if record.hessian_nullity is None else f"nullity {record.hessian_nullity}, certified "
+    between = f"{counted}between {record.hessian_nullity_lower} and {record.hessian_nullity_upper}"
+    if record.hessian_resolving_loss is not None:
+        below = f"below about {record.hessian_resolving_loss:.0e}" if record.hessian_resolving_loss else "exactly zero"
+        return f"{between}: resolve by training until the loss is {below}"
+    return f"{between}: {sizes.format('against')}" if sizes else between
 
 
 _COLUMNS = {
@@ -236,8 +338,7 @@ def _table(record: BasinRecord) -> str:
     rows = [["layer", *_COLUMNS]]
     parts = record.blocks or record.layers
     for name, part in [*((tag(name), part) for name, part in parts.items()), ("network", record)]:
-        values = (getattr(part, attribute) for attribute in _COLUMNS.values())
-        rows.append([name, *("" if value is None else f"{value:,}" for value in values)])
+        rows.append([name, *(_cell(part, attribute) for attribute in _COLUMNS.values())])
     if record.output_duplicated_activations is not None:
         cells = {"layer": "output", "duplicates": f"{record.output_duplicated_activations:,}"}
         rows.insert(-1, [cells.get(column, "") for column in rows[0]])
@@ -249,6 +350,32 @@ def _table(record: BasinRecord) -> str:
         )
         for row in rows
     )
+
+
+def _merged_lines(what: str, merged: Sequence[MergedInput]) -> Iterator[str]:
+    """At most one line: how many inputs merged, and the first of them at each layer."""
+    if not merged:
+        return
+    at: dict[str | None, list[MergedInput]] = {}
+    for item in merged:
+        at.setdefault(item.layer, []).append(item)
+    parts = [
+        f"{len(items)} at {'output' if layer is None else tag(layer)} ({', '.join(map(_pair, items[:3]))}"
+        + (", ...)" if len(items) > 3 else ")")  # noqa: PLR2004 - some examples
+        for layer, items in at.items()
+    ]
+    yield shorten(f"{len(merged):,} {what} merged, first {'; '.join(parts)}", 100, placeholder=" ...")
+
+
+def _pair(merged: MergedInput) -> str:
+    return f"{merged.index}={merged.equals}"
+
+
+def _cell(record: LayerRecord, attribute: str) -> str:
+    value = getattr(record, attribute)
+    if attribute == "hessian_nullity" and value is None and record.hessian_nullity_upper is not None:
+        return f"{record.hessian_nullity_lower:,} to {record.hessian_nullity_upper:,}"
+    return "" if value is None else f"{value:,}"
 
 
 def layer_blocks(names: Sequence[str]) -> dict[str, list[str]]:

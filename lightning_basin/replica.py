@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from lightning_basin.probe import as_float64, map_tensors, tensors_of
 
@@ -195,12 +196,21 @@ def _raised(argument: Any) -> Any:
     return argument
 
 
+class _NoCheckpoint:
+    """Takes the place of a reentrant checkpoint: everything is kept."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:  # noqa: FBT001  # as in torch
+        return function(*args)
+
+
 @contextmanager
 def isolated_evaluation(device: torch.device) -> Iterator[None]:
     """Evaluate in float64 with gradients, and put every global state back, also when the body raises.
 
     Inside: gradients on, inference mode, autocast, anomaly detection and compilation off, the mathematical attention
-    kernel (others have no second derivative), float64 as default dtype and in place of every lower precision.
+    kernel (others have no second derivative), no cuDNN and no reentrant checkpoints, float64 as default dtype and in
+    place of every lower precision.
     Afterwards: the random states of Python, NumPy, torch and ``device`` are as before.
 
     Args:
@@ -220,6 +230,11 @@ def isolated_evaluation(device: torch.device) -> Iterator[None]:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # The recurrent kernels of cuDNN hide their products and have no second derivative; reentrant checkpoints hide
+        # all of their graph from `torch.autograd.grad`.
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.callback(setattr, checkpoint, "CheckpointFunction", checkpoint.CheckpointFunction)
+        checkpoint.CheckpointFunction = _NoCheckpoint  # type: ignore[misc,assignment]
         stack.callback(torch.backends.mha.set_fastpath_enabled, attention_fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.set_default_dtype, default_dtype)

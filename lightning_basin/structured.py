@@ -1,183 +1,219 @@
-"""Gradients of known layer types, from what enters them and the derivatives by what leaves them.
+"""Gradients of layers from the operations that use their parameters, and the derivatives by what leaves these.
 
-No gradient with respect to a parameter is taken. Whether a layer acts as its type says is for the caller to check.
+No gradient with respect to a parameter is taken. Whether the operations are all that use it is for the caller to check.
 """
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import is_
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch import Tensor
 
+from lightning_basin.functional.jacobian import vector_jacobian_products
 from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients, LayerGradients, StackedGradients
+from lightning_basin.operations import ElementwiseUse, ProductUse, Source, Use
 
-_UNITS_LAST = (nn.LayerNorm, nn.RMSNorm)
-_CHANNELS_SECOND = (_NormBase, nn.GroupNorm)
-STRUCTURED = (nn.Linear, _ConvNd, nn.Embedding, nn.Bilinear, nn.PReLU, *_UNITS_LAST, *_CHANNELS_SECOND)
-"""Layer types for which there is a formula."""
+_Block = tuple[Tensor, KhatriRaoGradients | DenseGradients]  # columns, and the gradients by them
 
 
-def structured_gradients(
-    part: nn.Module, owned: frozenset[str], calls: Sequence[tuple[Sequence[Tensor], Tensor]], num_inputs: int
-) -> LayerGradients:
-    """Gradients of a layer with respect to its own parameters, summed over its calls.
+@dataclass(frozen=True)
+class InputAxis:
+    """Where the parts of the k inputs lie along an axis of what an operation returns.
+
+    Attributes:
+        axis: Of the result's derivative, in the form in which a use takes it; 0 for products.
+        adjacent: Whether the parts of one input follow each other, or inputs alternate.
+    """
+
+    axis: int
+    adjacent: bool
+
+    def split(self, tensor: Tensor, num_inputs: int) -> Tensor:
+        """The axis in front, as ``(k, n / k, ...)``."""
+        moved = tensor.movedim(self.axis, 0)
+        if self.adjacent:
+            return moved.reshape(num_inputs, -1, *moved.shape[1:])
+        return moved.reshape(-1, num_inputs, *moved.shape[1:]).transpose(0, 1)
+
+
+def find_input_axis(use: Use, signal: Tensor, chosen: Tensor) -> InputAxis | None:
+    """Find the axis of the inputs from a derivative of the outputs of some inputs only.
+
+    What belongs to other inputs is exactly zero there.
 
     Args:
-        part: One of the types in ``STRUCTURED``.
-        owned: Names of the parameters that count, ``weight`` or ``bias`` or both.
-        calls: For each call the tensors that entered, and the derivatives of all outputs by what left, with the c
-            outputs along an axis in front.
-        num_inputs: k; every tensor has a multiple of it along the axis of the batch.
-
-    Raises:
-        ValueError: If the parameters or what entered are not those of the type.
+        use: Of a parameter.
+        signal: Derivative by the result, of a sum over the outputs of the chosen inputs.
+        chosen: Which inputs these are, bool, shape ``(k,)``.
     """
-    if not owned <= {"weight", "bias"}:
-        raise ValueError(f"a {type(part).__name__} must own its weight and bias only, got {sorted(owned)}")
-    if isinstance(part, (nn.PReLU, *_UNITS_LAST, *_CHANNELS_SECOND)):
-        return _elementwise(part, owned, calls, num_inputs)
-    if isinstance(part, _ConvNd) and (part.groups > 1 or isinstance(part, _ConvTransposeNd)):
-        return _grouped(part, owned, calls, num_inputs)
-    factors = [_factors(part, entering, signal, num_inputs) for entering, signal in calls]
-    activations = torch.cat([entering for entering, _ in factors], dim=1)
-    signals = torch.cat([signal for _, signal in factors], dim=2)
-    if isinstance(part, nn.Embedding):
-        return _embedding(part, activations, signals)
-    columns = [activations] if "weight" in owned else []
-    if "bias" in owned:
-        columns.append(activations.new_ones(*activations.shape[:2], 1))
-    return KhatriRaoGradients(torch.cat(columns, dim=2), signals, bias="bias" in owned)
+    num_inputs = chosen.numel()
+    if isinstance(use, ProductUse):
+        candidates, found = [0], use.signals(signal)
+    else:
+        found = use.contributions(signal)
+        candidates = [axis for axis in range(found.ndim) if use.positions.shape[axis] == 1]
+    nonzero = found != 0
+    for axis in candidates:
+        if found.shape[axis] % num_inputs:
+            continue
+        for adjacent in (True, False):
+            layout = InputAxis(axis, adjacent)
+            if not bool(layout.split(nonzero, num_inputs)[~chosen].any()):
+                return layout
+    return None
 
 
-def _factors(part: nn.Module, entering: Sequence[Tensor], signal: Tensor, num_inputs: int) -> tuple[Tensor, Tensor]:
-    """Activations ``(k, t, d_in)`` and signals ``(k, c, t, d_out)`` of one call."""
-    if isinstance(part, nn.Bilinear):
-        first, second = entering
-        outer = first.unsqueeze(-1) * second.unsqueeze(-2)
-        return outer.reshape(num_inputs, -1, first.shape[-1] * second.shape[-1]), _by_position(signal, num_inputs)
-    (tensor,) = entering
-    if isinstance(part, _ConvNd):
-        patches = _patches(_padded(part, tensor), part)
-        return patches.reshape(num_inputs, -1, patches.shape[-1]), _by_position(signal.movedim(2, -1), num_inputs)
-    if isinstance(part, nn.Embedding):
-        return tensor.reshape(num_inputs, -1), _by_position(signal, num_inputs)
-    return tensor.reshape(num_inputs, -1, tensor.shape[-1]), _by_position(signal, num_inputs)
+def signal_of_inputs(use: Use, signal: Tensor, layout: InputAxis, num_inputs: int) -> Tensor:
+    """Derivatives input by input: ``(k, t, d_out)`` for a product, ``(k, n)`` by the n used entries otherwise."""
+    if isinstance(use, ProductUse):
+        found = layout.split(use.signals(signal), num_inputs)
+        return found.reshape(num_inputs, -1, found.shape[-1])
+    contributions = layout.split(use.contributions(signal), num_inputs)
+    used = use.positions.movedim(layout.axis, 0)  # Of length 1 there.
+    repeated = [axis for axis in range(1, contributions.ndim) if used.shape[axis - 1] == 1]
+    return contributions.sum(repeated).reshape(num_inputs, -1) if repeated else contributions.reshape(num_inputs, -1)
 
 
-def _by_position(signal: Tensor, num_inputs: int) -> Tensor:
-    """From ``(c, batch, ..., d)`` to ``(k, c, t, d)``."""
-    return signal.reshape(signal.shape[0], num_inputs, -1, signal.shape[-1]).transpose(0, 1)
+def activations_of_inputs(use: ProductUse, layout: InputAxis, num_inputs: int) -> Tensor:
+    """What is multiplied, input by input, shape ``(k, t, d_in)``."""
+    found = layout.split(use.activations(), num_inputs)
+    return found.reshape(num_inputs, -1, found.shape[-1])
 
 
-def _padded(part: _ConvNd, tensor: Tensor) -> Tensor:
-    """The input of a convolution with its padding around it."""
-    if part.padding_mode == "zeros":
-        return F.pad(tensor, part._reversed_padding_repeated_twice)
-    return F.pad(tensor, part._reversed_padding_repeated_twice, mode=part.padding_mode)
+@dataclass(frozen=True, eq=False)
+class MeasuredUse:
+    """One use of a parameter with what was measured of it.
+
+    Attributes:
+        use: The operation.
+        signals: Derivatives of each output, ``(k, c, t, d_out)`` for a product, ``(k, c, n)`` otherwise.
+        activations: ``(k, t, d_in)`` for a product.
+    """
+
+    use: Use
+    signals: Tensor
+    activations: Tensor | None
 
 
-def _patches(tensor: Tensor, part: _ConvNd) -> Tensor:
-    """What the kernel sees at each of its positions, shape ``(batch, positions, channels * kernel)``."""
-    for axis, (size, stride, dilation) in enumerate(
-        zip(part.kernel_size, part.stride, part.dilation, strict=True), start=2
-    ):
-        tensor = tensor.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    dimensions = len(part.kernel_size)
-    positions = range(2, 2 + dimensions)
-    kernel = range(2 + dimensions, 2 + 2 * dimensions)
-    ordered = tensor.permute(0, *positions, 1, *kernel)
-    return ordered.flatten(1 + dimensions).flatten(1, dimensions)
+@dataclass(eq=False)
+class _Slot:
+    """Uses of the same entries of one source in the same way, which add up."""
 
+    source: Source
+    positions: Tensor
+    uses: list[MeasuredUse]
+    bias: "_Slot | None" = None
 
-def _grouped(
-    part: _ConvNd, owned: frozenset[str], calls: Sequence[tuple[Sequence[Tensor], Tensor]], num_inputs: int
-) -> LayerGradients:
-    """Convolutions whose channels fall into groups, and transposed ones: a block for each group, then the bias."""
-    blocks: list[LayerGradients] = []
-    if "weight" in owned:
-        for group in range(part.groups):
-            factors = [_group_factors(part, group, tensor, signal, num_inputs) for (tensor,), signal in calls]
-            activations = torch.cat([entering for entering, _ in factors], dim=1)
-            signals = torch.cat([signal for _, signal in factors], dim=2)
-            transposed = isinstance(part, _ConvTransposeNd)
-            blocks.append(KhatriRaoGradients(activations, signals, bias=False, transposed=transposed))
-    if "bias" in owned:
-        sums = [_by_position(signal.movedim(2, -1), num_inputs).sum(2) for _, signal in calls]
-        blocks.append(DenseGradients(torch.stack(sums).sum(0).flatten(0, 1)))
-    return StackedGradients(tuple(blocks))
-
-
-def _group_factors(part: _ConvNd, group: int, tensor: Tensor, signal: Tensor, num_inputs: int) -> tuple[Tensor, Tensor]:
-    entering = tensor.chunk(part.groups, dim=1)[group]
-    leaving = signal.chunk(part.groups, dim=2)[group]
-    if not isinstance(part, _ConvTransposeNd):
-        patches = _patches(_padded(part, entering), part)
-        return patches.reshape(num_inputs, -1, patches.shape[-1]), _by_position(leaving.movedim(2, -1), num_inputs)
-    # A transposed convolution writes each input's patch to the output: the roles of the two sides are exchanged.
-    flat = leaving.flatten(0, 1)
-    paddings = cast("tuple[int, ...]", part.padding)  # A word, "same" or "valid", only where not transposed.
-    pads = [pad for padding in reversed(paddings) for pad in (padding, padding)]
-    seen = _patches(F.pad(flat, pads), part)
-    spatial = entering.shape[2:]
-    counts = [
-        (length + 2 * padding - dilation * (size - 1) - 1) // stride + 1
-        for length, padding, dilation, size, stride in zip(
-            leaving.shape[3:], paddings, part.dilation, part.kernel_size, part.stride, strict=True
+    def holds(self, measured: MeasuredUse) -> bool:
+        use = measured.use
+        return (
+            use.source is self.source
+            and isinstance(use, ProductUse) == isinstance(self.uses[0].use, ProductUse)
+            and use.positions.numel() == self.positions.numel()
+            and torch.equal(use.positions, self.positions)
         )
-    ]
-    seen = seen.view(flat.shape[0], *counts, -1)
-    for axis, length in enumerate(spatial, start=1):  # What output_padding adds is seen by no input.
-        seen = seen.narrow(axis, 0, length)
-    signals = seen.reshape(leaving.shape[0], leaving.shape[1], -1, seen.shape[-1])
-    activations = entering.movedim(1, -1)
-    return activations.reshape(num_inputs, -1, activations.shape[-1]), _by_position(signals, num_inputs)
+
+    def shifts(self, other: "_Slot") -> bool:
+        """Whether this is the bias of a product, at each of its uses."""
+        shifted = [use.use.shifts if isinstance(use.use, ElementwiseUse) else None for use in self.uses]
+        same = len(shifted) == len(other.uses) and all(map(is_, shifted, [use.use for use in other.uses]))
+        return same and self.positions.numel() == other.positions.shape[0]
+
+    def gradients(self) -> KhatriRaoGradients | DenseGradients:
+        """With respect to the entries, in the order of `columns`."""
+        signals = [use.signals for use in self.uses]
+        if self.uses[0].activations is None:
+            return DenseGradients(torch.stack(signals).sum(0).flatten(0, 1))
+        activations = torch.cat([use.activations for use in self.uses if use.activations is not None], dim=1)
+        if self.bias is not None:
+            activations = torch.cat([activations, activations.new_ones(*activations.shape[:2], 1)], dim=2)
+        return KhatriRaoGradients(activations, torch.cat(signals, dim=2))
+
+    def columns(self, starts: Mapping[int, int]) -> Tensor:
+        """Where the entries stand among the parameters of the layer."""
+        columns = self.positions + starts[id(self.source)]
+        if self.bias is not None:
+            shifted = self.bias.positions.reshape(-1, 1) + starts[id(self.bias.source)]
+            columns = torch.cat([columns, shifted], dim=1)
+        return columns.flatten()
 
 
-def _embedding(part: nn.Embedding, tokens: Tensor, signals: Tensor) -> KhatriRaoGradients:
-    """One-hot activations, over those tokens only that occur: the others have zero gradients."""
-    used, position = torch.unique(tokens, return_inverse=True)
-    one_hot = F.one_hot(position, used.numel()).to(signals.dtype)
-    if part.padding_idx is not None:
-        one_hot = one_hot * (tokens != part.padding_idx).unsqueeze(-1)
-    return KhatriRaoGradients(
-        one_hot, signals, bias=False, transposed=True, used_columns=used, num_activations=part.num_embeddings
-    )
+def gradients_from_uses(
+    parameters: Mapping[str, Tensor], used: Sequence[MeasuredUse], *, num_rows: int
+) -> LayerGradients:
+    """The gradients of a layer from all uses of its parameters.
+
+    Uses of the same entries add up, as where a layer is called twice. What multiplies stays factored; entries that are
+    used in several ways, as a table that is also the output head, are added up as dense rows.
+
+    Args:
+        parameters: Of the layer by name, in order, attached to the graph.
+        used: All uses of them, and of tensors that were computed from them.
+        num_rows: m.
+    """
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    blocks: list[_Block] = []
+    slots = _slots(used)
+    sources = {id(slot.source): slot.source for slot in slots}
+    starts: dict[int, int] = {}
+    for identity, source in sources.items():
+        if source.name is None:
+            blocks += _through(source, [slot for slot in slots if slot.source is source], parameters, num_rows)
+        else:
+            starts[identity] = sum(sizes[: list(parameters).index(source.name)])
+    direct = _with_biases([slot for slot in slots if slot.source.name is not None])
+    blocks += [(slot.columns(starts), slot.gradients()) for slot in direct]
+    return _side_by_side(blocks, num_rows, sum(sizes))
 
 
-def _elementwise(
-    part: nn.Module, owned: frozenset[str], calls: Sequence[tuple[Sequence[Tensor], Tensor]], num_inputs: int
-) -> DenseGradients:
-    """Layers that scale and shift units one by one: normalisations, PReLU."""
-    blocks: dict[str, Tensor] = {}
-    for (tensor,), signal in calls:
-        unscaled, units = _unscaled(part, tensor), _num_units(part)
-        if isinstance(part, (nn.PReLU, *_CHANNELS_SECOND)) and tensor.ndim > 1:
-            unscaled, signal = unscaled.movedim(1, -1), signal.movedim(2, -1)
-        entering = unscaled.reshape(num_inputs, 1, -1, units)
-        by_unit = signal.reshape(signal.shape[0], num_inputs, -1, units).transpose(0, 1)
-        for name, product in (("weight", entering * by_unit), ("bias", by_unit)):
-            total = product.sum(2)
-            blocks[name] = blocks[name] + total if name in blocks else total
-    return DenseGradients(
-        torch.cat([blocks[name].flatten(0, 1) for name in ("weight", "bias") if name in owned], dim=1)
-    )
+def _slots(used: Sequence[MeasuredUse]) -> list[_Slot]:
+    slots: list[_Slot] = []
+    for measured in used:
+        slot = next((slot for slot in slots if slot.holds(measured)), None)
+        if slot is None:
+            slots.append(_Slot(measured.use.source, measured.use.positions, [measured]))
+        else:
+            slot.uses.append(measured)
+    return slots
 
 
-def _num_units(part: nn.Module) -> int:
-    weight = part.weight
-    assert isinstance(weight, Tensor)
-    return weight.numel()
+def _with_biases(slots: Sequence[_Slot]) -> list[_Slot]:
+    """Products joined with what shifts them: a bias is the weight of an activation that is always 1."""
+    products = [slot for slot in slots if slot.uses[0].activations is not None]
+    others = [slot for slot in slots if slot.uses[0].activations is None]
+    for product in products:
+        product.bias = next((slot for slot in others if slot.shifts(product)), None)
+    joined = [product.bias for product in products if product.bias is not None]
+    return [*products, *(slot for slot in others if not any(slot is bias for bias in joined))]
 
 
-def _unscaled(part: nn.Module, tensor: Tensor) -> Tensor:
-    """What the layer's weight is multiplied with."""
-    if isinstance(part, nn.PReLU):
-        return tensor.clamp(max=0)
-    names = dict(part.named_parameters(recurse=False))
-    neutral = {name: torch.full_like(value, float(name == "weight")) for name, value in names.items()}
-    unscaled: Tensor = functional_call(part, neutral, (tensor,))
-    return unscaled
+def _through(source: Source, slots: Sequence[_Slot], parameters: Mapping[str, Tensor], num_rows: int) -> list[_Block]:
+    """Of a tensor that was computed from parameters, as by weight normalisation: the chain rule, row by row."""
+    blocks = [(slot.positions.flatten(), slot.gradients()) for slot in slots]
+    rows = _summed(blocks, num_rows, source.tensor.numel()).view(num_rows, *source.tensor.shape)
+    values = list(parameters.values())
+    products = vector_jacobian_products(source.tensor, values, rows)
+    return [(torch.arange(products.shape[1], device=products.device), DenseGradients(products))]
+
+
+def _side_by_side(blocks: Sequence[_Block], num_rows: int, num_columns: int) -> LayerGradients:
+    """Blocks of different columns stay apart; where they overlap they are added up."""
+    counted = sum(columns.numel() for columns, _ in blocks)
+    if counted <= num_columns:
+        columns = torch.cat([columns for columns, _ in blocks]) if blocks else torch.zeros(0, dtype=torch.int64)
+        if len(torch.unique(columns)) == counted:
+            return StackedGradients(
+                parts=tuple(part for _, part in blocks),
+                columns=tuple(columns for columns, _ in blocks),
+                num_rows=num_rows,
+                num_columns=num_columns,
+            )
+    return DenseGradients(_summed(blocks, num_rows, num_columns))
+
+
+def _summed(blocks: Sequence[_Block], num_rows: int, num_columns: int) -> Tensor:
+    rows = torch.zeros(num_rows, num_columns, dtype=torch.float64, device=blocks[0][0].device)
+    for columns, part in blocks:
+        rows.index_add_(1, columns, part.rows())
+    return rows

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lightning_basin.gradients import layer_gradients
+from lightning_basin.layers import TracedProbe
 
 
 def drawn(*shape, seed=0):
@@ -45,9 +46,10 @@ def sequences(flatten):
     return Composed(function, first=nn.Linear(3, 4), second=nn.Linear(4, 2))
 
 
-def measured(network, probe):
-    trace = network.trace(probe)
-    found = layer_gradients(network, probe, trace, generator=torch.Generator().manual_seed(0))
+def measured(network, probe, chunk_size=None):
+    found = layer_gradients(
+        TracedProbe(network, probe, chunk_size=chunk_size), generator=torch.Generator().manual_seed(0)
+    )
     return {gradients.layer.name: gradients for gradients in found}
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lightning_basin import Probe
-from lightning_basin.activations import cuts, layer_activations
+from lightning_basin.activations import is_cut, layer_activations, parameters_before
 from lightning_basin.layers import Network
 from tests.networks import Composed, drawn, filled, linear_twice, sequences
 
@@ -94,7 +94,13 @@ def test_a_layer_that_is_never_called_has_no_activation():
 def cuts_of(module, inputs):
     network, probe = Network(module), Probe(inputs)
     trace = network.trace(probe)
-    return dict(cuts(network, probe, trace, layer_activations(network, probe, trace)))
+    sizes = [parameter.numel() for parameter in network.parameters()]
+    found = {}
+    for name, layer in layer_activations(network, probe, trace).items():
+        before = parameters_before(network, trace, name)
+        if is_cut(network, probe, trace, name, layer, before):
+            found[name] = sum(size for size, is_before in zip(sizes, before, strict=True) if is_before)
+    return found
 
 
 def test_every_layer_of_a_chain_is_a_cut():

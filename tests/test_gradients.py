@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from lightning_basin import Probe
@@ -69,35 +70,156 @@ FACTORED = {
     "frozen biases": (lambda: half_frozen("bias"), (5, 3)),
 }
 
-# Modules for which the formula of a plain is wrong or not at hand, at least in one layer.
-DENSE = {
+
+def weight_as_left_factor():
+    return Composed(lambda m, x: (m.linear.weight @ x.mT).mT.tanh().square(), linear=nn.Linear(3, 2, bias=False))
+
+
+class Bare(nn.Module):
+    """Parameters of its own, without a module around them: a class token, positions, scales, a table, a projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.positions = nn.Parameter(torch.zeros(1, 4, 4))
+        self.scale = nn.Parameter(torch.zeros(4))
+        self.divisor = nn.Parameter(torch.zeros(1))
+        self.projection = nn.Parameter(torch.zeros(4, 3))
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.positions
+        x = (x * self.scale).tanh() @ self.projection - self.scale[:3]
+        return x.square().sum(1) / self.divisor
+
+
+class Positions(nn.Module):
+    """Positional embeddings are looked up without any input."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head((x + self.table(torch.arange(x.shape[1]))).tanh()).sum(1)
+
+
+class TiedHead(nn.Module):
+    """The table of tokens is the output head, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.head(self.table((x.abs() * 3).long() % 5).tanh().sum(1))
+
+
+class Autoencoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 3))
+
+    def forward(self, x):
+        return (x @ self.weight.mT).tanh() @ self.weight
+
+
+def bags(mode):
+    def forward(module, x):
+        return module.head(module.table((x.abs() * 3).long() % 6).tanh())
+
+    return Composed(forward, table=nn.EmbeddingBag(6, 3, mode=mode), head=nn.Linear(3, 2))
+
+
+def recurrent(kind, **options):
+    return Composed(lambda m, x: m.part(x)[0][:, -1], part=kind(3, 2, batch_first=True, **options))
+
+
+def attention(**options):
+    def forward(module, x):
+        return module.part(x, x.tanh(), x * x, need_weights=False)[0].sum(1)
+
+    return Composed(forward, part=nn.MultiheadAttention(4, 2, batch_first=True, **options))
+
+
+def attention_over_positions_first():
+    part = nn.MultiheadAttention(4, 2)
+    return Composed(lambda m, x: m.part(*[x.transpose(0, 1)] * 3)[0].sum(0), part=part)
+
+
+def encoder_layer(**options):
+    return Composed(
+        lambda m, x: m.part(x).sum(1),
+        part=nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, dropout=0.0, batch_first=True, **options),
+    )
+
+
+def checkpointed(use_reentrant):
+    def forward(module, x):
+        hidden = torch.utils.checkpoint.checkpoint(lambda y: module.first(y).tanh(), x, use_reentrant=use_reentrant)
+        return module.second(hidden)
+
+    return Composed(forward, first=nn.Linear(3, 4), second=nn.Linear(4, 2))
+
+
+# Modules whose parameters are used by known operations, whatever the module is called.
+BY_OPERATION = {
     "transposed sequences": (transposed, (5, 6, 3)),
     "transposed sequences that divide evenly": (transposed, (3, 6, 3)),
     "transposed square sequences": (transposed, (4, 4, 3)),
     "weight_norm": (lambda: normed(nn.utils.parametrizations.weight_norm), (5, 3)),
     "spectral_norm": (lambda: normed(nn.utils.parametrizations.spectral_norm), (5, 3)),
     "tied weights": (tied, (5, 3)),
+    "tied table and head": (TiedHead, (5, 3)),
+    "tied transposed weights": (Autoencoder, (5, 3)),
     "weight used beside": (weight_used_beside, (5, 3)),
-    "a subclass that does more": (lambda: nn.Sequential(Scaled(3, 2)), (5, 3)),
-    "LSTM": (lambda: Composed(lambda m, x: m.lstm(x)[0][:, -1], lstm=nn.LSTM(3, 2, batch_first=True)), (4, 3, 3)),
-    "attention": (
+    "weight as left factor": (weight_as_left_factor, (5, 3)),
+    "bare parameters": (Bare, (5, 3, 4)),
+    "positions": (Positions, (4, 5, 3)),
+    "EmbeddingBag, sums": (lambda: bags("sum"), (5, 3)),
+    "EmbeddingBag, means": (lambda: bags("mean"), (5, 3)),
+    "RNN": (lambda: recurrent(nn.RNN), (4, 3, 3)),
+    "LSTM": (lambda: recurrent(nn.LSTM), (4, 3, 3)),
+    "LSTM of two layers, both ways": (lambda: recurrent(nn.LSTM, num_layers=2, bidirectional=True), (4, 3, 3)),
+    "LSTM with a projection": (lambda: recurrent(nn.LSTM, proj_size=1), (4, 3, 3)),
+    "GRU": (lambda: recurrent(nn.GRU), (4, 3, 3)),
+    "attention": (attention, (3, 3, 4)),
+    "attention to itself": (
         lambda: Composed(
-            lambda m, x: m.attention(x, x, x, need_weights=False)[0].sum(1),
-            attention=nn.MultiheadAttention(4, 2, batch_first=True),
+            lambda m, x: m.part(x, x, x, need_weights=False)[0].sum(1),
+            part=nn.MultiheadAttention(4, 2, batch_first=True),
         ),
         (3, 3, 4),
     ),
+    "attention with bias and zeros": (lambda: attention(add_bias_kv=True, add_zero_attn=True), (3, 3, 4)),
+    "attention over positions first": (attention_over_positions_first, (3, 5, 4)),
+    "encoder layer": (encoder_layer, (3, 3, 4)),
+    "encoder layer, norm first": (lambda: encoder_layer(norm_first=True), (3, 3, 4)),
     "convolution and batch norm": (
         lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.Tanh(), nn.Flatten(), nn.Linear(9, 2)),
         (4, 2, 4),
     ),
     "layer norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), (5, 3)),
+    "checkpointing": (lambda: checkpointed(use_reentrant=False), (5, 3)),
+    "one input": (encoder_layer, (1, 3, 4)),
+}
+
+# Modules with a parameter that is used in a way that is not known.
+DENSE = {
+    "a function of the weight that is no product": (
+        lambda: Composed(lambda m, x: torch.cdist(x, m.linear.weight), linear=nn.Linear(3, 2, bias=False)),
+        (5, 3),
+    ),
+    "EmbeddingBag, largest": (lambda: bags("max"), (5, 3)),
+    "a power": (lambda: Composed(lambda m, x: (x.abs() + 1) ** m.part.weight[0], part=nn.Linear(3, 2)), (5, 3)),
 }
 
 
-@pytest.mark.parametrize("name", [*FACTORED, *DENSE])
+@pytest.mark.parametrize("name", [*FACTORED, *BY_OPERATION, *DENSE])
 def test_gradients_of_every_layer_are_those_of_finite_differences(name):
-    build, shape = (FACTORED | DENSE)[name]
+    build, shape = (FACTORED | BY_OPERATION | DENSE)[name]
     network, probe = Network(filled(build())), Probe(drawn(*shape))
     found = measured(network, probe)
     assert set(found) == {layer.name for layer in network.layers}
@@ -108,24 +230,51 @@ def test_gradients_of_every_layer_are_those_of_finite_differences(name):
         torch.testing.assert_close(found[layer.name].gradients.rows(), expected, rtol=0.0, atol=1e-7 * scale)
 
 
+@pytest.mark.parametrize("name", [*FACTORED, *BY_OPERATION])
+def test_layers_whose_operations_are_known_are_measured_without_dense_rows(name):
+    build, shape = (FACTORED | BY_OPERATION)[name]
+    found = measured(Network(filled(build())), Probe(drawn(*shape)))
+    assert {layer: gradients.structured for layer, gradients in found.items()} == dict.fromkeys(found, True)
+    assert {gradients.note for gradients in found.values()} == {None}
+
+
+@pytest.mark.parametrize("name", [*sorted(FACTORED.keys() - {"hooks that change inputs and outputs"}), *BY_OPERATION])
+def test_chunks_of_inputs_give_the_same_gradients(name):
+    build, shape = (FACTORED | BY_OPERATION)[name]
+    network, probe = Network(filled(build())), Probe(drawn(*shape))
+    whole = measured(network, probe)
+    for layer, gradients in measured(network, probe, chunk_size=2).items():
+        expected = whole[layer].gradients.rows()
+        scale = 1 + float(expected.abs().max())
+        torch.testing.assert_close(gradients.gradients.rows(), expected, rtol=0.0, atol=1e-12 * scale)
+
+
 @pytest.mark.parametrize("name", FACTORED)
 def test_gradients_of_plain_linear_layers_stay_factored(name):
     build, shape = FACTORED[name]
     found = measured(Network(filled(build())), Probe(drawn(*shape)))
-    assert {type(gradients.gradients) for gradients in found.values()} == {KhatriRaoGradients}
-    assert {gradients.note for gradients in found.values()} == {None}
+    parts = [type(part) for gradients in found.values() for part in gradients.gradients.parts]
+    if name == "frozen weights":
+        assert set(parts) == {DenseGradients}  # Biases alone.
+    else:
+        assert set(parts) == {KhatriRaoGradients}
 
 
-def test_a_linear_layer_that_does_more_is_measured_row_by_row_and_said_so():
-    found = measured(Network(filled(nn.Sequential(Scaled(3, 2)))), Probe(drawn(5, 3)))
-    assert type(found["0"].gradients) is DenseGradients
-    assert "layer '0' is measured row by row: it does not act as a plain" in found["0"].note
+@pytest.mark.parametrize("name", DENSE)
+def test_layers_with_an_unknown_operation_are_measured_row_by_row(name):
+    build, shape = DENSE[name]
+    found = measured(Network(filled(build())), Probe(drawn(*shape)))
+    assert not all(gradients.structured for gradients in found.values())
 
 
-def test_layers_that_are_no_linear_ones_are_measured_without_a_note():
-    found = measured(Network(filled(nn.Sequential(nn.LayerNorm(3)))), Probe(drawn(5, 3)))
-    assert type(found["0"].gradients) is DenseGradients
-    assert found["0"].note is None
+def test_a_use_that_is_not_seen_is_noticed_and_said():
+    module = Composed(lambda m, x: m.linear(x) ** m.linear.bias.square(), linear=nn.Linear(3, 2))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(1.0)
+    found = measured(Network(module.double()), Probe(drawn(5, 3).abs()))
+    assert type(found["linear"].gradients) is DenseGradients
+    assert found["linear"].note == "layer 'linear' is measured row by row: its parameters are used in other ways"
 
 
 def test_a_layer_that_is_never_called_has_zero_gradients():

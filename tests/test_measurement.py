@@ -221,14 +221,14 @@ def test_dead_units_of_each_layer_are_outputs_constant_over_the_probe(name, seed
 
 @pytest.mark.parametrize("name", CHAINS)
 @every_case
-def test_rank_bound_of_a_chain_is_the_smallest_over_its_layers(name, seed):
+def test_rank_bound_of_a_chain_is_at_most_the_smallest_over_its_layers(name, seed):
     network, outputs = evaluated_case(name, seed)
     num_inputs, num_outputs = outputs.value.shape
     bounds, before = [network.num_parameters], 0
     for layer, duplicates in network.duplicates().items():
         bounds.append(before + num_outputs * (num_inputs - duplicates))
         before += len(network.columns[layer])
-    assert measured(name, seed).gradient_rank_bound == min(bounds)
+    assert measured(name, seed).gradient_rank_bound <= min(bounds)
 
 
 @every_network
@@ -239,7 +239,8 @@ def test_exact_rank_is_within_the_rank_bound(name, seed):
 
 
 def test_rank_bound_of_merged_categories_follows_the_worked_example():
-    # 64 pairs of categories, of which the first layer keeps the first only: 17 parameters before the cut, 8 codes.
+    # 64 pairs of categories, of which the first layer keeps the first only. Behind it are 8 codes; before it, the
+    # differences between the merged inputs have rank 7, and one unit (B4). From its 17 parameters it would be 25 (B2).
     pairs = torch.cartesian_prod(torch.arange(8), torch.arange(8))
     inputs = torch.cat([torch.eye(8)[pairs[:, 0]], torch.eye(8)[pairs[:, 1]]], dim=1)
     module = Chain(16, 1, 16, 1)
@@ -248,7 +249,7 @@ def test_rank_bound_of_merged_categories_follows_the_worked_example():
         module.layers[0].bias.fill_(1.0)
     record = measure_basin(module, inputs)
     assert record.layers["layers.1"].duplicated_activations == 56
-    assert record.gradient_rank_bound == 25
+    assert record.gradient_rank_bound == 8 + 1 * 7
 
 
 # --- large matrices -------------------------------------------------------------------------------------------------
@@ -851,10 +852,8 @@ def test_hessian_of_any_module_has_the_rank_of_its_gradients_at_zero_loss(kind):
     assert record.num_parameters - record.hessian_nullity_strict <= (sigmas > 0.5e-5 * sigmas[0]).sum()
 
 
-def test_parametrized_weight_is_measured_row_by_row_and_says_so():
-    record = measure_basin(WeightUsedTwice(), normal(5, 3))
-    (note,) = record.notes
-    assert note.startswith("layer 'inner' is measured row by row: it does not act as a plain")
+def test_parametrized_weight_needs_no_note():
+    assert measure_basin(WeightUsedTwice(), normal(5, 3)).notes == ()
 
 
 def test_plain_network_has_nothing_to_note():
@@ -1007,11 +1006,33 @@ def test_inputs_that_are_no_probe_are_refused(inputs, error, message):
         ({"rtol": -1e-6}, ValueError, r"rtol must be a relative tolerance inside \(0, 1\), got -1e-06"),
         ({"rtol": float("nan")}, ValueError, r"rtol must be a relative tolerance inside \(0, 1\), got nan"),
         ({"duplicate_rtol": 1.0}, ValueError, r"duplicate_rtol must be inside \[0, 1\), got 1.0"),
-        ({"hessian": "lanczos"}, ValueError, "hessian must be 'auto', 'dense' or False, got 'lanczos'"),
+        ({"hessian": "lanczos"}, ValueError, r"hessian must be one of \('auto', .* or False, got 'lanczos'"),
+        (
+            {"loss_fn": "mse"},
+            ValueError,
+            "loss_fn must be a function of outputs and targets or 'behavioral', got 'mse'",
+        ),
+        (
+            {"behavior": "logits"},
+            ValueError,
+            "behavior must be a function .*, 'outputs' or 'probabilities', got 'logits'",
+        ),
         ({"layers": ["0", "1"]}, ValueError, r"layers must be among \['0', '2'\], got \['1'\]"),
         ({"layers": "some"}, ValueError, "layers must be 'auto', 'all' or a list of names of layers, got 'some'"),
     ],
-    ids=["no targets", "rtol 0", "rtol 1", "rtol < 0", "rtol nan", "duplicate_rtol", "hessian", "layer", "layers"],
+    ids=[
+        "no targets",
+        "rtol 0",
+        "rtol 1",
+        "rtol < 0",
+        "rtol nan",
+        "duplicate_rtol",
+        "hessian",
+        "loss",
+        "behavior",
+        "layer",
+        "layers",
+    ],
 )
 def test_wrong_settings_are_refused(settings, error, message):
     module = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -1055,12 +1076,6 @@ def test_hessian_is_left_out_on_request_but_not_the_loss():
     record = measure_basin(module, inputs, torch.ones(5, 1), loss_fn=sum_of_squares, hessian=False)
     assert record.loss == pytest.approx(sum_of_squares(module(inputs), torch.ones(5, 1)).item(), rel=1e-5)
     assert record.hessian_nullity is None
-
-
-def test_large_hessian_is_left_out_and_the_record_says_so():
-    record = measure_basin(nn.Linear(60, 60), normal(2, 60), normal(2, 60), loss_fn=sum_of_squares)
-    assert record.hessian_nullity is None
-    assert "the Hessian is left out: it is formed up to 3000 parameters, and the network has 3660" in record.notes[0]
 
 
 def test_step_is_noted():

@@ -87,7 +87,7 @@ def failing(rank, root):
 
     def loss_fn(outputs, targets):
         calls.append(0)
-        if armed and len(calls) == 2 and rank == 0:
+        if armed and len(calls) == 3 and rank == 0:  # The loss is evaluated twice, to see whether it is a function.
             raise RuntimeError("out of order")
         return nn.functional.mse_loss(outputs, targets)
 

@@ -28,14 +28,21 @@ def layer_record(**changes):
 
 WHOLE = {
     "hessian_nullity": 7,
+    "hessian_nullity_lower": 6,
+    "hessian_nullity_upper": 8,
     "hessian_nullity_strict": 3,
     "hessian_negative": 1,
+    "hessian_largest": 2.5,
     "residual_curvature": 0.125,
+    "smallest_curvature": 0.25,
     "gauss_newton_nullity": 6,
     "duplicated_activations": 4,
     "duplicated_activations_exact": 2,
     "dead_units": 9,
 }
+
+
+HOW = {"hessian_resolving_loss": 3e-4, "hessian_rtol": 1e-14, "hessian_method": "dense"}
 
 
 def basin_record(layers=None, **changes):
@@ -44,10 +51,15 @@ def basin_record(layers=None, **changes):
 
 
 def whole_record():
-    layers = {"fc1": layer_record(**WHOLE), "fc2": layer_record(gradient_rank=1), "": layer_record(gradient_rank=0)}
+    layers = {
+        "fc1": layer_record(**WHOLE, **HOW),
+        "fc2": layer_record(gradient_rank=1),
+        "": layer_record(gradient_rank=0),
+    }
     return basin_record(
         layers,
         **WHOLE,
+        **HOW,
         loss=0.01,
         gradient_rank_bound=10,
         output_duplicated_activations=3,
@@ -123,10 +135,11 @@ def test_keys_of_a_whole_record_follow_one_scheme():
         "gradient_effective_rank",
         "saturated",
     }
-    network = gradient | set(WHOLE) | {"gradient_rank_bound", "loss", "log10_loss", "measure_seconds"}
+    whole = gradient | set(WHOLE) | {"hessian_certified"}
+    network = whole | {"gradient_rank_bound", "loss", "log10_loss", "measure_seconds"}
     network |= {f"gradient_rank_at_1e-{digits}" for digits in ("12", "08", "06", "04", "02")}
     expected = {f"basin/{name}" for name in network}
-    expected |= {f"basin_layer_{name}/fc1" for name in gradient | set(WHOLE)}
+    expected |= {f"basin_layer_{name}/fc1" for name in whole}
     expected |= {f"basin_layer_{name}/{layer}" for name in gradient for layer in ("fc2", "root")}
     expected |= {"basin_layer_duplicated_activations/output", "basin_layer_duplicated_activations_exact/output"}
     statistics = {
@@ -182,7 +195,7 @@ def test_a_rank_of_zero_has_no_gap_among_the_keys():
 
 def test_measured_zeros_are_logged():
     scalars = basin_record(**dict.fromkeys(WHOLE, 0), loss=0.0, gradient_rank_bound=0).scalars()
-    assert [scalars[f"basin/{name}"] for name in (*WHOLE, "loss", "gradient_rank_bound")] == [0.0] * 10
+    assert [scalars[f"basin/{name}"] for name in (*WHOLE, "loss", "gradient_rank_bound")] == [0.0] * (len(WHOLE) + 2)
 
 
 def test_blocks_take_the_place_of_layers():
@@ -276,11 +289,47 @@ def test_the_heading_shows_the_numbers_of_the_network():
         "1e-12: 6, 1e-08: 5, 1e-06: 4, 1e-04: 3, 1e-02: 2",
         "effective 2.2",
         "bound the rank by 10",
-        "3 zero to rounding, 1 negative",
-        "Gauss-Newton nullity 6, residual curvature 1.2e-01",
+        "Hessian by dense: nullity 7, certified between 6 and 8: resolve by training until the loss is below about",
+        "zero to rounding 3, negative 1, Gauss-Newton nullity 6, residual curvature 1.2e-01",
         "note: a note",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"hessian_nullity": 6, "hessian_nullity_lower": 6, "hessian_nullity_upper": 6},
+            "Hessian by bracket: nullity 6, certified: smallest curvature 2.5e-01 > 2·residual curvature 6.0e-02",
+        ),
+        (
+            {"hessian_nullity": None, "hessian_resolving_loss": 2e-7},
+            "between 6 and 8: resolve by training until the loss is below about 2e-07",
+        ),
+        (
+            {"hessian_nullity": None, "hessian_resolving_loss": 0.0},
+            "between 6 and 8: resolve by training until the loss is exactly zero",
+        ),
+        (
+            {"hessian_nullity": None, "hessian_resolving_loss": None},
+            "between 6 and 8: smallest curvature 2.5e-01 against 2·residual curvature 6.0e-02",
+        ),
+        (
+            {"hessian_nullity_lower": None, "hessian_nullity_upper": None},
+            "nothing is proved of the nullity, counted 7",
+        ),
+    ],
+    ids=["certified", "open", "beyond rounding", "open, any loss", "not convex"],
+)
+def test_one_sentence_says_what_is_known_of_the_nullity(changes, expected):
+    known = WHOLE | {"residual_curvature": 0.03, "hessian_method": "bracket"} | changes
+    assert expected in str(basin_record(**known))
+
+
+def test_a_bracket_stands_in_the_table_where_its_ends_do_not_meet():
+    text = str(basin_record(**WHOLE | {"hessian_nullity": None, "hessian_method": "bracket"}))
+    assert "6 to 8" in text.splitlines()[-1]
 
 
 def test_the_table_has_lines_for_output_and_network():

@@ -1,6 +1,7 @@
 import copy
 import random
 import threading
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils import checkpoint
 
+from lightning_basin import measure_basin
 from lightning_basin.replica import float64_replica, isolated_evaluation
 
 CPU = torch.device("cpu")
@@ -556,3 +559,31 @@ def test_a_forward_that_asks_for_float32_by_name_has_float64_gradients():
 def test_the_replica_can_be_deep_copied_again():
     (replica,) = float64_replica(Bookkeeping())
     assert copy.deepcopy(replica).linear.weight.tolist() == replica.linear.weight.tolist()
+
+
+class Checkpointed(nn.Module):
+    """Two layers, the first of which is run again in the backward pass."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        if self.use_reentrant is None:
+            hidden = self.first(x).tanh()
+        else:
+            hidden = checkpoint.checkpoint(lambda y: self.first(y).tanh(), x, use_reentrant=self.use_reentrant)
+        return self.second(hidden)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_modules_measure_as_plain_ones(use_reentrant):
+    plain, checkpointed = Checkpointed(None), Checkpointed(use_reentrant)
+    checkpointed.load_state_dict(plain.state_dict())
+    inputs, targets = torch.randn(5, 3), torch.randn(5, 2)
+    records = [measure_basin(m, inputs, targets, loss_fn=nn.MSELoss()) for m in (plain, checkpointed)]
+    first, second = (replace(record, measure_seconds=0.0).to_dict() for record in records)
+    assert first == second
+    # And training still checkpoints: its function is back in place.
+    assert checkpoint.CheckpointFunction.__name__ == "CheckpointFunction"

@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_basin.functional.rank import GRAM_RESOLUTION, default_rtol, numerical_rank, singular_values
+from lightning_basin.functional.rank import (
+    GRAM_RESOLUTION,
+    default_rtol,
+    gradient_rank,
+    numerical_rank,
+    singular_values,
+)
 from lightning_basin.functional.sketch import (
     DenseGradients,
     KhatriRaoGradients,
     SpectrumAccumulator,
+    full_rank_of_gram,
     gradient_spectrum,
     sketched_spectrum,
 )
@@ -26,18 +33,17 @@ def khatri_rao(k=5, c=3, t=1, d_in=4, d_out=2, columns="weight and bias", seed=0
     activations = drawn(k, t, d_in, seed=seed) if "weight" in columns else drawn(k, t, 0)
     if "bias" in columns:
         activations = torch.cat([activations, activations.new_ones(k, t, 1)], dim=2)
-    return KhatriRaoGradients(activations, drawn(k, c, t, d_out, seed=seed + 1), "bias" in columns)
+    return KhatriRaoGradients(activations, drawn(k, c, t, d_out, seed=seed + 1))
 
 
 def rows_by_loop(gradients):
-    """Row (x, j): sum over t of b outer a, the weight's part first, then the bias's."""
+    """Row (x, j): sum over t of b outer a."""
     activations, signals = gradients.activations.numpy(), gradients.output_gradients.numpy()
     rows = []
     for x in range(signals.shape[0]):
         for j in range(signals.shape[1]):
             outer = sum(np.outer(signals[x, j, t], activations[x, t]) for t in range(signals.shape[2]))
-            parts = [outer[:, :-1].ravel(), outer[:, -1]] if gradients.bias else [outer.ravel()]
-            rows.append(np.concatenate(parts))
+            rows.append(outer.ravel())
     return np.stack(rows)
 
 
@@ -194,7 +200,7 @@ def test_rank_of_a_khatri_rao_sketch_is_the_rank_of_the_matrix(seed):
     values = np.concatenate([[1.0], 10.0 ** random.uniform(smallest, 0, inner - 1)])
     # One position with a deficient matrix of activations, and further ones that repeat it.
     activations = with_singular_values(k, d_in, values, 1000 + seed).unsqueeze(1).expand(k, t, d_in)
-    gradients = KhatriRaoGradients(activations, drawn(k, c, t, d_out, seed=seed), bias=False)
+    gradients = KhatriRaoGradients(activations, drawn(k, c, t, d_out, seed=seed))
     sketch = gradients.sketch(2 * gradients.num_rows, generator_of(seed))
     found = numerical_rank(singular_values(sketch), rtol=default_rtol(*sketch.shape))
     assert found == np.linalg.matrix_rank(rows_by_loop(gradients))
@@ -276,7 +282,7 @@ def wide_blocks(num_rows=200, rank=None, seed=0):
     if rank is not None:  # Inputs beyond the first ``rank`` repeat them.
         repeated = torch.arange(num_rows) % rank
         activations, signals = activations[repeated], [signal[repeated] for signal in signals]
-    return [KhatriRaoGradients(activations, signal, bias=False) for signal in signals]
+    return [KhatriRaoGradients(activations, signal) for signal in signals]
 
 
 def test_wide_matrices_of_full_rank_are_judged_by_the_gram_matrix():
@@ -284,7 +290,7 @@ def test_wide_matrices_of_full_rank_are_judged_by_the_gram_matrix():
     activations = with_singular_values(200, 250, np.ones(200), 0) * torch.from_numpy(values).unsqueeze(1)
     signal = torch.zeros(200, 1, 1, 261, dtype=torch.float64)
     signal[..., :2] = torch.tensor([3.0, 4.0])
-    block = KhatriRaoGradients(activations.unsqueeze(1), signal, bias=False)
+    block = KhatriRaoGradients(activations.unsqueeze(1), signal)
     spectrum = gradient_spectrum([block], generator=generator_of(0))
     assert spectrum.method == "gram"
     # Orthogonal rows of activations with these norms, times a signal of norm 5.
@@ -324,7 +330,7 @@ def test_spectra_are_float64():
 def test_integers_of_a_wide_gram_matrix_are_exact():
     # Entries 0 and 1: all products are integers below 2**53, the singular values sqrt(250 * 261) and zeros.
     ones = torch.ones(200, 1, 250, dtype=torch.float64)
-    blocks = [KhatriRaoGradients(ones, ones.new_ones(200, 1, 1, width), bias=False) for width in (160, 101)]
+    blocks = [KhatriRaoGradients(ones, ones.new_ones(200, 1, 1, width)) for width in (160, 101)]
     spectrum = gradient_spectrum(blocks, generator=generator_of(0))
     torch.testing.assert_close(float(spectrum.singular_values[0]), math.sqrt(200 * 250 * 261))
     assert numerical_rank(spectrum.singular_values, rtol=spectrum.rtol) == 1
@@ -345,3 +351,39 @@ def test_no_matrix_at_all_is_refused():
 def test_a_spectrum_of_nothing_is_refused(num_columns):
     with pytest.raises(RuntimeError, match="add at least one matrix of gradients"):
         SpectrumAccumulator(2, num_columns, generator_of(0)).spectrum()
+
+
+# Full rank by a Cholesky factor.
+
+
+@pytest.mark.parametrize("smallest", [1e-1, 1e-4, 1e-6])
+def test_full_rank_is_proved_with_its_gap(smallest):
+    values = np.geomspace(1.0, smallest, 40)
+    matrix = with_singular_values(40, 90, values, seed=0)
+    proved = full_rank_of_gram(matrix @ matrix.mT, rtol=1e-12)
+    assert (proved.rank, proved.method, proved.effective_rank) == (40, "cholesky", None)
+    # The Gram matrix holds smallest**2 to eps, and powers converge from below and above: two digits are promised.
+    assert proved.gap == pytest.approx(math.log10(smallest / 2.0**-52), abs=0.1)
+
+
+@pytest.mark.parametrize("smallest", [3e-8, 1e-10, 1e-14, 0.0])
+def test_what_the_gram_matrix_cannot_resolve_is_never_called_full(smallest):
+    values = np.append(np.geomspace(1.0, 1e-3, 39), smallest)
+    for seed in range(20):
+        matrix = with_singular_values(40, 90, values, seed=seed)
+        assert full_rank_of_gram(matrix @ matrix.mT, rtol=1e-12) is None
+
+
+def test_the_zero_matrix_is_not_of_full_rank():
+    assert full_rank_of_gram(torch.zeros(3, 3, dtype=torch.float64), rtol=1e-12) is None
+
+
+@pytest.mark.parametrize("deficit", [0, 1, 30])
+def test_full_rank_of_what_was_added_is_that_of_its_spectrum(deficit):
+    values = np.append(np.geomspace(1.0, 1e-3, 200 - deficit), np.full(deficit, 0.0))
+    accumulator = SpectrumAccumulator(200, 90000, generator_of(0))
+    accumulator.add(DenseGradients(with_singular_values(200, 90000, values, seed=1)))
+    proved, rank = accumulator.full_rank(), gradient_rank(accumulator.spectrum())
+    assert rank.rank == 200 - deficit
+    assert (proved is None) == (deficit > 0)
+    assert proved is None or (proved.rank, proved.rtol) == (rank.rank, rank.rtol)

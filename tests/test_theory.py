@@ -223,6 +223,150 @@ def test_bound_by_merged_inputs_is_never_violated(widths, seed):
     assert record.gradient_rank <= record.gradient_rank_bound <= min(record.num_rows, record.num_parameters)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("num_outputs", [1, 3])
+@pytest.mark.parametrize("widths", [(3, 2), (3, 6), (4, 1, 5), (2, 3, 3, 3)])
+def test_tighter_bounds_are_never_violated(widths, num_outputs, bias):
+    for seed in range(6):
+        module = generic(Chain(*widths, num_outputs), seed)
+        generator = seeded(seed)
+        with torch.no_grad():
+            for layer in module.layers:
+                layer.bias.sub_(float(seed % 3))  # More and more units are dead.
+            module.layers[0].weight[:, 0] = 0  # Inputs that differ in the first feature only are merged at once.
+        if not bias:
+            for layer in module.layers:
+                layer.bias.requires_grad_(requires_grad=False)
+        inputs = torch.randint(-1, 2, (20, widths[0]), generator=generator).double()
+        record = measure_basin(module, inputs)
+        assert record.gradient_rank <= record.gradient_rank_bound <= min(record.num_rows, record.num_parameters)
+
+
+def test_inputs_that_are_dead_before_the_merge_add_nothing_before_it():
+    # relu(w x + b) of two units: ten inputs switch both off and are one class whose gradients before the cut are zero.
+    module = Chain(1, 2, 1).double()
+    with torch.no_grad():
+        module.layers[0].weight.copy_(torch.tensor([[1.0], [2.0]]))
+        module.layers[0].bias.zero_()
+        module.layers[1].weight.fill_(1.0)
+    inputs = torch.cat([-torch.arange(1.0, 11.0), torch.arange(1.0, 6.0)]).unsqueeze(1)
+    record = measure_basin(module, inputs)
+    # B2: 4 + 1 * 6 = 10 on 7 parameters. B3: 6 classes + 0. Five points on a line beside zero: columns x, 1, and 1.
+    assert record.layers["layers.1"].duplicated_activations == 9
+    assert record.gradient_rank_bound == 6
+    assert record.gradient_rank == 3
+
+
+class TiedAcross(nn.Module):
+    """f = relu(x Wᵀ - 1000) W: the weight before the merge is used behind it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.shift, self.decode = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.decode.weight = self.encode.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.shift(self.encode(x).relu()))
+
+
+def test_weight_that_is_tied_across_the_cut_counts_before_it():
+    module = with_integer_weights(TiedAcross(), seeded(3))
+    with torch.no_grad():
+        module.encode.bias.fill_(-1000.0)
+        module.shift.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    inputs = torch.randint(-3, 4, (20, 3), generator=seeded(4)).float()
+    record = measure_basin(module, inputs)
+    assert record.layers["shift"].duplicated_activations == 19
+    # All inputs are one behind ``encode``, whose weight still has gradients: through ``decode``, 3 of them.
+    assert record.gradient_rank == 3
+    assert record.gradient_rank <= record.gradient_rank_bound
+
+
+class TiedAndRead(nn.Module):
+    """One weight before the merge; and again behind it, on a vector that all inputs share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gain = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        merged = (self.first(x) - 1000).relu()
+        return self.gain(merged) + self.first.weight.sum(1)
+
+
+def test_parameter_that_bypasses_the_layer_before_a_cut_is_noticed():
+    module = with_integer_weights(TiedAndRead(), seeded(3))
+    inputs = torch.randint(-3, 4, (9, 2), generator=seeded(4)).float()
+    record = measure_basin(module, inputs)
+    # The gradient before the cut is zero through the layer, and one of each of two outputs beside it.
+    assert record.gradient_rank == 2
+    assert record.gradient_rank <= record.gradient_rank_bound
+
+
+class TwoBranches(nn.Module):
+    """A live branch and one that is dead on every input, entered in this order, side by side in front of the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.dead, self.head = nn.Linear(2, 1), nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.live(x).relu(), self.dead(x).relu()], dim=1))
+
+
+def test_layer_before_a_cut_that_only_some_parameters_act_through_does_not_tighten_the_bound():
+    module = TwoBranches().double()
+    with torch.no_grad():
+        module.live.weight.copy_(torch.tensor([[1.0, 0.0]]))
+        module.live.bias.zero_()
+        module.dead.bias.fill_(-1000.0)
+        module.head.weight.fill_(1.0)
+    record = measure_basin(module, torch.cartesian_prod(torch.tensor([1.0, 2.0]), torch.arange(4.0)))
+    assert record.layers["head"].duplicated_activations == 6
+    # The live branch alone has rank [x, 1] = 3. Two codes, and no directions through the dead branch, would make 2.
+    assert record.gradient_rank == 3
+    assert record.gradient_rank_bound == 6 + 2
+
+
+class TokensBeside(nn.Module):
+    """Merged features, and a token index that reaches the outputs through a table of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.head, self.table = nn.Linear(1, 2), nn.Linear(2, 2), nn.Embedding(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        merged = (self.encode(x) - 1000).relu()
+        return self.head(merged) * self.table(x.squeeze(1).long())
+
+
+def test_token_index_that_bypasses_the_merge_leaves_no_cut():
+    module = with_integer_weights(TokensBeside(), seeded(2))
+    with torch.no_grad():
+        module.head.bias.copy_(torch.tensor([1.0, 2.0]))
+    record = measure_basin(module, torch.arange(6.0).unsqueeze(1))
+    assert record.layers["head"].duplicated_activations == 5
+    # Row (x, j) of the table's gradients is head_j at entry (x, j): 6 * 2 independent rows, though one code is left.
+    assert record.gradient_rank == 12
+    assert record.gradient_rank_bound == 12
+
+
+class Constant(nn.Module):
+    """Outputs that depend on no input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(torch.zeros(1, dtype=torch.int64)).expand(len(x), 2)
+
+
+def test_outputs_that_depend_on_no_input_are_bounded_by_those_of_one():
+    record = measure_basin(Constant(), torch.arange(5.0).unsqueeze(1))
+    assert (record.gradient_rank, record.gradient_rank_bound) == (2, 2)
+
+
 class BesideSkip(nn.Module):
     """f = head(x + down(relu(up(x)))): the input of ``down`` is not all that reaches the outputs."""
 

@@ -4,11 +4,14 @@ Axis letters everywhere: k inputs of the probe, c outputs per input, m = k * c r
 N parameters, d features of an activation, r columns of a sketch.
 """
 
+from lightning_basin.functional.duplicate_stream import DuplicateSearch, streamed_duplicate_classes
 from lightning_basin.functional.duplicates import (
     dead_units,
     duplicate_classes,
     duplicated_activations,
     gradient_rank_bound,
+    merged_directions,
+    merged_linear_directions,
 )
 from lightning_basin.functional.hessian import (
     NullSpace,
@@ -16,9 +19,13 @@ from lightning_basin.functional.hessian import (
     hessian_matrix,
     hessian_null_space,
     hessian_nullity,
+    hessian_product,
+    null_space_bracket,
     output_curvature,
+    softmax_jacobian,
 )
-from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
+from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows, weighted_rows
+from lightning_basin.functional.lanczos import NormBound, norm_bounds
 from lightning_basin.functional.manifold import null_directions, surviving_fraction
 from lightning_basin.functional.rank import (
     RANK_TOLERANCES,
@@ -42,8 +49,10 @@ from lightning_basin.functional.sketch import (
 __all__ = [
     "RANK_TOLERANCES",
     "DenseGradients",
+    "DuplicateSearch",
     "GradientRank",
     "KhatriRaoGradients",
+    "NormBound",
     "NullSpace",
     "OutputCurvature",
     "Spectrum",
@@ -61,11 +70,19 @@ __all__ = [
     "hessian_matrix",
     "hessian_null_space",
     "hessian_nullity",
+    "hessian_product",
+    "merged_directions",
+    "merged_linear_directions",
+    "norm_bounds",
     "null_directions",
+    "null_space_bracket",
     "numerical_rank",
     "output_curvature",
     "rank_gap",
     "singular_values",
     "sketched_spectrum",
+    "softmax_jacobian",
+    "streamed_duplicate_classes",
     "surviving_fraction",
+    "weighted_rows",
 ]

@@ -27,12 +27,9 @@ def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6) -> Tensor:
         >>> duplicate_classes(torch.tensor([[1.0, 2.0], [5.0, 0.0], [1.0, 2.0]]))
         tensor([0, 1, 0])
     """
-    if activations.ndim == 0:
-        raise ValueError("activations must have one row per input, got a scalar")
-    if not 0.0 <= rtol < 1.0:
-        raise ValueError(f"rtol must be inside [0, 1), got {rtol}")
-    num_inputs = activations.shape[0]
-    rows = activations.detach().unsqueeze(-1).flatten(1).to(torch.float64)
+    check_duplicate_rtol(rtol)
+    rows = activation_rows(activations)
+    num_inputs = rows.shape[0]
     if num_inputs == 0 or rows.shape[1] == 0:
         return torch.zeros(num_inputs, dtype=torch.int64)
     # Bitwise equal rows first, by sorting: large classes then cost nothing below.
@@ -43,14 +40,29 @@ def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6) -> Tensor:
     return _first_members(labels[members]).cpu()
 
 
+def check_duplicate_rtol(rtol: float) -> None:
+    """Refuse a tolerance under which everything, or nothing, would be the same."""
+    if not 0.0 <= rtol < 1.0:
+        raise ValueError(f"rtol must be inside [0, 1), got {rtol}")
+
+
+def activation_rows(activations: Tensor) -> Tensor:
+    """Activations as they are compared: one row per input, in float64, shape ``(k, d)``.
+
+    Raises:
+        ValueError: If there is no axis of inputs.
+    """
+    if activations.ndim == 0:
+        raise ValueError("activations must have one row per input, got a scalar")
+    return activations.detach().unsqueeze(-1).flatten(1).to(torch.float64)
+
+
 def _merged(rows: Tensor, *, tolerance: float) -> Tensor:
     """Label of each row's class under the transitive closure of ``max|difference| <= tolerance``."""
-    num_rows, width = rows.shape
-    direction = torch.randn(width, generator=Generator().manual_seed(0), dtype=torch.float64).to(rows.device)
-    position, order = (rows @ direction).sort()
-    # Rows within the tolerance lie at most this far apart along the direction; the last term is rounding.
-    rounding = 4 * width * torch.finfo(torch.float64).eps * float(rows.abs().max())
-    window = float(direction.abs().sum()) * (tolerance + rounding)
+    num_rows = rows.shape[0]
+    directions = random_directions(rows.shape[1], 1).to(rows.device)
+    position, order = (rows @ directions).squeeze(1).sort()
+    window = float(largest_distances(directions, tolerance=tolerance, largest=float(rows.abs().max())))
     ordered = rows[order]
     labels = torch.arange(num_rows, device=rows.device)
     for offset in range(1, num_rows):
@@ -59,11 +71,50 @@ def _merged(rows: Tensor, *, tolerance: float) -> Tensor:
             break
         near = near[labels[near] != labels[near + offset]]
         same = (ordered[near] - ordered[near + offset]).abs().amax(1) <= tolerance
-        for index in near[same].tolist():
-            labels[labels == labels[index + offset]] = int(labels[index])
+        labels = joined_classes(labels, near[same], near[same] + offset)
     merged = torch.empty_like(labels)
     merged[order] = labels
     return merged
+
+
+def random_directions(width: int, count: int) -> Tensor:
+    """The directions along which activations are sorted, always the same, shape ``(width, count)``."""
+    return torch.randn(count, width, generator=Generator().manual_seed(0), dtype=torch.float64).mT
+
+
+def largest_distances(directions: Tensor, *, tolerance: float, largest: float) -> Tensor:
+    """How far apart two rows within the tolerance can lie along each direction, rounding included.
+
+    Args:
+        directions: As columns, shape ``(d, directions)``.
+        tolerance: Largest difference of any entry.
+        largest: Magnitude of any entry.
+    """
+    rounding = 4 * directions.shape[0] * torch.finfo(torch.float64).eps * largest
+    return directions.abs().sum(0) * (tolerance + rounding)
+
+
+def joined_classes(classes: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Classes after the class of each ``left[i]`` has become one with that of ``right[i]``.
+
+    Args:
+        classes: Smallest index of the class of each input, shape ``(k,)``.
+        left: Indices of inputs.
+        right: As many.
+
+    Example:
+        >>> joined_classes(torch.arange(4), torch.tensor([0, 2]), torch.tensor([2, 3]))
+        tensor([0, 1, 0, 0])
+    """
+    while True:
+        of_left, of_right = classes[left], classes[right]
+        if torch.equal(of_left, of_right):
+            return classes
+        # Only first members are redirected, and each to an earlier one: following them ends.
+        lower, higher = torch.minimum(of_left, of_right), torch.maximum(of_left, of_right)
+        classes = classes.scatter_reduce(0, higher, lower, "amin")
+        while not torch.equal(classes, classes[classes]):
+            classes = classes[classes]
 
 
 def _first_members(labels: Tensor) -> Tensor:
@@ -114,14 +165,15 @@ def gradient_rank_bound(num_parameters: int, num_outputs: int, cuts: Iterable[tu
     """The largest rank of the behavioral gradients that merged inputs leave possible.
 
     Cut the network where an activation is all that crosses. Behind the cut, inputs with the same activation have
-    the same gradient, so that at most ``num_outputs * distinct`` rows differ there; before it there are
-    ``num_before`` columns: ``rank <= min over cuts of num_before + num_outputs * distinct`` (bound B2 of the
-    theory page of the documentation).
+    the same gradient, so that at most ``num_outputs * distinct`` rows differ there. Before it the gradients of merged
+    inputs still differ, along ``num_before`` directions at most: the number of parameters there (bound B2), or what
+    `merged_directions` (B3) or `merged_linear_directions` (B4) leave of it.
+    ``rank <= min over cuts of num_before + num_outputs * distinct``.
 
     Args:
         num_parameters: All trainable parameters, a bound by itself.
         num_outputs: Outputs per input, c.
-        cuts: For each cut the number of parameters used before it and of distinct activations that cross it.
+        cuts: For each cut the number of directions before it and of distinct activations that cross it.
 
     Example:
         The 16-1-16-1 network that has merged 64 inputs to 8 behind its first layer of 17 parameters:
@@ -130,3 +182,79 @@ def gradient_rank_bound(num_parameters: int, num_outputs: int, cuts: Iterable[tu
         25
     """
     return min([num_parameters, *(before + num_outputs * distinct for before, distinct in cuts)])
+
+
+def merged_directions(classes: Tensor, signals: Tensor) -> int:
+    """Along how many directions gradients before a cut can differ inside the classes: bound B3.
+
+    They pass through a layer before the cut. Inputs of a class share the derivative of their c outputs by what leaves
+    that layer, a matrix whose rank is at most the number of its rows, or units, with an entry other than zero. Each
+    input beyond the first of its class adds at most that many directions: none where every unit is off.
+
+    Args:
+        classes: First member of each input's class, shape ``(k,)``; inputs of one class have the same ``signals``.
+        signals: Derivative of each output by what leaves the layer, shape ``(k, c, units)``.
+
+    Example:
+        Three inputs are one class; one unit of two is on, and moves both outputs:
+
+        >>> merged_directions(torch.tensor([0, 0, 0]), torch.tensor([[1.0, 0.0], [2.0, 0.0]]).expand(3, 2, 2))
+        2
+    """
+    # On for any member counts for all: rounding may have left a zero for one of them.
+    is_on = torch.zeros(signals.shape, dtype=torch.float64, device=signals.device)
+    is_on.index_add_(0, classes.to(signals.device), (signals != 0).to(torch.float64))
+    ranks = torch.minimum(is_on.any(2).sum(1), is_on.any(1).sum(1)).cpu()
+    return int(ranks[classes].sum() - ranks.sum())
+
+
+def merged_linear_directions(classes: Tensor, signals: Tensor, inputs: Tensor, *, rtol: float) -> int:
+    """Along how many directions gradients before a cut can differ inside the classes, behind a linear layer: bound B4.
+
+    Where all that is trained before the cut is one linear layer, the gradients of two inputs of a class differ by
+    ``signals ⊗ difference of the inputs``, so that they span at most the rank of the one times the rank of the other.
+
+    Both ranks are counted at a tolerance below that of the gradients: what it drops moves the gradients G by less than
+    half of ``rtol`` times the norm of their largest row, hence no singular value of G past ``rtol * sigma_max(G)``.
+
+    Args:
+        classes: First member of each input's class, shape ``(k,)``; inputs of one class have the same ``signals``.
+        signals: Derivative of each output by what leaves the linear layer, shape ``(k, c, units)``.
+        inputs: What enters it, shape ``(k, features)``.
+        rtol: Tolerance at which the rank of the gradients is counted, relative to their largest singular value.
+
+    Example:
+        One unit has merged four corners of a square into its two sides, whose inner differences are parallel:
+
+        >>> corners = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+        >>> signals = torch.ones(4, 1, 1, dtype=torch.float64)
+        >>> merged_linear_directions(torch.tensor([0, 0, 2, 2]), signals, corners, rtol=1e-12)
+        1
+    """
+    classes = classes.to(inputs.device)
+    merged = (classes != torch.arange(classes.numel(), device=classes.device)).nonzero().squeeze(1)
+    if merged.numel() == 0:
+        return 0
+    first, position = torch.unique(classes[merged], return_inverse=True)
+    differences = inputs[merged] - inputs[classes[merged]]
+    # A row of the gradients is the product of a row of each: the norm of any is at most sigma_max.
+    tolerance = rtol * float((signals.norm(dim=2).amax(1) * inputs.norm(dim=1)).max()) / 4
+    # Each factor is weighted by the other, so that what is dropped from it weighs what it weighs in the product.
+    lengths = torch.zeros_like(differences[: first.numel(), 0])
+    lengths = lengths.index_add_(0, position, differences.square().sum(1)).sqrt()
+    of_signals = _rank_above((signals[first] * lengths[:, None, None]).flatten(0, 1), tolerance)
+    strengths = signals[first].flatten(1).norm(dim=1)
+    return of_signals * _rank_above(differences * strengths[position, None], tolerance)
+
+
+_DECOMPOSED = 512  # largest shorter side of a matrix whose rank is worth its singular values: about a second
+
+
+def _rank_above(matrix: Tensor, tolerance: float) -> int:
+    """The smallest rank that leaves at most ``tolerance`` in Frobenius norm, or a larger number."""
+    is_zero = matrix == 0
+    rank = min(int((~is_zero).any(1).sum()), int((~is_zero).any(0).sum()))
+    if rank > _DECOMPOSED:
+        return rank
+    left_out = torch.linalg.svdvals(matrix).square().flip(0).cumsum(0).sqrt()
+    return min(rank, int((left_out > tolerance).sum()))

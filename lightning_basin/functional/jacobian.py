@@ -9,7 +9,7 @@ from torch.func import jacrev, vmap
 Behavior = Callable[[Mapping[str, Tensor], Sequence[Tensor]], Tensor]
 """Maps parameters by name and a batch, tensors with n inputs along their first axis, to outputs ``(n, ...)``."""
 
-_CHUNK_ELEMENTS = 2**24  # float64 numbers in a temporary: 128 MiB
+_CHUNK_ELEMENTS = 2**23  # float64 numbers in a temporary: 64 MiB
 
 
 def behavioral_gradients(behavior: Behavior, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
@@ -84,3 +84,54 @@ def gradient_rows(outputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         gradients = torch.autograd.grad(output, parameters, retain_graph=True, materialize_grads=True)
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     return torch.stack(rows)
+
+
+def vector_jacobian_products(outputs: Tensor, variables: Sequence[Tensor], vectors: Tensor) -> Tensor:
+    """Rows of ``vectors @ d(outputs)/d(variables)``, batched where every operation allows it.
+
+    Args:
+        outputs: In the graph of ``variables``, which stays.
+        variables: In the order of the columns.
+        vectors: n of them, each in the shape of ``outputs``.
+
+    Returns:
+        Shape ``(n, N)``; zero where the outputs do not depend on a variable.
+
+    Example:
+        >>> w = torch.tensor([2.0, 3.0], requires_grad=True)
+        >>> vector_jacobian_products(w.square(), [w], torch.eye(2))
+        tensor([[4., 0.],
+                [0., 6.]])
+    """
+
+    def backward(vectors: Tensor, *, batched: bool) -> Tensor:
+        parts = torch.autograd.grad(
+            outputs, variables, vectors, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+        batch = vectors.shape[: int(batched)]
+        rows = [
+            vectors.new_zeros(*batch, variable.numel()) if part is None else part.reshape(*batch, -1)
+            for part, variable in zip(parts, variables, strict=True)
+        ]
+        return torch.cat(rows, dim=-1)
+
+    try:
+        return backward(vectors, batched=True).detach()
+    except RuntimeError:  # Some operations (recurrent cells, custom functions) have no batching rule.
+        return torch.stack([backward(vector, batched=False) for vector in vectors]).detach()
+
+
+def weighted_rows(gradients: Tensor, blocks: Tensor) -> Tensor:
+    """Combine the rows of each input: ``blocks[x] @ gradients`` of input x, shape ``(m', N)``.
+
+    Args:
+        gradients: Rows ordered by input, then output, shape ``(m, N)``.
+        blocks: Shape ``(k, c', c)``, or ``(1, m', m)``.
+
+    Example:
+        >>> weighted_rows(torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.ones(2, 1, 2))
+        tensor([[3.],
+                [7.]])
+    """
+    columns = gradients.shape[1]
+    return (blocks @ gradients.view(blocks.shape[0], blocks.shape[2], columns)).view(-1, columns)

@@ -8,43 +8,46 @@ sums over layers. Axis letters: k inputs, c outputs per input, m = k * c rows, t
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
 
-from lightning_basin.functional.rank import GRAM_RESOLUTION, Spectrum, default_rtol, singular_values
+from lightning_basin.functional.jacobian import weighted_rows
+from lightning_basin.functional.rank import (
+    EPSILON,
+    GRAM_RESOLUTION,
+    RANK_TOLERANCES,
+    GradientRank,
+    Spectrum,
+    check_rtol,
+    default_rtol,
+    singular_values,
+)
 
-_CHUNK_ELEMENTS = 2**24  # float64 numbers in a temporary: 128 MiB
+_CHUNK_ELEMENTS = 2**22  # float64 numbers in a temporary: 32 MiB
 _WAITING_ELEMENTS = 2**26  # and in the matrices or factors that wait for their sketch: 512 MiB
 _DENSE_ELEMENTS = 2e7  # entries of a matrix that is decomposed as it stands: 160 MB
+_POWER_STEPS = 20  # towards the largest and the smallest singular value, for the gap
 _DENSE_WORK = 2e9  # and rows**2 * columns, the cost of its triangular factor: about 0.1 s
 
 
 @dataclass(frozen=True, eq=False)
 class KhatriRaoGradients:
-    r"""Gradients of a layer that multiplies what enters with its weight, kept as their factors.
+    r"""Gradients by a matrix that multiplies what enters, kept as their factors.
 
-    Row (x, j) of the matrix is the gradient of output j on input x with respect to the layer's weight and bias,
-    :math:`\sum_t b_{xjt} \tilde a_{xt}^T`. Linear layers have one position t for each element of a sequence,
-    convolutions one for each place of their kernel, embeddings one-hot activations.
+    Row (x, j) of the gradients is that of output j on input x by the matrix, row by row:
+    :math:`\sum_t b_{xjt} a_{xt}^T`. A linear layer has one position t for each element of a sequence, a convolution one
+    for each place of its kernel. A bias is one more activation, which is always 1; a look-up has one-hot activations.
 
     Attributes:
-        activations: What enters the layer, with a 1 appended where ``bias``, shape ``(k, t, d_in)``.
-        output_gradients: Derivative of each output with respect to what leaves it, shape ``(k, c, t, d_out)``.
-        bias: Whether the last column of ``activations`` belongs to a bias.
-        transposed: Whether the weight is stored with its activations along the first axis.
-        used_columns: Which of ``num_activations`` the columns of ``activations`` are, where the others are zero.
-        num_activations: Their number with the zero ones; ``None`` without ``used_columns``.
+        activations: What is multiplied, shape ``(k, t, d_in)``.
+        output_gradients: Derivative of each output by the products, shape ``(k, c, t, d_out)``.
     """
 
     activations: Tensor
     output_gradients: Tensor
-    bias: bool
-    transposed: bool = False
-    used_columns: Tensor | None = None
-    num_activations: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -53,8 +56,8 @@ class KhatriRaoGradients:
 
     @property
     def num_columns(self) -> int:
-        """Number of parameters."""
-        return (self.num_activations or self.activations.shape[-1]) * self.output_gradients.shape[-1]
+        """Number of entries of the matrix."""
+        return self.activations.shape[-1] * self.output_gradients.shape[-1]
 
     @property
     def num_elements(self) -> int:
@@ -62,19 +65,10 @@ class KhatriRaoGradients:
         return self.activations.numel() + self.output_gradients.numel()
 
     def rows(self) -> Tensor:
-        """The matrix itself, columns in the order of the parameters (weight, then bias), shape ``(m, N)``."""
+        """The gradients themselves, shape ``(m, d_out * d_in)``."""
         k, c, t, d_out = self.output_gradients.shape
         signals = self.output_gradients.transpose(2, 3).reshape(k, c * d_out, t)
-        return self._in_order((signals @ self.activations).reshape(k * c, d_out, -1))
-
-    def _in_order(self, outer: Tensor) -> Tensor:
-        """From ``(n, d_out, d_in)`` to columns in the order of the parameters, shape ``(n, N)``."""
-        if self.used_columns is not None and self.num_activations is not None:
-            whole = outer.new_zeros(*outer.shape[:2], self.num_activations)
-            outer = whole.index_copy_(2, self.used_columns, outer)
-        weight = outer[:, :, :-1] if self.bias else outer
-        columns = (weight.mT if self.transposed else weight).flatten(1)
-        return torch.cat([columns, outer[:, :, -1]], dim=1) if self.bias else columns
+        return (signals @ self.activations).reshape(k * c, -1)
 
     @cached_property
     def gram(self) -> Tensor:
@@ -120,8 +114,19 @@ class KhatriRaoGradients:
         """``weights @ rows()`` without the rows; ``weights`` and result have shapes ``(m,)`` and ``(N,)``."""
         k, c = self.output_gradients.shape[:2]
         signals = torch.einsum("kj,kjto->kto", weights.view(k, c), self.output_gradients)
-        outer = torch.einsum("kto,ktd->od", signals, self.activations)
-        return self._in_order(outer.unsqueeze(0)).squeeze(0)
+        return torch.einsum("kto,ktd->od", signals, self.activations).flatten()
+
+    def weighted(self, blocks: Tensor) -> "KhatriRaoGradients | DenseGradients":
+        """Rows combined within each input, ``weighted_rows(rows(), blocks)``, by combining their factors.
+
+        Args:
+            blocks: Shape ``(k, c', c)``; or ``(1, m', m)``, which mixes inputs and gives dense rows.
+        """
+        k, _, t, d_out = self.output_gradients.shape
+        if blocks.shape[0] != k:
+            return DenseGradients(self.rows()).weighted(blocks)
+        signals = (blocks @ self.output_gradients.flatten(2)).view(k, -1, t, d_out)
+        return replace(self, output_gradients=signals)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,26 +190,26 @@ class DenseGradients:
         """``weights @ rows()``; shapes ``(m,)`` and ``(N,)``."""
         return weights @ self.matrix
 
+    def weighted(self, blocks: Tensor) -> "DenseGradients":
+        """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
+        return DenseGradients(weighted_rows(self.matrix, blocks))
+
 
 @dataclass(frozen=True, eq=False)
 class StackedGradients:
     """Gradients of a layer whose parameters fall into parts, side by side.
 
     Attributes:
-        parts: In the order of the parameters.
+        parts: Of different columns each.
+        columns: For each part where its columns stand; columns of no part are zero.
+        num_rows: m.
+        num_columns: N.
     """
 
-    parts: "tuple[LayerGradients, ...]"
-
-    @property
-    def num_rows(self) -> int:
-        """Number of inputs times outputs per input."""
-        return self.parts[0].num_rows
-
-    @property
-    def num_columns(self) -> int:
-        """Number of parameters."""
-        return sum(part.num_columns for part in self.parts)
+    parts: "tuple[KhatriRaoGradients | DenseGradients, ...]"
+    columns: tuple[Tensor, ...]
+    num_rows: int
+    num_columns: int
 
     @property
     def num_elements(self) -> int:
@@ -213,20 +218,41 @@ class StackedGradients:
 
     def rows(self) -> Tensor:
         """The matrix, shape ``(m, N)``."""
-        return torch.cat([part.rows() for part in self.parts], dim=1)
+        rows = self._zeros(self.num_rows, self.num_columns)
+        for part, columns in zip(self.parts, self.columns, strict=True):
+            rows.index_copy_(1, columns, part.rows())
+        return rows
 
     @cached_property
     def gram(self) -> Tensor:
         """Products of all pairs of rows, shape ``(m, m)``."""
-        return torch.stack([part.gram for part in self.parts]).sum(0)
+        gram = self._zeros(self.num_rows, self.num_rows)
+        for part in self.parts:
+            gram += part.gram
+        return gram
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
         """The sum of the sketches of the parts, shape ``(m, num_columns)``."""
-        return torch.stack([part.sketch(num_columns, generator) for part in self.parts]).sum(0)
+        sketch = self._zeros(self.num_rows, num_columns)
+        for part in self.parts:
+            sketch += part.sketch(num_columns, generator)
+        return sketch
 
     def combination(self, weights: Tensor) -> Tensor:
         """``weights @ rows()`` without the rows; shapes ``(m,)`` and ``(N,)``."""
-        return torch.cat([part.combination(weights) for part in self.parts])
+        combination = weights.new_zeros(self.num_columns)
+        for part, columns in zip(self.parts, self.columns, strict=True):
+            combination[columns] = part.combination(weights)
+        return combination
+
+    def _zeros(self, *shape: int) -> Tensor:
+        device = self.columns[0].device if self.columns else None
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def weighted(self, blocks: Tensor) -> "StackedGradients":
+        """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
+        parts = tuple(part.weighted(blocks) for part in self.parts)
+        return replace(self, parts=parts, num_rows=blocks.shape[0] * blocks.shape[1])
 
 
 LayerGradients = KhatriRaoGradients | DenseGradients | StackedGradients
@@ -242,9 +268,13 @@ class SpectrumAccumulator:
         num_rows: Rows of every matrix.
         num_columns: Columns of all matrices together.
         generator: On the CPU; the source of the sketch's random vectors.
+        max_waiting: Numbers that may be held of matrices that wait for their sketch.
     """
 
-    def __init__(self, num_rows: int, num_columns: int, generator: Generator) -> None:
+    def __init__(
+        self, num_rows: int, num_columns: int, generator: Generator, *, max_waiting: int = _WAITING_ELEMENTS
+    ) -> None:
+        self._max_waiting = max_waiting
         self._num_rows = num_rows
         self._num_columns = num_columns
         self._generator = generator
@@ -263,7 +293,7 @@ class SpectrumAccumulator:
             return
         self._gram = gradients.gram.clone() if self._gram is None else self._gram.add_(gradients.gram)
         self._unsketched.append(gradients)
-        if sum(waiting.num_elements for waiting in self._unsketched) > _WAITING_ELEMENTS:
+        if sum(waiting.num_elements for waiting in self._unsketched) > self._max_waiting:
             self._add_sketches()
 
     def spectrum(self) -> Spectrum:
@@ -279,6 +309,22 @@ class SpectrumAccumulator:
             raise RuntimeError("add at least one matrix of gradients before asking for the spectrum")
         return sketched_spectrum(self._gram, self._add_sketches, num_columns=2 * self._num_rows)
 
+    def full_rank(self, *, rtol: float | None = None) -> GradientRank | None:
+        """Full rank, where the Gram matrix proves it without singular values; see `full_rank_of_gram`.
+
+        Args:
+            rtol: Relative tolerance; ``None`` means that of the matrix which would be decomposed.
+
+        Raises:
+            ValueError: If ``rtol`` is not inside ``(0, 1)``.
+        """
+        check_rtol(rtol)
+        if self._gram is None:
+            return None
+        return full_rank_of_gram(
+            self._gram, rtol=default_rtol(self._num_rows, 2 * self._num_rows) if rtol is None else rtol
+        )
+
     def _add_sketches(self) -> Tensor:
         sketches = [gradients.sketch(2 * self._num_rows, self._generator) for gradients in self._unsketched]
         self._unsketched.clear()
@@ -286,6 +332,51 @@ class SpectrumAccumulator:
             sketches.append(self._sketch)
         self._sketch = torch.stack(sketches).sum(0) if len(sketches) > 1 else sketches[0]
         return self._sketch
+
+
+def full_rank_of_gram(gram: Tensor, *, rtol: float) -> GradientRank | None:
+    """Prove full rank by a Cholesky factor, ``m**3 / 3`` operations where eigenvalues take several times as many.
+
+    The factor of ``gram - tau**2`` exists if and only if every singular value is above tau (Sylvester, 1852). With tau
+    at ``GRAM_RESOLUTION`` of the largest one, rounding cannot pretend this.
+
+    Args:
+        gram: Shape ``(m, m)``.
+        rtol: Relative tolerance that the rank is wanted at.
+
+    Returns:
+        The rank, or ``None`` where a singular value may be below ``GRAM_RESOLUTION`` or ``rtol``.
+
+    Example:
+        >>> full_rank_of_gram(torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64)), rtol=1e-12).rank
+        2
+        >>> full_rank_of_gram(torch.ones(2, 2, dtype=torch.float64), rtol=1e-12) is None
+        True
+    """
+    num_rows = gram.shape[0]
+    # The largest row sum bounds the largest eigenvalue from above (Gershgorin, 1931): a bound on the safe side.
+    bound = float(gram.abs().sum(1).max())
+    resolution = max(rtol, GRAM_RESOLUTION)
+    shift = resolution**2 * bound
+    if bound == 0.0:
+        return None
+    factor, failed = torch.linalg.cholesky_ex(gram - shift * torch.eye(num_rows, dtype=gram.dtype, device=gram.device))
+    if int(failed):
+        return None
+    vector = torch.ones(num_rows, 1, dtype=gram.dtype, device=gram.device)
+    forward, inverse = vector, vector
+    for _ in range(_POWER_STEPS):
+        forward = gram @ (forward / forward.norm())
+        inverse = torch.cholesky_solve(inverse / inverse.norm(), factor)
+    largest, smallest = math.sqrt(float(forward.norm())), math.sqrt(shift + 1 / float(inverse.norm()))
+    return GradientRank(
+        rank=num_rows,
+        gap=math.log10(smallest / (EPSILON * largest)),
+        at={tolerance: num_rows for tolerance in RANK_TOLERANCES if tolerance <= resolution},
+        effective_rank=None,
+        rtol=rtol,
+        method="cholesky",
+    )
 
 
 def sketched_spectrum(gram: Tensor, sketch: Callable[[], Tensor], *, num_columns: int) -> Spectrum:

@@ -1,0 +1,393 @@
+"""How the loss on a probe curves: null spaces of its Hessian, of a network of any size and of each of its parts."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Generic, Literal, TypeVar
+
+import torch
+from torch import Generator, Tensor
+
+from lightning_basin.functional.hessian import (
+    NullSpace,
+    OutputCurvature,
+    check_connected,
+    hessian_matrix,
+    hessian_null_space,
+    hessian_product,
+    null_space_bracket,
+    output_curvature,
+)
+from lightning_basin.functional.jacobian import weighted_rows
+from lightning_basin.functional.lanczos import NormBound, norm_bounds
+from lightning_basin.functional.rank import EPSILON, Spectrum
+from lightning_basin.functional.sketch import LayerGradients, SpectrumAccumulator
+from lightning_basin.layers import AGREEMENT_RTOL, Layer, Network, Trace
+from lightning_basin.probe import Probe
+
+HESSIAN_MODES = ("auto", "dense", "bracket", "gauss-newton")
+
+HessianMode = Literal["auto", "dense", "bracket", "gauss-newton", False]
+
+MAX_DENSE_PARAMETERS = 500
+"""Largest number of parameters for which ``hessian="auto"`` also forms the Hessian: some 0.1 s."""
+
+MAX_UNPROVED_PARAMETERS = 3000
+"""The same where the loss is not a convex function of the outputs alone, and nothing else is to be had: seconds."""
+
+NETWORK_PRODUCTS = 80
+"""At most so many products with R bound its norm; some 30 are enough for a factor of two."""
+
+LAYER_PRODUCTS = 100
+"""And so many with the blocks of all layers together; at least one each, which finds those where R is zero."""
+
+_SLACK = 2.0  # factor within which the norm of R is bounded
+_DENSE_SLACK = 1.01  # the same where products are cheap beside all of H
+_LARGEST_PRODUCTS = 30  # for the largest eigenvalue of H
+_LARGEST_RTOL = 1e-3  # to which it is known: three digits of a scale
+_BASIS_ELEMENTS = 2**28  # float64 numbers in the vectors of a Lanczos iteration: 2 GiB
+_GRAPH_ELEMENTS = 2**26  # and in activations whose graph is kept: 512 MiB, some times that with the gradients
+_BATCH_ELEMENTS = 2**25  # and in those of one batched backward pass: 256 MiB
+_ROUNDING_FACTOR = 1e3  # by how much rounding may grow on its way into a Hessian
+
+Part = TypeVar("Part")
+
+
+class HessianMeasurement(Generic[Part]):
+    """Sees the gradients of each layer go by, and tells the null spaces of the parts of a network afterwards.
+
+    Args:
+        network: To differentiate.
+        probe: The inputs.
+        trace: Of the probe.
+        loss_fn: From the outputs to a scalar.
+        parts: The layers of each; the last one is the network.
+        mode: ``"dense"`` forms the Hessian, ``"bracket"`` bounds its nullity by products with its residual part,
+            ``"gauss-newton"`` takes no product, ``"auto"`` brackets and forms it where that is cheap.
+        rtol: Relative tolerance on eigenvalues; ``None`` means what the arithmetic allows.
+        generator: On the CPU.
+        is_plain: Whether the behavior whose spectra are measured is the outputs themselves. For squared errors those
+            of the Gauss-Newton part are then the same.
+
+    Attributes:
+        notes: What a reader should know.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        probe: Probe,
+        trace: Trace,
+        loss_fn: Callable[[Tensor], Tensor],
+        parts: Mapping[Part, Sequence[Layer]],
+        *,
+        mode: HessianMode,
+        rtol: float | None,
+        generator: Generator,
+        is_plain: bool,
+    ) -> None:
+        self.notes: list[str] = []
+        self._network, self._probe, self._trace, self._loss_fn = network, probe, trace, loss_fn
+        self._parts, self._rtol, self._generator = parts, rtol, generator
+        self._curvature = output_curvature(loss_fn, trace.outputs)
+        self._has_penalty = loss_fn(trace.outputs.detach()).requires_grad
+        if self._has_penalty:  # Whatever the outputs do, H is not P.
+            self._curvature = replace(self._curvature, residual_is_zero=False)
+        self._multiple = self._curvature.multiple if is_plain else None
+        self._takes_products = mode != "gauss-newton"
+        self._is_dense = mode == "dense" or (mode == "auto" and _num_parameters(network.layers) <= self._dense_limit)
+        self._is_left_out = not self._is_provable and not self._is_dense
+        self._note_loss()
+        self._rows: dict[Layer, Tensor] = {}
+        self._curved: dict[str, bool] = {}
+        self._spectra: dict[Part, Spectrum] = {}
+        self._accumulators: dict[Part, SpectrumAccumulator] = {}
+        if self._multiple is None:
+            self._accumulators = {
+                part: SpectrumAccumulator(trace.outputs.numel(), _num_parameters(layers), generator)
+                for part, layers in parts.items()
+            }
+
+    @property
+    def _dense_limit(self) -> int:
+        return MAX_DENSE_PARAMETERS if self._is_provable else MAX_UNPROVED_PARAMETERS
+
+    @property
+    def _is_provable(self) -> bool:
+        """Whether the spectrum of P and the slopes of the outputs bracket the Hessian's nullity."""
+        return self._curvature.factors is not None and not self._has_penalty
+
+    def _note_loss(self) -> None:
+        if not self._is_provable:
+            why = "is not convex in the outputs" if self._curvature.factors is None else "holds parameters themselves"
+            done = "is left out" if self._is_left_out else "is formed"
+            self.notes.append(
+                f"the loss {why}, so that no products bracket its Hessian's nullity: it {done}; 'auto' forms it up to "
+                f"{MAX_UNPROVED_PARAMETERS} parameters, hessian='dense' always"
+            )
+        elif not self._curvature.residual_is_zero and not bool(self._curvature.matrices.any()):
+            self.notes.append(
+                "the loss is piecewise linear in the outputs: its second derivative is zero almost everywhere, and all "
+                "that the Hessian holds is residual curvature"
+            )
+
+    def resolving_loss(self, null_space: NullSpace) -> float | None:
+        """Below about which loss the two ends of a bracket meet; ``None`` where they do, or where it is not known.
+
+        Of a squared error R falls with the residual, and the loss with its square. 0 where that would be below the
+        rounding of the outputs.
+        """
+        is_open = null_space.upper is not None and null_space.lower != null_space.upper
+        multiple = self._curvature.multiple
+        if not is_open or multiple is None or not self._is_squared_error or not null_space.residual:
+            return None
+        loss = self._loss * ((null_space.smallest or 0.0) / (2 * null_space.residual)) ** 2
+        rounding = 0.5 * multiple * float((EPSILON * self._trace.outputs.detach()).square().sum())
+        return loss if loss > rounding else 0.0
+
+    @property
+    def _loss(self) -> float:
+        return float(self._loss_fn(self._trace.outputs.detach()))
+
+    @property
+    def _is_squared_error(self) -> bool:
+        """Whether the loss is a multiple of the sum of squared residuals, which a perfect fit brings to zero."""
+        multiple, slope = self._curvature.multiple, self._curvature.slope
+        if multiple is None or slope is None:
+            return False
+        half_square = 0.5 * float(slope.square().sum()) / multiple
+        return abs(self._loss - half_square) <= AGREEMENT_RTOL * half_square
+
+    def add(self, layer: Layer, gradients: LayerGradients) -> None:
+        """Take the gradients of the outputs with respect to the next layer into account."""
+        if self._is_left_out:
+            return
+        if self._is_dense and not self._is_exact:
+            self._rows[layer] = gradients.rows()
+        factors = self._curvature.factors
+        rows = gradients
+        if self._multiple is None:
+            rows = gradients.weighted(self._curvature.matrices if factors is None else factors)
+        if factors is not None and self._multiple is None:
+            for part in [part for part in self._accumulators if layer in self._parts[part]]:
+                self._accumulators[part].add(rows)
+                if len(self._parts[part]) == 1:  # Complete: judge it now and free its memory.
+                    self._spectra[part] = self._accumulators.pop(part).spectrum()
+        self._note_curved(layer, rows)
+
+    def _note_curved(self, layer: Layer, rows: LayerGradients) -> None:
+        """In which parameters the Gauss-Newton part does not vanish."""
+        weights = torch.randn(rows.num_rows, generator=self._generator, dtype=torch.float64)
+        combined = rows.combination(weights.to(self._trace.outputs.device))
+        for name in layer.parameters:
+            size = self._network.named_parameters[name].numel()
+            self._curved[name], combined = bool(combined[:size].any()), combined[size:]
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether H = P, because no output pulls."""
+        return self._curvature.residual_is_zero and self._curvature.factors is not None
+
+    def null_spaces(self, spectra: Mapping[Part, Spectrum]) -> dict[Part, NullSpace]:
+        """Null spaces of the diagonal block of each part; none where the Hessian is left out.
+
+        Args:
+            spectra: Of the behavioral gradients of each part.
+
+        Raises:
+            RuntimeError: If the network or the loss cannot be differentiated twice.
+        """
+        if self._is_left_out:
+            return {}
+        if self._multiple is None:
+            spectra = self._own_spectra()
+        brackets = self._brackets(spectra) if self._is_provable else {}
+        return self._dense(brackets) if self._is_dense and not self._is_exact else brackets
+
+    def _own_spectra(self) -> dict[Part, Spectrum]:
+        """Of the rows whose products are the Gauss-Newton part, where these are not the behavioral gradients."""
+        if self._curvature.factors is None:
+            return {}
+        return self._spectra | {part: waiting.spectrum() for part, waiting in self._accumulators.items()}
+
+    def _brackets(self, spectra: Mapping[Part, Spectrum]) -> dict[Part, NullSpace]:
+        if self._is_exact or not self._takes_products:
+            residual = 0.0 if self._is_exact else None
+            return {part: self._bracket(part, spectra[part], residual) for part in self._parts}
+        *parts, whole = self._parts
+        products = HessianProducts(self._network, self._probe, self._trace, self._curvature)
+        products.check([self._curved[name] for layer in self._network.layers for name in layer.parameters])
+        found = {whole: self._bounded(whole, spectra[whole], products, float("inf"), NETWORK_PRODUCTS)}
+        # A block of R is not larger than R.
+        inherited = found[whole].residual or 0.0
+        each = max(1, LAYER_PRODUCTS // max(1, len(parts)))
+        found |= {part: self._bounded(part, spectra[part], products, inherited, each) for part in parts}
+        return {part: found[part] for part in self._parts}
+
+    def _bracket(
+        self, part: Part, spectrum: Spectrum, residual: float | None, largest: float | None = None
+    ) -> NullSpace:
+        num_parameters = _num_parameters(self._parts[part])
+        multiple = 1.0 if self._multiple is None else self._multiple
+        return null_space_bracket(
+            num_parameters, spectrum, residual=residual, multiple=multiple, largest=largest, rtol=self._rtol
+        )
+
+    def _bounded(
+        self, part: Part, spectrum: Spectrum, products: "HessianProducts", inherited: float, max_products: int
+    ) -> NullSpace:
+        """The bracket with the bound on R's block that some products give."""
+        layers = self._parts[part]
+        steepest = (1.0 if self._multiple is None else self._multiple) * float(spectrum.singular_values.max()) ** 2
+        smallest = self._bracket(part, spectrum, None).smallest
+        residual = inherited
+        if inherited > 0:
+            for bound in self._bounds(products, layers, steepest, max_products, of_residual=True):
+                residual = min(inherited, bound.upper * (1 + products.uncertainty))
+                slack = _DENSE_SLACK if self._is_dense else _SLACK
+                if _is_settled(bound, residual, smallest, slack, is_bounded=inherited < float("inf")):
+                    break
+        largest: float | None = steepest
+        if residual > _LARGEST_RTOL * steepest:
+            num_products = min(max_products, _LARGEST_PRODUCTS)
+            bounds = list(self._bounds(products, layers, steepest, num_products, of_residual=False))
+            largest = bounds[-1].value if bounds[-1].residual <= _LARGEST_RTOL * bounds[-1].value else None
+        return self._bracket(part, spectrum, residual, largest)
+
+    def _bounds(
+        self,
+        products: "HessianProducts",
+        layers: Sequence[Layer],
+        scale: float,
+        max_products: int,
+        *,
+        of_residual: bool,
+    ) -> Iterator[NormBound]:
+        num_parameters = _num_parameters(layers)
+        for bound in norm_bounds(
+            products.operator(layers, of_residual=of_residual),
+            num_parameters,
+            generator=self._generator,
+            max_products=max(1, min(max_products, _BASIS_ELEMENTS // num_parameters)),
+            like=self._trace.outputs,
+            atol=_ROUNDING_FACTOR * EPSILON * scale * max(1.0, 0.0 if of_residual else products.cancellation),
+        ):
+            yield bound
+            if not of_residual and bound.residual <= _LARGEST_RTOL * bound.value:
+                return
+
+    def _dense(self, brackets: Mapping[Part, NullSpace]) -> dict[Part, NullSpace]:
+        layers, parameters = self._network.layers, self._network.parameters()
+        gradients = torch.cat([self._rows[layer] for layer in layers], dim=1)
+        names = [name for layer in layers for name in layer.parameters]
+        rounding = _ROUNDING_FACTOR * self._curvature.rounding * float(gradients.square().sum())
+        hessian = hessian_matrix(
+            self._loss_fn(self._trace.outputs),
+            parameters,
+            chunk_size=max(1, min(64, _BATCH_ELEMENTS // max(1, _num_activations(self._trace)))),
+            atol=rounding,
+            curved=[self._curved[name] for name in names],
+        )
+        positions = torch.arange(hessian.shape[0], device=hessian.device)
+        columns = dict(zip(layers, torch.split(positions, [layer.num_parameters for layer in layers]), strict=True))
+        null_spaces = {}
+        for part, members in self._parts.items():
+            chosen = torch.cat([columns[layer] for layer in members])
+            null_spaces[part] = hessian_null_space(
+                hessian[chosen][:, chosen],
+                gradients=gradients[:, chosen],
+                curvature=self._curvature,
+                rtol=self._rtol,
+                bracket=brackets.get(part),
+            )
+        return null_spaces
+
+
+def _is_settled(bound: NormBound, residual: float, smallest: float | None, slack: float, *, is_bounded: bool) -> bool:
+    """Whether further products would change neither what is certified nor, by more than the slack, the bound."""
+    is_tight = bound.upper <= slack * bound.value
+    is_certified = smallest is not None and 2 * residual < smallest
+    is_hopeless = smallest is None or 2 * bound.value >= smallest
+    return (is_certified and (is_tight or is_bounded)) or (is_hopeless and is_tight)
+
+
+class HessianProducts:
+    r"""Products with the Hessian and with its residual part, by plain double backward.
+
+    At the point where it is taken, the Hessian of the loss is that of its quadratic model in the outputs,
+    :math:`\sum_x s_x f_x(\theta) + \frac{1}{2} (f_x(\theta) - f_x)^T A_x (f_x(\theta) - f_x)`, with slope s and
+    curvature A held fixed. The first sum alone gives R, without the cancellation of H - P; and both are sums over
+    inputs, so that they can be taken in chunks that fit into memory.
+
+    Attributes:
+        uncertainty: By which fraction the rounding of the outputs may move the slope.
+        cancellation: How much larger than the curvature the terms are that cancel in it.
+    """
+
+    def __init__(self, network: Network, probe: Probe, trace: Trace, curvature: OutputCurvature) -> None:
+        assert curvature.slope is not None
+        self._network, self._probe, self._curvature = network, probe, curvature
+        self._parameters = network.parameters()
+        self._outputs = trace.outputs.detach().reshape(probe.size, -1)
+        num_chunks = 1 if curvature.matrices.shape[0] < probe.size else -(-_num_activations(trace) // _GRAPH_ELEMENTS)
+        self._chunks = torch.arange(probe.size).chunk(max(1, num_chunks))
+        self._kept: dict[bool, list[Tensor]] = {}
+        pulled = EPSILON * weighted_rows(self._outputs.reshape(-1, 1), curvature.matrices).abs() + curvature.rounding
+        self.uncertainty = float(pulled.norm()) / float(curvature.slope.norm())
+        scale = float(curvature.matrices.abs().max())
+        self.cancellation = curvature.rounding / (EPSILON * scale) if scale > 0 else 0.0
+
+    def operator(self, layers: Sequence[Layer], *, of_residual: bool) -> Callable[[Tensor], Tensor]:
+        """From a direction in the parameters of some layers to the product with their diagonal block."""
+        chosen = {name for layer in layers for name in layer.parameters}
+        names = [name for layer in self._network.layers for name in layer.parameters]
+        indices = [index for index, name in enumerate(names) if name in chosen]
+        variables = [self._parameters[index] for index in indices]
+
+        def product(direction: Tensor) -> Tensor:
+            total = torch.zeros_like(direction)
+            for chunk in self._chunks:
+                gradients = self._gradients(chunk, of_residual=of_residual)
+                gradient = torch.cat([gradients[index].flatten() for index in indices])
+                total += hessian_product(gradient, variables, direction)
+            return total
+
+        return product
+
+    def check(self, curved: Sequence[bool]) -> None:
+        """Refuse an operation of the network that can be differentiated only once, and does not say so."""
+        gradients = self._gradients(self._chunks[0], of_residual=False)
+        gradient = torch.cat([part.flatten() for part in gradients])
+        check_connected(gradient, self._parameters, curved)
+
+    def _gradients(self, chunk: Tensor, *, of_residual: bool) -> list[Tensor]:
+        """Gradients of the quadratic model, or of its linear part, on some inputs; kept where they are all."""
+        if of_residual in self._kept:
+            return self._kept[of_residual]
+        is_whole = len(self._chunks) == 1
+        with torch.backends.cudnn.flags(enabled=False):  # Its recurrent layers have no second derivative.
+            outputs = self._network.outputs(self._probe if is_whole else self._probe.select(chunk))
+        gradients = self._differentiated(outputs.reshape(len(chunk), -1), chunk, of_residual=of_residual)
+        if is_whole:
+            self._kept[of_residual] = gradients
+        return gradients
+
+    def _differentiated(self, outputs: Tensor, chunk: Tensor, *, of_residual: bool) -> list[Tensor]:
+        if not outputs.requires_grad:
+            return [torch.zeros_like(parameter) for parameter in self._parameters]
+        assert self._curvature.slope is not None
+        chunk = chunk.to(outputs.device)
+        model = (self._curvature.slope[chunk] * outputs).sum()
+        if not of_residual:
+            moved = (outputs - self._outputs[chunk]).reshape(-1, 1)
+            is_coupled = self._curvature.matrices.shape[0] < self._probe.size
+            blocks = self._curvature.matrices if is_coupled else self._curvature.matrices[chunk]
+            model = model + 0.5 * (moved * weighted_rows(moved, blocks)).sum()
+        return list(torch.autograd.grad(model, self._parameters, create_graph=True, materialize_grads=True))
+
+
+def _num_parameters(layers: Sequence[Layer]) -> int:
+    return sum(layer.num_parameters for layer in layers)
+
+
+def _num_activations(trace: Trace) -> int:
+    return sum(tensor.numel() for left in trace.leaving.values() for tensor in left)

@@ -1,0 +1,134 @@
+"""All inputs of a training set, in order, as probes: what a run's own loader must not be asked for."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lightning_basin.probe import Probe, split_batch
+
+_BATCH_SIZE = 256  # of data sets that come without one
+
+
+class TrainingSet:
+    """The inputs of a map-style data set, one after the other, the same at each iteration.
+
+    The data set is read in this process, in the order of its indices, under random states of its own: an augmentation
+    that draws from the generators of Python, NumPy or torch draws the same numbers at each iteration, and the run
+    that these generators belong to sees nothing of it. What a data set changes in itself when it is read (a counter, a
+    generator of its own) does change.
+
+    Args:
+        data: A map-style data set, or a loader of one, of which the data set, ``collate_fn`` and the size of a batch
+            are taken and nothing else: no order, no workers.
+        prepare: Applied to each collated batch.
+        batch_fn: From a batch to a pair of inputs and targets; see `split_batch`.
+        whole_batches: See `split_batch`.
+
+    Raises:
+        TypeError: If the data set has no length or no indices, so that it can only be read in the order of its own.
+
+    Example:
+        >>> [probe.size for probe in TrainingSet(torch.utils.data.TensorDataset(torch.zeros(600, 2)))]
+        [256, 256, 88]
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        prepare: Callable[[Any], Any] | None = None,
+        batch_fn: Callable[[Any], Any] | None = None,
+        whole_batches: bool = False,
+    ) -> None:
+        loader = data if isinstance(data, DataLoader) else DataLoader(data, _BATCH_SIZE) if is_map_style(data) else None
+        if loader is None or not is_map_style(loader.dataset):
+            kind = type(data if loader is None else loader.dataset).__name__
+            raise TypeError(
+                f"a training set that is read twice must be a map-style data set, with a length and indices, or a "
+                f"DataLoader of one, got {kind}"
+            )
+        self._dataset: Any = loader.dataset
+        self._collate = loader.collate_fn
+        # Without automatic batching each item of the data set is a batch.
+        self._batch_size = None if loader.batch_sampler is None else loader.batch_size or _BATCH_SIZE
+        self._prepare = prepare
+        self._batch_fn = batch_fn
+        self._whole_batches = whole_batches
+
+    def __iter__(self) -> Iterator[Probe]:
+        size = self._batch_size
+        for start in range(0, len(self._dataset), size or 1):
+            with _random_states_of_its_own(start):
+                if size is None:
+                    batch = self._collate(self._dataset[start])
+                else:
+                    stop = min(start + size, len(self._dataset))
+                    batch = self._collate([self._dataset[index] for index in range(start, stop)])
+                batch = batch if self._prepare is None else self._prepare(batch)
+                inputs, targets = split_batch(batch, self._batch_fn, whole_batches=self._whole_batches)
+            yield Probe(inputs, targets)
+
+
+def is_map_style(data: Any) -> bool:
+    """Whether data are a data set that can be read at any index."""
+    return isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
+
+
+def as_probes(data: Any) -> Iterable[Probe]:
+    """What a person passes as a training set, as probes that can be iterated over more than once.
+
+    Args:
+        data: A map-style data set, or a loader of one; or an iterable of batches, each a `Probe`, a tensor of inputs,
+            or a pair of inputs and targets.
+
+    Raises:
+        TypeError: If it is none of these, or can be iterated over only once.
+
+    Example:
+        >>> [probe.size for probe in as_probes([torch.zeros(3, 2), torch.zeros(2, 2)])]
+        [3, 2]
+    """
+    if isinstance(data, DataLoader | Dataset):
+        return TrainingSet(data)
+    if isinstance(data, TrainingSet):
+        return data
+    if isinstance(data, Iterator) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"duplicates_over must be a map-style data set, a DataLoader of one, or batches that can be iterated over "
+            f"more than once, got {type(data).__name__}: pass a list of batches"
+        )
+    return _Batches(data)
+
+
+class _Batches:
+    """Batches as probes, at each iteration anew."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Probe]:
+        for batch in self._batches:
+            yield batch if isinstance(batch, Probe) else Probe(*split_batch(batch))
+
+
+@contextmanager
+def _random_states_of_its_own(seed: int) -> Iterator[None]:
+    """Seeded generators inside; those of the run are put back, also when the body raises."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = [torch.cuda.current_device()] if is_used else []
+    with torch.random.fork_rng(devices):
+        try:
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.set_state(Generator().manual_seed(seed).get_state())
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

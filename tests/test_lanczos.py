@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+
+from lightning_basin.functional.lanczos import norm_bounds
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def bounds_of(diagonal, max_products=100, seed=0, **settings):
+    """Bounds for a matrix with these eigenvalues and eigenvectors that are no unit vectors."""
+    diagonal = torch.as_tensor(diagonal, dtype=torch.float64)
+    size = len(diagonal)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator(9), dtype=torch.float64)).Q
+    matrix = (basis * diagonal) @ basis.mT
+    settings = {"generator": generator(seed), "max_products": max_products} | settings
+    return list(norm_bounds(lambda v: matrix @ v, size, **settings))
+
+
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        [5.0],
+        [-5.0],
+        [1.0, -3.0],
+        [4.0, 4.0, 1.0],
+        [-7.0, -7.0, 2.0, 0.0, 0.0],
+        [1e-30, 3e-30],
+        [2.0**-i for i in range(20)],
+        list(range(-12, 10)),
+    ],
+    ids=["one", "negative one", "two", "double", "double negative", "tiny", "geometric", "arithmetic"],
+)
+def test_an_exhausted_krylov_space_gives_the_norm(eigenvalues):
+    last = bounds_of(eigenvalues)[-1]
+    norm = max(map(abs, eigenvalues))
+    assert last.value == pytest.approx(norm, rel=1e-12)
+    assert last.upper == pytest.approx(norm, rel=1e-12)
+    assert last.num_products <= len(eigenvalues)
+
+
+def test_multiple_eigenvalues_need_one_product_each():
+    assert bounds_of([3.0] * 5 + [-1.0] * 4)[-1].num_products == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 50])
+def test_the_zero_operator_is_found_out_by_one_product(size):
+    (only,) = norm_bounds(torch.zeros_like, size, generator=generator(), max_products=20)
+    assert (only.value, only.residual, only.upper, only.num_products) == (0.0, 0.0, 0.0, 1)
+
+
+def test_no_more_products_are_taken_than_asked_for():
+    assert [bound.num_products for bound in bounds_of(range(1, 41), max_products=7)] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [torch.linspace(-1, 1, 300), torch.linspace(0, 1, 300), torch.tensor([-1.0] + [0.9] * 150 + [1e-3] * 149)],
+    ids=["symmetric", "one sided", "negative extreme"],
+)
+def test_the_norm_lies_between_the_bounds_after_every_product(eigenvalues, seed):
+    for bound in bounds_of(eigenvalues, max_products=60, seed=seed):
+        assert bound.value <= 1 + 1e-12
+        assert bound.upper >= 1 - 1e-12
+
+
+def test_thirty_products_know_a_full_spectrum_to_a_factor_of_two():
+    last = bounds_of(torch.linspace(-1, 1, 1000), max_products=30)[-1]
+    assert last.upper < 2 * last.value
+
+
+def test_an_isolated_extreme_is_known_well_once_lanczos_has_converged():
+    spectrum = torch.cat([torch.tensor([-1.0]), 0.1 * torch.linspace(-1, 1, 500)])
+    last = bounds_of(spectrum, max_products=25)[-1]
+    assert last.upper == pytest.approx(1.0, rel=1e-3)
+    assert last.residual < 1e-10
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.2])
+def test_the_bound_fails_at_most_with_its_probability(probability):
+    # After one product of two eigenvalues, the start vector alone decides whether the larger one is seen.
+    diagonal = torch.tensor([1.0] + [0.0] * 29, dtype=torch.float64)
+    failures = 0
+    for seed in range(600):
+        first = next(
+            norm_bounds(
+                lambda v: diagonal * v,
+                30,
+                generator=generator(seed),
+                max_products=1,
+                failure_probability=probability,
+            )
+        )
+        failures += first.upper < 1
+    # Three standard deviations of 600 draws above the probability.
+    assert failures / 600 <= probability + 3 * math.sqrt(probability / 600)
+
+
+def test_a_smaller_failure_probability_gives_a_larger_bound():
+    safe, risky = (
+        bounds_of(torch.linspace(-1, 1, 200), max_products=10, failure_probability=p)[-1] for p in (1e-12, 1e-2)
+    )
+    assert safe.upper > risky.upper
+
+
+def test_the_same_seed_gives_the_same_bounds():
+    spectrum = torch.linspace(-1, 1, 50)
+    assert bounds_of(spectrum, max_products=9, seed=3) == bounds_of(spectrum, max_products=9, seed=3)
+
+
+@pytest.mark.parametrize("size", [2, 5, 40])
+def test_an_operator_that_is_not_symmetric_is_refused(size):
+    matrix = torch.diag(torch.ones(size - 1, dtype=torch.float64), 1)
+    with pytest.raises(RuntimeError, match=r"the Hessian must be symmetric, but entries differ by .* wrong second"):
+        list(norm_bounds(lambda v: matrix @ v, size, generator=generator(), max_products=20))
+
+
+def test_asymmetry_that_is_allowed_is_let_pass():
+    matrix = torch.diag(torch.linspace(1, 2, 30, dtype=torch.float64))
+    matrix[0, 1] = 1e-5
+    assert len(list(norm_bounds(lambda v: matrix @ v, 30, generator=generator(), max_products=3, atol=1e-4))) == 3

@@ -1,0 +1,97 @@
+"""Budgets are kept: seen from outside, as the growth of the process, in processes of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_basin import measure_basin
+from lightning_basin.plan import MemoryBudgetError
+
+MEBIBYTE = 2**20
+
+
+def convolutional(width=16):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(width * 256, 2),
+    )
+
+
+def images(number, seed=0):
+    return torch.randn(number, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+PEAK = """
+import resource, sys
+import torch
+from tests.test_plan import convolutional, images
+from lightning_basin import measure_basin
+
+torch.manual_seed(0)
+module, inputs = convolutional(), images(48)
+measure_basin(module, inputs[:2])  # What is loaded at the first measurement is not the measurement's.
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+record = measure_basin(module, inputs, memory_budget=int(sys.argv[1]))
+print(record.gradient_rank, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def run(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # Small matrices: a second thread only waits.
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def rank_and_peak(budget):
+    command = [sys.executable, "-c", PEAK, str(budget)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return int(printed[0]), int(printed[1]) * 1024
+
+
+@pytest.mark.parametrize("mebibytes", [112, 192, 1024])
+def test_the_peak_stays_under_the_budget_and_the_rank_is_the_same(mebibytes):
+    rank, peak = rank_and_peak(mebibytes * MEBIBYTE)
+    assert rank == 96  # Two outputs on each of 48 random images: no direction is lost.
+    assert peak < mebibytes * MEBIBYTE
+
+
+def test_memory_is_flat_over_many_measurements():
+    script = (
+        "import resource, torch; from torch import nn; from lightning_basin import measure_basin\n"
+        "module, inputs, targets = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 8), "
+        "torch.randn(16, 2)\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for _ in range(20): measure_basin(module, inputs, targets, loss_fn=nn.MSELoss())\n"
+        "before = peak()\n"
+        "for _ in range(200): measure_basin(module, inputs, targets, loss_fn=nn.MSELoss())\n"
+        "print(peak() - before)"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(printed.stdout) < 8 * 1024  # KiB: one leaked graph of this network a time would be 200 x 50.
+
+
+def test_inputs_in_chunks_give_the_same_record():
+    torch.manual_seed(0)
+    module, inputs = convolutional(), images(48)
+    whole, chunked = measure_basin(module, inputs), measure_basin(module, inputs, memory_budget=112 * MEBIBYTE)
+    for name, layer in whole.layers.items():
+        assert layer.gradient_rank == chunked.layers[name].gradient_rank
+        assert layer.duplicated_activations == chunked.layers[name].duplicated_activations
+        assert layer.dead_units == chunked.layers[name].dead_units
+    assert whole.gradient_rank == chunked.gradient_rank
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "message"),
+    [(1, "the decomposition of 96 rows by"), (8, "take a smaller probe")],
+)
+def test_what_cannot_be_cut_to_the_budget_is_refused_with_what_to_change(mebibytes, message):
+    with pytest.raises(MemoryBudgetError, match=message):
+        measure_basin(convolutional(), images(48), memory_budget=mebibytes * MEBIBYTE)
