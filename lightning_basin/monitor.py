@@ -1,6 +1,5 @@
 """The callback: when to measure during a fit, and where the results go."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,19 +24,18 @@ from lightning_basin.history import HistoryFile
 from lightning_basin.layers import call_module
 from lightning_basin.loggers import batches_that_stepped, log_scalars
 from lightning_basin.measurement import Behavior, Probabilities, check_measurable, measure_basin
-from lightning_basin.monitored import misunderstandings
+from lightning_basin.monitored import Cadence, misunderstandings
 from lightning_basin.null_space import verify_null_space as verified_null_space
-from lightning_basin.overhead import OverheadLimit
+from lightning_basin.overhead import OverheadLimit, announced
 from lightning_basin.plan import MemoryBudgetError
-from lightning_basin.probe import Probe, ProbeCollector, map_tensors
+from lightning_basin.probe import Probe, ProbeCollector
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import float64_replica
+from lightning_basin.state import fingerprint, probe_state
 from lightning_basin.training_set import TrainingSet, as_probes
 
-LONG_SECONDS = 10.0
-"""A measurement that takes longer is announced, so that nobody takes a run for dead."""
-
 _LOSS_ATTRIBUTES = ("loss_fn", "criterion")
+_COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "seed")  # Change the numbers, not only which there are.
 
 
 class BasinMonitor(Callback):
@@ -91,11 +89,13 @@ class BasinMonitor(Callback):
             Which measurements are skipped then depends on the speed of the machine.
         max_failures: Stop measuring after so many failures in a row; ``None`` tries again every time.
         history: Also write every measurement to ``<prefix>.csv`` or ``<prefix>.jsonl`` in the log directory.
+        on_other_probe: Whether to ``"raise"`` on resuming with another ``probe`` than that of the run so far, whose
+            curves would mean something else from there on; or to ``"replace"`` it.
         prefix: First part of every key; two monitors in one trainer need two.
 
     Raises:
         MisconfigurationException: At construction for values out of range; at the start of the fit, before the first
-            training step, for a probe, behavior or loss that cannot be measured.
+            training step, for a probe, behavior or loss that cannot be measured, and for another probe on resuming.
 
     Example:
         >>> monitor = BasinMonitor(probe=64, every_n_epochs=5)
@@ -128,6 +128,7 @@ class BasinMonitor(Callback):
         max_overhead: float | None = None,
         max_failures: int | None = 3,
         history: Literal["csv", "jsonl"] | None = None,
+        on_other_probe: Literal["raise", "replace"] = "raise",
         prefix: str = "basin",
     ) -> None:
         super().__init__()
@@ -172,6 +173,7 @@ class BasinMonitor(Callback):
             "be callable, 'outputs' or 'probabilities'",
             behavior=behavior,
         )
+        _require(on_other_probe in ("raise", "replace"), "be 'raise' or 'replace'", on_other_probe=on_other_probe)
         _require(history in ("csv", "jsonl", None), "be 'csv', 'jsonl' or None", history=history)
         self.loss_fn = loss_fn
         self.behavior = behavior
@@ -194,6 +196,7 @@ class BasinMonitor(Callback):
         self.max_overhead = max_overhead
         self.max_failures = max_failures
         self.history = history
+        self.on_other_probe = on_other_probe
         self.prefix = prefix
         self.records: list[BasinRecord] = []
         """Every record of the run, oldest first."""
@@ -213,6 +216,8 @@ class BasinMonitor(Callback):
         self._history_file: HistoryFile | None = None
         self._said: set[str] = set()
         self._loads_state = True
+        self._expected_probe: str | None = None  # The fingerprint of the one to be taken again on resuming.
+        self._is_probe_refused = False
         self._listeners: list[Callable[[Trainer, BasinRecord], None]] = []
 
     @property
@@ -320,6 +325,7 @@ class BasinMonitor(Callback):
         # Rank zero decides for all: batches may differ in size from process to process.
         problem = self._take_probe(trainer, pl_module, batch) if trainer.is_global_zero else None
         problem, self._probe = trainer.strategy.broadcast((problem, self._probe), 0)
+        self._refuse_another_probe()
         if problem is not None:
             raise MisconfigurationException(f"BasinMonitor cannot measure {type(pl_module).__name__}: {problem}")
         self._measure_baseline(trainer, pl_module)
@@ -343,6 +349,7 @@ class BasinMonitor(Callback):
             if self._probe is None and self._collector.num_inputs:
                 self._probe = self._collector.probe()
             self._probe = trainer.strategy.broadcast(self._probe, 0)
+            self._refuse_another_probe()
             self._measure_baseline(trainer, pl_module)
         interval = self._epochs_after_zero_loss
         if interval is None and self.every_n_train_steps is None:
@@ -351,6 +358,15 @@ class BasinMonitor(Callback):
             return
         if trainer.global_step != self._measured_step:
             self._measure(trainer, pl_module, trainer.global_step, batches_that_stepped(trainer) - 1)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.max_overhead is not None and self.skipped_steps:
+            num_due = len(self.records) + len(self.skipped_steps)
+            rank_zero_info(
+                f"BasinMonitor(max_overhead={self.max_overhead:g}) skipped {len(self.skipped_steps)} of {num_due} "
+                f"measurements, see skipped_steps"
+            )
 
     @property
     def _epochs_after_zero_loss(self) -> int | None:
@@ -363,6 +379,8 @@ class BasinMonitor(Callback):
         self.zero_loss_step = None
         self._num_zero_losses = 0
         self._measured_step = None
+        self._expected_probe = None
+        self._is_probe_refused = False
         self._initial = None
         self._is_checked = False
         self._leave_out_loss = False
@@ -395,6 +413,18 @@ class BasinMonitor(Callback):
         except Exception as error:  # Not the configuration. The measurements will say whether they succeed.
             rank_zero_warn(f"BasinMonitor could not check {type(pl_module).__name__}. {type(error).__name__}: {error}")
         return None
+
+    def _refuse_another_probe(self) -> None:
+        """On resuming with a probe that had to be taken again and is not the same: measure nothing instead."""
+        if self._probe is None or self._expected_probe is None:
+            return
+        self._is_probe_refused = fingerprint(self._probe) != self._expected_probe
+        if self._is_probe_refused:
+            self._say(
+                "BasinMonitor does not go on measuring: the probe had to be taken anew, and is not that of the run so "
+                "far. HINT: pass BasinMonitor(on_other_probe='replace')",
+                warn=True,
+            )
 
     def _check(self, pl_module: nn.Module, probe: Probe, trainer: Trainer | None = None) -> None:
         """Evaluate once; a loss that was found and not given is left out where it does not fit."""
@@ -494,7 +524,9 @@ class BasinMonitor(Callback):
 
     def _measure(self, trainer: Trainer, module: nn.Module, step: int, log_step: int) -> None:
         self._measured_step = step
-        if self._has_given_up or self._probe is None:  # Resumed without one, and no batch has come by yet.
+        if (
+            self._has_given_up or self._is_probe_refused or self._probe is None
+        ):  # Resumed without one, and no batch has come by yet.
             return
         # Rank zero decides for all, by its own clock.
         is_skipped, record = self._timed(trainer, module, step) if trainer.is_global_zero else (False, None)
@@ -518,16 +550,9 @@ class BasinMonitor(Callback):
         """Measure unless that takes too long; whether it was skipped, and the record."""
         if self._overhead is not None and not self._overhead.allows_next():
             return True, None
-        last = self.records[-1].measure_seconds if self.records else 0.0
-        if last >= LONG_SECONDS:
-            rank_zero_info(f"Measuring at step {step}; the last measurement took {last:.0f} s")
-        started = time.perf_counter()
-        record = self._record(trainer, module, step)
-        seconds = time.perf_counter() - started
-        if seconds >= LONG_SECONDS:
-            rank_zero_info(f"The measurement at step {step} took {seconds:.0f} s")
-        if self._overhead is not None:
-            self._overhead.add(seconds)
+        limited = nullcontext() if self._overhead is None else self._overhead.measuring()
+        with limited, announced(f"Measuring {self.prefix} at step {step}"):
+            record = self._record(trainer, module, step)
         return False, record
 
     def _publish(self, trainer: Trainer, record: BasinRecord, log_step: int) -> None:
@@ -642,18 +667,9 @@ class BasinMonitor(Callback):
         return {} if self.zero_loss_step is None else {f"{self.prefix}/zero_loss_step": float(self.zero_loss_step)}
 
     def _warn_of_misunderstandings(self, trainer: Trainer) -> None:
-        if self.every_n_train_steps is None:
-            epochs_between = self.every_n_epochs
-        else:  # An unknown number of batches is infinite.
-            steps_in_epoch = max(1.0, trainer.num_training_batches / trainer.accumulate_grad_batches)
-            epochs_between = math.ceil(self.every_n_train_steps / steps_in_epoch)
-        for problem in misunderstandings(
-            trainer,
-            self.logs,
-            epochs_between=max(1, epochs_between, self.every_n_epochs_after_zero_loss or 1),
-            at_epoch_end=self.every_n_train_steps is None,
-            rare=tuple(f"{self.prefix}/{name}" for name in ("zero_loss_step", "surviving_fraction")),
-        ):
+        cadence = Cadence(self.every_n_epochs, self.every_n_train_steps, self.every_n_epochs_after_zero_loss)
+        late = tuple(f"{self.prefix}/{name}" for name in ("zero_loss_step", "surviving_fraction"))
+        for problem in misunderstandings(trainer, self.logs, cadence, late=late):
             self._say(problem, warn=True)
 
     def _start_history(self, trainer: Trainer) -> None:
@@ -681,19 +697,18 @@ class BasinMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        probe = None
-        if self._probe is not None and not _is_plain((self._probe.inputs, self._probe.targets)):
+        probe = None if self._probe is None else probe_state(self._probe)
+        if self._probe is not None and probe is None:
             self._say(
-                "The probe holds objects that a checkpoint cannot hold: a resumed run takes another one. HINT: pass "
-                "BasinMonitor(batch_fn=...) that returns tensors, or tuples and dicts of tensors",
+                "The probe holds objects that a checkpoint cannot hold: a resumed run must be able to take it again. "
+                "HINT: pass BasinMonitor(batch_fn=...) that returns tensors, or tuples and dicts of tensors",
                 warn=True,
-            )
-        elif self._probe is not None:
-            probe = map_tensors(
-                lambda tensor: tensor.cpu().clone(), {"inputs": self._probe.inputs, "targets": self._probe.targets}
             )
         return {
             "probe": probe,
+            "probe_size": self._probe_size,
+            "probe_fingerprint": self._expected_probe or (self._probe and fingerprint(self._probe)),
+            "settings": {name: getattr(self, name) for name in _COMPARED_ON_RESUME},
             "records": [record.to_dict() for record in self.records],
             "measured_step": self._measured_step,
             "zero_loss_step": self.zero_loss_step,
@@ -711,14 +726,45 @@ class BasinMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._loads_state:
             return
-        if not self._explicit_probe and state_dict["probe"] is not None:
-            self._probe = Probe(**state_dict["probe"])
+        self._load_probe(state_dict)
+        for name, before in state_dict["settings"].items():
+            if before != getattr(self, name):
+                self._say(
+                    f"The run so far was measured with {name}={before!r}, it goes on with {getattr(self, name)!r}: its "
+                    f"curves may jump here",
+                    warn=True,
+                )
         self.records = [BasinRecord.from_dict(record) for record in state_dict["records"]]
         self._measured_step = state_dict["measured_step"]
         self.zero_loss_step = state_dict["zero_loss_step"]
         self._num_zero_losses = state_dict["num_zero_losses"]
         self.skipped_steps = list(state_dict["skipped_steps"])
         self._leave_out_loss = state_dict["leave_out_loss"]
+
+    def _load_probe(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with the probe of the run so far, or refuse another one."""
+        before = state_dict["probe_fingerprint"]
+        self._expected_probe, self._is_probe_refused = None, False
+        if before is None:  # No probe was full yet.
+            return
+        is_other = (
+            fingerprint(self._probe) != before
+            if self._explicit_probe and self._probe is not None
+            else self._probe_size != state_dict["probe_size"]
+        )
+        if is_other and self.on_other_probe == "raise":
+            raise MisconfigurationException(
+                f"`BasinMonitor(probe=...)` is not the one of the run so far: that was "
+                f"{_described(state_dict['probe_size'])}, this is {_described(self._probe_size)}. HINT: pass the same, "
+                f"or BasinMonitor(on_other_probe='replace')"
+            )
+        if self._explicit_probe:
+            return
+        self._collector, self._probe = self._new_collector(), None
+        if state_dict["probe"] is not None and not is_other:
+            self._probe = Probe(**state_dict["probe"])
+        elif self.on_other_probe == "raise":
+            self._expected_probe = before
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
@@ -743,6 +789,10 @@ def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
         return Probe(*probe), 0
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(f"`BasinMonitor(probe=...)`: {error}") from error
+
+
+def _described(probe_size: int) -> str:
+    return f"probe={probe_size}" if probe_size else "a given batch"
 
 
 def _check_at_least_one(**counts: int | None) -> None:
@@ -770,15 +820,6 @@ def _goes_on(trainer: Trainer | None) -> str:
 def _metrics(scalars: Mapping[str, float]) -> dict[str, Tensor]:
     # Early stopping squeezes what it finds; float64 keeps large integers.
     return {key: torch.tensor(value, dtype=torch.float64) for key, value in scalars.items()}
-
-
-def _is_plain(collection: Any) -> bool:
-    """Whether a collection is made of what ``torch.load(weights_only=True)`` reads."""
-    if type(collection) is dict:
-        return all(isinstance(key, str | int) and _is_plain(item) for key, item in collection.items())
-    if type(collection) in (tuple, list):
-        return all(_is_plain(item) for item in collection)
-    return collection is None or isinstance(collection, Tensor | str | int | float | bool)
 
 
 def _probabilities(outputs: Callable[[nn.Module, Any], Tensor], module: nn.Module, inputs: Any) -> Tensor:

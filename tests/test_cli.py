@@ -1,14 +1,23 @@
 """LightningCLI builds the callbacks from a file, and writes a file that builds them again."""
 
+import inspect
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
 import pytest
 from torch import nn
 
+from lightning_basin import BasinMonitor
 from tests.training import Regressor, loader, steps
 
 pytest.importorskip("jsonargparse")
 from lightning.pytorch.cli import LightningCLI  # Needs jsonargparse as soon as it is imported.
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+ARGUMENTS = inspect.getdoc(BasinMonitor).partition("Args:")[2].partition("Raises:")[0]
 
 CONFIG = """
 trainer:
@@ -63,8 +72,74 @@ def test_monitor_of_a_file_measures_and_survives_being_written(tmp_path, loss_fn
     assert steps(monitor) == [0, 3, 6]
 
 
+def test_monitor_is_added_on_the_command_line(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(root=tmp_path, loss_fn="behavioral").partition("  callbacks:")[0])
+    arguments = ["--config", str(config), "--trainer.callbacks+=lightning_basin.BasinMonitor"]
+    arguments += ["--trainer.callbacks.probe=16", "--trainer.callbacks.loss_fn=behavioral"]
+    arguments += [
+        "--trainer.callbacks.behavior=tests.test_cli.doubled",
+        "--trainer.callbacks.verify_null_space=zero_loss",
+    ]
+    cli = LightningCLI(Regressor, run=False, args=arguments, save_config_callback=None)
+    monitor = monitor_of(cli)
+    assert (monitor.loss_fn, monitor.behavior, monitor.verify_null_space) == ("behavioral", doubled, "zero_loss")
+    cli.trainer.fit(cli.model, loader())
+    assert steps(monitor) == [0, 3, 6]
+    assert monitor.records[-1].loss == 0
+
+
+def doubled(module, inputs):
+    return 2 * module(inputs)
+
+
+class WithMonitor(LightningCLI):
+    def add_arguments_to_parser(self, parser):
+        parser.add_lightning_class_args(BasinMonitor, "basin")
+        parser.set_defaults({"basin.probe": 16, "basin.hessian": False})
+
+
+def test_monitor_has_a_section_of_its_own(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(root=tmp_path, loss_fn="behavioral").partition("  callbacks:")[0])
+    arguments = ["--config", str(config), "--basin.every_n_epochs=2", "--basin.duplicates_over=train"]
+    cli = WithMonitor(Regressor, run=False, args=arguments, save_config_callback=None)
+    cli.trainer.fit(cli.model, loader())
+    monitor = monitor_of(cli)
+    assert steps(monitor) == [0, 6]
+    assert [record.train_num_inputs for record in monitor.records] == [60, 60]
+
+
+def test_config_that_a_run_saves_builds_the_run_again(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(root=tmp_path, loss_fn="torch.nn.functional.l1_loss"))
+    printed = subprocess.run(
+        [sys.executable, "-c", PRINTING, "--config", str(config), "--print_config"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    ).stdout
+    monitor = monitor_of(built(tmp_path, printed))
+    assert (monitor.loss_fn, monitor.layers, monitor.prefix) == (nn.functional.l1_loss, ["hidden"], "written")
+
+
+PRINTING = (
+    "from lightning.pytorch.cli import LightningCLI; from tests.training import Regressor; "
+    "LightningCLI(Regressor, run=False)"
+)
+
+
+def test_no_trainer_gets_a_monitor_by_itself():
+    factories = entry_points(group="lightning.pytorch.callbacks_factory")
+    assert not [factory for factory in factories if "basin" in factory.value]
+
+
 def test_help_says_what_the_docstring_says(tmp_path, capsys):
     with pytest.raises(SystemExit):
         LightningCLI(Regressor, run=False, args=["--trainer.callbacks.help", "lightning_basin.BasinMonitor"])
     said = " ".join(capsys.readouterr().out.split())
     assert "Stop measuring after so many failures in a row" in said
+    undescribed = [name for name in inspect.signature(BasinMonitor).parameters if f"{name}:" not in ARGUMENTS]
+    assert not undescribed
+    assert not [name for name in inspect.signature(BasinMonitor).parameters if f".{name}" not in said]

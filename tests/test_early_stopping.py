@@ -1,3 +1,5 @@
+from datetime import timedelta
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -60,6 +62,64 @@ def test_strict_early_stopping_of_lightning_with_a_rare_measurement_does_not_rai
     assert steps(monitor) == [0, 5, 10, 15, 20]
 
 
+def stopping_epoch(root, stopping, ranks, **options):
+    trainer, monitor = stop_on(root, stopping, ranks, num_batches=2, **options)
+    return trainer.current_epoch, monitor
+
+
+# Ranks after epochs 1, 2, ...: 6, 5, 5, 5, 5. A patience of two is over at the end of epoch 4.
+FALLING_ONCE = (6, 6, 6, 5, 5)
+
+
+@pytest.mark.parametrize("stopping_first", [True, False], ids=["before the monitor", "after the monitor"])
+@pytest.mark.parametrize(
+    ("stopping", "options", "epoch"),
+    [
+        pytest.param({}, {}, 4, id="default"),
+        pytest.param({"check_on_train_epoch_end": True}, {"val_check_interval": 0.5}, 4, id="validation in the epoch"),
+        pytest.param({"check_on_train_epoch_end": True}, {"check_val_every_n_epoch": 3}, 4, id="rare validation"),
+        pytest.param({"check_on_train_epoch_end": True}, {"limit_val_batches": 0}, 4, id="no validation"),
+        # One epoch late: what is seen is the measurement before.
+        pytest.param({"check_on_train_epoch_end": False}, {}, 5, id="checks after validation"),
+        pytest.param({}, {"min_epochs": 9}, 9, id="min_epochs"),
+        pytest.param({}, {"monitor": {"every_n_train_steps": 2}}, 4, id="steps"),
+        # Checked after the validation at the end of an epoch, where a measurement at its last step is already there.
+        pytest.param(
+            {"check_on_train_epoch_end": False}, {"monitor": {"every_n_train_steps": 2}}, 4, id="steps, validation"
+        ),
+        # Measured after epochs 3 and 6 only, where the rank is 5: values 6, 6, 5, 5, 5, and patience is over.
+        pytest.param({}, {"monitor": {"every_n_epochs": 3}}, 5, id="rare measurements"),
+        pytest.param({"patience": 6}, {"monitor": {"every_n_epochs": 3}}, 9, id="rare measurements, more patience"),
+    ],
+)
+def test_early_stopping_of_lightning_stops_where_the_table_says(tmp_path, stopping_first, stopping, options, epoch):
+    callback = EarlyStopping("basin/gradient_rank", mode="min", **{"patience": 2} | stopping)
+    found, _ = stopping_epoch(tmp_path, callback, FALLING_ONCE, stopping_first=stopping_first, **options)
+    assert found == epoch
+
+
+@pytest.mark.parametrize("stopping_first", [True, False], ids=["before the monitor", "after the monitor"])
+@pytest.mark.parametrize(
+    ("options", "epoch"),
+    [
+        ({}, 4),
+        ({"val_check_interval": 0.5}, 4),
+        ({"check_val_every_n_epoch": 3}, 4),
+        ({"limit_val_batches": 0}, 4),
+        ({"min_epochs": 9}, 9),
+        ({"monitor": {"every_n_train_steps": 2}}, 4),
+        ({"monitor": {"every_n_epochs": 3}}, 9),
+    ],
+    ids=["default", "validation in the epoch", "rare validation", "no validation", "min_epochs", "steps", "rare"],
+)
+def test_rank_early_stopping_counts_measurements_in_every_combination(tmp_path, stopping_first, options, epoch):
+    stopping = RankEarlyStopping(mode="min", patience=2)
+    found, monitor = stopping_epoch(tmp_path, stopping, FALLING_ONCE, stopping_first=stopping_first, **options)
+    assert found == epoch
+    ranks = [record.gradient_rank for record in monitor.records]
+    assert ranks[-3:] == [5, 5, 5]
+
+
 @pytest.mark.parametrize(
     ("stopping", "options", "message"),
     [
@@ -119,13 +179,50 @@ def test_a_value_that_comes_late_asks_for_a_lenient_early_stopping(tmp_path):
     [
         ({"save_on_train_epoch_end": False}, {}, "under the value of the one before. HINT: pass save_on_train_epoch"),
         ({"every_n_epochs": 2}, {"monitor": {"every_n_epochs": 3}}, "HINT: pass every_n_epochs=3"),
+        ({"every_n_train_steps": 2}, {"monitor": {"every_n_epochs": 3}}, "HINT: pass every_n_epochs=3"),
+        ({"train_time_interval": timedelta(hours=1)}, {}, "HINT: pass every_n_epochs=1"),
+        ({"every_n_train_steps": 2}, {"monitor": {"every_n_train_steps": 4}}, "HINT: pass every_n_train_steps=4"),
+        ({"every_n_epochs": 3}, {"monitor": {"every_n_train_steps": 4}}, "HINT: pass every_n_train_steps=4"),
     ],
-    ids=["at validation end", "between measurements"],
+    ids=["at validation end", "between measurements", "at steps", "by the clock", "between steps", "at epochs"],
 )
 def test_what_model_checkpoint_cannot_do_is_said_at_the_start(tmp_path, saving, options, message):
     callback = ModelCheckpoint(tmp_path, monitor="basin/gradient_rank", **saving)
     with pytest.warns(UserWarning, match=message):
-        stop_on(tmp_path, callback, max_epochs=1, enable_checkpointing=True, **options)
+        stop_on(tmp_path, callback, num_batches=2, max_epochs=1, enable_checkpointing=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("saving", "monitor"),
+    [
+        ({}, {}),
+        ({"every_n_epochs": 4}, {"every_n_epochs": 2}),
+        ({"every_n_train_steps": 4}, {"every_n_train_steps": 2}),
+        ({"every_n_epochs": 2}, {"every_n_train_steps": 4}),
+        ({"every_n_epochs": 0, "save_last": True}, {"every_n_epochs": 3}),
+        ({"monitor": "val_loss"}, {"every_n_epochs": 3}),
+    ],
+    ids=["default", "epochs", "steps", "epochs of steps", "last only", "another value"],
+)
+def test_nothing_is_said_where_model_checkpoint_does_what_is_meant(tmp_path, recwarn, saving, monitor):
+    callback = ModelCheckpoint(tmp_path, **{"monitor": "basin/gradient_rank"} | saving)
+    stop_on(tmp_path, callback, num_batches=2, max_epochs=1, enable_checkpointing=True, monitor=monitor)
+    assert not [warning for warning in recwarn if "HINT: pass every" in str(warning.message)]
+
+
+def test_model_checkpoint_saves_at_steps_under_the_value_of_these_weights(tmp_path):
+    ranks = (6, 6, 5, 5, 4, 4, 3)
+    saving = ModelCheckpoint(
+        tmp_path,
+        "{step}-{basin/gradient_rank:.0f}",
+        monitor="basin/gradient_rank",
+        save_top_k=-1,
+        every_n_train_steps=2,
+        auto_insert_metric_name=False,
+    )
+    options = {"max_epochs": 2, "enable_checkpointing": True, "monitor": {"every_n_train_steps": 2}}
+    stop_on(tmp_path, saving, ranks, num_batches=3, **options)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["2-5.ckpt", "4-4.ckpt", "6-3.ckpt"]
 
 
 def test_model_checkpoint_keeps_the_weights_of_the_lowest_rank(tmp_path):
