@@ -533,9 +533,7 @@ class BasinMonitor(Callback):
         is_skipped, record = trainer.strategy.broadcast((is_skipped, record), 0)
         if is_skipped:
             self.skipped_steps.append(step)
-            self._say(
-                f"Measurements are skipped from step {step} on, so that they take {self.max_overhead:.0%} of time"
-            )
+            self._say(f"BasinMonitor(max_overhead={self.max_overhead:g}) skips measurements")
             return
         if record is None:
             self._count_failure(trainer)

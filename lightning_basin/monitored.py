@@ -99,6 +99,8 @@ def _of_early_stopping(trainer: Trainer, stopping: EarlyStopping, cadence: Caden
 
 
 def _of_checkpoint(trainer: Trainer, checkpoint: ModelCheckpoint, cadence: Cadence) -> Iterator[str]:
+    if not (checkpoint._every_n_epochs or checkpoint._every_n_train_steps or checkpoint._train_time_interval):
+        return
     name = f"ModelCheckpoint(monitor={checkpoint.monitor!r})"
     at_epoch_end = cadence.every_n_train_steps is None
     is_early = trainer.enable_validation and not checkpoint._should_save_on_train_epoch_end(trainer)
