@@ -110,7 +110,14 @@ def _found(checkpoints: Paths, state_key: str, *, weights_only: bool) -> list[_C
 
 def _paths(path: Path) -> Iterator[Path]:
     if path.is_dir():
-        yield from (inside for inside in path.rglob("*.ckpt") if inside.is_file())
+        for inside in [path, *path.rglob("*.ckpt")]:
+            if (inside / ".metadata").is_file():
+                rank_zero_warn(
+                    f"{inside} is left out: it is a sharded checkpoint. HINT: join its parts with `python -m "
+                    f"lightning.pytorch.utilities.consolidate_checkpoint {inside}`"
+                )
+            elif inside.is_file():
+                yield inside
     elif path.exists():
         yield path
     else:

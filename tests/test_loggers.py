@@ -2,10 +2,14 @@
 
 import csv
 import json
+import struct
+from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from lightning_basin import BasinMonitor
 from lightning_basin.loggers import log_scalars
@@ -45,14 +49,118 @@ def test_mlflow_gets_names_that_it_takes_and_more_values_than_it_takes_at_once(t
     assert metrics == {key.replace("'", "_"): value for key, value in scalars.items()}
 
 
-def test_wandb_keeps_every_key_at_its_step_without_a_network(tmp_path):
-    pytest.importorskip("wandb")
-    logger = WandbLogger(save_dir=tmp_path, offline=True)
-    for step in (0, 5):
-        assert log_scalars([logger], {"basin/gradient_rank": 6.0 - step}, step=step) == []
-    summary = dict(logger.experiment.summary)
+# ------------------------------------------------------------------------------------------- what each logger keeps
+
+
+def kept_by_tensorboard(logger, key):
+    return [(event.step, event.value) for event in EventAccumulator(logger.log_dir).Reload().Scalars(key)]
+
+
+def kept_by_csv(logger, key):
+    with (Path(logger.log_dir) / "metrics.csv").open(newline="") as file:
+        return [(int(row["step"]), float(row[key])) for row in csv.DictReader(file) if row[key]]
+
+
+def kept_by_mlflow(logger, key):
+    return [(metric.step, metric.value) for metric in logger.experiment.get_metric_history(logger.run_id, key)]
+
+
+def kept_by_wandb(logger, key):
+    from wandb.proto import wandb_internal_pb2
+
     logger.experiment.finish()
-    assert (summary["basin/gradient_rank"], summary["trainer/global_step"]) == (1.0, 5)
+    (path,) = Path(logger.save_dir).glob("wandb/offline-run-*/run-*.wandb")
+    kept = []
+    for content in log_records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(content)
+        row = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        if key in row:
+            kept.append((row["trainer/global_step"], row[key]))
+    return kept
+
+
+def log_records(content):
+    """The records of a file in the log format of LevelDB, with a head of seven bytes, as wandb 0.31 writes it."""
+    position, record = 7, b""
+    while position < len(content):
+        if 2**15 - position % 2**15 < 7:  # The rest of a block that holds no head is padding.
+            position += 2**15 - position % 2**15
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # Whole, or the last part.
+            yield record
+            record = b""
+
+
+def make_mlflow(root):
+    return MLFlowLogger(tracking_uri=f"file:{root / 'mlruns'}")
+
+
+LOGGERS = {
+    "tensorboard": (TensorBoardLogger, kept_by_tensorboard),
+    "csv": (CSVLogger, kept_by_csv),
+    "wandb": (lambda root: WandbLogger(save_dir=root, offline=True), kept_by_wandb),
+    "mlflow": (make_mlflow, kept_by_mlflow),
+}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["tensorboard"], ["csv"], ["wandb"], ["mlflow"], ["csv", "tensorboard"], ["mlflow", "wandb", "csv"]],
+    ids=" and ".join,
+)
+@pytest.mark.filterwarnings("ignore:.*log_every_n_steps")
+def test_every_logger_keeps_every_measurement_once_at_its_step(tmp_path, monkeypatch, names):
+    for name in set(names) - {"tensorboard", "csv"}:
+        pytest.importorskip(name)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # Else mlflow 3 wants a database.
+    monitor, loggers = BasinMonitor(probe=20), [LOGGERS[name][0](tmp_path) for name in names]
+    make_trainer(tmp_path, monitor, logger=loggers, max_epochs=3).fit(Regressor(), loader())
+    keys = set().union(*(record.scalars() for record in monitor.records)) - {"basin/measure_seconds"}
+    for name, logger in zip(names, loggers, strict=True):
+        logger.finalize("success")
+        for key in ("basin/gradient_rank", "basin_layer_hessian_nullity/readout", "basin_stats/gradient_rank_p90"):
+            assert key in keys
+            # The baseline stands at the first step, each epoch at its last.
+            values = torch.tensor([record.scalars()[key] for record in monitor.records], dtype=torch.float32).tolist()
+            kept = [
+                (step, torch.tensor(value, dtype=torch.float32).item()) for step, value in LOGGERS[name][1](logger, key)
+            ]
+            assert kept == list(zip([0, 2, 5, 8], values, strict=True))
+
+
+@pytest.mark.parametrize("logger", [False, True], ids=["none", "Lightning's choice"])
+def test_run_with_the_loggers_of_lightning_or_none(tmp_path, logger):
+    monitor = BasinMonitor(probe=20)
+    trainer = make_trainer(tmp_path, monitor, logger=logger)
+    trainer.fit(Regressor(), loader())
+    assert steps(monitor) == [0, 3, 6]
+    assert trainer.callback_metrics["basin/gradient_rank"] == monitor.records[-1].gradient_rank
+    assert bool(list(tmp_path.rglob("events*"))) == logger
+
+
+class Renamed(Regressor):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict({"größe (a)": self.hidden, "readout": self.readout})
+        del self.hidden, self.readout
+
+    def forward(self, inputs):
+        return self.net["readout"](self.net["größe (a)"](inputs).tanh())
+
+
+def test_names_are_changed_only_where_a_logger_refuses_them(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    loggers = [CSVLogger(tmp_path), make_mlflow(tmp_path)]
+    make_trainer(tmp_path, BasinMonitor(probe=20), logger=loggers, max_epochs=1).fit(Renamed(), loader())
+    key = "basin_layer_gradient_rank/net.größe (a)"
+    assert [step for step, _ in kept_by_csv(loggers[0], key)] == [0, 2]
+    kept = loggers[1].experiment.get_run(loggers[1].run_id).data.metrics
+    assert "basin_layer_gradient_rank/net.gr__e _a_" in kept
 
 
 # ------------------------------------------------------------------------------------------------------- history

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.distributed import checkpoint as distributed_checkpoint
 
 from lightning_basin import BasinMonitor, measure_checkpoints
 from lightning_basin.__main__ import main
@@ -119,6 +120,15 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
     with pytest.warns(UserWarning, match=r"step=6.ckpt is left out: it cannot be read"):
         records = measure_checkpoints(tmp_path, Regressor, progress=False)
     assert [record.step for record in records] == [3, 9]
+
+
+def test_sharded_checkpoint_is_passed_over_with_what_to_do(tmp_path):
+    run(tmp_path, Regressor(), max_epochs=1)
+    state = torch.load(tmp_path / "saved" / "step=3.ckpt", weights_only=True)["state_dict"]
+    distributed_checkpoint.save(state, checkpoint_id=tmp_path / "saved" / "sharded.ckpt", no_dist=True)
+    with pytest.warns(UserWarning, match=r"sharded.ckpt is left out.*consolidate_checkpoint .*sharded.ckpt"):
+        records = measure_checkpoints(tmp_path / "saved", Regressor, progress=False)
+    assert [record.step for record in records] == [3]
 
 
 def test_two_checkpoints_of_one_step_are_measured_once(tmp_path):
