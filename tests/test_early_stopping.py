@@ -372,6 +372,37 @@ def test_resumed_run_goes_on_counting(tmp_path, options, stopping_first):
     assert steps(monitor) == list(range(8))
 
 
+SAVING = {
+    "epoch end": {"save_on_train_epoch_end": True, "every_n_epochs": 2},
+    "middle of an epoch": {"every_n_train_steps": 5, "save_on_train_epoch_end": False},
+    "validation end": {"save_on_train_epoch_end": False, "every_n_epochs": 2},
+    "last batch": {"every_n_train_steps": 4, "save_on_train_epoch_end": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "cadence"),
+    [
+        *((kind, {"every_n_train_steps": 1}) for kind in SAVING),
+        # After one of a last batch, lightning 2.6 leaves the end of the epoch out, and with it a measurement.
+        *((kind, {}) for kind in SAVING if kind != "last batch"),
+    ],
+)
+def test_run_resumed_from_any_checkpoint_stops_where_the_uninterrupted_one_does(tmp_path, kind, cadence):
+    ranks = (6, 6, 5, 5, 5, 4)
+
+    def fit(*callbacks, **options):
+        stopping, monitor = RankEarlyStopping(patience=6), BasinMonitor(probe=8, hessian=False, **cadence)
+        trainer = make_trainer(tmp_path, stopping, monitor, *callbacks, max_epochs=20, **options.pop("trainer", {}))
+        trainer.fit(Scripted(ranks), scripted_loader(2), scripted_loader(), **options)
+        return trainer.global_step, steps(monitor)
+
+    saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **SAVING[kind])
+    uninterrupted = fit(saving, trainer={"enable_checkpointing": True})
+    saved = 5 if kind == "middle of an epoch" else 4
+    assert fit(ckpt_path=tmp_path / f"step={saved}.ckpt") == uninterrupted
+
+
 def test_strict_early_stopping_of_lightning_works_on_resume_with_a_rare_measurement(tmp_path):
     trainer, _ = stop_on(tmp_path, RankEarlyStopping(patience=99), max_epochs=6, monitor={"every_n_epochs": 5})
     trainer.save_checkpoint(tmp_path / "half.ckpt")
