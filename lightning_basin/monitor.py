@@ -16,14 +16,13 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_basin.curvature import HESSIAN_MODES, HessianMode
+from lightning_basin.arguments import check_arguments
+from lightning_basin.curvature import HessianMode
 from lightning_basin.history import HistoryFile
-from lightning_basin.layers import call_module
 from lightning_basin.loggers import batches_that_stepped, log_scalars
-from lightning_basin.measurement import Behavior, Probabilities, check_measurable, measure_basin
+from lightning_basin.measurement import Probabilities, check_measurable, measure_basin
 from lightning_basin.monitored import Cadence, misunderstandings
 from lightning_basin.null_space import verify_null_space as verified_null_space
 from lightning_basin.overhead import OverheadLimit, announced
@@ -32,9 +31,8 @@ from lightning_basin.probe import Probe, ProbeCollector
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import float64_replica
 from lightning_basin.state import fingerprint, probe_state
-from lightning_basin.training_set import TrainingSet, as_probes
+from lightning_basin.subject import LOSS_ATTRIBUTES, found_loss, quiet_behavior, whole_training_set
 
-_LOSS_ATTRIBUTES = ("loss_fn", "criterion")
 _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "seed")  # Change the numbers, not only which there are.
 
 
@@ -134,47 +132,6 @@ class BasinMonitor(Callback):
         super().__init__()
         self._probe, self._probe_size = _probe_or_size(probe)
         self._explicit_probe = self._probe is not None
-        _check_at_least_one(
-            every_n_epochs=every_n_epochs,
-            every_n_train_steps=every_n_train_steps,
-            every_n_epochs_after_zero_loss=every_n_epochs_after_zero_loss,
-            every_n_spectra=every_n_spectra,
-            zero_loss_patience=zero_loss_patience,
-            max_outputs=max_outputs if isinstance(max_outputs, int) else None,
-            memory_budget=memory_budget,
-            verify_null_space=verify_null_space if isinstance(verify_null_space, int) else None,
-            max_failures=max_failures,
-        )
-        is_word = isinstance(verify_null_space, str)
-        _require(
-            not is_word or verify_null_space == "zero_loss",
-            "be a number or 'zero_loss'",
-            verify_null_space=verify_null_space,
-        )
-        _require(
-            not isinstance(max_outputs, str) or max_outputs == "auto", "be a number or 'auto'", max_outputs=max_outputs
-        )
-        _require(rtol is None or 0.0 < rtol < 1.0, "be inside (0, 1)", rtol=rtol)
-        _require(max_overhead is None or 0.0 < max_overhead < 1.0, "be inside (0, 1)", max_overhead=max_overhead)
-        _require(0.0 <= duplicate_rtol < 1.0, "be inside [0, 1)", duplicate_rtol=duplicate_rtol)
-        _require(zero_loss_threshold >= 0.0, "be >= 0", zero_loss_threshold=zero_loss_threshold)
-        is_word = isinstance(duplicates_over, str)
-        _require(
-            not is_word or duplicates_over == "train",
-            "be 'train', a data set or batches",
-            duplicates_over=duplicates_over,
-        )
-        _require(hessian is False or hessian in HESSIAN_MODES, f"be in {HESSIAN_MODES} or False", hessian=hessian)
-        _require(
-            not isinstance(loss_fn, str) or loss_fn == "behavioral", "be callable or 'behavioral'", loss_fn=loss_fn
-        )
-        _require(
-            not isinstance(behavior, str) or behavior in ("outputs", "probabilities"),
-            "be callable, 'outputs' or 'probabilities'",
-            behavior=behavior,
-        )
-        _require(on_other_probe in ("raise", "replace"), "be 'raise' or 'replace'", on_other_probe=on_other_probe)
-        _require(history in ("csv", "jsonl", None), "be 'csv', 'jsonl' or None", history=history)
         self.loss_fn = loss_fn
         self.behavior = behavior
         self.batch_fn = batch_fn
@@ -198,6 +155,7 @@ class BasinMonitor(Callback):
         self.history = history
         self.on_other_probe = on_other_probe
         self.prefix = prefix
+        check_arguments(vars(self))
         self.records: list[BasinRecord] = []
         """Every record of the run, oldest first."""
         self.zero_loss_step: int | None = None
@@ -428,7 +386,7 @@ class BasinMonitor(Callback):
 
     def _check(self, pl_module: nn.Module, probe: Probe, trainer: Trainer | None = None) -> None:
         """Evaluate once; a loss that was found and not given is left out where it does not fit."""
-        behavior = self._quiet_behavior(trainer)
+        behavior = quiet_behavior(self.behavior, trainer)
         for _ in self._whole_training_set(trainer) or ():  # Whether its first batch can be told apart.
             break
         size = self._probe_size or probe.size
@@ -450,7 +408,7 @@ class BasinMonitor(Callback):
         if loss_fn is None:
             self._say(
                 f"Loss and Hessian are not measured: {type(pl_module).__name__} has no callable "
-                f"{' or '.join(map(repr, _LOSS_ATTRIBUTES))}. HINT: pass BasinMonitor(loss_fn=...)",
+                f"{' or '.join(map(repr, LOSS_ATTRIBUTES))}. HINT: pass BasinMonitor(loss_fn=...)",
                 warn=True,
             )
             return
@@ -478,42 +436,12 @@ class BasinMonitor(Callback):
     def _loss_fn(self, pl_module: nn.Module) -> Callable[..., Any] | Literal["behavioral"] | None:
         if self.loss_fn is not None or self._leave_out_loss:
             return self.loss_fn
-        found = (getattr(pl_module, name, None) for name in _LOSS_ATTRIBUTES)
-        return next((attribute for attribute in found if callable(attribute)), None)
+        return found_loss(pl_module)
 
     def _whole_training_set(self, trainer: Trainer | None) -> Iterable[Probe] | None:
-        """Over which duplicates are counted, as a loader's data set is read anew by a plain sequential pass."""
-        data, prepare = self.duplicates_over, None
-        if data is None:
-            return None
-        if isinstance(data, str):
-            if trainer is None:
-                raise MisconfigurationException(
-                    "`BasinMonitor(duplicates_over='train')` needs a run. HINT: pass the data set itself"
-                )
-            data, prepare = trainer.train_dataloader, partial(_as_in_training, trainer)
-        try:
-            if prepare is None and not isinstance(data, DataLoader | Dataset):
-                return as_probes(data)
-            return TrainingSet(data, prepare=prepare, batch_fn=self.batch_fn, whole_batches=self.behavior is not None)
-        except TypeError as error:
-            raise MisconfigurationException(
-                f"`BasinMonitor(duplicates_over=...)` cannot count over the training set: {error}. HINT: pass such a "
-                f"data set, or a list of batches, as `duplicates_over`"
-            ) from error
-
-    def _quiet_behavior(self, trainer: Trainer | None) -> Behavior:
-        """The behavior, on a copy that still finds its trainer but logs nothing."""
-        call = self.behavior if callable(self.behavior) else call_module
-
-        def outputs(module: nn.Module, inputs: Any) -> Any:
-            if isinstance(module, LightningModule):
-                if trainer is not None:
-                    module.trainer = trainer
-                vars(module).update(log=_ignore, log_dict=_ignore)
-            return call(module, inputs)
-
-        return Probabilities(outputs) if self.behavior == "probabilities" else outputs
+        return whole_training_set(
+            self.duplicates_over, trainer, batch_fn=self.batch_fn, whole_batches=callable(self.behavior)
+        )
 
     def _measure_baseline(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._probe is not None and self._measured_step is None:
@@ -574,7 +502,7 @@ class BasinMonitor(Callback):
                     module,
                     self._probe,
                     loss_fn=self._loss_fn(module),
-                    behavior=self._quiet_behavior(trainer),
+                    behavior=quiet_behavior(self.behavior, trainer),
                     layers=self.layers,
                     hessian=self.hessian,
                     rtol=self.rtol,
@@ -612,7 +540,7 @@ class BasinMonitor(Callback):
         if not is_due:
             return record
         started = time.perf_counter()
-        behavior = self._quiet_behavior(trainer)
+        behavior = quiet_behavior(self.behavior, trainer)
         if isinstance(behavior, Probabilities):
             behavior = partial(_probabilities, behavior.outputs)
         assert not isinstance(behavior, str)
@@ -774,7 +702,8 @@ class BasinMonitor(Callback):
 def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
     """An explicit probe, or how many inputs to take from the stream."""
     if isinstance(probe, int) and not isinstance(probe, bool):
-        _check_at_least_one(probe=probe)
+        if probe < 1:
+            raise MisconfigurationException(f"`BasinMonitor(probe={probe})` must be at least 1")
         return None, probe
     if isinstance(probe, Probe):
         return probe, 0
@@ -793,24 +722,6 @@ def _described(probe_size: int) -> str:
     return f"probe={probe_size}" if probe_size else "a given batch"
 
 
-def _check_at_least_one(**counts: int | None) -> None:
-    for name, count in counts.items():
-        _require(count is None or count >= 1, "be at least 1", **{name: count})
-
-
-def _require(holds: bool, what: str, **argument: Any) -> None:  # noqa: FBT001 - as in an assertion
-    if not holds:
-        ((name, value),) = argument.items()
-        raise MisconfigurationException(f"`BasinMonitor({name}={value!r})` must {what}")
-
-
-def _as_in_training(trainer: Trainer, batch: Any) -> Any:
-    """A batch as the training step gets it: what lightning 2.6 does between the loader and the step."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
 def _goes_on(trainer: Trainer | None) -> str:
     return "" if trainer is None else ", training goes on"
 
@@ -822,7 +733,3 @@ def _metrics(scalars: Mapping[str, float]) -> dict[str, Tensor]:
 
 def _probabilities(outputs: Callable[[nn.Module, Any], Tensor], module: nn.Module, inputs: Any) -> Tensor:
     return outputs(module, inputs).softmax(1)
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    """Takes the place of a method that would log."""

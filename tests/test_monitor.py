@@ -343,6 +343,12 @@ def test_probabilities_are_measured_on_logits(tmp_path):
     assert all(record.gauss_newton_nullity == record.gradient_nullity for record in monitor.records)
 
 
+def test_duplicates_over_the_training_set_are_counted_with_probabilities_too(tmp_path):
+    monitor = BasinMonitor(probe=20, behavior="probabilities", duplicates_over="train")
+    make_trainer(tmp_path, monitor, max_epochs=1).fit(Regressor(), loader())
+    assert [record.train_num_inputs for record in monitor.records] == [60, 60]
+
+
 def test_forward_may_log_and_ask_for_its_trainer(tmp_path):
     class Talkative(Regressor):
         def forward(self, inputs):
