@@ -522,8 +522,7 @@ class BasinMonitor(Callback):
                 + (". HINT: pass a smaller BasinMonitor(probe=...)" if is_memory else "")
             )
             return None
-        with self._profiled(trainer, "verify_null_space"):
-            return self._verified(trainer, module, record)
+        return self._verified(trainer, module, record)
 
     def _profiled(self, trainer: Trainer | None, action: str) -> AbstractContextManager[Any]:
         if trainer is None:
@@ -545,7 +544,8 @@ class BasinMonitor(Callback):
             behavior = partial(_probabilities, behavior.outputs)
         assert not isinstance(behavior, str)
         try:
-            found = verified_null_space(module, self._probe, behavior=behavior, rtol=self.rtol, seed=self.seed)
+            with self._profiled(trainer, "verify_null_space"):
+                found = verified_null_space(module, self._probe, behavior=behavior, rtol=self.rtol, seed=self.seed)
         except Exception as error:  # The rest of the record is as it would be without.
             self._say(f"The null space could not be verified. {type(error).__name__}: {error}", warn=True)
             return record

@@ -896,10 +896,18 @@ def test_a_short_measurement_is_not_announced(tmp_path, caplog):
 
 def test_profiler_shows_what_measuring_takes(tmp_path):
     profiler = SimpleProfiler()
-    make_trainer(tmp_path, BasinMonitor(probe=20, verify_null_space=1), profiler=profiler).fit(Regressor(), loader())
+    make_trainer(tmp_path, BasinMonitor(probe=20, verify_null_space=2), profiler=profiler).fit(Regressor(), loader())
     durations = profiler.recorded_durations
     assert len(durations["[BasinMonitor]basin.measure"]) == 3
-    assert len(durations["[BasinMonitor]basin.verify_null_space"]) == 3
+    assert len(durations["[BasinMonitor]basin.verify_null_space"]) == 2
+
+
+@pytest.mark.parametrize("profiler", ["simple", "advanced", pytest.param("pytorch", marks=pytest.mark.slow)])
+def test_every_profiler_of_lightning_lets_measurements_pass(tmp_path, profiler):
+    monitor = BasinMonitor(probe=20, verify_null_space=1)
+    make_trainer(tmp_path, monitor, profiler=profiler).fit(Regressor(), loader())
+    assert steps(monitor) == [0, 3, 6]
+    assert all(record.surviving_fraction is not None for record in monitor.records)
 
 
 # ---------------------------------------------------------------------------------------- is the null space real

@@ -1,6 +1,7 @@
 """A run and its checkpoints must agree to the integer, at the same steps and under the same keys."""
 
 import json
+import runpy
 
 import pytest
 import torch
@@ -187,6 +188,52 @@ def test_command_line_writes_the_keys_of_the_run_at_its_steps(tmp_path):
     }
     assert curves(offline) == live
     assert {path.name for path in offline.iterdir()} >= {"basin.jsonl", "metrics.csv"}
+
+
+class Settings:
+    """A hyperparameter that weights_only=True does not read."""
+
+    width = 5
+
+
+class Wide(Regressor):
+    """Can only be built again from its hyperparameters."""
+
+    def __init__(self, settings):
+        super().__init__()
+        self.save_hyperparameters()
+        self.hidden, self.readout = nn.Linear(3, settings.width), nn.Linear(settings.width, 2)
+
+
+def test_module_is_built_from_hyperparameters_that_are_trusted(tmp_path):
+    live = run(tmp_path, Wide(Settings()), max_epochs=1)
+    with (
+        pytest.warns(UserWarning, match="weights_only=False if you trust"),
+        pytest.raises(FileNotFoundError, match="none of 1 checkpoints can be read"),
+    ):
+        measure_checkpoints(tmp_path, Wide, progress=False)
+    records = measure_checkpoints(tmp_path, Wide, weights_only=False, progress=False)
+    assert timeless(records) == timeless(live.records[1:])
+    assert records[0].num_parameters == (3 + 1) * 5 + (5 + 1) * 2
+    main([str(tmp_path), "--module", "tests.test_offline:Wide", "--log-dir", str(tmp_path / "offline"), "--trust"])
+    (row,) = map(json.loads, (tmp_path / "offline" / "basin.jsonl").read_text().splitlines())
+    assert row["basin/gradient_rank"] == records[0].gradient_rank
+
+
+def test_duplicates_over_a_training_set_are_those_of_the_run(tmp_path):
+    live = run(tmp_path, Regressor(), monitor=BasinMonitor(probe=20, duplicates_over="train"), max_epochs=1)
+    offline = BasinMonitor(probe=20, duplicates_over=regression_data())
+    assert timeless(measure_checkpoints(tmp_path, Regressor, offline, progress=False)) == timeless(live.records[1:])
+    with pytest.raises(MisconfigurationException, match=r"needs a run. HINT: pass the data set itself"):
+        measure_checkpoints(tmp_path, Regressor, BasinMonitor(duplicates_over="train"), progress=False)
+
+
+def test_package_runs_as_a_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lightning_basin", "--help"])
+    with pytest.raises(SystemExit) as exited:
+        runpy.run_module("lightning_basin", run_name="__main__")
+    assert exited.value.code == 0
+    assert "python -m lightning_basin" in capsys.readouterr().out
 
 
 def test_command_line_takes_a_probe_a_loss_and_settings(tmp_path):
