@@ -452,9 +452,8 @@ class BasinMonitor(Callback):
 
     def _measure(self, trainer: Trainer, module: nn.Module, step: int, log_step: int) -> None:
         self._measured_step = step
-        if (
-            self._has_given_up or self._is_probe_refused or self._probe is None
-        ):  # Resumed without one, and no batch has come by yet.
+        has_probe = self._probe is not None and not self._is_probe_refused  # None: resumed, and no batch has come by.
+        if self._has_given_up or not has_probe:
             return
         # Rank zero decides for all, by its own clock.
         is_skipped, record = self._timed(trainer, module, step) if trainer.is_global_zero else (False, None)
