@@ -4,11 +4,15 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Generator, Tensor
 
 FAILURE_PROBABILITY = 1e-9
 """With which a random start vector may hide an eigenvalue above the bound."""
+
+_Vector = npt.NDArray[np.float64]  # What is as small as the number of products: no kernel is worth its launch.
 
 _SYMMETRY_RTOL = 1e-8  # of the largest coefficient; rounding is near 1e-14, a wrong derivative near 1e-2
 _EXHAUSTED_RTOL = 1e-13  # what is left of a product whose direction is inside the Krylov space already
@@ -78,7 +82,7 @@ def norm_bounds(
     direction = (start / start.norm()).to("cpu" if like is None else like.device)
     max_products = min(max_products, num_rows)
     basis = direction.new_empty(max_products, num_rows)
-    projected = torch.zeros(max_products, max_products, dtype=torch.float64)
+    projected = np.zeros((max_products, max_products))
     log_reach = 0.5 * math.log(2 * num_rows / math.pi) - math.log(failure_probability)
     offsets: list[float] = []
     for count in range(1, max_products + 1):
@@ -89,13 +93,13 @@ def norm_bounds(
         vector = vector - coefficients @ known
         correction = known @ vector  # A second time: one pass leaves rounding where much has cancelled.
         vector = vector - correction @ known
-        column = (coefficients + correction).cpu()
+        column = (coefficients + correction).cpu().numpy()
         _check_symmetric(column, offsets, atol)
         offset = float(vector.norm())
         projected[count - 1, count - 1] = column[-1]
-        ritz, vectors = torch.linalg.eigh(projected[:count, :count])
-        largest = int(ritz.abs().argmax())
-        value, residual = float(ritz[largest].abs()), offset * abs(float(vectors[-1, largest]))
+        ritz, vectors = np.linalg.eigh(projected[:count, :count])
+        largest = int(np.abs(ritz).argmax())
+        value, residual = abs(float(ritz[largest])), offset * abs(float(vectors[-1, largest]))
         if count == num_rows or offset <= _EXHAUSTED_RTOL * max(value, *offsets, 0.0):
             yield NormBound(value=value, residual=residual, upper=value + residual, num_products=count)
             return
@@ -107,13 +111,13 @@ def norm_bounds(
             direction = vector / offset
 
 
-def _check_symmetric(column: Tensor, offsets: list[float], atol: float) -> None:
+def _check_symmetric(column: _Vector, offsets: list[float], atol: float) -> None:
     """A product with the newest vector may have parts along the two newest only, the older of them known before."""
-    expected = torch.zeros_like(column[:-1])
+    expected = np.zeros(len(column) - 1)
     if offsets:
         expected[-1] = offsets[-1]
-    asymmetry = float((column[:-1] - expected).abs().max()) if offsets else 0.0
-    scale = max(float(column.abs().max()), *offsets, 0.0)
+    asymmetry = float(np.abs(column[:-1] - expected).max()) if offsets else 0.0
+    scale = max(float(np.abs(column).max()), *offsets, 0.0)
     if asymmetry > _SYMMETRY_RTOL * scale + atol:
         raise RuntimeError(
             f"the Hessian must be symmetric, but entries differ by {asymmetry:.1e} of {scale:.1e}: an operation of the "
@@ -121,14 +125,15 @@ def _check_symmetric(column: Tensor, offsets: list[float], atol: float) -> None:
         )
 
 
-def _reach(ritz: Tensor, offsets: list[float], log_reach: float) -> float:
+def _reach(ritz: _Vector, offsets: list[float], log_reach: float) -> float:
     """The point right of all Ritz values where the logarithm of the Lanczos polynomial is ``log_reach``."""
     last = float(ritz.max())
     level = log_reach + sum(map(math.log, offsets))
     lowest, highest = 0.0, math.exp(level / len(offsets))  # Distances from the last: each factor is at least that.
     for _ in range(_REFINEMENTS):
-        distances = torch.linspace(lowest, highest, _CANDIDATES, dtype=torch.float64)
-        logarithms = (distances.unsqueeze(1) + (last - ritz)).log().sum(1)
+        distances = np.linspace(lowest, highest, _CANDIDATES)
+        with np.errstate(divide="ignore"):
+            logarithms = np.log(distances[:, None] + (last - ritz)).sum(1)
         first = min(int((logarithms < level).sum()), _CANDIDATES - 1)
         lowest, highest = float(distances[max(first - 1, 0)]), float(distances[first])
     return last + highest

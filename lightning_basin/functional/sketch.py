@@ -374,10 +374,8 @@ class SpectrumAccumulator:
         if not self._is_small and self._gram is not None:
             return sketched_spectrum(self._gram, self._add_sketches, num_columns=2 * self._num_rows)
         rtol = default_rtol(self._num_rows, self._num_columns)
-        if self._gram is not None:
-            bulk, num_resolved = _bulk(self._gram)
-            if num_resolved == bulk.numel():
-                return Spectrum(singular_values=bulk, rtol=rtol, method="gram")
+        if self._gram is not None and full_rank_of_gram(self._gram, rtol=rtol) is not None:
+            return Spectrum(singular_values=_bulk(self._gram)[0], rtol=rtol, method="gram")
         return Spectrum(singular_values=singular_values(self._matrix()), rtol=rtol, method="svd")
 
     def proved_rank(self, *, rtol: float | None = None) -> GradientRank | None:
