@@ -114,8 +114,8 @@ def measure_basin(
         max_outputs: Where a module has more outputs per input, measure the gradients of so many random orthonormal
             combinations of them; ranks are then lower bounds, and the Hessian is left out. ``"auto"`` does so where
             there are more than ``MAX_ROWS`` outputs on the probe, ``None`` refuses these.
-        spectrum: Whether singular values are wanted where full rank can be proved without them, several times as fast;
-            without, effective ranks and ranks at coarser tolerances are then left out.
+        spectrum: Whether singular values are wanted where the rank can be proved without them, several times as fast;
+            without, effective ranks and most ranks at coarser tolerances are then left out.
         memory_budget: Bytes that the measurement may use beside what the process holds; ``None`` means half of what is
             free. Inputs and layers are then measured in pieces where that is needed.
         seed: Of the sketch's random vectors: same seed, same numbers.
