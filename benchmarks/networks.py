@@ -8,9 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-TRAINING_BATCH = 256  # inputs of the training step that a measurement is compared with
-
-
 @dataclass(frozen=True)
 class Workload:
     """A network, and the inputs on which it is measured.
@@ -38,21 +35,30 @@ class Workload:
         """Outputs on the probe, m."""
         return self.num_inputs * self.num_outputs
 
+    @property
+    def num_parameters(self) -> int:
+        """Trainable, N."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self.build().parameters())
+
     def module(self, dtype: torch.dtype) -> nn.Module:
         """The network in evaluation mode; the same numbers in every type that holds them."""
         torch.manual_seed(0)
         return self.build().to(dtype).eval()
 
-    def probe(self, dtype: torch.dtype, num_inputs: int | None = None) -> Tensor:
-        """The inputs, or the first so many that would be drawn."""
+    def probe(self, dtype: torch.dtype, *, is_repeated: bool = False) -> Tensor:
+        """The inputs; with ``is_repeated`` the last eighth of them repeats the first, which lowers ranks."""
         torch.manual_seed(1)
-        inputs = self.draw(self.num_inputs if num_inputs is None else num_inputs)
+        inputs = self.draw(self.num_inputs)
+        if is_repeated:
+            count = self.num_inputs // 8
+            inputs[-count:] = inputs[:count]
         return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
-    def targets(self, dtype: torch.dtype, num_inputs: int | None = None) -> Tensor:
+    def targets(self, dtype: torch.dtype) -> Tensor:
         """For a mean squared error."""
         torch.manual_seed(2)
-        return torch.randn(self.num_inputs if num_inputs is None else num_inputs, self.num_outputs).to(dtype)
+        return torch.randn(self.num_inputs, self.num_outputs).to(dtype)
 
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
