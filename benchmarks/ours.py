@@ -1,54 +1,82 @@
-"""What is measured of `lightning_basin` itself. Weights are float32, all else is float64."""
+"""What is measured of ranks in `lightning_basin` itself. Weights are float32, all else is float64."""
+
+import time
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Stages, Way
 from lightning_basin import measure_basin
-from lightning_basin.functional import hessian_matrix, hessian_product
 from lightning_basin.gradients import layer_gradients
 from lightning_basin.measurement import evaluated
 from lightning_basin.probe import Probe
 
+RANKS = "lightning_basin"
+SPECTRA = "lightning_basin, with all singular values"
+
 
 def ranks(module: nn.Module, inputs: Tensor) -> Stages:
-    """Each stage starts anew, from the module; all are checked against autograd as in every measurement."""
-    yield "gram", gram(module, inputs)
+    """The Gram matrix, and whole measurements, which start anew: of the network, and of it with every layer."""
+    yield from gram(module, inputs)
     yield "rank", measure_basin(module, inputs, layers=[], spectrum=False).gradient_rank
+    yield from layers(module, inputs)
+
+
+def large_ranks(module: nn.Module, inputs: Tensor) -> Stages:
+    """The same where a measurement takes long: the one of every layer measures the network too."""
+    yield from gram(module, inputs)
+    yield from layers(module, inputs)
+
+
+def layers(module: nn.Module, inputs: Tensor) -> Stages:
+    """A whole measurement of the network and every layer."""
     record = measure_basin(module, inputs, spectrum=False)
-    yield "layers", tuple(layer.gradient_rank for layer in record.layers.values())
+    yield "layers", (record.gradient_rank, *(layer.gradient_rank for layer in record.layers.values()))
+
+
+def gram(module: nn.Module, inputs: Tensor) -> Stages:
+    """Products of all pairs of rows of the gradients, checked against autograd as in every measurement.
+
+    The copy in float64, its run and the checks of its outputs are a stage of their own; and the products of factors
+    are timed apart from the derivatives that give the factors.
+    """
+    total: Tensor | None = None
+    products = 0.0
+    with evaluated(module, Probe(inputs), None, None) as evaluation:
+        yield "copy", None
+        for measured in layer_gradients(evaluation.traced, generator=torch.Generator().manual_seed(0)):
+            started = time.perf_counter()
+            layer = measured.gradients.gram
+            total = layer if total is None else total.add_(layer)
+            products += time.perf_counter() - started
+        assert total is not None
+        yield "gram", total
+        yield "products", {"seconds": products}
 
 
 def spectra(module: nn.Module, inputs: Tensor) -> Stages:
     """The default of `measure_basin`: ranks with all singular values."""
     record = measure_basin(module, inputs)
-    yield "layers", tuple(layer.gradient_rank for layer in record.layers.values())
+    yield "layers", (record.gradient_rank, *(layer.gradient_rank for layer in record.layers.values()))
 
 
-def gram(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Products of all pairs of rows of the gradients, shape ``(m, m)``."""
-    total: Tensor | None = None
-    with evaluated(module, Probe(inputs), None, None) as evaluation:
-        for measured in layer_gradients(evaluation.traced, generator=torch.Generator().manual_seed(0)):
-            total = measured.gradients.gram if total is None else total.add_(measured.gradients.gram)
-    assert total is not None
-    return total
+def training_step(module: nn.Module, inputs: Tensor) -> Stages:
+    """One step of gradient descent on the probe."""
+    module.zero_grad()
+    module(inputs).square().mean().backward()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.sub_(parameter.grad, alpha=1e-6)
+    yield "step", None
 
 
-def products(module: nn.Module, inputs: Tensor, loss: Tensor, directions: Tensor) -> Tensor:
-    """The Hessian times each direction, by double backward with the graph kept."""
-    parameters = list(module.parameters())
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
-    gradient = torch.cat([part.flatten() for part in gradients])
-    return torch.stack([hessian_product(gradient, parameters, direction) for direction in directions])
-
-
-def hessian(module: nn.Module, loss: Tensor) -> Tensor:
-    """All of it."""
-    return hessian_matrix(loss, list(module.parameters()))
-
+_SMALL = ("seed", "seed-repeated", "mlp", "mlp-large", "cnn", "cnn-repeated", "transformer")
+_OWN_TYPES = (torch.float32,)
 
 OURS = (
-    Way("lightning_basin, ranks", ranks, dtypes=(torch.float32,), is_cumulative=False),
-    Way("lightning_basin, with all singular values", spectra, dtypes=(torch.float32,), is_quick=False),
+    Way(RANKS, ranks, dtypes=_OWN_TYPES, is_cumulative=False, only=_SMALL),
+    Way(RANKS, large_ranks, dtypes=_OWN_TYPES, is_cumulative=False, only=("resnet",)),
+    Way(SPECTRA, spectra, dtypes=_OWN_TYPES, only=_SMALL, is_quick=False),
 )
+STEP = Way("training step", training_step, dtypes=_OWN_TYPES)
+SCALING = (Way(RANKS, layers, dtypes=_OWN_TYPES), STEP)

@@ -152,44 +152,58 @@ def ranks_of_grams(grams: Callable[[nn.Module, Tensor], Blocks], module: nn.Modu
 def _ranks_of_grams(total: Tensor | None, layers: dict[str, Tensor]) -> Stages:
     yield "gram", total
     assert total is not None
-    yield "rank", int(torch.linalg.matrix_rank(total, hermitian=True))
+    rank = int(torch.linalg.matrix_rank(total, hermitian=True))
+    yield "rank", rank
     if layers:
-        yield "layers", tuple(int(torch.linalg.matrix_rank(gram, hermitian=True)) for gram in layers.values())
+        yield "layers", (rank, *(int(torch.linalg.matrix_rank(gram, hermitian=True)) for gram in layers.values()))
 
 
 def ranks_of_singular_values(module: nn.Module, inputs: Tensor) -> Stages:
     """Of dense gradients without squaring: `torch.linalg.matrix_rank` of the Jacobian itself."""
     blocks = dict(vmap_jacrev(module, inputs))
-    yield "rank", int(torch.linalg.matrix_rank(torch.cat(list(blocks.values()), dim=1)))
-    if len(blocks) * blocks[next(iter(blocks))].shape[0] < 1000:  # Else it takes minutes.
-        yield "layers", tuple(int(torch.linalg.matrix_rank(block)) for block in blocks.values())
+    rank = int(torch.linalg.matrix_rank(torch.cat(list(blocks.values()), dim=1)))
+    yield "rank", rank
+    yield "layers", (rank, *(int(torch.linalg.matrix_rank(block)) for block in blocks.values()))
 
+
+SINGULAR_VALUES = "vmap(jacrev) + svdvals"
+DENSE = ("vmap(jacrev)", "vmap(jacrev) in groups", "BackPACK", "curvlinops", "laplace")
+"""The ways that form the gradients."""
+
+_LARGE = 3e11  # operations of the products of all pairs of rows
+_SINGLE = (torch.float32,)
 
 PEERS = (
+    Way(SINGULAR_VALUES, ranks_of_singular_values, dtypes=(torch.float64,), num_matrices=3, max_work=_LARGE),
     Way("vmap(jacrev)", partial(ranks_of_gradients, vmap_jacrev), num_matrices=2),
-    Way("vmap(jacrev) in groups", partial(ranks_of_gradients, vmap_jacrev_in_groups), only=("resnet",)),
+    Way("vmap(jacrev) in groups", partial(ranks_of_gradients, vmap_jacrev_in_groups), _SINGLE, only=("resnet",)),
     Way("nngeometry", partial(ranks_of_grams, nngeometry), package="nngeometry"),
     Way("ViViT", partial(ranks_of_grams, vivit), package="vivit-for-pytorch"),
     Way(
         "BackPACK",
         partial(ranks_of_gradients, backpack),
+        _SINGLE,
         package="backpack-for-pytorch",
         num_matrices=2,
+        max_work=_LARGE,
         is_quick=False,
     ),
     Way(
         "curvlinops",
         partial(ranks_of_gradients, curvlinops),
+        _SINGLE,
         package="curvlinops-for-pytorch",
         num_matrices=2,
+        max_work=_LARGE,
         is_quick=False,
     ),
-    Way("laplace", partial(ranks_of_gradients, laplace), package="laplace-torch", num_matrices=6, is_quick=False),
     Way(
-        "vmap(jacrev) + svdvals",
-        ranks_of_singular_values,
-        dtypes=(torch.float64,),
-        num_matrices=3,
+        "laplace",
+        partial(ranks_of_gradients, laplace),
+        _SINGLE,
+        package="laplace-torch",
+        num_matrices=6,
+        max_work=_LARGE,
         is_quick=False,
     ),
 )

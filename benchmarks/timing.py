@@ -1,9 +1,9 @@
 """Time and memory of several ways on one network, each way in a process of its own, all in interleaved rounds.
 
 A way is a generator: it yields the name of each stage that it has reached, with what it found. Every way lives in its
-own process, so that its libraries, hooks and memory are its own; the processes take turns, so that all see the same
-machine. The first turn loads and warms up, and is the one whose peak memory counts; a figure is the median of the
-turns after it. A way gets no further turn when it has used ``ENOUGH_SECONDS``.
+own process, so that its hooks and memory are its own; the processes take turns, so that all see the same machine. The
+first turn warms up, and is the one whose peak memory counts; a figure is the median of the turns after it. A way gets
+no further turn when it has used ``ENOUGH_SECONDS``.
 """
 
 import multiprocessing
@@ -26,6 +26,9 @@ from benchmarks.networks import WORKLOADS, Workload
 
 ENOUGH_SECONDS = 10.0
 
+_PRELOADED = ["backpack", "curvlinops", "hessian_eigenthings", "laplace", "nngeometry", "pyhessian", "vivit"]
+_PROJECTIONS = 4  # of a tensor: the norm of their difference is that of the tensors within a factor of two or so
+
 Stages = Iterator[tuple[str, Any]]
 
 
@@ -40,6 +43,7 @@ class Way:
         package: The distribution that it needs; ``None`` for what is always there.
         is_cumulative: Whether a stage builds on those before it, so that its time includes theirs.
         num_matrices: How many matrices of m rows and N columns it holds at once, to know whether it fits.
+        max_work: Of m * m * N; where there is more to do, one way that forms the gradients stands for all that do.
         only: The networks it is meant for; ``None`` means all.
         is_quick: Whether ``--quick`` runs it too.
     """
@@ -50,6 +54,7 @@ class Way:
     package: str | None = None
     is_cumulative: bool = True
     num_matrices: float = 0.0
+    max_work: float = float("inf")
     only: tuple[str, ...] | None = None
     is_quick: bool = True
 
@@ -63,12 +68,33 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What one run of a way took, by stage: seconds, what was found, MiB at the peak beside what was held before."""
+class Reached:
+    """A stage of a turn: its seconds, what was found, and MiB at the peak beside what was held before the turn."""
 
-    seconds: dict[str, float]
-    found: dict[str, Any]
-    mebibytes: dict[str, float]
+    stage: str
+    seconds: float
+    found: Any
+    mebibytes: float
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Random projections of a tensor that stays in its process."""
+
+    projections: tuple[float, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Fingerprint":
+        """The projections on the same directions for all tensors of a size."""
+        generator = torch.Generator().manual_seed(0)
+        flat = tensor.detach().flatten()
+        directions = (torch.randn(flat.numel(), generator=generator).to(flat.dtype) for _ in range(_PROJECTIONS))
+        return cls(tuple(float(flat @ direction) for direction in directions))
+
+    def difference(self, other: "Fingerprint") -> float:
+        """Estimate of the norm of the difference relative to that of the other tensor."""
+        mine, theirs = torch.tensor(self.projections).double(), torch.tensor(other.projections).double()
+        return float((mine - theirs).norm() / theirs.norm())
 
 
 @dataclass
@@ -78,54 +104,69 @@ class Candidate:
     Attributes:
         way: What is run.
         dtype: Of the module and its inputs.
-        turns: In order; the first one is the warm-up.
+        turns: In order, by stage; the first one is the warm-up.
         note: Why there are none, or no more.
     """
 
     way: Way
     dtype: torch.dtype
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[dict[str, Reached]] = field(default_factory=list)
     note: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the way."""
+        return self.way.name
+
+    @property
+    def type_name(self) -> str:
+        """Of the numbers: float32 or float64."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def found(self) -> dict[str, Any]:
         """By stage."""
-        return self.turns[0].found if self.turns else {}
+        return {stage: reached.found for stage, reached in self.turns[0].items()} if self.turns else {}
 
     @property
     def is_once(self) -> bool:
         """Whether the only turn is the warm-up."""
         return len(self.turns) == 1
 
-    def seconds(self, stage: str) -> float | None:
-        """Median over the turns after the first one."""
-        times = [turn.seconds[stage] for turn in self.turns[1:] or self.turns if stage in turn.seconds]
-        return statistics.median(times) if times else None
+    def seconds(self, *stages: str) -> float | None:
+        """Median over the turns after the first one, of the sum over some stages."""
+        turns = [turn for turn in self.turns[1:] or self.turns if all(stage in turn for stage in stages)]
+        return statistics.median(sum(turn[stage].seconds for stage in stages) for turn in turns) if turns else None
+
+    def median_found(self, stage: str, key: str) -> float | None:
+        """The same of a number among what was found."""
+        values = [turn[stage].found[key] for turn in self.turns[1:] or self.turns if stage in turn]
+        return statistics.median(values) if values else None
 
     def mebibytes(self, *stages: str) -> float | None:
         """The largest growth at some stages of the first turn."""
-        return max((self.turns[0].mebibytes[stage] for stage in stages if stage in self.found), default=None)
+        return max((self.turns[0][stage].mebibytes for stage in stages if stage in self.found), default=None)
 
 
 def measured(
-    workload: Workload, ways: Sequence[Way], *, rounds: int, threads: int, seconds_limit: float, is_repeated: bool
+    workload: Workload, ways: Sequence[Way], *, rounds: int, threads: int, seconds_limit: float
 ) -> list[Candidate]:
     """All candidates on one network.
 
     Args:
         workload: The network and its probe.
-        ways: To compare.
+        ways: To compare; those that are meant for other networks are left out.
         rounds: Turns that count.
         threads: Of each process.
         seconds_limit: After which a turn is given up.
-        is_repeated: See `Workload.probe`.
     """
-    candidates = [Candidate(way, dtype) for way in ways for dtype in way.dtypes]
+    chosen = [way for way in ways if way.only is None or workload.name in way.only]
+    candidates = [Candidate(way, dtype) for way in chosen for dtype in way.dtypes]
     runs: list[_Run] = []
     for candidate in candidates:
         candidate.note = _obstacle(candidate, workload)
         if candidate.note is None:
-            runs.append(_Run(candidate, workload.name, threads, is_repeated))
+            runs.append(_Run(candidate, workload.name, threads))
     for _ in range(rounds + 1):
         for run in runs:
             run.take_turn(seconds_limit)
@@ -136,44 +177,52 @@ def measured(
 
 
 def _obstacle(candidate: Candidate, workload: Workload) -> str | None:
-    if not candidate.way.is_installed:
-        return f"{candidate.way.package} is not installed"
-    entries = candidate.way.num_matrices * workload.num_rows * workload.num_parameters
-    needed = entries * candidate.dtype.itemsize
+    way = candidate.way
+    if not way.is_installed:
+        return f"{way.package} is not installed"
+    if workload.num_rows**2 * workload.num_parameters > way.max_work:
+        return "not run: forms the same matrix as vmap(jacrev)"
+    needed = way.num_matrices * workload.num_rows * workload.num_parameters * candidate.dtype.itemsize
     return f"not run: needs {needed / 2**30:.0f} GiB" if needed > 0.9 * available_memory() else None
 
 
 class _Run:
     """A process that runs one candidate when told to."""
 
-    def __init__(self, candidate: Candidate, network: str, threads: int, is_repeated: bool) -> None:  # noqa: FBT001
-        spawning = multiprocessing.get_context("spawn")
+    def __init__(self, candidate: Candidate, network: str, threads: int) -> None:
+        # A server that has loaded every library forks the processes: loading them anew takes seconds for each.
+        forking = multiprocessing.get_context("forkserver")
+        forking.set_forkserver_preload([__name__, *_PRELOADED])
         self._candidate = candidate
-        self._connection, theirs = spawning.Pipe()
-        arguments = (theirs, candidate.way, candidate.dtype, network, threads, is_repeated)
-        self._process = spawning.Process(target=_serve, args=arguments, daemon=True)
+        self._connection, theirs = forking.Pipe()
+        arguments = (theirs, candidate.way, candidate.dtype, network, threads)
+        self._process = forking.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         self.is_alive = True
 
     def take_turn(self, seconds_limit: float) -> None:
-        answer = self._answer(seconds_limit)
-        if isinstance(answer, Turn):
-            self._candidate.turns.append(answer)
-        else:
-            self._candidate.note = answer
-        spent = sum(sum(turn.seconds.values()) for turn in self._candidate.turns)
-        if spent > ENOUGH_SECONDS or not isinstance(answer, Turn):
+        turn: dict[str, Reached] = {}
+        self._candidate.note = self._filled(turn, time.monotonic() + seconds_limit)
+        if turn:
+            self._candidate.turns.append(turn)
+        stages = [reached for turn in self._candidate.turns for reached in turn.values()]
+        times = [reached.seconds for reached in stages]
+        if self._candidate.note is not None or sum(times) > ENOUGH_SECONDS:
             self.stop()
 
-    def _answer(self, seconds_limit: float) -> Turn | str:
+    def _filled(self, turn: dict[str, Reached], deadline: float) -> str | None:
+        """What ended the turn early."""
         try:
             self._connection.send(True)
-            if not self._connection.poll(seconds_limit):
-                return f"given up after {seconds_limit:.0f} s"
-            return self._connection.recv()
+            while self._connection.poll(max(0.0, deadline - time.monotonic())):
+                answer = self._connection.recv()
+                if not isinstance(answer, Reached):
+                    return answer
+                turn[answer.stage] = answer
         except (EOFError, OSError):
             return "its process died: out of memory?"
+        return "given up: takes too long"
 
     def stop(self) -> None:
         self.is_alive = False
@@ -181,28 +230,31 @@ class _Run:
         self._process.join()
 
 
-def _serve(
-    connection: Connection, way: Way, dtype: torch.dtype, network: str, threads: int, is_repeated: bool  # noqa: FBT001
-) -> None:
+def _serve(connection: Connection, way: Way, dtype: torch.dtype, network: str, threads: int) -> None:
     torch.set_num_threads(threads)
     tiny, workload = WORKLOADS["seed"], WORKLOADS[network]
-    try:  # Libraries are loaded now, so that the memory of the first turn is that of the way.
+    try:  # What is loaded at the first use is loaded now, so that the memory of the first turn is that of the way.
         list(way.run(tiny.module(dtype), tiny.probe(dtype)))
     except Exception as error:
-        print(f"{way.name} fails on the smallest network: {error}", file=sys.stderr)
-    module, inputs = workload.module(dtype), workload.probe(dtype, is_repeated=is_repeated)
+        print(f"{way.name} fails on the smallest network: {_described(error)}", file=sys.stderr)
+    module, inputs = workload.module(dtype), workload.probe(dtype)
     while connection.recv():
+        answer: str | None = None
         try:
-            answer: Turn | str = turn(way, module, inputs)
+            for reached in turn(way, module, inputs):
+                connection.send(reached)
         except Exception as error:
-            message = str(error).strip().splitlines()
-            answer = f"{type(error).__name__}: {message[0][:70] if message else ''}"
+            answer = _described(error)
         connection.send(answer)
 
 
-def turn(way: Way, module: nn.Module, inputs: Tensor) -> Turn:
-    """Run a way once."""
-    taken = Turn({}, {}, {})
+def _described(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:70] if lines else ''}"
+
+
+def turn(way: Way, module: nn.Module, inputs: Tensor) -> Iterator[Reached]:
+    """Run a way once, in this process."""
     stages = way.run(module, inputs)
     total = 0.0
     _forget_peak()
@@ -212,12 +264,13 @@ def turn(way: Way, module: nn.Module, inputs: Tensor) -> Turn:
         try:
             stage, found = next(stages)
         except StopIteration:
-            return taken
+            return
         passed = time.perf_counter() - started
         total = total + passed if way.is_cumulative else passed
-        taken.seconds[stage], taken.found[stage] = total, found
-        taken.mebibytes[stage] = (_memory("VmHWM") - held) / 2**20
+        peak = (_memory("VmHWM") - held) / 2**20
+        yield Reached(stage, total, Fingerprint.of(found) if isinstance(found, Tensor) else found, peak)
         if not way.is_cumulative:
+            found = None
             _forget_peak()
 
 
