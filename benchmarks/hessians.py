@@ -117,8 +117,7 @@ def torch_func(module: nn.Module, inputs: Tensor, targets: Tensor) -> Multiply:
     def loss(flat: Tensor) -> Tensor:
         parts = flat.split([parameter.numel() for parameter in parameters.values()])
         values = {
-            name: part.view_as(parameter)
-            for (name, parameter), part in zip(parameters.items(), parts, strict=True)
+            name: part.view_as(parameter) for (name, parameter), part in zip(parameters.items(), parts, strict=True)
         }
         return F.mse_loss(functional_call(module, values, (inputs,)), targets)
 
@@ -264,10 +263,14 @@ def _weighed(nodes: Tensor, weights: Tensor, num_parameters: int) -> dict[str, A
     return {"counts": counts, "products": nodes.numel()}
 
 
+OURS = "lightning_basin"
+ALL_COLUMNS = "lightning_basin, all columns at once"
+ALL_EIGENVALUES = "all eigenvalues"
+
 _CURVLINOPS, _PYHESSIAN, _EIGENTHINGS = "curvlinops-for-pytorch", "PyHessian", "hessian-eigenthings"
 _DOUBLE = (torch.float64,)
 _PREPARED: tuple[tuple[str, Prepare, str | None], ...] = (
-    ("lightning_basin", double_backward, None),
+    (OURS, double_backward, None),
     ("curvlinops, one by one", curvlinops_one_by_one, _CURVLINOPS),
     ("curvlinops, batched", curvlinops_batched, _CURVLINOPS),
     ("PyHessian", pyhessian, _PYHESSIAN),
@@ -279,15 +282,15 @@ PRODUCTS = (
         Way(name, partial(timed_products, prepare), package=package, is_cumulative=False)
         for name, prepare, package in _PREPARED
     ),
-    Way("lightning_basin, all columns", partial(timed_products, all_columns), is_cumulative=False, only=("seed",)),
+    Way(ALL_COLUMNS, partial(timed_products, all_columns), _DOUBLE, is_cumulative=False, only=("seed",)),
 )
 HESSIANS = tuple(
     Way(name, partial(hessian_errors, prepare), _DOUBLE, package=package)
     for name, prepare, package in (*_PREPARED, ("torch.func.hessian", torch_func, None))
 )
 NULLITIES = (
-    Way("lightning_basin", certified_nullity, _DOUBLE),
-    Way("all eigenvalues", eigenvalues_of_all, _DOUBLE, only=("mlp-3e3",)),
+    Way(OURS, certified_nullity, _DOUBLE),
+    Way(ALL_EIGENVALUES, eigenvalues_of_all, _DOUBLE, only=("mlp-3e3",)),
     Way("hessian-eigenthings, 10 x 80", eigenthings_density, _DOUBLE, package=_EIGENTHINGS),
     Way(f"curvlinops, 1 x {LANCZOS_STEPS}", curvlinops_density, _DOUBLE, package=_CURVLINOPS),
     Way("PyHessian, 1 x 100", pyhessian_density, _DOUBLE, package=_PYHESSIAN),

@@ -196,18 +196,14 @@ REPEATED = _by_name(*(_repeated(RANKED[name]) for name in ("seed", "cnn")))
 
 SCALED = _by_name(
     *(
-        Workload(
-            f"width-{width}", f"MLP 64-{width}-{width}-1", partial(mlp, 64, width, width, 1), _vectors(64), 64, 1
-        )
+        Workload(f"width-{width}", f"MLP 64-{width}-{width}-1", partial(mlp, 64, width, width, 1), _vectors(64), 64, 1)
         for width in (270, 945, 3100)
     )
 )
 """The same number of rows over more and more parameters: 1e5, 1e6 and 1e7."""
 
 FITTED = _by_name(
-    Workload(
-        "mlp-3e3", "MLP 40-40-28-10", lambda: mlp(40, 40, 28, 10, activation=nn.Tanh), _vectors(40), 64, 10
-    ),
+    Workload("mlp-3e3", "MLP 40-40-28-10", lambda: mlp(40, 40, 28, 10, activation=nn.Tanh), _vectors(40), 64, 10),
     Workload(
         "mlp-1e6", "MLP 500-800-740-10", lambda: mlp(500, 800, 740, 10, activation=nn.Tanh), _vectors(500), 32, 10
     ),

@@ -88,8 +88,8 @@ class Fingerprint:
         """The projections on the same directions for all tensors of a size."""
         generator = torch.Generator().manual_seed(0)
         flat = tensor.detach().flatten()
-        directions = (torch.randn(flat.numel(), generator=generator).to(flat.dtype) for _ in range(_PROJECTIONS))
-        return cls(tuple(float(flat @ direction) for direction in directions))
+        drawn = (torch.randn(flat.numel(), generator=generator, dtype=torch.float32) for _ in range(_PROJECTIONS))
+        return cls(tuple(float(flat @ directions.to(flat)) for directions in drawn))
 
     def difference(self, other: "Fingerprint") -> float:
         """Estimate of the norm of the difference relative to that of the other tensor."""

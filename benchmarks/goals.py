@@ -1,0 +1,236 @@
+"""What was set out to be reached, beside what this run measured."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks import floor, hessians, ours, peers
+from benchmarks.tables import (
+    Network,
+    first_rank,
+    markdown,
+    named,
+    products_per_second,
+    rank_seconds,
+    whole_gram,
+)
+from benchmarks.timing import Candidate
+
+_MLPS = ("mlp", "mlp-large")
+_FEEDFORWARD = ("mlp", "mlp-large", "cnn")
+_SQUARED = ("vmap(jacrev)", "vmap(jacrev) in groups", "nngeometry", "ViViT", "BackPACK", "curvlinops", "laplace")
+
+
+@dataclass
+class Results:
+    """Everything that a run has measured."""
+
+    ranks: list[Network] = field(default_factory=list)
+    scaling: list[Network] = field(default_factory=list)
+    products: list[Network] = field(default_factory=list)
+    layer_norm: list[Network] = field(default_factory=list)
+    nullities: list[Network] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound that every figure should meet.
+
+    Attributes:
+        text: What is asked for.
+        figures: What was measured, by network.
+        is_met: Whether a figure meets the bound.
+        form: Of a figure.
+    """
+
+    text: str
+    figures: Mapping[str, float]
+    is_met: Callable[[float], bool]
+    form: str = "{:.3g}×"
+
+    def row(self) -> list[str]:
+        """Of the table."""
+        measured = ", ".join(f"{name} {self.form.format(figure)}" for name, figure in self.figures.items())
+        missed = [name for name, figure in self.figures.items() if not self.is_met(figure)]
+        if not self.figures:
+            return [self.text, "", "not measured"]
+        return [self.text, measured, f"**not reached**: {', '.join(missed)}" if missed else "reached"]
+
+
+def table(results: Results) -> list[str]:
+    """All goals, one row each."""
+    ranked = {workload.name: candidates for workload, candidates in results.ranks}
+    found = [
+        *_gram_goals(ranked),
+        *_rank_goals(ranked),
+        *_cost_goals(ranked, results.scaling),
+        *_hessian_goals(results),
+    ]
+    return markdown(["goal", "measured", "verdict"], [goal.row() for goal in found])
+
+
+def _at_least(bound: float) -> Callable[[float], bool]:
+    return lambda figure: figure >= bound
+
+
+def _at_most(bound: float) -> Callable[[float], bool]:
+    return lambda figure: figure <= bound
+
+
+Ranked = Mapping[str, Sequence[Candidate]]
+
+
+def _gram_goals(ranked: Ranked) -> list[Goal]:
+    def against(names: Sequence[str], networks: Sequence[str], type_name: str | None = None) -> dict[str, float]:
+        return _ratios(ranked, networks, names, whole_gram, type_name)
+
+    everywhere = [name for name in ranked if name != "seed"]
+    dense = [
+        Goal(f"Gram ≥ {bound}× faster than the fastest way that forms the gradients", against(peers.DENSE, [name]), met)
+        for name, bound in (("mlp", 50), ("mlp-large", 300), ("cnn", 10))
+        for met in [_at_least(bound)]
+    ]
+    return [
+        Goal("Gram ≥ 5× faster than nngeometry's", against(["nngeometry"], everywhere), _at_least(5)),
+        Goal("Gram ≥ 2× faster than ViViT's, float32, MLPs", against(["ViViT"], _MLPS, "float32"), _at_least(2)),
+        Goal("Gram ≥ 4× faster than ViViT's, float64, MLPs", against(["ViViT"], _MLPS, "float64"), _at_least(4)),
+        Goal("Gram ≥ 2× faster than ViViT's, both types, CNN", against(["ViViT"], ["cnn"]), _at_least(2)),
+        *dense,
+    ]
+
+
+def _rank_goals(ranked: Ranked) -> list[Goal]:
+    def against(names: Sequence[str], networks: Sequence[str]) -> dict[str, float]:
+        return _ratios(ranked, networks, names, rank_seconds, None)
+
+    svd = [peers.SINGULAR_VALUES]
+    everywhere = [name for name in ranked if name != "seed"]
+    return [
+        Goal("rank ≥ 10× faster than by forming the gradients", against(peers.DENSE, _FEEDFORWARD), _at_least(10)),
+        Goal("rank ≥ 2× faster than vmap(jacrev)", against(peers.DENSE, ["transformer", "resnet"]), _at_least(2)),
+        Goal("exact rank ≥ 2× faster than the fastest squared one", against(_SQUARED, everywhere), _at_least(2)),
+        Goal("rank beside float64 svdvals of the same gradients", against(svd, everywhere), _at_least(1)),
+        Goal(
+            "the integers of float64 svdvals, network and layers", _wrong_integers(ranked), _at_most(0), "{:.0f} wrong"
+        ),
+    ]
+
+
+def _cost_goals(ranked: Ranked, scaling: Sequence[Network]) -> list[Goal]:
+    memory, multiples, with_copy = {}, {}, {}
+    for name, candidates in ranked.items():
+        own, products = named(candidates, ours.RANKS), named(candidates, floor.MATRIX_PRODUCTS)
+        if own is None or name.startswith("seed"):
+            continue
+        share = _memory_share(candidates, own)
+        if share is not None:
+            memory[name] = share
+        alone = None if products is None else products.median_found("floor", "seconds")
+        gram, whole = own.seconds("gram"), whole_gram(own)
+        if alone and gram and whole:
+            multiples[name], with_copy[name] = gram / alone, whole / alone
+    steps = {}
+    own, step = (named(ranked.get("seed", ()), name) for name in (ours.RANKS, ours.STEP.name))
+    if own is not None and step is not None:
+        steps["seed"] = (rank_seconds(own) or math.nan) / (step.seconds("step") or math.nan)
+    return [
+        Goal("a tenth of the memory of the same gradients as a matrix", memory, _at_most(0.1), "{:.3g}"),
+        Goal("Gram within 2× of its own matrix products", multiples, _at_most(2)),
+        Goal("the same with the copy in float64 and all checks", with_copy, _at_most(2)),
+        Goal("at seed scale a rank within one training step", steps, _at_most(1), "{:.3g} steps"),
+        Goal("cost at most linear in N up to 1e7: exponent", _exponent(scaling), _at_most(1.05), "{:.2f}"),
+    ]
+
+
+def _hessian_goals(results: Results) -> list[Goal]:
+    speeds: dict[str, float] = {}
+    for workload, candidates in results.products:
+        for type_name in ("float32", "float64"):
+            rates = {
+                candidate.name: products_per_second(candidate) or 0.0
+                for candidate in candidates
+                if candidate.type_name == type_name
+            }
+            own = max((rate for name, rate in rates.items() if name.startswith(hessians.OURS)), default=0.0)
+            fastest = max((rate for name, rate in rates.items() if not name.startswith(hessians.OURS)), default=0.0)
+            if own and fastest:
+                speeds[f"{workload.name} {type_name}"] = own / fastest
+    errors = {
+        candidate.name: candidate.found["hessian"]["error"]
+        for _, candidates in results.layer_norm
+        for candidate in candidates
+        if candidate.name == hessians.OURS and candidate.turns
+    }
+    counted, dense = {}, {}
+    reference = None
+    for workload, candidates in results.nullities:
+        own, all_values = named(candidates, hessians.OURS), named(candidates, hessians.ALL_EIGENVALUES)
+        reference = reference if all_values is None else all_values.seconds("nullity")
+        if own is None:
+            continue
+        found = own.found["nullity"]
+        counted[workload.name] = found["products"] if found["lower"] == found["upper"] else math.inf
+        if reference:
+            dense[workload.name] = (own.seconds("nullity") or math.nan) / reference
+    return [
+        Goal("Hessian products as fast as the fastest peer's (0.95 is a tie)", speeds, _at_least(0.95)),
+        Goal("Hessian through LayerNorm: error beside finite differences", errors, _at_most(1e-8), "{:.0e}"),
+        Goal("certified nullity within 100 Hessian products", counted, _at_most(100), "{:.0f}"),
+        Goal("its time beside all eigenvalues at N = 3,078", dense, _at_most(math.inf), "{:.3g}×"),
+    ]
+
+
+def _ratios(
+    ranked: Ranked,
+    networks: Sequence[str],
+    names: Sequence[str],
+    seconds: Callable[[Candidate | None], float | None],
+    type_name: str | None,
+) -> dict[str, float]:
+    """Of the fastest of some ways to ours, by network."""
+    found = {}
+    for network in networks:
+        candidates = ranked.get(network, ())
+        own = seconds(named(candidates, ours.RANKS))
+        times = [
+            seconds(candidate)
+            for candidate in candidates
+            if candidate.name in names and candidate.turns and type_name in (None, candidate.type_name)
+        ]
+        fastest = min((time for time in times if time is not None), default=None)
+        if own and fastest:
+            found[network] = fastest / own
+    return found
+
+
+def _wrong_integers(ranked: Ranked) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, candidates in ranked.items():
+        own, truth = named(candidates, ours.RANKS), named(candidates, peers.SINGULAR_VALUES)
+        if own is None or truth is None:
+            continue
+        expected = truth.found.get("layers", (first_rank(truth),))
+        measured = own.found["layers"][: len(expected)]
+        found[name] = sum(one != other for one, other in zip(measured, expected, strict=True))
+    return found
+
+
+def _memory_share(candidates: Sequence[Candidate], own: Candidate) -> float | None:
+    """Of the dense route that needs least."""
+    dense = [candidate.mebibytes("gram") for candidate in candidates if candidate.name in peers.DENSE]
+    least = min((memory for memory in dense if memory), default=None)
+    memory = own.mebibytes("rank" if "rank" in own.found else "layers")
+    return None if least is None or memory is None else memory / least
+
+
+def _exponent(scaling: Sequence[Network]) -> dict[str, float]:
+    """Of the power law between the two largest networks."""
+    points = []
+    for workload, candidates in scaling:
+        own = named(candidates, ours.RANKS)
+        if own is not None:
+            points.append((workload.num_parameters, own.seconds("layers") or math.nan))
+    if len(points) < 2:
+        return {}
+    (fewer, shorter), (more, longer) = sorted(points)[-2:]
+    return {f"{more:,}": math.log(longer / shorter) / math.log(more / fewer)}
