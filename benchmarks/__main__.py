@@ -25,6 +25,7 @@ from benchmarks.timing import Way, measured
 
 SECTIONS = ("ranks", "scaling", "products", "layer-norm", "nullities")
 LARGE = ("resnet",)  # One turn after the first one, and products in float32 only.
+_SMALL_ROUNDS = 9  # of networks that take milliseconds
 FOOTNOTE = "¹ One turn only: the second one would take too long.\n"
 
 Measure = Callable[[Workload, Sequence[Way]], Network]
@@ -37,7 +38,8 @@ def report(options: argparse.Namespace) -> Iterator[str]:
 
     def measure(workload: Workload, ways: Sequence[Way]) -> Network:
         chosen = [way for way in ways if way.is_quick or not options.quick]
-        rounds = min(1, options.rounds) if workload.name in LARGE else options.rounds
+        rounds = _SMALL_ROUNDS if workload.num_parameters < 1000 else options.rounds
+        rounds = min(1, rounds) if workload.name in LARGE else rounds
         limit = options.seconds_limit
         return workload, measured(workload, chosen, rounds=rounds, threads=options.threads, seconds_limit=limit)
 

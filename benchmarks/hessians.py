@@ -66,7 +66,7 @@ def curvlinops_batched(module: nn.Module, inputs: Tensor, targets: Tensor) -> Mu
 
 
 def _curvlinops_operator(module: nn.Module, inputs: Tensor, targets: Tensor) -> Any:
-    from curvlinops import HessianLinearOperator  # noqa: PLC0415
+    from curvlinops import HessianLinearOperator
 
     parameters = list(module.parameters())
     return HessianLinearOperator(module, nn.MSELoss(), parameters, [(inputs, targets)], check_deterministic=False)
@@ -74,7 +74,7 @@ def _curvlinops_operator(module: nn.Module, inputs: Tensor, targets: Tensor) -> 
 
 def pyhessian(module: nn.Module, inputs: Tensor, targets: Tensor) -> Multiply:
     """PyHessian: double backward with the graph kept."""
-    from pyhessian.utils import hessian_vector_product  # noqa: PLC0415
+    from pyhessian.utils import hessian_vector_product
 
     computation = _pyhessian_computation(module, inputs, targets)
     shapes = [parameter.shape for parameter in computation.params]
@@ -92,7 +92,7 @@ def pyhessian(module: nn.Module, inputs: Tensor, targets: Tensor) -> Multiply:
 
 
 def _pyhessian_computation(module: nn.Module, inputs: Tensor, targets: Tensor) -> Any:
-    from pyhessian import hessian  # noqa: PLC0415
+    from pyhessian import hessian
 
     module.zero_grad()
     return hessian(module, nn.MSELoss(), data=(inputs, targets), cuda=False)
@@ -105,7 +105,7 @@ def eigenthings(module: nn.Module, inputs: Tensor, targets: Tensor) -> Multiply:
 
 
 def _eigenthings_operator(module: nn.Module, inputs: Tensor, targets: Tensor) -> Any:
-    from hessian_eigenthings import HessianOperator, supervised_loss  # noqa: PLC0415
+    from hessian_eigenthings import HessianOperator, supervised_loss
 
     return HessianOperator(module, [(inputs, targets)], supervised_loss(nn.MSELoss()))
 
@@ -167,9 +167,10 @@ def finite_differences(module: nn.Module, inputs: Tensor, targets: Tensor) -> Te
     def difference(direction: Tensor, step: float) -> Tensor:
         return (gradient(flat + step * direction) - gradient(flat - step * direction)) / (2 * step)
 
-    rows = []
-    for direction in torch.eye(flat.numel(), dtype=flat.dtype):
-        rows.append((4 * difference(direction, _STEP) - difference(direction, 2 * _STEP)) / 3)
+    rows = [
+        (4 * difference(direction, _STEP) - difference(direction, 2 * _STEP)) / 3
+        for direction in torch.eye(flat.numel(), dtype=flat.dtype)
+    ]
     nn.utils.vector_to_parameters(flat, parameters)
     return torch.stack(rows)
 
@@ -221,7 +222,7 @@ def eigenvalues_of_all(module: nn.Module, inputs: Tensor) -> Stages:
 
 def eigenthings_density(module: nn.Module, inputs: Tensor) -> Stages:
     """hessian-eigenthings with its defaults: ten runs of 80 Lanczos steps."""
-    from hessian_eigenthings import spectral_density  # noqa: PLC0415
+    from hessian_eigenthings import spectral_density
 
     operator = _eigenthings_operator(module, inputs, _fitted(module, inputs))
     found = spectral_density(operator, num_runs=10, lanczos_steps=min(80, operator.size))
@@ -230,7 +231,7 @@ def eigenthings_density(module: nn.Module, inputs: Tensor) -> Stages:
 
 def curvlinops_density(module: nn.Module, inputs: Tensor) -> Stages:
     """curvlinops: one run of Lanczos without reorthogonalization."""
-    from curvlinops.papyan2020traces.spectrum import fast_lanczos  # noqa: PLC0415
+    from curvlinops.papyan2020traces.spectrum import fast_lanczos
 
     operator = _curvlinops_operator(module, inputs, _fitted(module, inputs))
     nodes, vectors = fast_lanczos(operator, min(LANCZOS_STEPS, operator.shape[0]))

@@ -45,14 +45,14 @@ def vmap_jacrev_in_groups(module: nn.Module, inputs: Tensor) -> Blocks:
 
 def laplace(module: nn.Module, inputs: Tensor) -> Blocks:
     """laplace-torch with its default backend: the Jacobian of the whole batch."""
-    from laplace.curvature import CurvlinopsGGN  # noqa: PLC0415
+    from laplace.curvature import CurvlinopsGGN
 
     yield "", CurvlinopsGGN(module, "regression").jacobians(inputs)[0].flatten(0, 1)
 
 
 def curvlinops(module: nn.Module, inputs: Tensor) -> Blocks:
     """curvlinops: the transposed Jacobian as a linear operator, times the identity."""
-    from curvlinops import TransposedJacobianLinearOperator  # noqa: PLC0415
+    from curvlinops import TransposedJacobianLinearOperator
 
     with torch.no_grad():
         outputs = module(inputs)
@@ -65,9 +65,9 @@ def curvlinops(module: nn.Module, inputs: Tensor) -> Blocks:
 
 def backpack(module: nn.Module, inputs: Tensor) -> Blocks:
     """BackPACK: gradients of every input for one output after the other."""
-    from backpack import backpack as extensions  # noqa: PLC0415
-    from backpack import extend  # noqa: PLC0415
-    from backpack.extensions import BatchGrad  # noqa: PLC0415
+    from backpack import backpack as extensions
+    from backpack import extend
+    from backpack.extensions import BatchGrad
 
     module = extend(copy.deepcopy(module))
     found: dict[str, list[Tensor]] = {name: [] for name, _ in module.named_parameters()}
@@ -82,10 +82,10 @@ def backpack(module: nn.Module, inputs: Tensor) -> Blocks:
 
 def vivit(module: nn.Module, inputs: Tensor) -> Blocks:
     """ViViT: the Gram matrix of the Gauss-Newton part of half a squared error, which is that of the gradients."""
-    from backpack import backpack as extensions  # noqa: PLC0415
-    from backpack import extend  # noqa: PLC0415
-    from vivit.extensions.secondorder.vivit import ViViTGGNExact  # noqa: PLC0415
-    from vivit.utils.gram import reshape_as_square  # noqa: PLC0415
+    from backpack import backpack as extensions
+    from backpack import extend
+    from vivit.extensions.secondorder.vivit import ViViTGGNExact
+    from vivit.utils.gram import reshape_as_square
 
     module, loss_fn = extend(copy.deepcopy(module)), extend(nn.MSELoss(reduction="sum"))
     outputs = module(inputs)
@@ -102,8 +102,8 @@ def vivit(module: nn.Module, inputs: Tensor) -> Blocks:
 
 def nngeometry(module: nn.Module, inputs: Tensor) -> Blocks:
     """nngeometry: the Gram matrix of all gradients."""
-    from nngeometry import GramMatrix  # noqa: PLC0415
-    from torch.utils.data import DataLoader, TensorDataset  # noqa: PLC0415
+    from nngeometry import GramMatrix
+    from torch.utils.data import DataLoader, TensorDataset
 
     gram = GramMatrix(module, DataLoader(TensorDataset(inputs), batch_size=inputs.shape[0])).to_torch()
     yield "", gram.reshape(inputs.shape[0] * gram.shape[0], -1).detach()

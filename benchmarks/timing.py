@@ -26,7 +26,7 @@ from benchmarks.networks import WORKLOADS, Workload
 
 ENOUGH_SECONDS = 10.0
 
-_PRELOADED = ["backpack", "curvlinops", "hessian_eigenthings", "laplace", "nngeometry", "pyhessian", "vivit"]
+_PEERS = ("backpack", "curvlinops", "hessian_eigenthings", "laplace", "nngeometry", "pyhessian", "vivit")
 _PROJECTIONS = 4  # of a tensor: the norm of their difference is that of the tensors within a factor of two or so
 
 Stages = Iterator[tuple[str, Any]]
@@ -192,7 +192,7 @@ class _Run:
     def __init__(self, candidate: Candidate, network: str, threads: int) -> None:
         # A server that has loaded every library forks the processes: loading them anew takes seconds for each.
         forking = multiprocessing.get_context("forkserver")
-        forking.set_forkserver_preload([__name__, *_PRELOADED])
+        forking.set_forkserver_preload(["lightning_basin", *_PEERS])
         self._candidate = candidate
         self._connection, theirs = forking.Pipe()
         arguments = (theirs, candidate.way, candidate.dtype, network, threads)
@@ -214,7 +214,7 @@ class _Run:
     def _filled(self, turn: dict[str, Reached], deadline: float) -> str | None:
         """What ended the turn early."""
         try:
-            self._connection.send(True)
+            self._connection.send("turn")
             while self._connection.poll(max(0.0, deadline - time.monotonic())):
                 answer = self._connection.recv()
                 if not isinstance(answer, Reached):
