@@ -40,8 +40,7 @@ def report(options: argparse.Namespace) -> Iterator[str]:
         chosen = [way for way in ways if way.is_quick or not options.quick]
         rounds = _SMALL_ROUNDS if workload.num_parameters < 1000 else options.rounds
         rounds = min(1, rounds) if workload.name in LARGE else rounds
-        limit = options.seconds_limit
-        return workload, measured(workload, chosen, rounds=rounds, threads=options.threads, seconds_limit=limit)
+        return workload, measured(workload, chosen, rounds=rounds, threads=options.threads)
 
     yield f"torch {torch.__version__}, {options.threads} threads, {_processor()}; medians of {options.rounds} turns.\n"
     if "ranks" in options.sections:
@@ -106,7 +105,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="leave out ways that are slower versions of others")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each way after the first one")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--seconds-limit", type=float, default=100, help="after which a turn is given up")
     parser.add_argument("--write", type=Path, help="also write the report into this file")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)

@@ -139,7 +139,7 @@ def _cost_goals(ranked: Ranked, scaling: Sequence[Network]) -> list[Goal]:
     if own is not None and step is not None:
         steps["seed"] = (rank_seconds(own) or math.nan) / (step.seconds("step") or math.nan)
     return [
-        Goal("a tenth of the memory of the same gradients as a matrix", memory, _at_most(0.1), "{:.3g}"),
+        Goal("rank in a tenth of the memory of the dense route to it", memory, _at_most(0.1), "{:.3g}"),
         Goal("Gram within 2× of its own matrix products", multiples, _at_most(2)),
         Goal("the same with the copy in float64 and all checks", with_copy, _at_most(2)),
         Goal("at seed scale a rank within one training step", steps, _at_most(1), "{:.3g} steps"),
@@ -221,11 +221,14 @@ def _wrong_integers(ranked: Ranked) -> dict[str, float]:
 
 
 def _memory_share(candidates: Sequence[Candidate], own: Candidate) -> float | None:
-    """Of the dense route that needs least."""
+    """Of the dense route to the same integer; where that was not run, of the leanest way that forms the gradients."""
+    exact = named(candidates, peers.SINGULAR_VALUES)
     dense = [candidate.mebibytes("gram") for candidate in candidates if candidate.name in peers.DENSE]
-    least = min((memory for memory in dense if memory), default=None)
+    reference = min((memory for memory in dense if memory), default=None)
+    if exact is not None:
+        reference = exact.mebibytes("rank")
     memory = own.mebibytes("rank" if "rank" in own.found else "layers")
-    return None if least is None or memory is None else memory / least
+    return memory / reference if memory is not None and reference else None
 
 
 def _exponent(scaling: Sequence[Network]) -> dict[str, float]:

@@ -159,11 +159,18 @@ def _ranks_of_grams(total: Tensor | None, layers: dict[str, Tensor]) -> Stages:
 
 
 def ranks_of_singular_values(module: nn.Module, inputs: Tensor) -> Stages:
-    """Of dense gradients without squaring: `torch.linalg.matrix_rank` of the Jacobian itself."""
+    """Of dense gradients without squaring: the tolerance of `torch.linalg.matrix_rank` on their singular values."""
     blocks = dict(vmap_jacrev(module, inputs))
-    rank = int(torch.linalg.matrix_rank(torch.cat(list(blocks.values()), dim=1)))
+    rank = _rank(torch.cat(list(blocks.values()), dim=1))
     yield "rank", rank
-    yield "layers", (rank, *(int(torch.linalg.matrix_rank(block)) for block in blocks.values()))
+    yield "layers", (rank, *map(_rank, blocks.values()))
+
+
+def _rank(matrix: Tensor) -> int:
+    """By way of the triangular factor, which has the same singular values: several times as fast."""
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    sigmas = torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R)
+    return int((sigmas > max(matrix.shape) * torch.finfo(matrix.dtype).eps * sigmas[0]).sum())
 
 
 SINGULAR_VALUES = "vmap(jacrev) + svdvals"
@@ -172,6 +179,7 @@ DENSE = ("vmap(jacrev)", "vmap(jacrev) in groups", "BackPACK", "curvlinops", "la
 
 _LARGE = 3e11  # operations of the products of all pairs of rows
 _SINGLE = (torch.float32,)
+_PATIENCE = 30.0  # with what forms the same matrix as vmap(jacrev)
 
 PEERS = (
     Way(SINGULAR_VALUES, ranks_of_singular_values, dtypes=(torch.float64,), num_matrices=3, max_work=_LARGE),
@@ -186,6 +194,7 @@ PEERS = (
         package="backpack-for-pytorch",
         num_matrices=2,
         max_work=_LARGE,
+        patience=_PATIENCE,
         is_quick=False,
     ),
     Way(
@@ -195,6 +204,7 @@ PEERS = (
         package="curvlinops-for-pytorch",
         num_matrices=2,
         max_work=_LARGE,
+        patience=_PATIENCE,
         is_quick=False,
     ),
     Way(
@@ -204,6 +214,7 @@ PEERS = (
         package="laplace-torch",
         num_matrices=6,
         max_work=_LARGE,
+        patience=_PATIENCE,
         is_quick=False,
     ),
 )

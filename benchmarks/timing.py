@@ -45,6 +45,7 @@ class Way:
         num_matrices: How many matrices of m rows and N columns it holds at once, to know whether it fits.
         max_work: Of m * m * N; where there is more to do, one way that forms the gradients stands for all that do.
         only: The networks it is meant for; ``None`` means all.
+        patience: Seconds after which a turn is given up.
         is_quick: Whether ``--quick`` runs it too.
     """
 
@@ -56,6 +57,7 @@ class Way:
     num_matrices: float = 0.0
     max_work: float = float("inf")
     only: tuple[str, ...] | None = None
+    patience: float = 120.0
     is_quick: bool = True
 
     @property
@@ -148,9 +150,7 @@ class Candidate:
         return max((self.turns[0][stage].mebibytes for stage in stages if stage in self.found), default=None)
 
 
-def measured(
-    workload: Workload, ways: Sequence[Way], *, rounds: int, threads: int, seconds_limit: float
-) -> list[Candidate]:
+def measured(workload: Workload, ways: Sequence[Way], *, rounds: int, threads: int) -> list[Candidate]:
     """All candidates on one network.
 
     Args:
@@ -158,7 +158,6 @@ def measured(
         ways: To compare; those that are meant for other networks are left out.
         rounds: Turns that count.
         threads: Of each process.
-        seconds_limit: After which a turn is given up.
     """
     chosen = [way for way in ways if way.only is None or workload.name in way.only]
     candidates = [Candidate(way, dtype) for way in chosen for dtype in way.dtypes]
@@ -169,7 +168,7 @@ def measured(
             runs.append(_Run(candidate, workload.name, threads))
     for _ in range(rounds + 1):
         for run in runs:
-            run.take_turn(seconds_limit)
+            run.take_turn()
         runs = [run for run in runs if run.is_alive]
     for run in runs:
         run.stop()
@@ -201,9 +200,9 @@ class _Run:
         theirs.close()
         self.is_alive = True
 
-    def take_turn(self, seconds_limit: float) -> None:
+    def take_turn(self) -> None:
         turn: dict[str, Reached] = {}
-        self._candidate.note = self._filled(turn, time.monotonic() + seconds_limit)
+        self._candidate.note = self._filled(turn, time.monotonic() + self._candidate.way.patience)
         if turn:
             self._candidate.turns.append(turn)
         stages = [reached for turn in self._candidate.turns for reached in turn.values()]
@@ -222,7 +221,7 @@ class _Run:
                 turn[answer.stage] = answer
         except (EOFError, OSError):
             return "its process died: out of memory?"
-        return "given up: takes too long"
+        return f"given up after {self._candidate.way.patience:.0f} s"
 
     def stop(self) -> None:
         self.is_alive = False
