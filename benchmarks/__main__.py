@@ -25,6 +25,8 @@ from benchmarks.timing import Way, measured
 
 SECTIONS = ("ranks", "scaling", "products", "layer-norm", "nullities")
 LARGE = ("resnet",)  # One turn after the first one, and products in float32 only.
+README = Path(__file__).with_name("README.md")
+
 _SMALL_ROUNDS = 9  # of networks that take milliseconds
 FOOTNOTE = "¹ One turn only: the second one would take too long.\n"
 
@@ -44,17 +46,17 @@ def report(options: argparse.Namespace) -> Iterator[str]:
 
     yield f"torch {torch.__version__}, {options.threads} threads, {_processor()}; medians of {options.rounds} turns.\n"
     if "ranks" in options.sections:
-        yield "## Ranks\n"
+        yield "### Ranks\n"
         yield "Seconds, and × how often ours fits into them. " + FOOTNOTE
         for workload in _chosen(RANKED | REPEATED, options.networks):
             results.ranks.append(measure(workload, (*OURS, STEP, FLOOR, *PEERS)))
             yield _lines(tables.ranks(*results.ranks[-1]))
     if "scaling" in options.sections:
         results.scaling += [measure(workload, SCALING) for workload in SCALED.values()]
-        yield "## Cost over the number of parameters, m = 64\n"
+        yield "### Cost over the number of parameters, m = 64\n"
         yield _lines(tables.scaling(results.scaling))
     yield from _hessian_sections(options, results, measure)
-    yield "## Goals\n"
+    yield "### Goals\n"
     yield _lines(goals.table(results))
     yield f"All of this took {(time.monotonic() - started) / 60:.1f} minutes.\n"
 
@@ -65,17 +67,17 @@ def _hessian_sections(options: argparse.Namespace, results: Results, measure: Me
             types = (torch.float32,) if workload.name in LARGE else (torch.float32, torch.float64)
             ways = [replace(way, dtypes=tuple(kind for kind in way.dtypes if kind in types)) for way in PRODUCTS]
             results.products.append(measure(workload, ways))
-        yield "## Products with the Hessian\n"
+        yield "### Products with the Hessian\n"
         yield "Mean squared error on the probe; the difference is from ours in float64.\n"
         yield _lines(tables.products(results.products))
     if "layer-norm" in options.sections:
         results.layer_norm += [measure(workload, HESSIANS) for workload in LAYER_NORM.values()]
-        yield "## Hessians through LayerNorm, beside finite differences of gradients in float64\n"
+        yield "### Hessians through LayerNorm, beside finite differences of gradients in float64\n"
         yield _lines(tables.layer_norm(results.layer_norm[0][1]))
     if "nullities" in options.sections:
         names = options.networks if set(options.networks) & set(FITTED) else FITTED
         results.nullities += [measure(workload, NULLITIES) for workload in _chosen(FITTED, names)]
-        yield "## Flat directions of the Hessian, at a residual of 1e-10\n"
+        yield "### Flat directions of the Hessian, at a residual of 1e-10\n"
         yield "Eigenvalues below a tolerance relative to the largest one. " + FOOTNOTE
         yield _lines(tables.nullities(results.nullities))
 
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="leave out ways that are slower versions of others")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each way after the first one")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--write", type=Path, help="also write the report into this file")
+    parser.add_argument("--write", action="store_true", help=f"put the report into {README.name} beside this file")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     os.environ["PYTHONWARNINGS"] = "ignore"  # Of the peers, about their own dependencies.
@@ -113,8 +115,9 @@ def main() -> None:
     for section in report(options):
         print(section, flush=True)
         sections.append(section)
-    if options.write is not None:
-        options.write.write_text("\n".join(sections))
+    if options.write:
+        before, mark, _ = README.read_text().partition("<!-- report -->\n")
+        README.write_text(before + mark + "\n".join(sections))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def rank_seconds(candidate: Candidate | None) -> float | None:
 def title(workload: Workload) -> str:
     """A heading."""
     rows = f"k = {workload.num_inputs}, m = {workload.num_rows}"
-    return f"### {workload.title} (`{workload.name}`): N = {workload.num_parameters:,}, {rows}"
+    return f"#### {workload.title} (`{workload.name}`): N = {workload.num_parameters:,}, {rows}"
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
