@@ -75,7 +75,7 @@ def _rank_row(candidate: Candidate, own: Candidate | None) -> list[str]:
     ):
         cells += [_number(seconds), "" if candidate is own else _ratio(seconds, reference)]
     stages = [stage for stage in ("copy", "gram", "rank", "layers") if stage in candidate.found]
-    cells += [_number(candidate.mebibytes(*stages), "{:.0f}"), str(first_rank(candidate) or "")]
+    cells += [_number(candidate.mebibytes(*stages), "{:.0f}"), _number(first_rank(candidate), "{:d}")]
     layers = candidate.found.get("layers")
     cells.append(candidate.note if layers is None and candidate.note else _layers(layers, own))
     return cells
@@ -221,7 +221,7 @@ def scaling(networks: Sequence[Network]) -> list[str]:
 def _number(value: float | None, form: str = "{:.3g}") -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}" if value >= 1000 else form.format(value)
+    return f"{value:,.0f}" if value >= 1000 and form != "{:d}" else form.format(value)
 
 
 def _quotient(value: float | None, reference: float | None) -> float | None:

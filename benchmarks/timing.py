@@ -43,7 +43,7 @@ class Way:
         package: The distribution that it needs; ``None`` for what is always there.
         is_cumulative: Whether a stage builds on those before it, so that its time includes theirs.
         num_matrices: How many matrices of m rows and N columns it holds at once, to know whether it fits.
-        max_work: Of m * m * N; where there is more to do, one way that forms the gradients stands for all that do.
+        max_work: Of m * m * N operations; where there are more, another way that forms the gradients stands for it.
         only: The networks it is meant for; ``None`` means all.
         patience: Seconds after which a turn is given up.
         is_quick: Whether ``--quick`` runs it too.
@@ -179,8 +179,9 @@ def _obstacle(candidate: Candidate, workload: Workload) -> str | None:
     way = candidate.way
     if not way.is_installed:
         return f"{way.package} is not installed"
-    if workload.num_rows**2 * workload.num_parameters > way.max_work:
-        return "not run: forms the same matrix as vmap(jacrev)"
+    work = workload.num_rows**2 * workload.num_parameters
+    if work > way.max_work:
+        return f"not run: {work:.0e} operations or more"
     needed = way.num_matrices * workload.num_rows * workload.num_parameters * candidate.dtype.itemsize
     return f"not run: needs {needed / 2**30:.0f} GiB" if needed > 0.9 * available_memory() else None
 

@@ -16,11 +16,11 @@ from benchmarks.timing import Fingerprint, Way, measured, turn
 SEED = RANKED["seed"]
 
 
-def found(way, workload, dtype):
-    """By stage; skips what is not installed."""
+def found(way, workload):
+    """By stage, in float64; skips what is not installed."""
     if not way.is_installed:
         pytest.skip(f"{way.package} is not installed")
-    reached = turn(way, workload.module(dtype), workload.probe(dtype))
+    reached = turn(way, workload.module(torch.float64), workload.probe(torch.float64))
     return {stage.stage: stage.found for stage in reached}
 
 
@@ -31,7 +31,7 @@ def for_network(ways, name):
 @pytest.mark.parametrize("way", for_network((*OURS, *PEERS), "seed-repeated"), ids=lambda way: way.name)
 def test_all_ways_find_the_ranks_of_the_smallest_network(way):
     # 18 different inputs of one output each: rank 18, by the first layer alone too; the last layer has 11 parameters.
-    stages = found(way, REPEATED["seed-repeated"], way.dtypes[-1])
+    stages = found(way, REPEATED["seed-repeated"])
     assert stages.get("rank", 18) == 18
     assert stages.get("layers", (18, 18, 11)) == (18, 18, 11)
     assert stages.keys() & {"rank", "layers"}
@@ -45,7 +45,7 @@ def test_all_ways_form_the_same_gram_matrix(way):
         gradients = torch.autograd.grad(output, list(module.parameters()), retain_graph=True)
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     matrix = torch.stack(rows)
-    stages = found(way, SEED, way.dtypes[-1])
+    stages = found(way, SEED)
     if "gram" in stages:
         assert stages["gram"].difference(Fingerprint.of(matrix @ matrix.mT)) < 1e-12
 
@@ -70,7 +70,7 @@ def test_hessians_through_layer_norm_are_those_of_finite_differences(way, reques
         reason = "in torch 2.13 forward over reverse is wrong through LayerNorm: 7 % here"
         request.applymarker(pytest.mark.xfail(strict=False, reason=reason))
     # The step is 1e-4: rounding of 1e-16 is divided by it, and the error of fourth order is 1e-16.
-    errors = found(way, LAYER_NORM["layer-norm"], torch.float64)["hessian"]
+    errors = found(way, LAYER_NORM["layer-norm"])["hessian"]
     assert errors["error"] < 1e-10
     assert errors["asymmetry"] < 1e-12
 
