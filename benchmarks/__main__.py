@@ -24,7 +24,7 @@ from benchmarks.tables import Network
 from benchmarks.timing import Way, measured
 
 SECTIONS = ("ranks", "scaling", "products", "layer-norm", "nullities")
-LARGE = ("resnet",)  # One turn after the first one, and products in float32 only.
+LARGE = ("resnet",)  # Only the first turn, and products in float32 only.
 README = Path(__file__).with_name("README.md")
 
 _SMALL_ROUNDS = 9  # of networks that take milliseconds
@@ -41,7 +41,7 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     def measure(workload: Workload, ways: Sequence[Way]) -> Network:
         chosen = [way for way in ways if way.is_quick or not options.quick]
         rounds = _SMALL_ROUNDS if workload.num_parameters < 1000 else options.rounds
-        rounds = min(1, rounds) if workload.name in LARGE else rounds
+        rounds = 0 if workload.name in LARGE else rounds
         return workload, measured(workload, chosen, rounds=rounds, threads=options.threads)
 
     yield f"torch {torch.__version__}, {options.threads} threads, {_processor()}; medians of {options.rounds} turns.\n"

@@ -75,7 +75,7 @@ _OWN_TYPES = (torch.float32,)
 
 OURS = (
     Way(RANKS, ranks, dtypes=_OWN_TYPES, is_cumulative=False, only=_SMALL),
-    Way(RANKS, large_ranks, dtypes=_OWN_TYPES, is_cumulative=False, only=("resnet",)),
+    Way(RANKS, large_ranks, dtypes=_OWN_TYPES, is_cumulative=False, only=("resnet",), patience=300.0),
     Way(SPECTRA, spectra, dtypes=_OWN_TYPES, only=_SMALL, is_quick=False),
 )
 STEP = Way("training step", training_step, dtypes=_OWN_TYPES)

@@ -17,7 +17,7 @@ from benchmarks.timing import Stages, Way
 Blocks = Iterator[tuple[str, Tensor]]
 """For each layer its gradients ``(m, N_layer)`` or Gram matrix ``(m, m)``; "" stands for the whole network."""
 
-GROUP_BYTES = 2**31  # of the layers that `vmap_jacrev_in_groups` differentiates together
+GROUP_BYTES = 2**32  # of the layers that `vmap_jacrev_in_groups` differentiates together
 CHUNK_COLUMNS = 128  # of the identity that curvlinops is multiplied with at once
 
 
