@@ -24,7 +24,7 @@ from benchmarks.tables import Network
 from benchmarks.timing import Way, measured
 
 SECTIONS = ("ranks", "scaling", "products", "layer-norm", "nullities")
-LARGE = ("resnet",)  # Only the first turn, and products in float32 only.
+LARGE = ("resnet",)  # Only the first turn, and float32 only.
 README = Path(__file__).with_name("README.md")
 
 _SMALL_ROUNDS = 9  # of networks that take milliseconds
@@ -39,10 +39,7 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     results = Results()
 
     def measure(workload: Workload, ways: Sequence[Way]) -> Network:
-        chosen = [way for way in ways if way.is_quick or not options.quick]
-        rounds = _SMALL_ROUNDS if workload.num_parameters < 1000 else options.rounds
-        rounds = 0 if workload.name in LARGE else rounds
-        return workload, measured(workload, chosen, rounds=rounds, threads=options.threads)
+        return workload, measured(workload, _shortened(ways, workload, options), **_effort(workload, options))
 
     yield f"torch {torch.__version__}, {options.threads} threads, {_processor()}; medians of {options.rounds} turns.\n"
     if "ranks" in options.sections:
@@ -64,9 +61,7 @@ def report(options: argparse.Namespace) -> Iterator[str]:
 def _hessian_sections(options: argparse.Namespace, results: Results, measure: Measure) -> Iterator[str]:
     if "products" in options.sections:
         for workload in _chosen(RANKED, options.networks):
-            types = (torch.float32,) if workload.name in LARGE else (torch.float32, torch.float64)
-            ways = [replace(way, dtypes=tuple(kind for kind in way.dtypes if kind in types)) for way in PRODUCTS]
-            results.products.append(measure(workload, ways))
+            results.products.append(measure(workload, PRODUCTS))
         yield "### Products with the Hessian\n"
         yield "Mean squared error on the probe; the difference is from ours in float64.\n"
         yield _lines(tables.products(results.products))
@@ -80,6 +75,19 @@ def _hessian_sections(options: argparse.Namespace, results: Results, measure: Me
         yield "### Flat directions of the Hessian, at a residual of 1e-10\n"
         yield "Eigenvalues below a tolerance relative to the largest one. " + FOOTNOTE
         yield _lines(tables.nullities(results.nullities))
+
+
+def _shortened(ways: Sequence[Way], workload: Workload, options: argparse.Namespace) -> list[Way]:
+    """What of the ways is run on a network."""
+    types = (torch.float32,) if workload.name in LARGE else (torch.float32, torch.float64)
+    ways = [replace(way, dtypes=tuple(kind for kind in way.dtypes if kind in types)) for way in ways]
+    return [way for way in ways if way.is_quick or not options.quick]
+
+
+def _effort(workload: Workload, options: argparse.Namespace) -> dict[str, int]:
+    """Turns after the first one, and threads."""
+    rounds = _SMALL_ROUNDS if workload.num_parameters < 1000 else options.rounds
+    return {"rounds": 0 if workload.name in LARGE else rounds, "threads": options.threads}
 
 
 def _chosen(workloads: Mapping[str, Workload], names: Sequence[str]) -> list[Workload]:

@@ -57,7 +57,7 @@ class Way:
     num_matrices: float = 0.0
     max_work: float = float("inf")
     only: tuple[str, ...] | None = None
-    patience: float = 120.0
+    patience: float = 90.0
     is_quick: bool = True
 
     @property
