@@ -42,10 +42,11 @@ def report(options: argparse.Namespace) -> Iterator[str]:
         return workload, measured(workload, _shortened(ways, workload, options), **_effort(workload, options))
 
     yield f"torch {torch.__version__}, {options.threads} threads, {_processor()}; medians of {options.rounds} turns.\n"
-    if "ranks" in options.sections:
+    ranked = _chosen(RANKED | REPEATED, options.networks)
+    if "ranks" in options.sections and ranked:
         yield "### Ranks\n"
         yield "Seconds, and × how often ours fits into them. " + FOOTNOTE
-        for workload in _chosen(RANKED | REPEATED, options.networks):
+        for workload in ranked:
             results.ranks.append(measure(workload, (*OURS, STEP, FLOOR, *PEERS)))
             yield _lines(tables.ranks(*results.ranks[-1]))
     if "scaling" in options.sections:
@@ -59,9 +60,9 @@ def report(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _hessian_sections(options: argparse.Namespace, results: Results, measure: Measure) -> Iterator[str]:
-    if "products" in options.sections:
-        for workload in _chosen(RANKED, options.networks):
-            results.products.append(measure(workload, PRODUCTS))
+    ranked, fitted = _chosen(RANKED, options.networks), _chosen(FITTED, options.networks)
+    if "products" in options.sections and ranked:
+        results.products += [measure(workload, PRODUCTS) for workload in ranked]
         yield "### Products with the Hessian\n"
         yield "Mean squared error on the probe; the difference is from ours in float64.\n"
         yield _lines(tables.products(results.products))
@@ -69,9 +70,8 @@ def _hessian_sections(options: argparse.Namespace, results: Results, measure: Me
         results.layer_norm += [measure(workload, HESSIANS) for workload in LAYER_NORM.values()]
         yield "### Hessians through LayerNorm, beside finite differences of gradients in float64\n"
         yield _lines(tables.layer_norm(results.layer_norm[0][1]))
-    if "nullities" in options.sections:
-        names = options.networks if set(options.networks) & set(FITTED) else FITTED
-        results.nullities += [measure(workload, NULLITIES) for workload in _chosen(FITTED, names)]
+    if "nullities" in options.sections and fitted:
+        results.nullities += [measure(workload, NULLITIES) for workload in fitted]
         yield "### Flat directions of the Hessian, at a residual of 1e-10\n"
         yield "Eigenvalues below a tolerance relative to the largest one. " + FOOTNOTE
         yield _lines(tables.nullities(results.nullities))
