@@ -179,15 +179,14 @@ def _hessian_goals(results: Results) -> list[Goal]:
 
 
 def _product_speed(candidates: Sequence[Candidate], type_name: str) -> list[float]:
-    """Our fastest way beside the fastest peer's; nothing where one of them was not measured."""
+    """Our fastest way, in this type or the finer one, beside the fastest peer's; nothing where one is missing."""
     own, peer = 0.0, 0.0
     for candidate in candidates:
-        if candidate.type_name == type_name:
-            rate = products_per_second(candidate) or 0.0
-            if candidate.name.startswith(hessians.OURS):
-                own = max(own, rate)
-            else:
-                peer = max(peer, rate)
+        rate = products_per_second(candidate) or 0.0
+        if not candidate.name.startswith(hessians.OURS):
+            peer = max(peer, rate if candidate.type_name == type_name else 0.0)
+        elif candidate.type_name in (type_name, "float64"):
+            own = max(own, rate)
     return [own / peer] if own and peer else []
 
 
