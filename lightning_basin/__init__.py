@@ -4,6 +4,7 @@ from lightning_basin.early_stopping import RankEarlyStopping
 from lightning_basin.measurement import measure_basin
 from lightning_basin.monitor import BasinMonitor
 from lightning_basin.null_space import NullSpaceVerification, verify_null_space
+from lightning_basin.offline import measure_checkpoints
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput
 
@@ -16,5 +17,6 @@ __all__ = [
     "Probe",
     "RankEarlyStopping",
     "measure_basin",
+    "measure_checkpoints",
     "verify_null_space",
 ]

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -544,7 +545,7 @@ def _measured_gradients(
 
     def judge(part: _Part) -> None:
         accumulator = waiting.pop(part)
-        proved = None if spectrum or curvature is not None else accumulator.full_rank(rtol=rtol)
+        proved = None if spectrum or curvature is not None else accumulator.proved_rank(rtol=rtol)
         if proved is None:
             spectra[part] = accumulator.spectrum()
             proved = gradient_rank(spectra[part], rtol=rtol)
@@ -552,9 +553,10 @@ def _measured_gradients(
 
     for measured in layer_gradients(evaluation.traced, generator=generator, max_elements=max_elements):
         gradients = measured.gradients if readout is None else measured.gradients.weighted(readout)
+        gram = cache(partial(getattr, gradients, "gram"))  # For the layer and for the network.
         for part in parts:
             if measured.layer in part.layers:
-                waiting[part].add(gradients)
+                waiting[part].add(gradients, gram)
                 if part.kind == "layer":  # Complete: judge it now and free its memory.
                     judge(part)
         if curvature is not None:

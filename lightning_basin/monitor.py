@@ -2,33 +2,38 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_basin.curvature import HESSIAN_MODES, HessianMode
-from lightning_basin.layers import call_module
-from lightning_basin.measurement import Behavior, Probabilities, check_measurable, measure_basin
+from lightning_basin.arguments import check_arguments
+from lightning_basin.curvature import HessianMode
+from lightning_basin.history import HistoryFile
+from lightning_basin.loggers import batches_that_stepped, log_scalars
+from lightning_basin.measurement import Probabilities, check_measurable, measure_basin
+from lightning_basin.monitored import Cadence, misunderstandings
 from lightning_basin.null_space import verify_null_space as verified_null_space
+from lightning_basin.overhead import OverheadLimit, announced
 from lightning_basin.plan import MemoryBudgetError
-from lightning_basin.probe import Probe, ProbeCollector, map_tensors
-from lightning_basin.record import BasinRecord
+from lightning_basin.probe import Probe, ProbeCollector
+from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import float64_replica
-from lightning_basin.training_set import TrainingSet, as_probes
+from lightning_basin.state import fingerprint, probe_state
+from lightning_basin.subject import LOSS_ATTRIBUTES, found_loss, quiet_behavior, whole_training_set
 
-_LOSS_ATTRIBUTES = ("loss_fn", "criterion")
+_COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "seed")  # Change the numbers, not only which there are.
 
 
 class BasinMonitor(Callback):
@@ -78,12 +83,17 @@ class BasinMonitor(Callback):
             of the gradients are really free. ``"zero_loss"`` does so once, where the loss reaches zero; a number n at
             every n-th measurement, from the baseline on.
         seed: Of the random vectors of the sketch, the same at every measurement.
+        max_overhead: Measure less often where measuring would take more than this share of the wall time of the fit.
+            Which measurements are skipped then depends on the speed of the machine.
         max_failures: Stop measuring after so many failures in a row; ``None`` tries again every time.
+        history: Also write every measurement to ``<prefix>.csv`` or ``<prefix>.jsonl`` in the log directory.
+        on_other_probe: Whether to ``"raise"`` on resuming with another ``probe`` than that of the run so far, whose
+            curves would mean something else from there on; or to ``"replace"`` it.
         prefix: First part of every key; two monitors in one trainer need two.
 
     Raises:
         MisconfigurationException: At construction for values out of range; at the start of the fit, before the first
-            training step, for a probe, behavior or loss that cannot be measured.
+            training step, for a probe, behavior or loss that cannot be measured, and for another probe on resuming.
 
     Example:
         >>> monitor = BasinMonitor(probe=64, every_n_epochs=5)
@@ -113,47 +123,15 @@ class BasinMonitor(Callback):
         memory_budget: int | None = None,
         verify_null_space: int | Literal["zero_loss"] | None = None,
         seed: int = 0,
+        max_overhead: float | None = None,
         max_failures: int | None = 3,
+        history: Literal["csv", "jsonl"] | None = None,
+        on_other_probe: Literal["raise", "replace"] = "raise",
         prefix: str = "basin",
     ) -> None:
         super().__init__()
         self._probe, self._probe_size = _probe_or_size(probe)
         self._explicit_probe = self._probe is not None
-        _check_at_least_one(
-            every_n_epochs=every_n_epochs,
-            every_n_train_steps=every_n_train_steps,
-            every_n_epochs_after_zero_loss=every_n_epochs_after_zero_loss,
-            every_n_spectra=every_n_spectra,
-            zero_loss_patience=zero_loss_patience,
-            max_outputs=max_outputs if isinstance(max_outputs, int) else None,
-            memory_budget=memory_budget,
-            verify_null_space=verify_null_space if isinstance(verify_null_space, int) else None,
-            max_failures=max_failures,
-        )
-        if isinstance(verify_null_space, str) and verify_null_space != "zero_loss":
-            raise MisconfigurationException(
-                f"`BasinMonitor(verify_null_space={verify_null_space!r})` must be a number or 'zero_loss'"
-            )
-        if isinstance(max_outputs, str) and max_outputs != "auto":
-            raise MisconfigurationException(f"`BasinMonitor(max_outputs={max_outputs!r})` must be a number or 'auto'")
-        if rtol is not None and not 0.0 < rtol < 1.0:
-            raise MisconfigurationException(f"`BasinMonitor(rtol={rtol})` must be inside (0, 1)")
-        if not 0.0 <= duplicate_rtol < 1.0:
-            raise MisconfigurationException(f"`BasinMonitor(duplicate_rtol={duplicate_rtol})` must be inside [0, 1)")
-        if not zero_loss_threshold >= 0.0:
-            raise MisconfigurationException(f"`BasinMonitor(zero_loss_threshold={zero_loss_threshold})` must be >= 0")
-        if isinstance(duplicates_over, str) and duplicates_over != "train":
-            raise MisconfigurationException(
-                f"`BasinMonitor(duplicates_over={duplicates_over!r})` must be 'train', a data set or batches"
-            )
-        if hessian is not False and hessian not in HESSIAN_MODES:
-            raise MisconfigurationException(f"`BasinMonitor(hessian={hessian!r})` must be in {HESSIAN_MODES} or False")
-        if isinstance(loss_fn, str) and loss_fn != "behavioral":
-            raise MisconfigurationException(f"`BasinMonitor(loss_fn={loss_fn!r})` must be callable or 'behavioral'")
-        if isinstance(behavior, str) and behavior not in ("outputs", "probabilities"):
-            raise MisconfigurationException(
-                f"`BasinMonitor(behavior={behavior!r})` must be callable, 'outputs' or 'probabilities'"
-            )
         self.loss_fn = loss_fn
         self.behavior = behavior
         self.batch_fn = batch_fn
@@ -172,22 +150,32 @@ class BasinMonitor(Callback):
         self.memory_budget = memory_budget
         self.verify_null_space = verify_null_space
         self.seed = seed
+        self.max_overhead = max_overhead
         self.max_failures = max_failures
+        self.history = history
+        self.on_other_probe = on_other_probe
         self.prefix = prefix
+        check_arguments(vars(self))
         self.records: list[BasinRecord] = []
         """Every record of the run, oldest first."""
         self.zero_loss_step: int | None = None
         """Optimizer steps taken when the loss had been zero for ``zero_loss_patience`` measurements."""
+        self.skipped_steps: list[int] = []
+        """Steps at which a measurement was due that ``max_overhead`` did not allow."""
         self._num_zero_losses = 0
         self._num_failures = 0  # In a row.
+        self._overhead: OverheadLimit | None = None
         self._measured_step: int | None = None
         self._seen_step = 0
         self._collector = self._new_collector()
         self._initial: tuple[nn.Module, int, int] | None = None  # for the baseline: its step and x axis beside it
         self._is_checked = False
         self._leave_out_loss = False
+        self._history_file: HistoryFile | None = None
         self._said: set[str] = set()
         self._loads_state = True
+        self._expected_probe: str | None = None  # The fingerprint of the one to be taken again on resuming.
+        self._is_probe_refused = False
         self._listeners: list[Callable[[Trainer, BasinRecord], None]] = []
 
     @property
@@ -200,10 +188,56 @@ class BasinMonitor(Callback):
         """The inputs that are measured; ``None`` until enough training batches have come by."""
         return self._probe
 
+    def start(self, module: nn.Module, probe: Probe | None = None) -> None:
+        """Begin to measure outside of a fit: forget what was measured, and see whether a module can be.
+
+        Args:
+            module: One of those that will be measured.
+            probe: Taken where the monitor has none of its own.
+
+        Raises:
+            MisconfigurationException: If there is no probe, or the module cannot be measured on it.
+        """
+        self._reset()
+        self._num_failures = 0
+        self._probe = self._probe or probe
+        try:
+            if self._probe is None:
+                raise ValueError("there is no probe; pass BasinMonitor(probe=(inputs, targets))")
+            self._check(module, self._probe)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"BasinMonitor cannot measure {type(module).__name__}: {error}") from error
+
+    def observe(self, module: nn.Module, step: int) -> BasinRecord | None:
+        """Measure outside of a fit, as at a step of one, and add it to the records.
+
+        Args:
+            module: Stays as it is.
+            step: Optimizer steps that it was trained for.
+
+        Returns:
+            The record; ``None``, after a warning, where measuring failed.
+        """
+        record = None if self._has_given_up else self._record(None, module, step)
+        if record is not None:
+            self._keep(record)
+        elif not self._has_given_up:
+            self._count_failure(None)
+        return record
+
     def subscribe(self, listener: Callable[[Trainer, BasinRecord], None]) -> None:
         """Call ``listener(trainer, record)`` after every measurement, on every process."""
         if listener not in self._listeners:
             self._listeners.append(listener)
+
+    def logged(self, record: BasinRecord) -> dict[str, float]:
+        """The values of a record of this monitor by key; ``zero_loss_step`` is in one record only."""
+        is_first_zero = record.step is not None and record.step == self.zero_loss_step
+        return record.scalars(self.prefix) | (self._zero_loss_scalar() if is_first_zero else {})
+
+    def row(self, record: BasinRecord) -> dict[str, float]:
+        """The same as a row of a table, which begins with the step."""
+        return ({} if record.step is None else {"step": record.step}) | self.logged(record)
 
     def logs(self, key: str) -> bool:
         """Whether a metric's key is one of this monitor's."""
@@ -221,7 +255,7 @@ class BasinMonitor(Callback):
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
             raise MisconfigurationException(
                 f"BasinMonitor needs whole parameters on each process, but {type(trainer.strategy).__name__} shards "
-                f"them. HINT: train with DDP, or call `measure_basin` on the checkpoints"
+                f"them. HINT: train with DDP, or pass the checkpoints to `measure_checkpoints`"
             )
 
     @override
@@ -234,10 +268,13 @@ class BasinMonitor(Callback):
         self._seen_step = trainer.global_step
         self._whole_training_set(trainer)
         self._num_failures = 0
+        self._overhead = None if self.max_overhead is None else OverheadLimit(self.max_overhead)
         if trainer.global_step == 0:
             self._reset()
         elif self.records:  # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
-            trainer.callback_metrics.update(_metrics(self._scalars(self.records[-1])))
+            trainer.callback_metrics.update(_metrics(self._monitored(self.records[-1])))
+        self._start_history(trainer)
+        self._warn_of_misunderstandings(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -246,6 +283,7 @@ class BasinMonitor(Callback):
         # Rank zero decides for all: batches may differ in size from process to process.
         problem = self._take_probe(trainer, pl_module, batch) if trainer.is_global_zero else None
         problem, self._probe = trainer.strategy.broadcast((problem, self._probe), 0)
+        self._refuse_another_probe()
         if problem is not None:
             raise MisconfigurationException(f"BasinMonitor cannot measure {type(pl_module).__name__}: {problem}")
         self._measure_baseline(trainer, pl_module)
@@ -261,7 +299,7 @@ class BasinMonitor(Callback):
             return
         # Counts crossings: several micro-batches share a step, and manual optimization can skip some.
         if step // interval > seen // interval:
-            self._measure(trainer, pl_module, step, _batches_that_stepped(trainer))
+            self._measure(trainer, pl_module, step, batches_that_stepped(trainer))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -269,6 +307,7 @@ class BasinMonitor(Callback):
             if self._probe is None and self._collector.num_inputs:
                 self._probe = self._collector.probe()
             self._probe = trainer.strategy.broadcast(self._probe, 0)
+            self._refuse_another_probe()
             self._measure_baseline(trainer, pl_module)
         interval = self._epochs_after_zero_loss
         if interval is None and self.every_n_train_steps is None:
@@ -276,7 +315,16 @@ class BasinMonitor(Callback):
         if interval is None or (trainer.current_epoch + 1) % interval != 0:
             return
         if trainer.global_step != self._measured_step:
-            self._measure(trainer, pl_module, trainer.global_step, _batches_that_stepped(trainer) - 1)
+            self._measure(trainer, pl_module, trainer.global_step, batches_that_stepped(trainer) - 1)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.max_overhead is not None and self.skipped_steps:
+            num_due = len(self.records) + len(self.skipped_steps)
+            rank_zero_info(
+                f"BasinMonitor(max_overhead={self.max_overhead:g}) skipped {len(self.skipped_steps)} of {num_due} "
+                f"measurements, see skipped_steps"
+            )
 
     @property
     def _epochs_after_zero_loss(self) -> int | None:
@@ -285,9 +333,12 @@ class BasinMonitor(Callback):
     def _reset(self) -> None:
         """Forget another run, so that a monitor can be used for two fits."""
         self.records.clear()
+        self.skipped_steps.clear()
         self.zero_loss_step = None
         self._num_zero_losses = 0
         self._measured_step = None
+        self._expected_probe = None
+        self._is_probe_refused = False
         self._initial = None
         self._is_checked = False
         self._leave_out_loss = False
@@ -307,11 +358,11 @@ class BasinMonitor(Callback):
                 if self._collector.complete:
                     self._probe = self._collector.probe()
             if is_first:
-                self._check(trainer, pl_module, self._probe or self._collector.probe())
+                self._check(pl_module, self._probe or self._collector.probe(), trainer)
                 # Some training steps will pass before there are enough inputs: the baseline is that of the weights now.
                 if self._probe is None and self._measured_step is None:
                     (module,) = float64_replica(pl_module)
-                    self._initial = (module, trainer.global_step, _batches_that_stepped(trainer))
+                    self._initial = (module, trainer.global_step, batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
             if is_first:
                 return str(error)
@@ -321,9 +372,21 @@ class BasinMonitor(Callback):
             rank_zero_warn(f"BasinMonitor could not check {type(pl_module).__name__}. {type(error).__name__}: {error}")
         return None
 
-    def _check(self, trainer: Trainer, pl_module: LightningModule, probe: Probe) -> None:
+    def _refuse_another_probe(self) -> None:
+        """On resuming with a probe that had to be taken again and is not the same: measure nothing instead."""
+        if self._probe is None or self._expected_probe is None:
+            return
+        self._is_probe_refused = fingerprint(self._probe) != self._expected_probe
+        if self._is_probe_refused:
+            self._say(
+                "BasinMonitor does not go on measuring: the probe had to be taken anew, and is not that of the run so "
+                "far. HINT: pass BasinMonitor(on_other_probe='replace')",
+                warn=True,
+            )
+
+    def _check(self, pl_module: nn.Module, probe: Probe, trainer: Trainer | None = None) -> None:
         """Evaluate once; a loss that was found and not given is left out where it does not fit."""
-        behavior = self._quiet_behavior(trainer)
+        behavior = quiet_behavior(self.behavior, trainer)
         for _ in self._whole_training_set(trainer) or ():  # Whether its first batch can be told apart.
             break
         size = self._probe_size or probe.size
@@ -345,7 +408,7 @@ class BasinMonitor(Callback):
         if loss_fn is None:
             self._say(
                 f"Loss and Hessian are not measured: {type(pl_module).__name__} has no callable "
-                f"{' or '.join(map(repr, _LOSS_ATTRIBUTES))}. HINT: pass BasinMonitor(loss_fn=...)",
+                f"{' or '.join(map(repr, LOSS_ATTRIBUTES))}. HINT: pass BasinMonitor(loss_fn=...)",
                 warn=True,
             )
             return
@@ -373,62 +436,55 @@ class BasinMonitor(Callback):
     def _loss_fn(self, pl_module: nn.Module) -> Callable[..., Any] | Literal["behavioral"] | None:
         if self.loss_fn is not None or self._leave_out_loss:
             return self.loss_fn
-        found = (getattr(pl_module, name, None) for name in _LOSS_ATTRIBUTES)
-        return next((attribute for attribute in found if callable(attribute)), None)
+        return found_loss(pl_module)
 
-    def _whole_training_set(self, trainer: Trainer) -> Iterable[Probe] | None:
-        """Over which duplicates are counted, as a loader's data set is read anew by a plain sequential pass."""
-        data, prepare = self.duplicates_over, None
-        if data is None:
-            return None
-        if isinstance(data, str):
-            data, prepare = trainer.train_dataloader, partial(_as_in_training, trainer)
-        try:
-            if prepare is None and not isinstance(data, DataLoader | Dataset):
-                return as_probes(data)
-            return TrainingSet(data, prepare=prepare, batch_fn=self.batch_fn, whole_batches=self.behavior is not None)
-        except TypeError as error:
-            raise MisconfigurationException(
-                f"`BasinMonitor(duplicates_over=...)` cannot count over the training set: {error}. HINT: pass such a "
-                f"data set, or a list of batches, as `duplicates_over`"
-            ) from error
-
-    def _quiet_behavior(self, trainer: Trainer) -> Behavior:
-        """The behavior, on a copy that still finds its trainer but logs nothing."""
-        call = self.behavior if callable(self.behavior) else call_module
-
-        def outputs(module: nn.Module, inputs: Any) -> Any:
-            if isinstance(module, LightningModule):
-                module.trainer = trainer
-                vars(module).update(log=_ignore, log_dict=_ignore)
-            return call(module, inputs)
-
-        return Probabilities(outputs) if self.behavior == "probabilities" else outputs
+    def _whole_training_set(self, trainer: Trainer | None) -> Iterable[Probe] | None:
+        return whole_training_set(
+            self.duplicates_over, trainer, batch_fn=self.batch_fn, whole_batches=callable(self.behavior)
+        )
 
     def _measure_baseline(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._probe is not None and self._measured_step is None:
             initial, self._initial = self._initial, None
             self._collector = self._new_collector()
-            now = (pl_module, trainer.global_step, _batches_that_stepped(trainer))
+            now = (pl_module, trainer.global_step, batches_that_stepped(trainer))
             self._measure(trainer, *(initial or now))
 
     def _measure(self, trainer: Trainer, module: nn.Module, step: int, log_step: int) -> None:
         self._measured_step = step
-        if self._has_given_up or self._probe is None:  # Resumed without one, and no batch has come by yet.
+        has_probe = self._probe is not None and not self._is_probe_refused  # None: resumed, and no batch has come by.
+        if self._has_given_up or not has_probe:
             return
-        record = self._record(trainer, module, step) if trainer.is_global_zero else None
-        record = trainer.strategy.broadcast(record, 0)
+        # Rank zero decides for all, by its own clock.
+        is_skipped, record = self._timed(trainer, module, step) if trainer.is_global_zero else (False, None)
+        is_skipped, record = trainer.strategy.broadcast((is_skipped, record), 0)
+        if is_skipped:
+            self.skipped_steps.append(step)
+            self._say(f"BasinMonitor(max_overhead={self.max_overhead:g}) skips measurements")
+            return
         if record is None:
-            self._count_failure()
+            self._count_failure(trainer)
             return
-        self._num_failures = 0
-        reached_zero = self._keep(record)
-        scalars = self._scalars(record)
-        trainer.callback_metrics.update(_metrics(scalars))
-        if not reached_zero:
-            scalars.pop(f"{self.prefix}/zero_loss_step", None)
-        for logger in trainer.loggers:
-            self._log(logger, scalars, log_step)
+        self._keep(record)
+        trainer.callback_metrics.update(_metrics(self._monitored(record)))
+        self._publish(trainer, record, log_step)
+        for listener in self._listeners:
+            listener(trainer, record)
+
+    def _timed(self, trainer: Trainer, module: nn.Module, step: int) -> tuple[bool, BasinRecord | None]:
+        """Measure unless that takes too long; whether it was skipped, and the record."""
+        if self._overhead is not None and not self._overhead.allows_next():
+            return True, None
+        limited = nullcontext() if self._overhead is None else self._overhead.measuring()
+        with limited, announced(f"Measuring {self.prefix} at step {step}"):
+            record = self._record(trainer, module, step)
+        return False, record
+
+    def _publish(self, trainer: Trainer, record: BasinRecord, log_step: int) -> None:
+        skipped = {} if self._overhead is None else {f"{self.prefix}/skipped_measurements": len(self.skipped_steps)}
+        for problem in log_scalars(trainer.loggers, self.logged(record) | skipped, step=log_step):
+            self._say(problem, warn=True)
+        self._write_history(lambda file: file.append(self.row(record)))
         for note in record.notes:
             self._say(note)
         if record.saturated:
@@ -437,24 +493,15 @@ class BasinMonitor(Callback):
                 f"probe, {record.num_rows}. HINT: pass a larger BasinMonitor(probe=...)",
                 warn=True,
             )
-        for listener in self._listeners:
-            listener(trainer, record)
 
-    def _log(self, logger: Logger, scalars: dict[str, float], log_step: int) -> None:
+    def _record(self, trainer: Trainer | None, module: nn.Module, step: int) -> BasinRecord | None:
         try:
-            logger.log_metrics(scalars, step=log_step)
-        except Exception as error:  # The training run is worth more than a curve.
-            self._say(f"{type(logger).__name__} could not log. {type(error).__name__}: {error}", warn=True)
-
-    def _record(self, trainer: Trainer, module: nn.Module, step: int) -> BasinRecord | None:
-        try:
-            profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
-            with profiler.profile(f"[BasinMonitor]{self.prefix}.measure"):
+            with self._profiled(trainer, "measure"):
                 record = measure_basin(
                     module,
                     self._probe,
                     loss_fn=self._loss_fn(module),
-                    behavior=self._quiet_behavior(trainer),
+                    behavior=quiet_behavior(self.behavior, trainer),
                     layers=self.layers,
                     hessian=self.hessian,
                     rtol=self.rtol,
@@ -469,14 +516,20 @@ class BasinMonitor(Callback):
         except Exception as error:  # A measurement must never end a training run.
             is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
             rank_zero_warn(
-                f"BasinMonitor could not measure at step {step}, training goes on. {type(error).__name__}: {error}"
+                f"BasinMonitor could not measure at step {step}{_goes_on(trainer)}. "
+                f"{type(error).__name__}: {error}"
                 + (". HINT: pass a smaller BasinMonitor(probe=...)" if is_memory else "")
             )
             return None
-        with profiler.profile(f"[BasinMonitor]{self.prefix}.verify_null_space"):
-            return self._verified(trainer, module, record)
+        return self._verified(trainer, module, record)
 
-    def _verified(self, trainer: Trainer, module: nn.Module, record: BasinRecord) -> BasinRecord:
+    def _profiled(self, trainer: Trainer | None, action: str) -> AbstractContextManager[Any]:
+        if trainer is None:
+            return nullcontext()
+        profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+        return profiler.profile(f"[BasinMonitor]{self.prefix}.{action}")
+
+    def _verified(self, trainer: Trainer | None, module: nn.Module, record: BasinRecord) -> BasinRecord:
         """The record, with what survives of steps along null directions where that was asked for."""
         every_n = self.verify_null_space
         is_due = (
@@ -485,12 +538,13 @@ class BasinMonitor(Callback):
         if not is_due:
             return record
         started = time.perf_counter()
-        behavior = self._quiet_behavior(trainer)
+        behavior = quiet_behavior(self.behavior, trainer)
         if isinstance(behavior, Probabilities):
             behavior = partial(_probabilities, behavior.outputs)
         assert not isinstance(behavior, str)
         try:
-            found = verified_null_space(module, self._probe, behavior=behavior, rtol=self.rtol, seed=self.seed)
+            with self._profiled(trainer, "verify_null_space"):
+                found = verified_null_space(module, self._probe, behavior=behavior, rtol=self.rtol, seed=self.seed)
         except Exception as error:  # The rest of the record is as it would be without.
             self._say(f"The null space could not be verified. {type(error).__name__}: {error}", warn=True)
             return record
@@ -504,24 +558,22 @@ class BasinMonitor(Callback):
     def _has_given_up(self) -> bool:
         return self.max_failures is not None and self._num_failures >= self.max_failures
 
-    def _count_failure(self) -> None:
+    def _count_failure(self, trainer: Trainer | None) -> None:
         self._num_failures += 1
         if self._has_given_up:
             rank_zero_warn(
-                f"BasinMonitor stops measuring after {self._num_failures} failures in a row, training goes on. "
+                f"BasinMonitor stops measuring after {self._num_failures} failures in a row{_goes_on(trainer)}. "
                 f"HINT: BasinMonitor(max_failures=None) keeps trying"
             )
 
-    def _keep(self, record: BasinRecord) -> bool:
-        """Add a record to the history; whether it is the one that completes the wait for zero loss."""
-        reaches_zero = self._reaches_zero_loss(record)
-        if reaches_zero:
+    def _keep(self, record: BasinRecord) -> None:
+        self._num_failures = 0
+        if self._reaches_zero_loss(record):
             self.zero_loss_step = record.step
         self._num_zero_losses = self._num_zero_losses_with(record)
         if self.records:  # Names of the inputs of a whole training set are kept of the newest record only.
             self.records[-1] = replace(self.records[-1], train_merged_inputs=())
         self.records.append(record)
-        return reaches_zero
 
     def _reaches_zero_loss(self, record: BasinRecord) -> bool:
         return self.zero_loss_step is None and self._num_zero_losses_with(record) >= self.zero_loss_patience
@@ -532,11 +584,36 @@ class BasinMonitor(Callback):
         is_zero = record.loss is not None and abs(record.loss) <= self.zero_loss_threshold
         return self._num_zero_losses + 1 if is_zero else 0
 
-    def _scalars(self, record: BasinRecord) -> dict[str, float]:
-        scalars = record.scalars(self.prefix)
-        if self.zero_loss_step is not None:
-            scalars[f"{self.prefix}/zero_loss_step"] = float(self.zero_loss_step)
-        return scalars
+    def _monitored(self, record: BasinRecord) -> dict[str, float]:
+        """What callbacks find: the step of zero loss stays, so that a strict EarlyStopping does not miss it."""
+        return self.logged(record) | self._zero_loss_scalar()
+
+    def _zero_loss_scalar(self) -> dict[str, float]:
+        return {} if self.zero_loss_step is None else {f"{self.prefix}/zero_loss_step": float(self.zero_loss_step)}
+
+    def _warn_of_misunderstandings(self, trainer: Trainer) -> None:
+        cadence = Cadence(self.every_n_epochs, self.every_n_train_steps, self.every_n_epochs_after_zero_loss)
+        late = tuple(f"{self.prefix}/{name}" for name in ("zero_loss_step", "surviving_fraction"))
+        for problem in misunderstandings(trainer, self.logs, cadence, late=late):
+            self._say(problem, warn=True)
+
+    def _start_history(self, trainer: Trainer) -> None:
+        """Begin the file with the records of the run that is resumed."""
+        self._history_file = None
+        fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+        if self.history is None or fast_dev_run:
+            return
+        folder = trainer.log_dir or trainer.default_root_dir  # Asked for on all processes: it is a broadcast.
+        if trainer.is_global_zero:
+            self._history_file = HistoryFile(Path(folder) / f"{tag(self.prefix)}.{self.history}")
+            self._write_history(lambda file: file.write(map(self.row, self.records)))
+
+    def _write_history(self, write: Callable[[HistoryFile], None]) -> None:
+        if self._history_file is not None:
+            try:
+                write(self._history_file)
+            except OSError as error:  # A full disk, say.
+                self._say(f"{self._history_file.path} could not be written. {type(error).__name__}: {error}", warn=True)
 
     def _say(self, message: str, *, warn: bool = False) -> None:
         if message not in self._said:
@@ -545,23 +622,23 @@ class BasinMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        probe = None
-        if self._probe is not None and not _is_plain((self._probe.inputs, self._probe.targets)):
+        probe = None if self._probe is None else probe_state(self._probe)
+        if self._probe is not None and probe is None:
             self._say(
-                "The probe holds objects that a checkpoint cannot hold: a resumed run takes another one. HINT: pass "
-                "BasinMonitor(batch_fn=...) that returns tensors, or tuples and dicts of tensors",
+                "The probe holds objects that a checkpoint cannot hold: a resumed run must be able to take it again. "
+                "HINT: pass BasinMonitor(batch_fn=...) that returns tensors, or tuples and dicts of tensors",
                 warn=True,
-            )
-        elif self._probe is not None:
-            probe = map_tensors(
-                lambda tensor: tensor.cpu().clone(), {"inputs": self._probe.inputs, "targets": self._probe.targets}
             )
         return {
             "probe": probe,
+            "probe_size": self._probe_size,
+            "probe_fingerprint": self._expected_probe or (self._probe and fingerprint(self._probe)),
+            "settings": {name: getattr(self, name) for name in _COMPARED_ON_RESUME},
             "records": [record.to_dict() for record in self.records],
             "measured_step": self._measured_step,
             "zero_loss_step": self.zero_loss_step,
             "num_zero_losses": self._num_zero_losses,
+            "skipped_steps": list(self.skipped_steps),
             "leave_out_loss": self._leave_out_loss,
         }
 
@@ -574,13 +651,45 @@ class BasinMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._loads_state:
             return
-        if not self._explicit_probe and state_dict["probe"] is not None:
-            self._probe = Probe(**state_dict["probe"])
+        self._load_probe(state_dict)
+        for name, before in state_dict["settings"].items():
+            if before != getattr(self, name):
+                self._say(
+                    f"The run so far was measured with {name}={before!r}, it goes on with {getattr(self, name)!r}: its "
+                    f"curves may jump here",
+                    warn=True,
+                )
         self.records = [BasinRecord.from_dict(record) for record in state_dict["records"]]
         self._measured_step = state_dict["measured_step"]
         self.zero_loss_step = state_dict["zero_loss_step"]
         self._num_zero_losses = state_dict["num_zero_losses"]
+        self.skipped_steps = list(state_dict["skipped_steps"])
         self._leave_out_loss = state_dict["leave_out_loss"]
+
+    def _load_probe(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with the probe of the run so far, or refuse another one."""
+        before = state_dict["probe_fingerprint"]
+        self._expected_probe, self._is_probe_refused = None, False
+        if before is None:  # No probe was full yet.
+            return
+        is_other = (
+            fingerprint(self._probe) != before
+            if self._explicit_probe and self._probe is not None
+            else self._probe_size != state_dict["probe_size"]
+        )
+        if is_other and self.on_other_probe == "raise":
+            raise MisconfigurationException(
+                f"`BasinMonitor(probe=...)` is not the one of the run so far: that was "
+                f"{_described(state_dict['probe_size'])}, this is {_described(self._probe_size)}. HINT: pass the same, "
+                f"or BasinMonitor(on_other_probe='replace')"
+            )
+        if self._explicit_probe:
+            return
+        self._collector, self._probe = self._new_collector(), None
+        if state_dict["probe"] is not None and not is_other:
+            self._probe = Probe(**state_dict["probe"])
+        elif self.on_other_probe == "raise":
+            self._expected_probe = before
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
@@ -592,7 +701,8 @@ class BasinMonitor(Callback):
 def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
     """An explicit probe, or how many inputs to take from the stream."""
     if isinstance(probe, int) and not isinstance(probe, bool):
-        _check_at_least_one(probe=probe)
+        if probe < 1:
+            raise MisconfigurationException(f"`BasinMonitor(probe={probe})` must be at least 1")
         return None, probe
     if isinstance(probe, Probe):
         return probe, 0
@@ -607,22 +717,12 @@ def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
         raise MisconfigurationException(f"`BasinMonitor(probe=...)`: {error}") from error
 
 
-def _check_at_least_one(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise MisconfigurationException(f"`BasinMonitor({name}={count})` must be at least 1")
+def _described(probe_size: int) -> str:
+    return f"probe={probe_size}" if probe_size else "a given batch"
 
 
-def _batches_that_stepped(trainer: Trainer) -> int:
-    """The x axis of Lightning's own curves: private, but what its LearningRateMonitor uses (lightning 2.5 - 2.6)."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-
-def _as_in_training(trainer: Trainer, batch: Any) -> Any:
-    """A batch as the training step gets it: what lightning 2.6 does between the loader and the step."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+def _goes_on(trainer: Trainer | None) -> str:
+    return "" if trainer is None else ", training goes on"
 
 
 def _metrics(scalars: Mapping[str, float]) -> dict[str, Tensor]:
@@ -630,18 +730,5 @@ def _metrics(scalars: Mapping[str, float]) -> dict[str, Tensor]:
     return {key: torch.tensor(value, dtype=torch.float64) for key, value in scalars.items()}
 
 
-def _is_plain(collection: Any) -> bool:
-    """Whether a collection is made of what ``torch.load(weights_only=True)`` reads."""
-    if type(collection) is dict:
-        return all(isinstance(key, str | int) and _is_plain(item) for key, item in collection.items())
-    if type(collection) in (tuple, list):
-        return all(_is_plain(item) for item in collection)
-    return collection is None or isinstance(collection, Tensor | str | int | float | bool)
-
-
 def _probabilities(outputs: Callable[[nn.Module, Any], Tensor], module: nn.Module, inputs: Any) -> Tensor:
     return outputs(module, inputs).softmax(1)
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    """Takes the place of a method that would log."""

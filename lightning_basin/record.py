@@ -46,7 +46,7 @@ class LayerRecord:
         gradient_rank_at: The rank at relative tolerances 1e-12, 1e-8, 1e-6, 1e-4 and 1e-2, as far as it is known.
         gradient_effective_rank: ``exp`` of the entropy of the squared singular values; ``None`` without a spectrum.
         gradient_rtol: Relative tolerance that decided ``gradient_rank``.
-        gradient_method: ``"svd"``, ``"gram"``, ``"gram+sketch"`` or ``"cholesky"``.
+        gradient_method: ``"svd"``, ``"gram"``, ``"gram+sketch"``, ``"cholesky"`` or ``"sketch"``.
         hessian_nullity: Eigenvalues of the Hessian that the remaining residual leaves indistinguishable from zero;
             ``None`` where the Hessian was not formed and the two ends below do not meet.
         hessian_nullity_lower: It is at least this: a proof.

@@ -1,10 +1,12 @@
 import copy
+import csv
 import importlib
 import json
 import math
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -338,6 +341,12 @@ def test_probabilities_are_measured_on_logits(tmp_path):
     module, monitor = Classes(), BasinMonitor(probe=20, behavior="probabilities", hessian="gauss-newton")
     make_trainer(tmp_path, monitor, max_epochs=1).fit(module, loader())
     assert all(record.gauss_newton_nullity == record.gradient_nullity for record in monitor.records)
+
+
+def test_duplicates_over_the_training_set_are_counted_with_probabilities_too(tmp_path):
+    monitor = BasinMonitor(probe=20, behavior="probabilities", duplicates_over="train")
+    make_trainer(tmp_path, monitor, max_epochs=1).fit(Regressor(), loader())
+    assert [record.train_num_inputs for record in monitor.records] == [60, 60]
 
 
 def test_forward_may_log_and_ask_for_its_trainer(tmp_path):
@@ -801,6 +810,106 @@ def test_monitor_that_gave_up_starts_anew_with_the_next_fit(tmp_path):
     assert steps(monitor) == [0, 6, 12]
 
 
+# ----------------------------------------------------------------------------------------------------------- time
+
+
+class Ticking(PassThroughProfiler):
+    """A clock that runs only while the profiler is told that something is done: three seconds a measurement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def start(self, action_name):
+        if action_name == "[BasinMonitor]basin.measure":
+            self.now += 3.0
+        if action_name == "run_training_batch":
+            self.now += 1.0
+
+    def __call__(self):
+        return self.now
+
+
+def ticking_run(root, monkeypatch, monitor, **options):
+    clock = Ticking()
+    monkeypatch.setattr(time, "monotonic", clock)
+    make_trainer(root, monitor, profiler=clock, max_epochs=12, **options).fit(Regressor(), loader())
+
+
+def test_measurements_take_at_most_their_share_of_the_time(tmp_path, monkeypatch, caplog):
+    monitor, logger = BasinMonitor(probe=20, every_n_train_steps=1, max_overhead=0.25), CSVLogger(tmp_path)
+    with caplog.at_level("INFO"):
+        ticking_run(tmp_path, monkeypatch, monitor, logger=logger)
+    # Three seconds a measurement and one a step: the k-th fits after n steps if 3 k <= (3 k + n) / 4, so if n >= 9 k.
+    assert steps(monitor) == [0, 18, 27, 36]
+    assert monitor.skipped_steps == [step for step in range(1, 37) if step not in (18, 27, 36)]
+    with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open(newline="") as file:
+        column = [row["basin/skipped_measurements"] for row in csv.DictReader(file)]
+    assert [float(value) for value in column if value] == [0, 17, 25, 33]
+    said = [message for message in caplog.messages if "max_overhead" in message]
+    assert said == [
+        "BasinMonitor(max_overhead=0.25) skips measurements",
+        "BasinMonitor(max_overhead=0.25) skipped 33 of 37 measurements, see skipped_steps",
+    ]
+
+
+def test_a_run_with_time_to_spare_skips_nothing(tmp_path, monkeypatch):
+    monitor = BasinMonitor(probe=20, every_n_epochs=4, max_overhead=0.5)
+    ticking_run(tmp_path, monkeypatch, monitor)
+    # The second measurement ends at 3 + 12 + 3 seconds, of which 6 were spent.
+    assert (steps(monitor), monitor.skipped_steps) == ([0, 12, 24, 36], [])
+
+
+def test_skipped_steps_survive_resuming(tmp_path):
+    trainer = make_trainer(tmp_path, BasinMonitor(probe=20, max_overhead=1e-6), max_epochs=2)
+    trainer.fit(Regressor(), loader())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    monitor = BasinMonitor(probe=20)
+    make_trainer(tmp_path, monitor, max_epochs=3).fit(Regressor(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert (steps(monitor), monitor.skipped_steps) == ([0, 9], [3, 6])
+
+
+def test_a_long_measurement_is_announced_while_it_runs(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("lightning_basin.overhead.LONG_SECONDS", 0.01)
+    begun = "Measuring basin at step 0 is taking more than 0.01 s"
+    calls = Counter()
+
+    def behavior(module, inputs):
+        calls["all"] += 1
+        deadline = time.monotonic() + 60
+        while len(inputs) == 15 and begun not in caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.001)  # The check before training has seen the first batch of 10 only.
+        return module(inputs)
+
+    with caplog.at_level("INFO"):
+        make_trainer(tmp_path, BasinMonitor(probe=15, behavior=behavior), max_epochs=1).fit(Regressor(), loader(30, 10))
+    assert caplog.messages.index(begun) < caplog.messages.index("Measuring basin at step 0 took 0 s")
+    assert threading.active_count() == len(threading.enumerate())
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+
+
+def test_a_short_measurement_is_not_announced(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        make_trainer(tmp_path, BasinMonitor(probe=20)).fit(Regressor(), loader())
+    assert not [message for message in caplog.messages if "at step" in message]
+
+
+def test_profiler_shows_what_measuring_takes(tmp_path):
+    profiler = SimpleProfiler()
+    make_trainer(tmp_path, BasinMonitor(probe=20, verify_null_space=2), profiler=profiler).fit(Regressor(), loader())
+    durations = profiler.recorded_durations
+    assert len(durations["[BasinMonitor]basin.measure"]) == 3
+    assert len(durations["[BasinMonitor]basin.verify_null_space"]) == 2
+
+
+@pytest.mark.parametrize("profiler", ["simple", "advanced", pytest.param("pytorch", marks=pytest.mark.slow)])
+def test_every_profiler_of_lightning_lets_measurements_pass(tmp_path, profiler):
+    monitor = BasinMonitor(probe=20, verify_null_space=1)
+    make_trainer(tmp_path, monitor, profiler=profiler).fit(Regressor(), loader())
+    assert steps(monitor) == [0, 3, 6]
+    assert all(record.surviving_fraction is not None for record in monitor.records)
+
+
 # ---------------------------------------------------------------------------------------- is the null space real
 
 
@@ -1072,6 +1181,94 @@ def test_evaluating_an_old_checkpoint_does_not_take_the_history_back(tmp_path, s
     assert steps(monitor) == [0, 3, 6]
 
 
+def saved_run(root, monitor, batches=None, **options):
+    trainer = make_trainer(root, monitor, **options)
+    trainer.fit(Regressor(), batches or repeated_loader())
+    trainer.save_checkpoint(root / "saved.ckpt")
+    return monitor
+
+
+def resumed_run(root, monitor, batches=None, **options):
+    trainer = make_trainer(root, monitor, **{"max_epochs": 3} | options)
+    trainer.fit(Regressor(), batches or repeated_loader(), ckpt_path=root / "saved.ckpt")
+    return monitor
+
+
+@pytest.mark.parametrize("weights_only", [True, None])
+def test_run_resumes_from_what_weights_only_reads(tmp_path, weights_only):
+    saved_run(tmp_path, BasinMonitor(probe=20))
+    monitor = BasinMonitor(probe=20)
+    trainer = make_trainer(tmp_path, monitor, max_epochs=3)
+    trainer.fit(Regressor(), repeated_loader(), ckpt_path=tmp_path / "saved.ckpt", weights_only=weights_only)
+    assert steps(monitor) == [0, 4, 8, 12]
+
+
+PROBES = {
+    "20": lambda: 20,
+    "10": lambda: 10,
+    "given": lambda: regression_data(10, seed=9).tensors,
+    "another given": lambda: regression_data(10, seed=8).tensors,
+    "in another precision": lambda: [tensor.double() for tensor in regression_data(10, seed=9).tensors],
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("20", "10"),
+        ("20", "given"),
+        ("given", "20"),
+        ("given", "another given"),
+        ("given", "in another precision"),
+    ],
+)
+def test_another_probe_on_resuming_is_refused_unless_it_is_asked_for(tmp_path, before, now):
+    saved_run(tmp_path, BasinMonitor(PROBES[before]()), max_epochs=1)
+    with pytest.raises(MisconfigurationException, match=r"is not the one of the run so far: that was .*, this is"):
+        resumed_run(tmp_path, BasinMonitor(PROBES[now]()))
+    monitor = resumed_run(tmp_path, BasinMonitor(PROBES[now](), on_other_probe="replace"))
+    assert steps(monitor) == [0, 4, 8, 12]
+    sizes = [20 if name == "20" else 10 for name in (before, now, now, now)]
+    assert [record.num_inputs for record in monitor.records[:1] + monitor.records[2:]] == [sizes[0], *sizes[2:]]
+
+
+@pytest.mark.parametrize("same", ["20", "given"])
+@pytest.mark.parametrize("on_other_probe", ["raise", "replace"])
+def test_the_same_probe_goes_on(tmp_path, same, on_other_probe):
+    before = saved_run(tmp_path, BasinMonitor(PROBES[same]()))
+    other_batches = loader(80, 20)  # From which no other probe may be taken.
+    monitor = resumed_run(tmp_path, BasinMonitor(PROBES[same](), on_other_probe=on_other_probe), other_batches)
+    torch.testing.assert_close(monitor.probe.inputs, before.probe.inputs, rtol=0, atol=0)
+
+
+def test_settings_that_change_the_numbers_are_said_on_resuming(tmp_path):
+    saved_run(tmp_path, BasinMonitor(probe=20))
+    with pytest.warns(UserWarning, match="measured with seed=0, it goes on with 4: its curves may jump here"):
+        resumed_run(tmp_path, BasinMonitor(probe=20, seed=4))
+
+
+def test_two_monitors_are_resumed_side_by_side(tmp_path):
+    def monitors():
+        held_out = regression_data(10, seed=9).tensors
+        return BasinMonitor(probe=20), BasinMonitor(held_out, prefix="held_out", every_n_epochs=2)
+
+    def fit(max_epochs, ckpt_path=None):
+        train, held_out = monitors()
+        stopping = [RankEarlyStopping(patience=99), RankEarlyStopping("held_out/gradient_rank", patience=99)]
+        trainer = make_trainer(tmp_path, held_out, *stopping, train, max_epochs=max_epochs)
+        trainer.fit(Regressor(), repeated_loader(), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / "saved.ckpt")
+        return train, held_out
+
+    uninterrupted = fit(4)
+    fit(2)
+    resumed = fit(4, tmp_path / "saved.ckpt")
+    assert [steps(monitor) for monitor in resumed] == [[0, 4, 8, 12, 16], [0, 8, 16]]
+    assert [timeless(monitor.records) for monitor in resumed] == [
+        timeless(monitor.records) for monitor in uninterrupted
+    ]
+
+
 def test_same_seed_gives_the_same_records(tmp_path):
     runs = []
     for _ in range(2):
@@ -1086,6 +1283,7 @@ def test_same_seed_gives_the_same_records(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"on_other_probe": "ask"}, r"on_other_probe='ask'\)` must be 'raise' or 'replace'"),
         ({"probe": 0}, r"probe=0\).* at least 1"),
         ({"probe": torch.zeros(2, 3)}, "probe"),
         ({"every_n_epochs": 0}, r"every_n_epochs=0\).* at least 1"),
@@ -1103,6 +1301,9 @@ def test_same_seed_gives_the_same_records(tmp_path):
         ({"behavior": "logits"}, r"behavior='logits'\).*callable, 'outputs' or 'probabilities'"),
         ({"verify_null_space": 0}, r"verify_null_space=0\).* at least 1"),
         ({"verify_null_space": "always"}, r"verify_null_space='always'\).*'zero_loss'"),
+        ({"history": "xml"}, r"history='xml'\).*'csv', 'jsonl' or None"),
+        ({"max_overhead": 0.0}, r"max_overhead=0.0\).* inside \(0, 1\)"),
+        ({"max_overhead": 1.0}, r"max_overhead=1.0\).* inside \(0, 1\)"),
         ({"max_failures": 0}, r"max_failures=0\).* at least 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -1406,3 +1607,10 @@ def test_a_probe_of_objects_that_a_checkpoint_cannot_hold_is_taken_anew(tmp_path
     resumed, trainer, data = fit(max_epochs=2)
     trainer.fit(OfBatches(), data, ckpt_path=tmp_path / "end.ckpt")
     assert len(resumed.records) == len(monitor.records) + 1
+
+    other, trainer, _ = fit(max_epochs=2)
+    data = torch.utils.data.DataLoader(regression_data(seed=1), batch_size=20, collate_fn=collate)
+    with pytest.warns(UserWarning, match="had to be taken anew, and is not that of the run so far"):
+        trainer.fit(OfBatches(), data, ckpt_path=tmp_path / "end.ckpt")
+    assert steps(other) == steps(monitor)
+    assert trainer.global_step == 6

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -115,6 +116,19 @@ def giving_up(rank, root):
     return {"steps": steps(monitor), "last_step": trainer.global_step, "given_up": monitor._has_given_up}
 
 
+def limited(rank, root):
+    """The second process has another clock: it is slower by what it sleeps."""
+    monitor = BasinMonitor(probe=10, every_n_train_steps=1, max_overhead=0.2)
+
+    class Sleeping(Eventful):
+        def training_step(self, batch, batch_idx):
+            time.sleep(0.01 * rank)
+            return super().training_step(batch, batch_idx)
+
+    fit(root, monitor, module=Sleeping(), max_epochs=5)
+    return {"steps": steps(monitor), "skipped": monitor.skipped_steps}
+
+
 def uneven(rank, root):
     """Batches of 20 on one process, of 5 on the other: their probes are not full at the same time."""
     monitor = BasinMonitor(probe=40)
@@ -187,7 +201,7 @@ def run_two_processes(root, *scenarios):
 
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory):
-    return run_two_processes(tmp_path_factory.mktemp("fits"), "measured", "stopped", "failing", "giving_up")
+    return run_two_processes(tmp_path_factory.mktemp("fits"), "measured", "stopped", "failing", "giving_up", "limited")
 
 
 def test_both_processes_hold_equal_records_and_metrics(fits):
@@ -230,6 +244,12 @@ def test_measurement_that_fails_on_one_process_ends_no_run(fits):
 def test_processes_give_up_together(fits):
     first, second = (process["giving_up"] for process in fits)
     assert first == second == {"steps": [], "last_step": 16, "given_up": True}
+
+
+def test_processes_skip_the_same_measurements(fits):
+    first, second = (process["limited"] for process in fits)
+    assert first == second
+    assert sorted([*first["steps"], *first["skipped"]]) == list(range(21))
 
 
 def test_processes_with_batches_of_different_sizes_do_not_wait_for_each_other(tmp_path):

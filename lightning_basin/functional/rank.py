@@ -20,7 +20,7 @@ Its eigenvalues are squares and carry an absolute error near ``eps * sigma_max**
 stands at ``sqrt(eps) = 1.5e-8`` of ``sigma_max``; the margin leaves the last resolved value two digits.
 """
 
-RankMethod = Literal["svd", "gram", "gram+sketch", "cholesky"]
+RankMethod = Literal["svd", "gram", "gram+sketch", "cholesky", "sketch"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,11 +45,13 @@ class GradientRank:
 
     Attributes:
         rank: Number of singular values above ``rtol * sigma_max``.
-        gap: ``log10(sigma_r / sigma_{r+1})``; ``None`` where the rank is zero.
+        gap: ``log10(sigma_r / sigma_{r+1})``, to about one digit where the method is ``"sketch"``; ``None`` where the
+            rank is zero.
         at: The rank at each of ``RANK_TOLERANCES``, as far as it is known.
         effective_rank: ``exp`` of the entropy of the squared singular values; ``None`` without these.
         rtol: Relative tolerance that decided ``rank``.
-        method: How the singular values were obtained, see `Spectrum`; ``"cholesky"`` where only full rank was proved.
+        method: How the singular values were obtained, see `Spectrum`; ``"cholesky"`` or ``"sketch"`` where the rank
+            was proved without these, see `lightning_basin.functional.proofs`.
     """
 
     rank: int

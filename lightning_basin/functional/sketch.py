@@ -7,18 +7,16 @@ sums over layers. Axis letters: k inputs, c outputs per input, m = k * c rows, t
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
 
 from lightning_basin.functional.jacobian import weighted_rows
+from lightning_basin.functional.proofs import OVERSAMPLING, full_rank_of_gram, rank_of_sketch
 from lightning_basin.functional.rank import (
-    EPSILON,
     GRAM_RESOLUTION,
-    RANK_TOLERANCES,
     GradientRank,
     Spectrum,
     check_rtol,
@@ -26,10 +24,12 @@ from lightning_basin.functional.rank import (
     singular_values,
 )
 
+_GRAM_BLOCKS = 8  # in which the lower half of a Gram matrix is computed: 9/16 of all products
+_LEAST_BLOCK_ROWS = 64  # of one: fewer are slower, row for row
 _CHUNK_ELEMENTS = 2**22  # float64 numbers in a temporary: 32 MiB
 _WAITING_ELEMENTS = 2**26  # and in the matrices or factors that wait for their sketch: 512 MiB
 _DENSE_ELEMENTS = 2e7  # entries of a matrix that is decomposed as it stands: 160 MB
-_POWER_STEPS = 20  # towards the largest and the smallest singular value, for the gap
+_TINY_WORK = 2e7  # min(rows, columns)**2 * max(rows, columns) up to which singular values take milliseconds
 _DENSE_WORK = 2e9  # and rows**2 * columns, the cost of its triangular factor: about 0.1 s
 
 
@@ -70,25 +70,45 @@ class KhatriRaoGradients:
         signals = self.output_gradients.transpose(2, 3).reshape(k, c * d_out, t)
         return (signals @ self.activations).reshape(k * c, -1)
 
-    @cached_property
+    @property
     def gram(self) -> Tensor:
-        r"""Products of all pairs of rows, shape ``(m, m)``.
+        r"""Products of all pairs of rows, shape ``(m, m)``; computed anew at each access.
 
         With one position, :math:`G G^T = (A A^T \otimes 1 1^T) \circ B B^T`, which never forms a row.
         """
+        return _symmetric(self.activations.new_zeros(self.num_rows, self.num_rows), self.add_lower_gram)
+
+    def add_lower_gram(self, gram: Tensor) -> None:
+        """Add the products of each row with those before it to a matrix whose upper half is nobody's concern."""
         k, c, t, d_out = self.output_gradients.shape
         if t == 1:
             signals = self.output_gradients.reshape(k * c, d_out)
             activations = self.activations.reshape(k, -1)
-            products = (signals @ signals.mT).view(k, c, k, c)
-            return products.mul_((activations @ activations.mT)[:, None, :, None]).view(k * c, k * c)
-        gram = self.activations.new_zeros(k * c, k * c)
+            products = activations @ activations.mT
+            for rows in _blocks(k, _block_rows(k * c) // c):
+                stop = rows.stop * c
+                part = (signals[rows.start * c : stop] @ signals[:stop].mT).view(-1, c, rows.stop, c)
+                part.mul_(products[rows, None, : rows.stop, None])
+                gram[rows.start * c : stop, :stop] += part.view(-1, stop)
+            return
         units = max(1, _CHUNK_ELEMENTS // max(1, k * c * self.activations.shape[-1]))
         for start in range(0, d_out, units):
-            signals = self.output_gradients[..., start : start + units].transpose(2, 3).reshape(k, -1, t)
-            part = (signals @ self.activations).reshape(k * c, -1)
-            gram.addmm_(part, part.mT)
-        return gram
+            chosen = self.output_gradients[..., start : start + units].transpose(2, 3).reshape(k, -1, t)
+            _add_lower_products(gram, (chosen @ self.activations).reshape(k * c, -1))
+
+    def kronecker_spectrum(self) -> Tensor | None:
+        r"""Singular values where all inputs have the same derivatives, as for a linear layer at the end.
+
+        Then :math:`G = A \otimes B`, whose singular values are the products of those of A and of B. Shape
+        ``(min(m, N),)``; ``None`` where derivatives differ.
+        """
+        k, c, t, d_out = self.output_gradients.shape
+        signals = self.output_gradients[:1]
+        if t != 1 or k == 0 or not bool((self.output_gradients == signals).all()):
+            return None
+        left, right = singular_values(self.activations.reshape(k, -1)), singular_values(signals.view(c, d_out))
+        products = torch.outer(left, right).flatten().sort(descending=True).values
+        return torch.cat([products, products.new_zeros(min(self.num_rows, self.num_columns) - len(products))])
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
         r"""The matrix times random rank-one vectors, the Khatri-Rao sketch, shape ``(m, num_columns)``.
@@ -104,11 +124,14 @@ class KhatriRaoGradients:
         right = _gaussian(self.activations.shape[-1], num_columns, generator, like=self.activations)
         sketch = self.activations.new_empty(k, c, num_columns)
         inputs = max(1, _CHUNK_ELEMENTS // max(1, c * t * num_columns))
-        for start in range(0, k, inputs):
-            chunk = slice(start, start + inputs)
-            entering = (self.activations[chunk] @ right).unsqueeze(1)
-            sketch[chunk] = (self.output_gradients[chunk] @ left).mul_(entering).sum(2)
-        return sketch.view(k * c, num_columns).div_(math.sqrt(num_columns))
+        right.div_(math.sqrt(num_columns))
+        for chunk in _blocks(k, inputs):
+            entering = self.activations[chunk] @ right
+            if t == 1:
+                torch.matmul(self.output_gradients[chunk].squeeze(2), left, out=sketch[chunk]).mul_(entering)
+            else:
+                sketch[chunk] = (self.output_gradients[chunk] @ left).mul_(entering.unsqueeze(1)).sum(2)
+        return sketch.view(k * c, num_columns)
 
     def combination(self, weights: Tensor) -> Tensor:
         """``weights @ rows()`` without the rows; ``weights`` and result have shapes ``(m,)`` and ``(N,)``."""
@@ -158,10 +181,14 @@ class DenseGradients:
         """The matrix, shape ``(m, N)``."""
         return self.matrix
 
-    @cached_property
+    @property
     def gram(self) -> Tensor:
-        """Products of all pairs of rows, shape ``(m, m)``."""
-        return self.matrix @ self.matrix.mT
+        """Products of all pairs of rows, shape ``(m, m)``; computed anew at each access."""
+        return _symmetric(self.matrix.new_zeros(self.num_rows, self.num_rows), self.add_lower_gram)
+
+    def add_lower_gram(self, gram: Tensor) -> None:
+        """Add the products of each row with those before it to a matrix whose upper half is nobody's concern."""
+        _add_lower_products(gram, self.matrix)
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
         """The matrix times a subsampled random Fourier transform, shape ``(m, num_columns)``.
@@ -178,9 +205,7 @@ class DenseGradients:
         picked = torch.randperm(length - 2, generator=generator)[:num_columns].add_(2).to(device)
         diagonal = diagonal.to(device)
         sketch = self.matrix.new_empty(self.num_rows, num_columns)
-        rows = max(1, _CHUNK_ELEMENTS // length)
-        for start in range(0, self.num_rows, rows):
-            chunk = slice(start, start + rows)
+        for chunk in _blocks(self.num_rows, _CHUNK_ELEMENTS // length):
             spectrum = torch.fft.rfft(self.matrix[chunk] * diagonal, n=length)
             sketch[chunk] = torch.view_as_real(spectrum).flatten(1)[:, picked]
         # Each picked cosine or sine has mean square 1/2; the diagonal has mean square 13/12.
@@ -223,13 +248,21 @@ class StackedGradients:
             rows.index_copy_(1, columns, part.rows())
         return rows
 
-    @cached_property
+    @property
     def gram(self) -> Tensor:
-        """Products of all pairs of rows, shape ``(m, m)``."""
-        gram = self._zeros(self.num_rows, self.num_rows)
+        """Products of all pairs of rows, shape ``(m, m)``; computed anew at each access."""
+        return _symmetric(self._zeros(self.num_rows, self.num_rows), self.add_lower_gram)
+
+    def add_lower_gram(self, gram: Tensor) -> None:
+        """Add the products of each row with those before it to a matrix whose upper half is nobody's concern."""
         for part in self.parts:
-            gram += part.gram
-        return gram
+            part.add_lower_gram(gram)
+
+    def kronecker_spectrum(self) -> Tensor | None:
+        """See `KhatriRaoGradients.kronecker_spectrum`; ``None`` where there are other parts."""
+        part = self.parts[0] if len(self.parts) == 1 else None
+        is_whole = part is not None and part.num_columns == self.num_columns
+        return part.kronecker_spectrum() if is_whole and isinstance(part, KhatriRaoGradients) else None
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
         """The sum of the sketches of the parts, shape ``(m, num_columns)``."""
@@ -258,11 +291,33 @@ class StackedGradients:
 LayerGradients = KhatriRaoGradients | DenseGradients | StackedGradients
 
 
-class SpectrumAccumulator:
-    """Singular values of matrices side by side, ``[G_1 | G_2 | ...]``, seen one at a time.
+def _symmetric(gram: Tensor, add_lower: Callable[[Tensor], None]) -> Tensor:
+    """A Gram matrix of which only the lower half is computed: half the operations."""
+    add_lower(gram)
+    for rows in _blocks(len(gram), _block_rows(len(gram))):
+        gram[: rows.start, rows] = gram[rows, : rows.start].mT
+    return gram
 
-    Where the whole is small it is decomposed as it stands. Otherwise the Gram matrices are summed; and if their sum
-    leaves singular values open, so are the sketches. The matrices are kept until this is known, as long as they fit.
+
+def _add_lower_products(gram: Tensor, matrix: Tensor) -> None:
+    for rows in _blocks(len(matrix), _block_rows(len(matrix))):
+        gram[rows, : rows.stop].addmm_(matrix[rows], matrix[: rows.stop].mT)
+
+
+def _block_rows(num_rows: int) -> int:
+    return max(_LEAST_BLOCK_ROWS, math.ceil(num_rows / _GRAM_BLOCKS))
+
+
+def _blocks(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, max(1, size)):
+        yield slice(start, min(length, start + max(1, size)))
+
+
+class SpectrumAccumulator:
+    """Rank and singular values of matrices side by side, ``[G_1 | G_2 | ...]``, seen one at a time.
+
+    Gram matrices are summed. Where these leave open what is asked, the whole is decomposed as it stands if it is small,
+    else sketches are summed. The matrices are kept until this is known, as long as they fit.
 
     Args:
         num_rows: Rows of every matrix.
@@ -278,22 +333,31 @@ class SpectrumAccumulator:
         self._num_rows = num_rows
         self._num_columns = num_columns
         self._generator = generator
-        self._is_small = num_columns <= 2 * num_rows or (
-            num_rows * num_columns <= _DENSE_ELEMENTS and num_rows**2 * num_columns <= _DENSE_WORK
-        )
-        self._rows: list[Tensor] = []
+        fewer, more = sorted((num_rows, num_columns))
+        work = fewer**2 * more
+        self._is_tiny = work <= _TINY_WORK
+        self._is_small = num_columns <= 2 * num_rows or (fewer * more <= _DENSE_ELEMENTS and work <= _DENSE_WORK)
+        self._has_more_rows = num_rows > num_columns
         self._gram: Tensor | None = None
         self._sketch: Tensor | None = None
-        self._unsketched: list[LayerGradients] = []
+        self._waiting: list[LayerGradients] = []
 
-    def add(self, gradients: LayerGradients) -> None:
-        """Take the next matrix into account."""
-        if self._is_small:
-            self._rows.append(gradients.rows())
+    def add(self, gradients: LayerGradients, gram: Callable[[], Tensor] | None = None) -> None:
+        """Take the next matrix into account.
+
+        Args:
+            gradients: Of any number of columns.
+            gram: Returns ``gradients.gram``, where others need it too.
+        """
+        self._waiting.append(gradients)
+        if self._is_tiny or (self._is_small and self._has_more_rows):
             return
-        self._gram = gradients.gram.clone() if self._gram is None else self._gram.add_(gradients.gram)
-        self._unsketched.append(gradients)
-        if sum(waiting.num_elements for waiting in self._unsketched) > self._max_waiting:
+        found = gradients.gram if gram is None else gram()
+        if self._gram is not None:
+            self._gram.add_(found)
+        else:  # A single matrix needs no sum of its own.
+            self._gram = found if gradients.num_columns == self._num_columns else found.clone()
+        if not self._is_small and sum(waiting.num_elements for waiting in self._waiting) > self._max_waiting:
             self._add_sketches()
 
     def spectrum(self) -> Spectrum:
@@ -302,15 +366,22 @@ class SpectrumAccumulator:
         Raises:
             RuntimeError: If nothing was added.
         """
-        if self._rows:
-            rtol = default_rtol(self._num_rows, self._num_columns)
-            return Spectrum(singular_values=singular_values(torch.cat(self._rows, 1)), rtol=rtol, method="svd")
-        if self._gram is None:
+        if not self._waiting and self._sketch is None:
             raise RuntimeError("add at least one matrix of gradients before asking for the spectrum")
-        return sketched_spectrum(self._gram, self._add_sketches, num_columns=2 * self._num_rows)
+        factored = self._kronecker_spectrum()
+        if factored is not None:
+            return factored
+        if not self._is_small and self._gram is not None:
+            return sketched_spectrum(self._gram, self._add_sketches, num_columns=2 * self._num_rows)
+        rtol = default_rtol(self._num_rows, self._num_columns)
+        if self._gram is not None:
+            bulk, num_resolved = _bulk(self._gram)
+            if num_resolved == bulk.numel():
+                return Spectrum(singular_values=bulk, rtol=rtol, method="gram")
+        return Spectrum(singular_values=singular_values(self._matrix()), rtol=rtol, method="svd")
 
-    def full_rank(self, *, rtol: float | None = None) -> GradientRank | None:
-        """Full rank, where the Gram matrix proves it without singular values; see `full_rank_of_gram`.
+    def proved_rank(self, *, rtol: float | None = None) -> GradientRank | None:
+        """The rank, where it can be proved without the spectrum; see `lightning_basin.functional.proofs`.
 
         Args:
             rtol: Relative tolerance; ``None`` means that of the matrix which would be decomposed.
@@ -319,64 +390,53 @@ class SpectrumAccumulator:
             ValueError: If ``rtol`` is not inside ``(0, 1)``.
         """
         check_rtol(rtol)
-        if self._gram is None:
+        if self._is_tiny or self._kronecker_spectrum() is not None:  # The spectrum is as fast.
             return None
-        return full_rank_of_gram(
-            self._gram, rtol=default_rtol(self._num_rows, 2 * self._num_rows) if rtol is None else rtol
-        )
+        if rtol is None:
+            rtol = default_rtol(self._num_rows, self._num_columns if self._is_small else 2 * self._num_rows)
+        gram = self._gram
+        if gram is None:
+            gram = DenseGradients(self._matrix().mT).gram
+        found = full_rank_of_gram(gram, rtol=rtol)
+        if found is not None:
+            return found
+        if self._sketch is None:
+            sketched: Sequence[LayerGradients] = [DenseGradients(self._matrix())] if self._is_small else self._waiting
+            num_columns = math.ceil(OVERSAMPLING * min(self._num_rows, self._num_columns))
+            sketch = _sum_of_sketches(sketched, num_columns, self._generator)
+        else:  # Some could not wait: their sketch is the wide one.
+            sketch = self._add_sketches()
+        return rank_of_sketch(sketch, rtol=rtol)
+
+    def _matrix(self) -> Tensor:
+        return torch.cat([gradients.rows() for gradients in self._waiting], dim=1)
+
+    def _kronecker_spectrum(self) -> Spectrum | None:
+        """Of a single matrix that is a Kronecker product."""
+        alone = self._waiting[0] if len(self._waiting) == 1 else None
+        if alone is None or alone.num_columns != self._num_columns or isinstance(alone, DenseGradients):
+            return None
+        values = alone.kronecker_spectrum()
+        if values is None:
+            return None
+        return Spectrum(singular_values=values, rtol=default_rtol(self._num_rows, self._num_columns), method="svd")
 
     def _add_sketches(self) -> Tensor:
-        sketches = [gradients.sketch(2 * self._num_rows, self._generator) for gradients in self._unsketched]
-        self._unsketched.clear()
-        if self._sketch is not None:
-            sketches.append(self._sketch)
-        self._sketch = torch.stack(sketches).sum(0) if len(sketches) > 1 else sketches[0]
+        """The wide sketch of everything that was added."""
+        if self._waiting:
+            sketch = _sum_of_sketches(self._waiting, 2 * self._num_rows, self._generator)
+            self._waiting.clear()
+            self._sketch = sketch if self._sketch is None else self._sketch.add_(sketch)
+        assert self._sketch is not None
         return self._sketch
 
 
-def full_rank_of_gram(gram: Tensor, *, rtol: float) -> GradientRank | None:
-    """Prove full rank by a Cholesky factor, ``m**3 / 3`` operations where eigenvalues take several times as many.
-
-    The factor of ``gram - tau**2`` exists if and only if every singular value is above tau (Sylvester, 1852). With tau
-    at ``GRAM_RESOLUTION`` of the largest one, rounding cannot pretend this.
-
-    Args:
-        gram: Shape ``(m, m)``.
-        rtol: Relative tolerance that the rank is wanted at.
-
-    Returns:
-        The rank, or ``None`` where a singular value may be below ``GRAM_RESOLUTION`` or ``rtol``.
-
-    Example:
-        >>> full_rank_of_gram(torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64)), rtol=1e-12).rank
-        2
-        >>> full_rank_of_gram(torch.ones(2, 2, dtype=torch.float64), rtol=1e-12) is None
-        True
-    """
-    num_rows = gram.shape[0]
-    # The largest row sum bounds the largest eigenvalue from above (Gershgorin, 1931): a bound on the safe side.
-    bound = float(gram.abs().sum(1).max())
-    resolution = max(rtol, GRAM_RESOLUTION)
-    shift = resolution**2 * bound
-    if bound == 0.0:
-        return None
-    factor, failed = torch.linalg.cholesky_ex(gram - shift * torch.eye(num_rows, dtype=gram.dtype, device=gram.device))
-    if int(failed):
-        return None
-    vector = torch.ones(num_rows, 1, dtype=gram.dtype, device=gram.device)
-    forward, inverse = vector, vector
-    for _ in range(_POWER_STEPS):
-        forward = gram @ (forward / forward.norm())
-        inverse = torch.cholesky_solve(inverse / inverse.norm(), factor)
-    largest, smallest = math.sqrt(float(forward.norm())), math.sqrt(shift + 1 / float(inverse.norm()))
-    return GradientRank(
-        rank=num_rows,
-        gap=math.log10(smallest / (EPSILON * largest)),
-        at={tolerance: num_rows for tolerance in RANK_TOLERANCES if tolerance <= resolution},
-        effective_rank=None,
-        rtol=rtol,
-        method="cholesky",
-    )
+def _sum_of_sketches(gradients: Sequence[LayerGradients], num_columns: int, generator: Generator) -> Tensor:
+    """The sketch of matrices side by side."""
+    total = gradients[0].sketch(num_columns, generator)
+    for block in gradients[1:]:
+        total.add_(block.sketch(num_columns, generator))
+    return total
 
 
 def sketched_spectrum(gram: Tensor, sketch: Callable[[], Tensor], *, num_columns: int) -> Spectrum:
@@ -398,14 +458,19 @@ def sketched_spectrum(gram: Tensor, sketch: Callable[[], Tensor], *, num_columns
         ([0.0, -3.0, -10.0], 'gram+sketch')
     """
     rtol = default_rtol(gram.shape[0], num_columns)
-    bulk = torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0).sqrt_()
-    num_resolved = int((bulk > GRAM_RESOLUTION * bulk[0]).sum())
+    bulk, num_resolved = _bulk(gram)
     if num_resolved == bulk.numel():
         return Spectrum(singular_values=bulk, rtol=rtol, method="gram")
     tail = singular_values(sketch())[num_resolved:]
     if num_resolved:
         tail = tail.clamp(max=float(bulk[num_resolved - 1]))
     return Spectrum(singular_values=torch.cat([bulk[:num_resolved], tail]), rtol=rtol, method="gram+sketch")
+
+
+def _bulk(gram: Tensor) -> tuple[Tensor, int]:
+    """Singular values by a Gram matrix, descending, and how many of them it resolves."""
+    values = torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0).sqrt_()
+    return values, int((values > GRAM_RESOLUTION * values[:1]).sum())
 
 
 def gradient_spectrum(gradients: Sequence[LayerGradients], *, generator: Generator) -> Spectrum:

@@ -1,0 +1,99 @@
+"""``python -m lightning_basin``: the curves of a run from its checkpoints."""
+
+import argparse
+import ast
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_basin.monitor import BasinMonitor
+from lightning_basin.offline import measure_checkpoints
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure checkpoints as a command line says.
+
+    Args:
+        arguments: Of the command line; ``None`` takes those of the process.
+    """
+    options = _parser().parse_args(arguments)
+    functions = {"loss_fn": options.loss_fn, "behavior": options.behavior, "probe": options.probe}
+    given = {name: value for name, value in functions.items() if value is not None}
+    measure_checkpoints(
+        options.checkpoints,
+        options.module,
+        BasinMonitor(**given, **dict(options.set)),
+        log_dir=options.log_dir,
+        device=options.device,
+        weights_only=not options.trust,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_basin",
+        description="Measure checkpoints of a run, and write the curves that a BasinMonitor in it would have written.",
+    )
+    name = "PACKAGE.MODULE:NAME"
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoints of Lightning, or directories of them")
+    parser.add_argument(
+        "--module",
+        required=True,
+        type=_imported,
+        metavar=name,
+        help="class of the LightningModule, or a function that returns a module which takes the weights",
+    )
+    parser.add_argument(
+        "--log-dir", required=True, type=Path, help="where to write TensorBoard events, metrics.csv and <prefix>.jsonl"
+    )
+    parser.add_argument(
+        "--probe",
+        type=_probe,
+        metavar=f"FILE|{name}",
+        help="a file of torch.save((inputs, targets)), or a function that returns them; without it, the probe that a "
+        "BasinMonitor has left in the checkpoints",
+    )
+    parser.add_argument("--loss-fn", type=_imported, metavar=name, help="from outputs and targets to a scalar")
+    parser.add_argument("--behavior", type=_imported, metavar=name, help="from a module and inputs to outputs")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        type=_setting,
+        metavar="ARGUMENT=VALUE",
+        help="any other argument of BasinMonitor, for example hessian=False prefix=held_out",
+    )
+    parser.add_argument("--device", default="cpu", help="where to measure (default: %(default)s)")
+    parser.add_argument("--trust", action="store_true", help="also read checkpoints that bring code along, and run it")
+    return parser
+
+
+def _imported(reference: str) -> Any:
+    package, _, name = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(package), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{reference!r} must be PACKAGE.MODULE:NAME. {error}") from error
+
+
+def _probe(reference: str) -> Any:
+    if Path(reference).is_file():
+        return torch.load(reference, weights_only=True)
+    return _imported(reference)()
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} must be ARGUMENT=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):  # A word without quotes.
+        return name, value
+
+
+if __name__ == "__main__":
+    main()

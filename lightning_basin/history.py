@@ -1,0 +1,60 @@
+"""The measurements of a run as a table on disk: CSV or JSON lines, one row a measurement."""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+
+class HistoryFile:
+    """A table that grows row by row, and is complete after every one.
+
+    Args:
+        path: Its ending says the format: ``.csv``, or ``.jsonl`` with one JSON object a line. Written anew by `write`.
+
+    Raises:
+        ValueError: If the path ends in anything else.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     history = HistoryFile(Path(folder) / "basin.csv")
+        ...     history.write([{"step": 0, "rank": 6.0}])
+        ...     history.append({"step": 5, "rank": 4.0, "zero_loss_step": 5.0})
+        ...     history.path.read_text().splitlines()
+        ['step,rank,zero_loss_step', '0,6.0,', '5,4.0,5.0']
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix not in (".csv", ".jsonl"):
+            raise ValueError(f"path must end in .csv or .jsonl, got {path.name}")
+        self.path = path
+        self._columns: list[str] = []
+
+    def write(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """Replace the file, also one that an earlier run left half-written."""
+        rows = list(rows)
+        self._columns = list(dict.fromkeys(key for row in rows for key in row))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_name(f".{self.path.name}")
+        with unfinished.open("w", newline="", encoding="utf-8") as file:
+            if self.path.suffix == ".csv" and rows:
+                writer = csv.DictWriter(file, self._columns)
+                writer.writeheader()
+                writer.writerows(rows)
+            elif rows:
+                file.writelines(f"{json.dumps(row)}\n" for row in rows)
+        unfinished.replace(self.path)
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Add a row; a CSV file is written anew where the row has a column that was not there."""
+        if self.path.suffix == ".jsonl":
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps(row)}\n")
+        elif row.keys() <= set(self._columns):
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
+        else:
+            with self.path.open(newline="", encoding="utf-8") as file:
+                earlier = list(csv.DictReader(file))
+            self.write([*earlier, row])  # type: ignore[list-item]  # what was written before comes back as text

@@ -1,0 +1,47 @@
+"""Where measured values go: every logger, under names that it takes, at the step of Lightning's own curves."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, MLFlowLogger
+
+_REFUSED_BY_MLFLOW = re.compile(r"[^a-zA-Z0-9_/. -]")
+_MLFLOW_BATCH = 1000  # So many values MLflow takes in one request.
+
+
+def log_scalars(loggers: Iterable[Logger], scalars: Mapping[str, float], *, step: int) -> list[str]:
+    """Hand values to every logger, as one row where it has rows.
+
+    Args:
+        loggers: Any number of them.
+        scalars: By key.
+        step: On the x axis.
+
+    Returns:
+        A sentence for each logger that failed: a training run is worth more than a curve.
+    """
+    problems = [_problem_of(logger, scalars, step) for logger in loggers]
+    return [problem for problem in problems if problem is not None]
+
+
+def _problem_of(logger: Logger, scalars: Mapping[str, float], step: int) -> str | None:
+    try:
+        for accepted in _accepted(logger, scalars):
+            logger.log_metrics(accepted, step=step)
+    except Exception as error:  # Whatever a logger raises: a full disk, a server that does not answer.
+        return f"{type(logger).__name__} could not log. {type(error).__name__}: {error}"
+    return None
+
+
+def _accepted(logger: Logger, scalars: Mapping[str, float]) -> list[dict[str, float]]:
+    """The values under names, and in portions, that a logger takes."""
+    if not isinstance(logger, MLFlowLogger):
+        return [dict(scalars)]
+    named = [(_REFUSED_BY_MLFLOW.sub("_", key), value) for key, value in scalars.items()]
+    return [dict(named[start : start + _MLFLOW_BATCH]) for start in range(0, len(named), _MLFLOW_BATCH)]
+
+
+def batches_that_stepped(trainer: Trainer) -> int:
+    """The x axis of Lightning's own curves: private, but what its LearningRateMonitor uses (lightning 2.5 - 2.6)."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

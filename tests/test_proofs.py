@@ -1,0 +1,115 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_basin.functional.proofs import OVERSAMPLING, full_rank_of_gram, rank_of_sketch
+from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients
+
+
+def orthonormal(rows, columns, generator):
+    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
+
+
+def with_singular_values(rows, columns, values, *, seed):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (orthonormal(size, len(values), generator) for size in (rows, columns))
+    return left * torch.as_tensor(np.asarray(values), dtype=torch.float64) @ right.mT
+
+
+def sketched(gradients, *, seed=0):
+    fewer = min(gradients.num_rows, gradients.num_columns)
+    return gradients.sketch(math.ceil(OVERSAMPLING * fewer), torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("smallest", [1e-1, 1e-4, 1e-6])
+def test_full_rank_is_proved_with_its_gap(smallest):
+    values = np.geomspace(1.0, smallest, 40)
+    matrix = with_singular_values(40, 90, values, seed=0)
+    proved = full_rank_of_gram(matrix @ matrix.mT, rtol=1e-12)
+    assert (proved.rank, proved.method, proved.effective_rank) == (40, "cholesky", None)
+    # The Gram matrix holds smallest**2 to eps, and powers converge from below and above: two digits are promised.
+    assert proved.gap == pytest.approx(math.log10(smallest / 2.0**-52), abs=0.1)
+
+
+@pytest.mark.parametrize("smallest", [3e-8, 1e-10, 1e-14, 0.0])
+def test_what_the_gram_matrix_cannot_resolve_is_never_called_full(smallest):
+    values = np.append(np.geomspace(1.0, 1e-3, 39), smallest)
+    for seed in range(20):
+        matrix = with_singular_values(40, 90, values, seed=seed)
+        assert full_rank_of_gram(matrix @ matrix.mT, rtol=1e-12) is None
+
+
+def test_the_zero_matrix_is_not_of_full_rank():
+    assert full_rank_of_gram(torch.zeros(3, 3, dtype=torch.float64), rtol=1e-12) is None
+
+
+# Any rank by a narrow sketch.
+
+
+@pytest.mark.parametrize("shape", [(60, 300), (60, 60), (60, 61), (300, 60)])
+@pytest.mark.parametrize("rank", [1, 2, 30, 59, 60])
+@pytest.mark.parametrize("smallest", [1.0, 1e-5, 1e-9])
+def test_rank_and_gap_where_the_singular_values_leave_no_doubt(shape, rank, smallest):
+    matrix = with_singular_values(*shape, np.geomspace(1.0, smallest, rank) if rank > 1 else [1.0], seed=rank)
+    found = rank_of_sketch(sketched(DenseGradients(matrix)), rtol=300 * 2.0**-52)
+    last = smallest if rank > 1 else 1.0
+    assert (found.rank, found.method) == (rank, "sketch")
+    # What follows is rounding at eps, or some of it; the sketch may be off by 30.
+    assert math.log10(last / 2.0**-52) - 3.5 < found.gap < math.log10(last / 2.0**-52) + math.log10(30)
+    values = np.geomspace(1.0, smallest, rank) if rank > 1 else np.ones(1)
+    assert all(count == (values > tolerance).sum() for tolerance, count in found.at.items())
+    assert 1e-12 in found.at
+
+
+def test_no_wrong_rank_in_two_hundred_spectra():
+    generator = np.random.default_rng(0)
+    proved = 0
+    for seed in range(200):
+        size, num_columns = 40, int(generator.integers(40, 200))
+        rank = int(generator.integers(1, size + 1))
+        values = 10.0 ** -generator.uniform(0, generator.uniform(1, 14), size)
+        values[rank:] *= 10.0 ** -generator.uniform(2, 14)
+        values = np.sort(values)[::-1] / values.max()
+        rtol = 10.0 ** -generator.uniform(3, 12)
+        found = rank_of_sketch(
+            sketched(DenseGradients(with_singular_values(size, num_columns, values, seed=seed)), seed=seed), rtol=rtol
+        )
+        if found is not None:
+            proved += 1
+            assert found.rank == (values > rtol).sum()
+            assert all(count == (values > tolerance).sum() for tolerance, count in found.at.items())
+    assert proved > 20  # Most of these spectra have no gap: it is the others that matter.
+
+
+@pytest.mark.parametrize("gap", [1.0, 2.0])
+def test_singular_values_near_the_tolerance_leave_doubt(gap):
+    values = np.append(np.ones(30), np.full(10, 10.0**-6))
+    for seed in range(10):
+        sketch = sketched(DenseGradients(with_singular_values(40, 90, values, seed=seed)), seed=seed)
+        assert rank_of_sketch(sketch, rtol=1e-6 * gap) is None
+
+
+@pytest.mark.parametrize("deficit", [0, 1, 7])
+def test_rank_of_factored_gradients(deficit):
+    generator = torch.Generator().manual_seed(3)
+    activations = torch.randn(20, 1, 12, generator=generator, dtype=torch.float64)
+    signals = torch.randn(20, 4, 1, 9, generator=generator, dtype=torch.float64)
+    if deficit:  # Inputs that are the same have the same rows.
+        activations[-deficit:], signals[-deficit:] = activations[0], signals[0]
+    found = rank_of_sketch(sketched(KhatriRaoGradients(activations, signals)), rtol=1e-12)
+    assert found.rank == 80 - 4 * deficit  # 12 * 9 columns hold 80 generic rows.
+
+
+def test_scale_changes_nothing():
+    matrix = with_singular_values(40, 90, np.append(np.ones(30), np.zeros(10)), seed=0)
+    sketch = sketched(DenseGradients(matrix))
+    found = [rank_of_sketch(scale * sketch, rtol=1e-12) for scale in (1.0, 2.0**300, 2.0**-300)]
+    assert {judged.rank for judged in found} == {30}
+    assert found[0].gap == pytest.approx(found[1].gap) == pytest.approx(found[2].gap)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (0, 3)])
+def test_nothing_is_proved_of_zeros(shape):
+    assert rank_of_sketch(torch.zeros(shape, dtype=torch.float64), rtol=1e-12) is None
