@@ -2,13 +2,12 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-TRAINING_BATCH = 256  # inputs of the training step that a measurement is compared with
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Workload:
         draw: Returns so many inputs.
         num_inputs: Of the probe, k.
         num_outputs: Per input, c.
-        family: ``"mlp"``, ``"cnn"`` or ``"other"``: decides which goals apply.
+        is_repeated: Whether the last eighth of the inputs repeats the first, which lowers ranks.
     """
 
     name: str
@@ -31,28 +30,32 @@ class Workload:
     draw: Callable[[int], Tensor]
     num_inputs: int
     num_outputs: int
-    family: str
+    is_repeated: bool = False
 
     @property
     def num_rows(self) -> int:
         """Outputs on the probe, m."""
         return self.num_inputs * self.num_outputs
 
+    @property
+    def num_parameters(self) -> int:
+        """Trainable, N."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self.build().parameters())
+
     def module(self, dtype: torch.dtype) -> nn.Module:
         """The network in evaluation mode; the same numbers in every type that holds them."""
         torch.manual_seed(0)
         return self.build().to(dtype).eval()
 
-    def probe(self, dtype: torch.dtype, num_inputs: int | None = None) -> Tensor:
-        """The inputs, or the first so many that would be drawn."""
+    def probe(self, dtype: torch.dtype) -> Tensor:
+        """The inputs; the same numbers in every type that holds them."""
         torch.manual_seed(1)
-        inputs = self.draw(self.num_inputs if num_inputs is None else num_inputs)
+        inputs = self.draw(self.num_inputs)
+        if self.is_repeated:
+            count = self.num_inputs // 8
+            inputs[-count:] = inputs[:count]
         return inputs.to(dtype) if inputs.is_floating_point() else inputs
-
-    def targets(self, dtype: torch.dtype, num_inputs: int | None = None) -> Tensor:
-        """For a mean squared error."""
-        torch.manual_seed(2)
-        return torch.randn(self.num_inputs if num_inputs is None else num_inputs, self.num_outputs).to(dtype)
 
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -154,62 +157,70 @@ class ResidualBlock(nn.Module):
         return F.relu(self.second_norm(self.second(hidden)) + self.skip(x))
 
 
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload(
-            name="seed",
-            title="MLP 2-10-1, tanh",
-            build=lambda: mlp(2, 10, 1, activation=nn.Tanh),
-            draw=lambda count: torch.randn(count, 2),
-            num_inputs=20,
-            num_outputs=1,
-            family="seed",
-        ),
-        Workload(
-            name="mlp",
-            title="MLP 64-128-128-10",
-            build=lambda: mlp(64, 128, 128, 10),
-            draw=lambda count: torch.randn(count, 64),
-            num_inputs=256,
-            num_outputs=10,
-            family="mlp",
-        ),
-        Workload(
-            name="mlp-large",
-            title="MLP 784-512-512-10",
-            build=lambda: mlp(784, 512, 512, 10),
-            draw=lambda count: torch.randn(count, 784),
-            num_inputs=256,
-            num_outputs=10,
-            family="mlp",
-        ),
-        Workload(
-            name="cnn",
-            title="CNN 1-16-32-fc128-10 on 8 x 8",
-            build=cnn,
-            draw=lambda count: torch.randn(count, 1, 8, 8),
-            num_inputs=128,
-            num_outputs=10,
-            family="cnn",
-        ),
-        Workload(
-            name="transformer",
-            title="Transformer, 2 blocks of width 64, 16 tokens",
-            build=Transformer,
-            draw=lambda count: torch.randint(0, 32, (count, 16)),
-            num_inputs=64,
-            num_outputs=8,
-            family="other",
-        ),
-        Workload(
-            name="resnet",
-            title="ResNet-18-shaped CNN on 32 x 32",
-            build=ResNet,
-            draw=lambda count: torch.randn(count, 3, 32, 32),
-            num_inputs=32,
-            num_outputs=10,
-            family="other",
-        ),
+def _by_name(*workloads: Workload) -> dict[str, Workload]:
+    return {workload.name: workload for workload in workloads}
+
+
+def _images(channels: int, size: int) -> Callable[[int], Tensor]:
+    return lambda count: torch.randn(count, channels, size, size)
+
+
+def _vectors(length: int) -> Callable[[int], Tensor]:
+    return lambda count: torch.randn(count, length)
+
+
+def _repeated(workload: Workload) -> Workload:
+    title = f"{workload.title}, the last eighth of the inputs repeated"
+    return replace(workload, name=f"{workload.name}-repeated", title=title, is_repeated=True)
+
+
+RANKED = _by_name(
+    Workload("seed", "MLP 2-10-1, tanh", lambda: mlp(2, 10, 1, activation=nn.Tanh), _vectors(2), 20, 1),
+    Workload("mlp", "MLP 64-128-128-10", lambda: mlp(64, 128, 128, 10), _vectors(64), 256, 10),
+    Workload("mlp-large", "MLP 784-512-512-10", lambda: mlp(784, 512, 512, 10), _vectors(784), 256, 10),
+    Workload("cnn", "CNN 1-16-32-fc128-10 on 8 x 8", cnn, _images(1, 8), 128, 10),
+    Workload(
+        "transformer",
+        "Transformer, 2 blocks of width 64, 16 tokens",
+        Transformer,
+        lambda count: torch.randint(0, 32, (count, 16)),
+        64,
+        8,
+    ),
+    Workload("resnet", "ResNet-18-shaped CNN on 32 x 32", ResNet, _images(3, 32), 32, 10),
+)
+"""On which ranks and products with the Hessian are compared."""
+
+REPEATED = _by_name(*(_repeated(RANKED[name]) for name in ("seed", "cnn")))
+"""And two of them with ranks below the number of rows, where only what does not square sees the right integer."""
+
+SCALED = _by_name(
+    *(
+        Workload(f"width-{width}", f"MLP 64-{width}-{width}-1", partial(mlp, 64, width, width, 1), _vectors(64), 64, 1)
+        for width in (270, 945, 3100)
     )
-}
+)
+"""The same number of rows over more and more parameters: 1e5, 1e6 and 1e7."""
+
+FITTED = _by_name(
+    Workload("mlp-3e3", "MLP 40-40-28-10", lambda: mlp(40, 40, 28, 10, activation=nn.Tanh), _vectors(40), 64, 10),
+    Workload(
+        "mlp-1e6", "MLP 500-800-740-10", lambda: mlp(500, 800, 740, 10, activation=nn.Tanh), _vectors(500), 32, 10
+    ),
+    Workload("cnn-1e6", "CNN 1-32-64-fc950-10 on 8 x 8", lambda: cnn(32, 64, 950), _images(1, 8), 32, 10),
+)
+"""On which null spaces of Hessians are counted, close to a perfect fit."""
+
+LAYER_NORM = _by_name(
+    Workload(
+        "layer-norm",
+        "Linear 3-6, LayerNorm, tanh, Linear 6-2",
+        lambda: nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)),
+        _vectors(3),
+        16,
+        2,
+    )
+)
+"""On which Hessians are compared with finite differences."""
+
+WORKLOADS = RANKED | REPEATED | SCALED | FITTED | LAYER_NORM
