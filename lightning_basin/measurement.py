@@ -553,12 +553,12 @@ def _measured_gradients(
 
     for measured in layer_gradients(evaluation.traced, generator=generator, max_elements=max_elements):
         gradients = measured.gradients if readout is None else measured.gradients.weighted(readout)
-        gram = cache(partial(getattr, gradients, "gram"))  # For the layer and for the network.
-        for part in parts:
-            if measured.layer in part.layers:
-                waiting[part].add(gradients, gram)
-                if part.kind == "layer":  # Complete: judge it now and free its memory.
-                    judge(part)
+        concerned = [part for part in parts if measured.layer in part.layers]
+        gram = cache(partial(getattr, gradients, "gram")) if len(concerned) > 1 else None
+        for part in concerned:
+            waiting[part].add(gradients, gram)
+            if part.kind == "layer":  # Complete: judge it now and free its memory.
+                judge(part)
         if curvature is not None:
             curvature.add(measured.layer, measured.gradients)
         if measured.note is not None:

@@ -15,6 +15,7 @@ from lightning_basin.functional.sketch import (
     DenseGradients,
     KhatriRaoGradients,
     SpectrumAccumulator,
+    StackedGradients,
     gradient_spectrum,
     sketched_spectrum,
 )
@@ -295,6 +296,20 @@ def test_wide_matrices_of_full_rank_are_judged_by_the_gram_matrix():
     assert spectrum.method == "gram"
     # Orthogonal rows of activations with these norms, times a signal of norm 5.
     torch.testing.assert_close(spectrum.singular_values, torch.from_numpy(5 * values[::-1].copy()))
+
+
+@pytest.mark.parametrize(("k", "c", "t"), [(100, 7, 1), (90, 7, 2), (3, 211, 1), (1, 640, 1), (640, 1, 1)])
+def test_large_gram_matrices_are_symmetric_products(k, c, t):
+    parts = (khatri_rao(k=k, c=c, t=t), DenseGradients(drawn(k * c, 5)))
+    columns = (torch.arange(10), torch.arange(10, 15))
+    stacked = StackedGradients(parts, columns, num_rows=k * c, num_columns=15)
+    for gradients in (*parts, stacked):
+        rows = gradients.rows().numpy()
+        np.testing.assert_allclose(gradients.gram.numpy(), rows @ rows.T, rtol=1e-12, atol=1e-12)
+    accumulator = SpectrumAccumulator(k * c, 30, generator_of(0))
+    accumulator.add(stacked)
+    accumulator.add(stacked, lambda: stacked.gram)
+    assert accumulator.proved_rank() is None or accumulator.proved_rank().rank == 15
 
 
 @pytest.mark.parametrize(("k", "c", "d_in", "d_out"), [(60, 3, 20, 3), (20, 3, 60, 3), (30, 4, 12, 9), (1, 1, 1, 1)])

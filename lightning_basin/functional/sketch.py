@@ -294,8 +294,15 @@ LayerGradients = KhatriRaoGradients | DenseGradients | StackedGradients
 def _symmetric(gram: Tensor, add_lower: Callable[[Tensor], None]) -> Tensor:
     """A Gram matrix of which only the lower half is computed: half the operations."""
     add_lower(gram)
+    return _mirrored(gram)
+
+
+def _mirrored(gram: Tensor) -> Tensor:
+    """The matrix, its lower half copied over the upper one."""
     for rows in _blocks(len(gram), _block_rows(len(gram))):
         gram[: rows.start, rows] = gram[rows, : rows.start].mT
+        lower = gram[rows, rows].tril()
+        gram[rows, rows] = lower + lower.tril(-1).mT
     return gram
 
 
@@ -338,7 +345,7 @@ class SpectrumAccumulator:
         self._is_tiny = work <= _TINY_WORK
         self._is_small = num_columns <= 2 * num_rows or (fewer * more <= _DENSE_ELEMENTS and work <= _DENSE_WORK)
         self._has_more_rows = num_rows > num_columns
-        self._gram: Tensor | None = None
+        self._lower_gram: Tensor | None = None  # Above the diagonal it may lack what was added.
         self._sketch: Tensor | None = None
         self._waiting: list[LayerGradients] = []
 
@@ -352,11 +359,12 @@ class SpectrumAccumulator:
         self._waiting.append(gradients)
         if self._is_tiny or (self._is_small and self._has_more_rows):
             return
-        found = gradients.gram if gram is None else gram()
-        if self._gram is not None:
-            self._gram.add_(found)
+        if self._lower_gram is not None:
+            gradients.add_lower_gram(self._lower_gram) if gram is None else self._lower_gram.add_(gram())
+        elif gram is None:
+            self._lower_gram = gradients.gram
         else:  # A single matrix needs no sum of its own.
-            self._gram = found if gradients.num_columns == self._num_columns else found.clone()
+            self._lower_gram = gram() if gradients.num_columns == self._num_columns else gram().clone()
         if not self._is_small and sum(waiting.num_elements for waiting in self._waiting) > self._max_waiting:
             self._add_sketches()
 
@@ -371,11 +379,12 @@ class SpectrumAccumulator:
         factored = self._kronecker_spectrum()
         if factored is not None:
             return factored
-        if not self._is_small and self._gram is not None:
-            return sketched_spectrum(self._gram, self._add_sketches, num_columns=2 * self._num_rows)
+        gram = self._gram()
+        if not self._is_small and gram is not None:
+            return sketched_spectrum(gram, self._add_sketches, num_columns=2 * self._num_rows)
         rtol = default_rtol(self._num_rows, self._num_columns)
-        if self._gram is not None and full_rank_of_gram(self._gram, rtol=rtol) is not None:
-            return Spectrum(singular_values=_bulk(self._gram)[0], rtol=rtol, method="gram")
+        if gram is not None and full_rank_of_gram(gram, rtol=rtol) is not None:
+            return Spectrum(singular_values=_bulk(gram)[0], rtol=rtol, method="gram")
         return Spectrum(singular_values=singular_values(self._matrix()), rtol=rtol, method="svd")
 
     def proved_rank(self, *, rtol: float | None = None) -> GradientRank | None:
@@ -392,7 +401,7 @@ class SpectrumAccumulator:
             return None
         if rtol is None:
             rtol = default_rtol(self._num_rows, self._num_columns if self._is_small else 2 * self._num_rows)
-        gram = self._gram
+        gram = self._gram()
         if gram is None:
             gram = DenseGradients(self._matrix().mT).gram
         found = full_rank_of_gram(gram, rtol=rtol)
@@ -405,6 +414,9 @@ class SpectrumAccumulator:
         else:  # Some could not wait: their sketch is the wide one.
             sketch = self._add_sketches()
         return rank_of_sketch(sketch, rtol=rtol)
+
+    def _gram(self) -> Tensor | None:
+        return None if self._lower_gram is None else _mirrored(self._lower_gram)
 
     def _matrix(self) -> Tensor:
         return torch.cat([gradients.rows() for gradients in self._waiting], dim=1)
