@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -416,6 +417,8 @@ class BasinMonitor(Callback):
         self._measured_step = step
         if self._has_given_up or self._probe is None:  # Resumed without one, and no batch has come by yet.
             return
+        if _renews_batch_statistics(trainer):
+            return
         record = self._record(trainer, module, step) if trainer.is_global_zero else None
         record = trainer.strategy.broadcast(record, 0)
         if record is None:
@@ -616,6 +619,12 @@ def _check_at_least_one(**counts: int | None) -> None:
 def _batches_that_stepped(trainer: Trainer) -> int:
     """The x axis of Lightning's own curves: private, but what its LearningRateMonitor uses (lightning 2.5 - 2.6)."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _renews_batch_statistics(trainer: Trainer) -> bool:
+    """Whether this is the extra epoch, after those of training, in which the module holds averaged weights."""
+    averaging = (callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging))
+    return any(0 <= callback.swa_end < trainer.current_epoch for callback in averaging)
 
 
 def _as_in_training(trainer: Trainer, batch: Any) -> Any:

@@ -219,6 +219,26 @@ class Eventful(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 
+class EventfulTwoOptimizers(Eventful):
+    """The same with manual optimization and an optimizer for each layer, of which one waits for the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            loss = super().training_step(batch, batch_idx)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        return [torch.optim.AdamW(part.parameters(), lr=0.01) for part in (self.hidden, self.readout)]
+
+
 class EventfulManual(Eventful):
     """The same with manual optimization that accumulates two batches."""
 
@@ -272,11 +292,30 @@ class Witness(Callback):
             "metric updates": pl_module.mean_output.update_count,
             "batch": batch,
             "hooks": [len(part._forward_hooks) + len(part._backward_hooks) for part in pl_module.modules()],
+            "trainable": [parameter.requires_grad for parameter in pl_module.parameters()],
+            "metrics": {
+                name: value for name, value in trainer.callback_metrics.items() if not name.startswith("basin")
+            },
             "gradients enabled": torch.is_grad_enabled(),
             "default type": str(torch.get_default_dtype()),
             "anomaly detection": torch.is_anomaly_enabled(),
         }
         self.seen.append({name: fingerprint(value) for name, value in state.items()})
+
+
+def witnessed(root, *callbacks: Callback, make_module=Eventful, own_generator=False, make_batches=loader, **options):
+    """Train on shuffled, random batches; return everything that was seen of the run."""
+    trainer_options = {name: value for name, value in options.items() if name not in LOADER_OPTIONS}
+    loader_options = {name: value for name, value in options.items() if name in LOADER_OPTIONS}
+    generator = torch.Generator().manual_seed(1) if own_generator else None
+    witness = Witness(generator)
+    with seeded(3):
+        batches = make_batches(60, 10, shuffle=True, generator=generator, drop_last=True, **loader_options)
+        make_trainer(root, *callbacks, witness, **trainer_options).fit(make_module(), batches, loader(20))
+    return witness.seen
+
+
+LOADER_OPTIONS = ("num_workers", "persistent_workers")
 
 
 def fingerprint(item) -> str:
