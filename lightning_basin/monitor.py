@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_basin.curvature import HESSIAN_MODES, HessianMode
+from lightning_basin.gathering import GatheredModule
 from lightning_basin.layers import call_module
 from lightning_basin.measurement import Behavior, Probabilities, check_measurable, measure_basin
 from lightning_basin.null_space import verify_null_space as verified_null_space
@@ -185,6 +186,7 @@ class BasinMonitor(Callback):
         self._seen_step = 0
         self._collector = self._new_collector()
         self._initial: tuple[nn.Module, int, int] | None = None  # for the baseline: its step and x axis beside it
+        self._gathered: GatheredModule | None = None  # where a strategy shards the module
         self._is_checked = False
         self._leave_out_loss = False
         self._said: set[str] = set()
@@ -219,11 +221,15 @@ class BasinMonitor(Callback):
                 f"BasinMonitor needs the Trainer of the `lightning` package, got {type(trainer).__module__}."
                 f"{type(trainer).__name__}. HINT: `from lightning.pytorch import Trainer`"
             )
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        self._gathered = None
+        if _cannot_be_gathered(trainer.strategy):
             raise MisconfigurationException(
-                f"BasinMonitor needs whole parameters on each process, but {type(trainer.strategy).__name__} shards "
-                f"them. HINT: train with DDP, or call `measure_basin` on the checkpoints"
+                f"BasinMonitor needs whole parameters, but {type(trainer.strategy).__name__} shards them in a way that "
+                f"it cannot put together. HINT: train with DDP or with ModelParallelStrategy (FSDP2), or measure the "
+                f"checkpoints: `lightning_basin.measure_checkpoints`"
             )
+        if isinstance(trainer.strategy, ModelParallelStrategy):  # Nothing is sharded before `configure_model`.
+            self._gathered = GatheredModule(pl_module, is_here=trainer.is_global_zero)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -244,8 +250,11 @@ class BasinMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._probe is not None and self._measured_step is not None:
             return
+        is_first, self._is_checked = not self._is_checked, True
         # Rank zero decides for all: batches may differ in size from process to process.
-        problem = self._take_probe(trainer, pl_module, batch) if trainer.is_global_zero else None
+        module, problem = self._whole(pl_module) if is_first else (pl_module, None)
+        if trainer.is_global_zero and problem is None:
+            problem = self._take_probe(trainer, module, batch, is_first=is_first)
         problem, self._probe = trainer.strategy.broadcast((problem, self._probe), 0)
         if problem is not None:
             raise MisconfigurationException(f"BasinMonitor cannot measure {type(pl_module).__name__}: {problem}")
@@ -299,9 +308,17 @@ class BasinMonitor(Callback):
     def _new_collector(self) -> ProbeCollector:
         return ProbeCollector(self._probe_size, batch_fn=self.batch_fn, whole_batches=callable(self.behavior))
 
-    def _take_probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> str | None:
+    def _whole(self, pl_module: nn.Module) -> tuple[nn.Module, str | None]:
+        """The module with all of its parameters, on rank zero, or why not; all processes must ask for it together."""
+        if self._gathered is None:
+            return pl_module, None
+        try:
+            return self._gathered.gathered(pl_module) or pl_module, None
+        except ValueError as error:
+            return pl_module, f"{error}. HINT: measure the checkpoints: `lightning_basin.measure_checkpoints`"
+
+    def _take_probe(self, trainer: Trainer, pl_module: nn.Module, batch: Any, *, is_first: bool) -> str | None:
         """Collect inputs until there are enough; the first time, say what is wrong with the configuration."""
-        is_first, self._is_checked = not self._is_checked, True
         try:
             if self._probe is None:
                 self._collector.add(batch)
@@ -322,7 +339,7 @@ class BasinMonitor(Callback):
             rank_zero_warn(f"BasinMonitor could not check {type(pl_module).__name__}. {type(error).__name__}: {error}")
         return None
 
-    def _check(self, trainer: Trainer, pl_module: LightningModule, probe: Probe) -> None:
+    def _check(self, trainer: Trainer, pl_module: nn.Module, probe: Probe) -> None:
         """Evaluate once; a loss that was found and not given is left out where it does not fit."""
         behavior = self._quiet_behavior(trainer)
         for _ in self._whole_training_set(trainer) or ():  # Whether its first batch can be told apart.
@@ -407,18 +424,25 @@ class BasinMonitor(Callback):
         return Probabilities(outputs) if self.behavior == "probabilities" else outputs
 
     def _measure_baseline(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._probe is not None and self._measured_step is None:
-            initial, self._initial = self._initial, None
-            self._collector = self._new_collector()
-            now = (pl_module, trainer.global_step, _batches_that_stepped(trainer))
-            self._measure(trainer, *(initial or now))
+        if self._probe is None or self._measured_step is not None:
+            return
+        initial, self._initial = self._initial, None
+        self._collector = self._new_collector()
+        module, step, log_step = initial or (pl_module, trainer.global_step, _batches_that_stepped(trainer))
+        # Rank zero alone keeps initial weights: it says to all whether these are measured, and as of when.
+        is_whole, step, log_step = trainer.strategy.broadcast((initial is not None, step, log_step), 0)
+        self._measure(trainer, module, step, log_step, is_whole=is_whole)
 
-    def _measure(self, trainer: Trainer, module: nn.Module, step: int, log_step: int) -> None:
+    def _measure(
+        self, trainer: Trainer, module: nn.Module, step: int, log_step: int, *, is_whole: bool = False
+    ) -> None:
         self._measured_step = step
         if self._has_given_up or self._probe is None:  # Resumed without one, and no batch has come by yet.
             return
         if _renews_batch_statistics(trainer):
             return
+        if not is_whole:
+            module, _ = self._whole(module)
         record = self._record(trainer, module, step) if trainer.is_global_zero else None
         record = trainer.strategy.broadcast(record, 0)
         if record is None:
@@ -587,9 +611,9 @@ class BasinMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
-        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict", "_initial")} | {
-            "_initial": None
-        }
+        dropped = ("log", "log_dict", "_initial", "_gathered")
+        kept = {name: value for name, value in vars(self).items() if name not in dropped}
+        return kept | {"_initial": None, "_gathered": None}
 
 
 def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
@@ -616,6 +640,14 @@ def _check_at_least_one(**counts: int | None) -> None:
             raise MisconfigurationException(f"`BasinMonitor({name}={count})` must be at least 1")
 
 
+def _cannot_be_gathered(strategy: Strategy) -> bool:
+    if isinstance(strategy, DeepSpeedStrategy):
+        return strategy.zero_stage_3  # Below, each process holds all parameters, as with DDP.
+    if isinstance(strategy, ModelParallelStrategy):
+        return strategy.device_mesh["tensor_parallel"].size() > 1
+    return isinstance(strategy, FSDPStrategy)
+
+
 def _batches_that_stepped(trainer: Trainer) -> int:
     """The x axis of Lightning's own curves: private, but what its LearningRateMonitor uses (lightning 2.5 - 2.6)."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -623,7 +655,8 @@ def _batches_that_stepped(trainer: Trainer) -> int:
 
 def _renews_batch_statistics(trainer: Trainer) -> bool:
     """Whether this is the extra epoch, after those of training, in which the module holds averaged weights."""
-    averaging = (callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging))
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+    averaging = (callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging))
     return any(0 <= callback.swa_end < trainer.current_epoch for callback in averaging)
 
 

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_basin import BasinMonitor, RankEarlyStopping, measure_basin
@@ -64,6 +68,87 @@ def measured(rank, root):
         "with_monitor": with_monitor.seen,
         "without": without.seen,
     }
+
+
+class Sharded(Eventful):
+    """Each layer in two halves, one on each process; an attribute and a buffer that no state dict holds change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(2), persistent=False)
+        self.scale = 1.0
+
+    def configure_model(self):
+        for part in (self.hidden, self.readout, self):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    def forward(self, inputs):
+        return self.scale * super().forward(inputs) + self.shift
+
+    def on_train_epoch_end(self):
+        self.scale += 0.5
+        self.shift += 1.0
+
+
+class MadeLate(Sharded):
+    """Has another layer once it is sharded."""
+
+    def configure_model(self):
+        self.late = nn.Linear(2, 2)
+        super().configure_model()
+
+
+def fit_sharded(root, *callbacks, module=None, tensor_parallel_size=1, **options):
+    sizes = {"data_parallel_size": 2 // tensor_parallel_size, "tensor_parallel_size": tensor_parallel_size}
+    strategy = ModelParallelStrategy(**sizes, process_group_backend="gloo", timeout=TIMEOUT)
+    trainer = make_trainer(root, *callbacks, strategy=strategy, devices=2, **options)
+    with seeded(trainer.global_rank):
+        trainer.fit(module or Sharded(), loader(80, 10))
+    return trainer
+
+
+class Whole(Callback):
+    """All weights at the end of each epoch, before the module changes its scale and shift."""
+
+    def __init__(self) -> None:
+        self.states = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(pl_module, options=options)  # Buffers in it are those of the module.
+        self.states.append({name: tensor.clone() for name, tensor in state.items()})
+
+
+def sharded(rank, root):
+    """Parameters sharded over both processes, with and without monitor; and one whose probe takes several batches."""
+    monitor, late, whole, with_monitor, without = (
+        BasinMonitor(probe=8),
+        BasinMonitor(probe=25, prefix="basin_late"),
+        Whole(),
+        Witness(),
+        Witness(),
+    )
+    trainer = fit_sharded(root, monitor, late, whole, with_monitor)
+    fit_sharded(root, without)
+    return {
+        "records": [record.to_dict() for record in monitor.records],
+        "late": [record.to_dict() for record in late.records],
+        "probes": [(m.probe.inputs, m.probe.targets) for m in (monitor, late)],
+        "metrics": basin_metrics(trainer),
+        "states": whole.states,
+        "with_monitor": with_monitor.seen,
+        "without": without.seen,
+    }
+
+
+def refused(rank, root):
+    """What is said where a sharded module cannot be put together again."""
+    messages = []
+    for options in ({"module": MadeLate()}, {"module": Eventful(), "tensor_parallel_size": 2}):
+        with pytest.raises(MisconfigurationException) as raised:
+            fit_sharded(root, BasinMonitor(probe=8), **options)
+        messages.append(str(raised.value))
+    return messages
 
 
 def stopped(rank, root):
@@ -120,6 +205,13 @@ def uneven(rank, root):
     monitor = BasinMonitor(probe=40)
     batches = DataLoader(regression_data(160 if rank == 0 else 40, seed=rank), 20 if rank == 0 else 5)
     trainer, _ = fit(root, monitor, batches=batches, use_distributed_sampler=False)
+    return {"steps": steps(monitor), "last_step": trainer.global_step, "metrics": basin_metrics(trainer)}
+
+
+def never_full(rank, root):
+    """A probe larger than the epoch: its baseline is measured at the end of it, and dated by its weights."""
+    monitor = BasinMonitor(probe=500)
+    trainer, _ = fit(root, monitor)
     return {"steps": steps(monitor), "last_step": trainer.global_step, "metrics": basin_metrics(trainer)}
 
 
@@ -232,10 +324,49 @@ def test_processes_give_up_together(fits):
     assert first == second == {"steps": [], "last_step": 16, "given_up": True}
 
 
-def test_processes_with_batches_of_different_sizes_do_not_wait_for_each_other(tmp_path):
-    first, second = (process["uneven"] for process in run_two_processes(tmp_path, "uneven"))
+@pytest.fixture(scope="module")
+def sharded_fits(tmp_path_factory):
+    return run_two_processes(tmp_path_factory.mktemp("sharded"), "sharded", "refused")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_training_of_a_sharded_module_is_bit_identical_with_and_without_monitor(sharded_fits, rank):
+    assert sharded_fits[rank]["sharded"]["with_monitor"] == sharded_fits[rank]["sharded"]["without"]
+
+
+def test_both_processes_hold_equal_records_of_a_sharded_module(sharded_fits):
+    first, second = (process["sharded"] for process in sharded_fits)
+    assert [record["step"] for record in first["records"]] == [0, 4, 8]
+    for name in ("records", "late", "metrics"):
+        assert first[name] == second[name]
+
+
+@pytest.mark.parametrize(("name", "index"), [("records", 0), ("late", 1)])
+def test_records_of_a_sharded_module_are_those_of_its_whole_weights(sharded_fits, name, index):
+    found = sharded_fits[0]["sharded"]
+    module, expected = Sharded(), []
+    for step, state in zip((0, 4, 8), [module.state_dict(), *found["states"]], strict=True):
+        module.load_state_dict(state)
+        expected.append(measure_basin(module, *found["probes"][index], loss_fn=nn.MSELoss(), layers="auto", step=step))
+        if step:  # The first measurement is of the weights at the start, the second of the end of the first epoch.
+            module.on_train_epoch_end()
+    assert timeless(map(BasinRecord.from_dict, found[name])) == timeless(expected)
+
+
+def test_sharded_modules_that_cannot_be_put_together_are_refused_with_the_way_to_measure_them(sharded_fits):
+    first, second = (process["refused"] for process in sharded_fits)
     assert first == second
-    assert (first["steps"], first["last_step"]) == ([0, 8, 16], 16)
+    assert "['late.bias', 'late.weight'] came or went in `configure_model`" in first[0]
+    assert "ModelParallelStrategy shards them in a way that it cannot put together" in first[1]
+    assert all("lightning_basin.measure_checkpoints" in message for message in first)
+
+
+def test_processes_with_batches_of_different_sizes_do_not_wait_for_each_other(tmp_path):
+    found = run_two_processes(tmp_path, "uneven", "never_full")
+    for name, expected in {"uneven": ([0, 8, 16], 16), "never_full": ([0, 4, 8], 8)}.items():
+        first, second = (process[name] for process in found)
+        assert first == second
+        assert (first["steps"], first["last_step"]) == expected
 
 
 def test_metrics_are_synchronized_over_processes_with_uneven_rows(tmp_path):

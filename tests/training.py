@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
@@ -328,6 +329,8 @@ def fingerprint(item) -> str:
 
 
 def _parts(item) -> Iterator[bytes]:
+    if isinstance(item, DTensor):
+        item = item.to_local()
     if isinstance(item, Tensor):
         yield f"{item.dtype}{tuple(item.shape)}{item.requires_grad}".encode()
         yield item.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if item.numel() else b""
