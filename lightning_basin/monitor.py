@@ -229,7 +229,11 @@ class BasinMonitor(Callback):
                 f"checkpoints: `lightning_basin.measure_checkpoints`"
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):  # Nothing is sharded before `configure_model`.
-            self._gathered = GatheredModule(pl_module, is_here=trainer.is_global_zero)
+            try:
+                self._gathered = GatheredModule(pl_module, is_here=trainer.is_global_zero)
+            except (TypeError, ValueError) as error:
+                name = type(pl_module).__name__
+                raise MisconfigurationException(f"BasinMonitor cannot measure {name}: {error}") from error
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -252,9 +256,8 @@ class BasinMonitor(Callback):
             return
         is_first, self._is_checked = not self._is_checked, True
         # Rank zero decides for all: batches may differ in size from process to process.
-        module, problem = self._whole(pl_module) if is_first else (pl_module, None)
-        if trainer.is_global_zero and problem is None:
-            problem = self._take_probe(trainer, module, batch, is_first=is_first)
+        whole = self._whole(pl_module) if is_first else None
+        problem = self._take_probe(trainer, whole, batch) if trainer.is_global_zero else None
         problem, self._probe = trainer.strategy.broadcast((problem, self._probe), 0)
         if problem is not None:
             raise MisconfigurationException(f"BasinMonitor cannot measure {type(pl_module).__name__}: {problem}")
@@ -308,35 +311,32 @@ class BasinMonitor(Callback):
     def _new_collector(self) -> ProbeCollector:
         return ProbeCollector(self._probe_size, batch_fn=self.batch_fn, whole_batches=callable(self.behavior))
 
-    def _whole(self, pl_module: nn.Module) -> tuple[nn.Module, str | None]:
-        """The module with all of its parameters, on rank zero, or why not; all processes must ask for it together."""
-        if self._gathered is None:
-            return pl_module, None
-        try:
-            return self._gathered.gathered(pl_module) or pl_module, None
-        except ValueError as error:
-            return pl_module, f"{error}. HINT: measure the checkpoints: `lightning_basin.measure_checkpoints`"
+    def _whole(self, pl_module: nn.Module) -> Callable[[], nn.Module]:
+        """Gives the module with all of its parameters on rank zero; all processes must ask for it together."""
+        return (lambda: pl_module) if self._gathered is None else self._gathered.gathered(pl_module)
 
-    def _take_probe(self, trainer: Trainer, pl_module: nn.Module, batch: Any, *, is_first: bool) -> str | None:
-        """Collect inputs until there are enough; the first time, say what is wrong with the configuration."""
+    def _take_probe(self, trainer: Trainer, whole: Callable[[], nn.Module] | None, batch: Any) -> str | None:
+        """Collect inputs until there are enough; the first time, with the module, say what cannot be measured."""
         try:
             if self._probe is None:
                 self._collector.add(batch)
                 if self._collector.complete:
                     self._probe = self._collector.probe()
-            if is_first:
-                self._check(trainer, pl_module, self._probe or self._collector.probe())
+            if whole is not None:
+                module = whole()
+                self._check(trainer, module, self._probe or self._collector.probe())
                 # Some training steps will pass before there are enough inputs: the baseline is that of the weights now.
                 if self._probe is None and self._measured_step is None:
-                    (module,) = float64_replica(pl_module)
-                    self._initial = (module, trainer.global_step, _batches_that_stepped(trainer))
+                    (initial,) = float64_replica(module)
+                    self._initial = (initial, trainer.global_step, _batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
-            if is_first:
+            if whole is not None:
                 return str(error)
             self._probe = self._collector.probe()
             self._say(f"The probe has {self._probe.size} inputs, not {self._probe_size}: {error}", warn=True)
         except Exception as error:  # Not the configuration. The measurements will say whether they succeed.
-            rank_zero_warn(f"BasinMonitor could not check {type(pl_module).__name__}. {type(error).__name__}: {error}")
+            name = type(trainer.lightning_module).__name__
+            rank_zero_warn(f"BasinMonitor could not check {name}. {type(error).__name__}: {error}")
         return None
 
     def _check(self, trainer: Trainer, pl_module: nn.Module, probe: Probe) -> None:
@@ -419,6 +419,8 @@ class BasinMonitor(Callback):
             if isinstance(module, LightningModule):
                 module.trainer = trainer
                 vars(module).update(log=_ignore, log_dict=_ignore)
+                if trainer.world_size > 1:
+                    vars(module).update(all_gather=_refuse_to_gather)
             return call(module, inputs)
 
         return Probabilities(outputs) if self.behavior == "probabilities" else outputs
@@ -430,20 +432,27 @@ class BasinMonitor(Callback):
         self._collector = self._new_collector()
         module, step, log_step = initial or (pl_module, trainer.global_step, _batches_that_stepped(trainer))
         # Rank zero alone keeps initial weights: it says to all whether these are measured, and as of when.
-        is_whole, step, log_step = trainer.strategy.broadcast((initial is not None, step, log_step), 0)
-        self._measure(trainer, module, step, log_step, is_whole=is_whole)
+        is_kept, step, log_step = trainer.strategy.broadcast((initial is not None, step, log_step), 0)
+        self._measure(trainer, pl_module, step, log_step, whole=(lambda: module) if is_kept else None)
 
     def _measure(
-        self, trainer: Trainer, module: nn.Module, step: int, log_step: int, *, is_whole: bool = False
+        self,
+        trainer: Trainer,
+        pl_module: nn.Module,
+        step: int,
+        log_step: int,
+        *,
+        whole: Callable[[], nn.Module] | None = None,
     ) -> None:
+        """Measure a module as it is now, or the one that ``whole`` gives."""
         self._measured_step = step
         if self._has_given_up or self._probe is None:  # Resumed without one, and no batch has come by yet.
             return
         if _renews_batch_statistics(trainer):
             return
-        if not is_whole:
-            module, _ = self._whole(module)
-        record = self._record(trainer, module, step) if trainer.is_global_zero else None
+        if whole is None:
+            whole = self._whole(pl_module)
+        record = self._record(trainer, whole, step) if trainer.is_global_zero else None
         record = trainer.strategy.broadcast(record, 0)
         if record is None:
             self._count_failure()
@@ -473,10 +482,11 @@ class BasinMonitor(Callback):
         except Exception as error:  # The training run is worth more than a curve.
             self._say(f"{type(logger).__name__} could not log. {type(error).__name__}: {error}", warn=True)
 
-    def _record(self, trainer: Trainer, module: nn.Module, step: int) -> BasinRecord | None:
+    def _record(self, trainer: Trainer, whole: Callable[[], nn.Module], step: int) -> BasinRecord | None:
         try:
             profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
             with profiler.profile(f"[BasinMonitor]{self.prefix}.measure"):
+                module = whole()
                 record = measure_basin(
                     module,
                     self._probe,
@@ -687,3 +697,8 @@ def _probabilities(outputs: Callable[[nn.Module, Any], Tensor], module: nn.Modul
 
 def _ignore(*_: Any, **__: Any) -> None:
     """Takes the place of a method that would log."""
+
+
+def _refuse_to_gather(*_: Any, **__: Any) -> None:
+    """Takes the place of a method that would wait for the other processes, which do not measure."""
+    raise RuntimeError("one process measures, and `all_gather` would wait for the others: pass a behavior without it")

@@ -98,12 +98,12 @@ class MadeLate(Sharded):
         super().configure_model()
 
 
-def fit_sharded(root, *callbacks, module=None, tensor_parallel_size=1, **options):
+def fit_sharded(root, *callbacks, module=None, tensor_parallel_size=1, ckpt_path=None, **options):
     sizes = {"data_parallel_size": 2 // tensor_parallel_size, "tensor_parallel_size": tensor_parallel_size}
     strategy = ModelParallelStrategy(**sizes, process_group_backend="gloo", timeout=TIMEOUT)
     trainer = make_trainer(root, *callbacks, strategy=strategy, devices=2, **options)
     with seeded(trainer.global_rank):
-        trainer.fit(module or Sharded(), loader(80, 10))
+        trainer.fit(module or Sharded(), loader(80, 10), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -141,10 +141,24 @@ def sharded(rank, root):
     }
 
 
+def resumed(rank, root):
+    """One epoch, and one more from its checkpoint; the same in one go."""
+    uninterrupted, first, second = (BasinMonitor(probe=8) for _ in range(3))
+    fit_sharded(root, uninterrupted)
+    fit_sharded(root, first, max_epochs=1).save_checkpoint(root / "sharded.ckpt")
+    fit_sharded(root, second, ckpt_path=root / "sharded.ckpt")
+    return {name: [r.to_dict() for r in m.records] for name, m in {"whole": uninterrupted, "resumed": second}.items()}
+
+
 def refused(rank, root):
     """What is said where a sharded module cannot be put together again."""
     messages = []
-    for options in ({"module": MadeLate()}, {"module": Eventful(), "tensor_parallel_size": 2}):
+    with torch.device("meta"):
+        empty = nn.Linear(2, 2)
+    without_numbers = Sharded()
+    without_numbers.empty = empty
+    late, tensor_parallel = {"module": MadeLate()}, {"module": Eventful(), "tensor_parallel_size": 2}
+    for options in (late, tensor_parallel, {"module": without_numbers}):
         with pytest.raises(MisconfigurationException) as raised:
             fit_sharded(root, BasinMonitor(probe=8), **options)
         messages.append(str(raised.value))
@@ -208,6 +222,20 @@ def uneven(rank, root):
     return {"steps": steps(monitor), "last_step": trainer.global_step, "metrics": basin_metrics(trainer)}
 
 
+class Gathering(Eventful):
+    """Asks the other processes something in its forward pass."""
+
+    def forward(self, inputs):
+        self.all_gather(inputs)
+        return super().forward(inputs)
+
+
+def gathering(rank, root):
+    with pytest.raises(MisconfigurationException) as raised:
+        fit(root, BasinMonitor(probe=10), module=Gathering())
+    return str(raised.value)
+
+
 def never_full(rank, root):
     """A probe larger than the epoch: its baseline is measured at the end of it, and dated by its weights."""
     monitor = BasinMonitor(probe=500)
@@ -268,7 +296,7 @@ def run_two_processes(root, *scenarios):
         with (root / f"log{rank}.txt").open("w") as log:
             processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log))
     try:
-        codes = [process.wait(timeout=100) for process in processes]
+        codes = [process.wait(timeout=200) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -279,7 +307,11 @@ def run_two_processes(root, *scenarios):
 
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory):
-    return run_two_processes(tmp_path_factory.mktemp("fits"), "measured", "stopped", "failing", "giving_up")
+    # Starting two processes takes longer than all they do. The first of these makes a process group of its own.
+    of_metrics, of_whole_modules = ("synchronized",), ("measured", "stopped", "failing", "giving_up")
+    of_waiting, of_shards = ("uneven", "never_full", "gathering"), ("sharded", "resumed", "refused")
+    scenarios = of_metrics + of_whole_modules + of_waiting + of_shards
+    return run_two_processes(tmp_path_factory.mktemp("fits"), *scenarios)
 
 
 def test_both_processes_hold_equal_records_and_metrics(fits):
@@ -324,26 +356,21 @@ def test_processes_give_up_together(fits):
     assert first == second == {"steps": [], "last_step": 16, "given_up": True}
 
 
-@pytest.fixture(scope="module")
-def sharded_fits(tmp_path_factory):
-    return run_two_processes(tmp_path_factory.mktemp("sharded"), "sharded", "refused")
-
-
 @pytest.mark.parametrize("rank", [0, 1])
-def test_training_of_a_sharded_module_is_bit_identical_with_and_without_monitor(sharded_fits, rank):
-    assert sharded_fits[rank]["sharded"]["with_monitor"] == sharded_fits[rank]["sharded"]["without"]
+def test_training_of_a_sharded_module_is_bit_identical_with_and_without_monitor(fits, rank):
+    assert fits[rank]["sharded"]["with_monitor"] == fits[rank]["sharded"]["without"]
 
 
-def test_both_processes_hold_equal_records_of_a_sharded_module(sharded_fits):
-    first, second = (process["sharded"] for process in sharded_fits)
+def test_both_processes_hold_equal_records_of_a_sharded_module(fits):
+    first, second = (process["sharded"] for process in fits)
     assert [record["step"] for record in first["records"]] == [0, 4, 8]
     for name in ("records", "late", "metrics"):
         assert first[name] == second[name]
 
 
 @pytest.mark.parametrize(("name", "index"), [("records", 0), ("late", 1)])
-def test_records_of_a_sharded_module_are_those_of_its_whole_weights(sharded_fits, name, index):
-    found = sharded_fits[0]["sharded"]
+def test_records_of_a_sharded_module_are_those_of_its_whole_weights(fits, name, index):
+    found = fits[0]["sharded"]
     module, expected = Sharded(), []
     for step, state in zip((0, 4, 8), [module.state_dict(), *found["states"]], strict=True):
         module.load_state_dict(state)
@@ -353,24 +380,37 @@ def test_records_of_a_sharded_module_are_those_of_its_whole_weights(sharded_fits
     assert timeless(map(BasinRecord.from_dict, found[name])) == timeless(expected)
 
 
-def test_sharded_modules_that_cannot_be_put_together_are_refused_with_the_way_to_measure_them(sharded_fits):
-    first, second = (process["refused"] for process in sharded_fits)
+def test_resumed_run_of_a_sharded_module_goes_on_with_the_same_probe_at_the_same_steps(fits):
+    first, second = (process["resumed"] for process in fits)
+    assert first == second
+    # The module's scale and shift are in no checkpoint: only what comes before is the same to the last digit.
+    assert [record["step"] for record in first["resumed"]] == [0, 4, 8]
+    whole, resumed = (timeless(map(BasinRecord.from_dict, first[name])) for name in ("whole", "resumed"))
+    assert resumed[:2] == whole[:2]
+
+
+def test_sharded_modules_that_cannot_be_put_together_are_refused_with_the_way_to_measure_them(fits):
+    first, second = (process["refused"] for process in fits)
     assert first == second
     assert "['late.bias', 'late.weight'] came or went in `configure_model`" in first[0]
     assert "ModelParallelStrategy shards them in a way that it cannot put together" in first[1]
+    assert "must be made with numbers in its parameters, not on the meta device" in first[2]
     assert all("lightning_basin.measure_checkpoints" in message for message in first)
 
 
-def test_processes_with_batches_of_different_sizes_do_not_wait_for_each_other(tmp_path):
-    found = run_two_processes(tmp_path, "uneven", "never_full")
-    for name, expected in {"uneven": ([0, 8, 16], 16), "never_full": ([0, 4, 8], 8)}.items():
-        first, second = (process[name] for process in found)
-        assert first == second
-        assert (first["steps"], first["last_step"]) == expected
+@pytest.mark.parametrize(("name", "expected"), [("uneven", [0, 8, 16]), ("never_full", [0, 4, 8])])
+def test_processes_whose_probes_do_not_fill_at_once_do_not_wait_for_each_other(fits, name, expected):
+    first, second = (process[name] for process in fits)
+    assert first == second
+    assert (first["steps"], first["last_step"]) == (expected, expected[-1])
 
 
-def test_metrics_are_synchronized_over_processes_with_uneven_rows(tmp_path):
-    first, second = (process["synchronized"] for process in run_two_processes(tmp_path, "synchronized"))
+def test_module_that_asks_other_processes_is_refused_and_does_not_wait_for_them(fits):
+    assert all("`all_gather` would wait for the others: pass a behavior" in process["gathering"] for process in fits)
+
+
+def test_metrics_are_synchronized_over_processes_with_uneven_rows(fits):
+    first, second = (process["synchronized"] for process in fits)
     assert first == second
     # Unit rows: ranks count the distinct ones, six rows at most; row 3 is on both processes in the first case.
     assert first["uneven"] == [6, 1, 0]
