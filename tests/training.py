@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
@@ -297,11 +299,33 @@ class Witness(Callback):
             "metrics": {
                 name: value for name, value in trainer.callback_metrics.items() if not name.startswith("basin")
             },
-            "gradients enabled": torch.is_grad_enabled(),
-            "default type": str(torch.get_default_dtype()),
-            "anomaly detection": torch.is_anomaly_enabled(),
+            "global settings": global_settings(),
         }
         self.seen.append({name: fingerprint(value) for name, value in state.items()})
+
+
+def global_settings() -> dict[str, object]:
+    """Every switch of torch's that a measurement turns."""
+    return {
+        "gradients": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "default type": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+        "attention": (
+            torch.backends.mha.get_fastpath_enabled(),
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+        ),
+        "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "checkpoints": checkpoint.CheckpointFunction,
+        "compiler": torch._dynamo.eval_frame._stance.stance,
+        "warnings": list(warnings.filters),
+    }
 
 
 def witnessed(root, *callbacks: Callback, make_module=Eventful, own_generator=False, make_batches=loader, **options):
