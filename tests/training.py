@@ -284,7 +284,7 @@ class Witness(Callback):
         state = {
             "weights and buffers": pl_module.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-            "python": random.getstate(),
+            "python": repr(random.getstate()),
             "numpy": np.random.get_state(),
             "torch": torch.get_rng_state(),
             "loader": None if self.generator is None else self.generator.get_state(),
