@@ -120,12 +120,12 @@ def of_two_loaders(size, batch_size, **options):
 
 
 def monitor_of(options):
-    """A monitor for the batches of a run, that measures every fifth step with a probe of two batches."""
+    """A monitor for the batches of a run, that measures every fourth step with a probe of two batches."""
     batch_fn = {
         of_dicts: lambda batch: (batch["inputs"], batch["targets"]),
         of_two_loaders: lambda batch: batch["first"],
     }.get(options.get("make_batches"))
-    return BasinMonitor(probe=14, every_n_train_steps=5, batch_fn=batch_fn)
+    return BasinMonitor(probe=14, every_n_train_steps=4, batch_fn=batch_fn)
 
 
 CASES = {
