@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -324,7 +323,6 @@ def global_settings() -> dict[str, object]:
         "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
         "checkpoints": checkpoint.CheckpointFunction,
         "compiler": torch._dynamo.eval_frame._stance.stance,
-        "warnings": list(warnings.filters),
     }
 
 
