@@ -150,9 +150,14 @@ def passage(
     before = [parameter for parameter, is_used in zip(network.parameters(), used, strict=True) if is_used]
     if _reached_around(trace.outputs, left[0], before):
         return None
-    signals = torch.stack([torch.autograd.grad(row.sum(), left[0], retain_graph=True)[0] for row in rows.unbind(1)], 1)
-    signals = signals.flatten(2)
+    signals = torch.stack([_derivative(row.sum(), left[0]) for row in rows.unbind(1)], 1).flatten(2)
     return Passage(signals, _linear_inputs(part, trace.entering[name], before, rows, signals))
+
+
+def _derivative(output: Tensor, passed: Tensor) -> Tensor:
+    """Of a number by a tensor: zero where a module makes no use of it."""
+    (derivative,) = torch.autograd.grad(output, passed, retain_graph=True, materialize_grads=True)
+    return derivative
 
 
 def _reached_around(outputs: Tensor, passed: Tensor, parameters: Sequence[Tensor]) -> bool:

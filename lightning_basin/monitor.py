@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from typing_extensions import override
 
 from lightning_basin.arguments import check_arguments
 from lightning_basin.curvature import HessianMode
+from lightning_basin.gathering import GatheredModule
 from lightning_basin.history import HistoryFile
 from lightning_basin.loggers import batches_that_stepped, log_scalars
 from lightning_basin.measurement import Probabilities, check_measurable, measure_basin
@@ -169,6 +171,7 @@ class BasinMonitor(Callback):
         self._seen_step = 0
         self._collector = self._new_collector()
         self._initial: tuple[nn.Module, int, int] | None = None  # for the baseline: its step and x axis beside it
+        self._gathered: GatheredModule | None = None  # where a strategy shards the module
         self._is_checked = False
         self._leave_out_loss = False
         self._history_file: HistoryFile | None = None
@@ -218,7 +221,7 @@ class BasinMonitor(Callback):
         Returns:
             The record; ``None``, after a warning, where measuring failed.
         """
-        record = None if self._has_given_up else self._record(None, module, step)
+        record = None if self._has_given_up else self._record(None, lambda: module, step)
         if record is not None:
             self._keep(record)
         elif not self._has_given_up:
@@ -252,11 +255,19 @@ class BasinMonitor(Callback):
                 f"BasinMonitor needs the Trainer of the `lightning` package, got {type(trainer).__module__}."
                 f"{type(trainer).__name__}. HINT: `from lightning.pytorch import Trainer`"
             )
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        self._gathered = None
+        if _cannot_be_gathered(trainer.strategy):
             raise MisconfigurationException(
-                f"BasinMonitor needs whole parameters on each process, but {type(trainer.strategy).__name__} shards "
-                f"them. HINT: train with DDP, or pass the checkpoints to `measure_checkpoints`"
+                f"BasinMonitor needs whole parameters, but {type(trainer.strategy).__name__} shards them in a way that "
+                f"it cannot put together. HINT: train with DDP or with ModelParallelStrategy (FSDP2), or measure the "
+                f"checkpoints: `lightning_basin.measure_checkpoints`"
             )
+        if isinstance(trainer.strategy, ModelParallelStrategy):  # Nothing is sharded before `configure_model`.
+            try:
+                self._gathered = GatheredModule(pl_module, is_here=trainer.is_global_zero)
+            except (TypeError, ValueError) as error:
+                name = type(pl_module).__name__
+                raise MisconfigurationException(f"BasinMonitor cannot measure {name}: {error}") from error
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -280,8 +291,10 @@ class BasinMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._probe is not None and self._measured_step is not None:
             return
+        is_first, self._is_checked = not self._is_checked, True
         # Rank zero decides for all: batches may differ in size from process to process.
-        problem = self._take_probe(trainer, pl_module, batch) if trainer.is_global_zero else None
+        whole = self._whole(pl_module) if is_first else None
+        problem = self._take_probe(trainer, whole, batch) if trainer.is_global_zero else None
         problem, self._probe = trainer.strategy.broadcast((problem, self._probe), 0)
         self._refuse_another_probe()
         if problem is not None:
@@ -349,27 +362,32 @@ class BasinMonitor(Callback):
     def _new_collector(self) -> ProbeCollector:
         return ProbeCollector(self._probe_size, batch_fn=self.batch_fn, whole_batches=callable(self.behavior))
 
-    def _take_probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> str | None:
-        """Collect inputs until there are enough; the first time, say what is wrong with the configuration."""
-        is_first, self._is_checked = not self._is_checked, True
+    def _whole(self, pl_module: nn.Module) -> Callable[[], nn.Module]:
+        """Gives the module with all of its parameters on rank zero; all processes must ask for it together."""
+        return (lambda: pl_module) if self._gathered is None else self._gathered.gathered(pl_module)
+
+    def _take_probe(self, trainer: Trainer, whole: Callable[[], nn.Module] | None, batch: Any) -> str | None:
+        """Collect inputs until there are enough; the first time, with the module, say what cannot be measured."""
         try:
             if self._probe is None:
                 self._collector.add(batch)
                 if self._collector.complete:
                     self._probe = self._collector.probe()
-            if is_first:
-                self._check(pl_module, self._probe or self._collector.probe(), trainer)
+            if whole is not None:
+                module = whole()
+                self._check(module, self._probe or self._collector.probe(), trainer)
                 # Some training steps will pass before there are enough inputs: the baseline is that of the weights now.
                 if self._probe is None and self._measured_step is None:
-                    (module,) = float64_replica(pl_module)
-                    self._initial = (module, trainer.global_step, batches_that_stepped(trainer))
+                    (initial,) = float64_replica(module)
+                    self._initial = (initial, trainer.global_step, batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
-            if is_first:
+            if whole is not None:
                 return str(error)
             self._probe = self._collector.probe()
             self._say(f"The probe has {self._probe.size} inputs, not {self._probe_size}: {error}", warn=True)
         except Exception as error:  # Not the configuration. The measurements will say whether they succeed.
-            rank_zero_warn(f"BasinMonitor could not check {type(pl_module).__name__}. {type(error).__name__}: {error}")
+            name = type(trainer.lightning_module).__name__
+            rank_zero_warn(f"BasinMonitor could not check {name}. {type(error).__name__}: {error}")
         return None
 
     def _refuse_another_probe(self) -> None:
@@ -444,24 +462,39 @@ class BasinMonitor(Callback):
         )
 
     def _measure_baseline(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._probe is not None and self._measured_step is None:
-            initial, self._initial = self._initial, None
-            self._collector = self._new_collector()
-            now = (pl_module, trainer.global_step, batches_that_stepped(trainer))
-            self._measure(trainer, *(initial or now))
+        if self._probe is None or self._measured_step is not None:
+            return
+        initial, self._initial = self._initial, None
+        self._collector = self._new_collector()
+        module, step, log_step = initial or (pl_module, trainer.global_step, batches_that_stepped(trainer))
+        # Rank zero alone keeps initial weights: it says to all whether these are measured, and as of when.
+        is_kept, step, log_step = trainer.strategy.broadcast((initial is not None, step, log_step), 0)
+        self._measure(trainer, pl_module, step, log_step, whole=(lambda: module) if is_kept else None)
 
-    def _measure(self, trainer: Trainer, module: nn.Module, step: int, log_step: int) -> None:
+    def _measure(
+        self,
+        trainer: Trainer,
+        pl_module: nn.Module,
+        step: int,
+        log_step: int,
+        *,
+        whole: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        """Measure a module as it is now, or the one that ``whole`` gives."""
         self._measured_step = step
         has_probe = self._probe is not None and not self._is_probe_refused  # None: resumed, and no batch has come by.
         if self._has_given_up or not has_probe:
             return
-        # Rank zero decides for all, by its own clock.
-        is_skipped, record = self._timed(trainer, module, step) if trainer.is_global_zero else (False, None)
-        is_skipped, record = trainer.strategy.broadcast((is_skipped, record), 0)
-        if is_skipped:
+        if _renews_batch_statistics(trainer):
+            return
+        if self._skips(trainer):
             self.skipped_steps.append(step)
             self._say(f"BasinMonitor(max_overhead={self.max_overhead:g}) skips measurements")
             return
+        if whole is None:
+            whole = self._whole(pl_module)
+        record = self._timed(trainer, whole, step) if trainer.is_global_zero else None
+        record = trainer.strategy.broadcast(record, 0)
         if record is None:
             self._count_failure(trainer)
             return
@@ -471,14 +504,17 @@ class BasinMonitor(Callback):
         for listener in self._listeners:
             listener(trainer, record)
 
-    def _timed(self, trainer: Trainer, module: nn.Module, step: int) -> tuple[bool, BasinRecord | None]:
-        """Measure unless that takes too long; whether it was skipped, and the record."""
-        if self._overhead is not None and not self._overhead.allows_next():
-            return True, None
+    def _skips(self, trainer: Trainer) -> bool:
+        """Whether measuring now would take too long; rank zero decides for all, by its own clock."""
+        if self._overhead is None:
+            return False
+        allowed: bool = trainer.strategy.broadcast(self._overhead.allows_next(), 0)
+        return not allowed
+
+    def _timed(self, trainer: Trainer, whole: Callable[[], nn.Module], step: int) -> BasinRecord | None:
         limited = nullcontext() if self._overhead is None else self._overhead.measuring()
         with limited, announced(f"Measuring {self.prefix} at step {step}"):
-            record = self._record(trainer, module, step)
-        return False, record
+            return self._record(trainer, whole, step)
 
     def _publish(self, trainer: Trainer, record: BasinRecord, log_step: int) -> None:
         skipped = {} if self._overhead is None else {f"{self.prefix}/skipped_measurements": len(self.skipped_steps)}
@@ -494,9 +530,10 @@ class BasinMonitor(Callback):
                 warn=True,
             )
 
-    def _record(self, trainer: Trainer | None, module: nn.Module, step: int) -> BasinRecord | None:
+    def _record(self, trainer: Trainer | None, whole: Callable[[], nn.Module], step: int) -> BasinRecord | None:
         try:
             with self._profiled(trainer, "measure"):
+                module = whole()
                 record = measure_basin(
                     module,
                     self._probe,
@@ -693,9 +730,9 @@ class BasinMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
-        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict", "_initial")} | {
-            "_initial": None
-        }
+        dropped = ("log", "log_dict", "_initial", "_gathered")
+        kept = {name: value for name, value in vars(self).items() if name not in dropped}
+        return kept | {"_initial": None, "_gathered": None}
 
 
 def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
@@ -723,6 +760,21 @@ def _described(probe_size: int) -> str:
 
 def _goes_on(trainer: Trainer | None) -> str:
     return "" if trainer is None else ", training goes on"
+
+
+def _cannot_be_gathered(strategy: Strategy) -> bool:
+    if isinstance(strategy, DeepSpeedStrategy):
+        return strategy.zero_stage_3  # Below, each process holds all parameters, as with DDP.
+    if isinstance(strategy, ModelParallelStrategy):
+        return strategy.device_mesh["tensor_parallel"].size() > 1
+    return isinstance(strategy, FSDPStrategy)
+
+
+def _renews_batch_statistics(trainer: Trainer) -> bool:
+    """Whether this is the extra epoch, after those of training, in which the module holds averaged weights."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+    averaging = (callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging))
+    return any(0 <= callback.swa_end < trainer.current_epoch for callback in averaging)
 
 
 def _metrics(scalars: Mapping[str, float]) -> dict[str, Tensor]:

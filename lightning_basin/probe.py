@@ -45,7 +45,8 @@ class Probe:
             shapes = [tuple(tensor.shape) for tensor in tensors + tensors_of(self.targets)]
             raise ValueError(
                 f"all tensors of a probe must have the inputs along their first axis, in the same number, "
-                f"got shapes {shapes}"
+                f"got shapes {shapes}: where inputs have no such axis (graphs, sets), pass indices of a data set as "
+                f"inputs, and a behavior that makes a batch of them"
             )
         if lengths == {0}:
             raise ValueError("a probe must hold at least one input, got an empty batch")

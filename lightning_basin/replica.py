@@ -9,9 +9,11 @@ import copy
 import inspect
 import random
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,8 @@ def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
     """Deep copies in float64 and evaluation mode, sharing nothing that a forward pass could change.
 
     Tied parameters stay tied, and callables that are modules, or methods of ``module``, follow the copy. An attribute
-    that cannot be copied (a lock, an open file) is shared. A compiled module is replaced by its original.
+    that cannot be copied (a lock, an open file) is shared. A compiled module or method is replaced by its original, and
+    backward hooks are left out: they change what training does with gradients, not what the module computes.
 
     Args:
         module: Stays as it is.
@@ -85,6 +88,7 @@ def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
             continue
         replica.eval()
         for part in replica.modules():
+            _uncompile_methods(part, memo)
             if isinstance(part, nn.Embedding | nn.EmbeddingBag):
                 part.sparse = False  # Sparse gradients save time in training, and do not fit into a matrix.
     return tuple(copies)
@@ -133,9 +137,19 @@ def _remember_hooks(part: nn.Module, modules: list[nn.Module], memo: dict[int, A
         for hook in hooks.values():
             if not (inspect.ismethod(hook) and id(hook.__self__) in inside):
                 memo[id(hook)] = hook
+    for backward_hooks in (part._backward_hooks, part._backward_pre_hooks):
+        memo[id(backward_hooks)] = OrderedDict()
     compiled_call = vars(part).get("_compiled_call_impl")
     if compiled_call is not None:  # Set by Module.compile(); it would run the original.
         memo[id(compiled_call)] = None
+
+
+def _uncompile_methods(replica: nn.Module, memo: dict[int, Any]) -> None:
+    """Give a copy its own methods in place of compiled ones, as in ``self.forward = torch.compile(self.forward)``."""
+    for name, attribute in list(vars(replica).items()):
+        original = getattr(attribute, "_torchdynamo_orig_callable", None)
+        if inspect.ismethod(original):  # It would run the module that was copied.
+            vars(replica)[name] = MethodType(original.__func__, memo.get(id(original.__self__), original.__self__))
 
 
 def _deep_copy(item: Any, modules: list[nn.Module], memo: dict[int, Any]) -> Any:

@@ -47,6 +47,8 @@ def quiet_behavior(
             if trainer is not None:
                 module.trainer = trainer
             vars(module).update(log=_ignore, log_dict=_ignore)
+            if trainer is not None and trainer.world_size > 1:
+                vars(module).update(all_gather=_refuse_to_gather)
         return call(module, inputs)
 
     return Probabilities(outputs) if behavior == "probabilities" else outputs
@@ -95,3 +97,8 @@ def _as_in_training(trainer: Trainer, batch: Any) -> Any:
 
 def _ignore(*_: Any, **__: Any) -> None:
     """Takes the place of a method that would log."""
+
+
+def _refuse_to_gather(*_: Any, **__: Any) -> None:
+    """Takes the place of a method that would wait for the other processes, which do not measure."""
+    raise RuntimeError("one process measures, and `all_gather` would wait for the others: pass a behavior without it")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_basin import Probe
+from lightning_basin import Probe, measure_basin
 from lightning_basin.activations import is_cut, layer_activations, parameters_before
 from lightning_basin.layers import Network
 from tests.networks import Composed, drawn, filled, linear_twice, sequences
@@ -160,3 +160,22 @@ def test_frozen_parameters_do_not_count_before_a_cut():
 def test_a_layer_that_is_called_twice_is_not_taken_for_a_cut():
     module = filled(linear_twice())
     assert set(cuts_of(module, drawn(6, 3))) == {"head"}
+
+
+class Discards(nn.Module):
+    """Calls a layer and makes no use of what leaves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.discarded, self.readout = nn.Linear(2, 3), nn.Linear(2, 1)
+
+    def forward(self, inputs):
+        self.discarded(inputs)
+        return self.readout(inputs.sign())
+
+
+def test_layer_whose_output_is_not_used_before_a_cut_adds_no_rank():
+    record = measure_basin(Discards(), torch.arange(1.0, 9.0).reshape(4, 2))
+    # All four inputs cross to the readout as one, and nothing is trained before it.
+    assert record.gradient_rank == record.gradient_rank_bound == 1
+    assert record.layers["discarded"].gradient_rank == 0

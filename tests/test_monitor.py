@@ -27,20 +27,18 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_basin import BasinMonitor, Probe, RankEarlyStopping, measure_basin
 from tests.training import (
     Eventful,
-    EventfulManual,
     Regressor,
     Scripted,
     TwoOptimizers,
     Unmeasurable,
-    Witness,
     loader,
     make_trainer,
     regression_data,
     repeated_loader,
     scripted_loader,
-    seeded,
     steps,
     timeless,
+    witnessed,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -498,39 +496,6 @@ def test_tensorboard_serves_every_key(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- bit-identity
-
-
-def witnessed(root, *callbacks, make_module=Eventful, own_generator=False, num_workers=0, **options):
-    """Train on shuffled, random batches; return everything that was seen of the run."""
-    generator = torch.Generator().manual_seed(1) if own_generator else None
-    witness = Witness(generator)
-    with seeded(3):
-        batches = loader(60, 10, shuffle=True, generator=generator, num_workers=num_workers, drop_last=True)
-        make_trainer(root, *callbacks, witness, **options).fit(make_module(), batches, loader(20))
-    return witness.seen
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({}, id="plain"),
-        pytest.param({"accumulate_grad_batches": 3}, id="accumulation"),
-        pytest.param({"make_module": EventfulManual}, id="manual optimization"),
-        pytest.param({"val_check_interval": 0.5}, id="validation inside the epoch"),
-        pytest.param({"own_generator": True}, id="own generator"),
-        pytest.param({"precision": "bf16-mixed"}, id="bf16-mixed"),
-        pytest.param({"precision": "64-true"}, id="64-true"),
-        pytest.param({"detect_anomaly": True}, id="anomaly detection"),
-        pytest.param({"gradient_clip_val": 0.1}, id="gradient clipping"),
-        pytest.param({"num_workers": 2}, id="workers", marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("cadence", [{"every_n_train_steps": 1}, {}], ids=["every step", "every epoch"])
-def test_training_is_bit_identical_with_and_without_monitor(tmp_path, options, cadence):
-    monitor = BasinMonitor(probe=25, **cadence)
-    with_monitor = witnessed(tmp_path, monitor, **options)
-    assert with_monitor == witnessed(tmp_path, **options)
-    assert len(monitor.records) > 2
 
 
 def test_training_is_bit_identical_when_the_dataset_is_smaller_than_the_probe(tmp_path):

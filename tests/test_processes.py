@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_basin import BasinMonitor, RankEarlyStopping, measure_basin
@@ -65,6 +69,101 @@ def measured(rank, root):
         "with_monitor": with_monitor.seen,
         "without": without.seen,
     }
+
+
+class Sharded(Eventful):
+    """Each layer in two halves, one on each process; an attribute and a buffer that no state dict holds change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(2), persistent=False)
+        self.scale = 1.0
+
+    def configure_model(self):
+        for part in (self.hidden, self.readout, self):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    def forward(self, inputs):
+        return self.scale * super().forward(inputs) + self.shift
+
+    def on_train_epoch_end(self):
+        self.scale += 0.5
+        self.shift += 1.0
+
+
+class MadeLate(Sharded):
+    """Has another layer once it is sharded."""
+
+    def configure_model(self):
+        self.late = nn.Linear(2, 2)
+        super().configure_model()
+
+
+def fit_sharded(root, *callbacks, module=None, tensor_parallel_size=1, ckpt_path=None, **options):
+    sizes = {"data_parallel_size": 2 // tensor_parallel_size, "tensor_parallel_size": tensor_parallel_size}
+    strategy = ModelParallelStrategy(**sizes, process_group_backend="gloo", timeout=TIMEOUT)
+    trainer = make_trainer(root, *callbacks, strategy=strategy, devices=2, **options)
+    with seeded(trainer.global_rank):
+        trainer.fit(module or Sharded(), loader(80, 10), ckpt_path=ckpt_path)
+    return trainer
+
+
+class Whole(Callback):
+    """All weights at the end of each epoch, before the module changes its scale and shift."""
+
+    def __init__(self) -> None:
+        self.states = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(pl_module, options=options)  # Buffers in it are those of the module.
+        self.states.append({name: tensor.clone() for name, tensor in state.items()})
+
+
+def sharded(rank, root):
+    """Parameters sharded over both processes, with and without monitor; and one whose probe takes several batches."""
+    monitor, late, whole, with_monitor, without = (
+        BasinMonitor(probe=8),
+        BasinMonitor(probe=25, prefix="basin_late"),
+        Whole(),
+        Witness(),
+        Witness(),
+    )
+    trainer = fit_sharded(root, monitor, late, whole, with_monitor)
+    fit_sharded(root, without)
+    return {
+        "records": [record.to_dict() for record in monitor.records],
+        "late": [record.to_dict() for record in late.records],
+        "probes": [(m.probe.inputs, m.probe.targets) for m in (monitor, late)],
+        "metrics": basin_metrics(trainer),
+        "states": whole.states,
+        "with_monitor": with_monitor.seen,
+        "without": without.seen,
+    }
+
+
+def resumed(rank, root):
+    """One epoch, and one more from its checkpoint; the same in one go."""
+    uninterrupted, first, second = (BasinMonitor(probe=8) for _ in range(3))
+    fit_sharded(root, uninterrupted)
+    fit_sharded(root, first, max_epochs=1).save_checkpoint(root / "sharded.ckpt")
+    fit_sharded(root, second, ckpt_path=root / "sharded.ckpt")
+    return {name: [r.to_dict() for r in m.records] for name, m in {"whole": uninterrupted, "resumed": second}.items()}
+
+
+def refused(rank, root):
+    """What is said where a sharded module cannot be put together again."""
+    messages = []
+    with torch.device("meta"):
+        empty = nn.Linear(2, 2)
+    without_numbers = Sharded()
+    without_numbers.empty = empty
+    late, tensor_parallel = {"module": MadeLate()}, {"module": Eventful(), "tensor_parallel_size": 2}
+    for options in (late, tensor_parallel, {"module": without_numbers}):
+        with pytest.raises(MisconfigurationException) as raised:
+            fit_sharded(root, BasinMonitor(probe=8), **options)
+        messages.append(str(raised.value))
+    return messages
 
 
 def stopped(rank, root):
@@ -137,6 +236,27 @@ def uneven(rank, root):
     return {"steps": steps(monitor), "last_step": trainer.global_step, "metrics": basin_metrics(trainer)}
 
 
+class Gathering(Eventful):
+    """Asks the other processes something in its forward pass."""
+
+    def forward(self, inputs):
+        self.all_gather(inputs)
+        return super().forward(inputs)
+
+
+def gathering(rank, root):
+    with pytest.raises(MisconfigurationException) as raised:
+        fit(root, BasinMonitor(probe=10), module=Gathering())
+    return str(raised.value)
+
+
+def never_full(rank, root):
+    """A probe larger than the epoch: its baseline is measured at the end of it, and dated by its weights."""
+    monitor = BasinMonitor(probe=500)
+    trainer, _ = fit(root, monitor)
+    return {"steps": steps(monitor), "last_step": trainer.global_step, "metrics": basin_metrics(trainer)}
+
+
 def synchronized(rank, root):
     """The three metrics with other numbers of rows on the two processes, down to none."""
     torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
@@ -190,7 +310,7 @@ def run_two_processes(root, *scenarios):
         with (root / f"log{rank}.txt").open("w") as log:
             processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log))
     try:
-        codes = [process.wait(timeout=100) for process in processes]
+        codes = [process.wait(timeout=200) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -201,7 +321,11 @@ def run_two_processes(root, *scenarios):
 
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory):
-    return run_two_processes(tmp_path_factory.mktemp("fits"), "measured", "stopped", "failing", "giving_up", "limited")
+    # Starting two processes takes longer than all they do. The first of these makes a process group of its own.
+    of_metrics, of_whole_modules = ("synchronized",), ("measured", "stopped", "failing", "giving_up", "limited")
+    of_waiting, of_shards = ("uneven", "never_full", "gathering"), ("sharded", "resumed", "refused")
+    scenarios = of_metrics + of_whole_modules + of_waiting + of_shards
+    return run_two_processes(tmp_path_factory.mktemp("fits"), *scenarios)
 
 
 def test_both_processes_hold_equal_records_and_metrics(fits):
@@ -252,14 +376,61 @@ def test_processes_skip_the_same_measurements(fits):
     assert sorted([*first["steps"], *first["skipped"]]) == list(range(21))
 
 
-def test_processes_with_batches_of_different_sizes_do_not_wait_for_each_other(tmp_path):
-    first, second = (process["uneven"] for process in run_two_processes(tmp_path, "uneven"))
+@pytest.mark.parametrize("rank", [0, 1])
+def test_training_of_a_sharded_module_is_bit_identical_with_and_without_monitor(fits, rank):
+    assert fits[rank]["sharded"]["with_monitor"] == fits[rank]["sharded"]["without"]
+
+
+def test_both_processes_hold_equal_records_of_a_sharded_module(fits):
+    first, second = (process["sharded"] for process in fits)
+    assert [record["step"] for record in first["records"]] == [0, 4, 8]
+    for name in ("records", "late", "metrics"):
+        assert first[name] == second[name]
+
+
+@pytest.mark.parametrize(("name", "index"), [("records", 0), ("late", 1)])
+def test_records_of_a_sharded_module_are_those_of_its_whole_weights(fits, name, index):
+    found = fits[0]["sharded"]
+    module, expected = Sharded(), []
+    for step, state in zip((0, 4, 8), [module.state_dict(), *found["states"]], strict=True):
+        module.load_state_dict(state)
+        expected.append(measure_basin(module, *found["probes"][index], loss_fn=nn.MSELoss(), layers="auto", step=step))
+        if step:  # The first measurement is of the weights at the start, the second of the end of the first epoch.
+            module.on_train_epoch_end()
+    assert timeless(map(BasinRecord.from_dict, found[name])) == timeless(expected)
+
+
+def test_resumed_run_of_a_sharded_module_goes_on_with_the_same_probe_at_the_same_steps(fits):
+    first, second = (process["resumed"] for process in fits)
     assert first == second
-    assert (first["steps"], first["last_step"]) == ([0, 8, 16], 16)
+    # The module's scale and shift are in no checkpoint: only what comes before is the same to the last digit.
+    assert [record["step"] for record in first["resumed"]] == [0, 4, 8]
+    whole, resumed = (timeless(map(BasinRecord.from_dict, first[name])) for name in ("whole", "resumed"))
+    assert resumed[:2] == whole[:2]
 
 
-def test_metrics_are_synchronized_over_processes_with_uneven_rows(tmp_path):
-    first, second = (process["synchronized"] for process in run_two_processes(tmp_path, "synchronized"))
+def test_sharded_modules_that_cannot_be_put_together_are_refused_with_the_way_to_measure_them(fits):
+    first, second = (process["refused"] for process in fits)
+    assert first == second
+    assert "['late.bias', 'late.weight'] came or went in `configure_model`" in first[0]
+    assert "ModelParallelStrategy shards them in a way that it cannot put together" in first[1]
+    assert "must be made with numbers in its parameters, not on the meta device" in first[2]
+    assert all("lightning_basin.measure_checkpoints" in message for message in first)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("uneven", [0, 8, 16]), ("never_full", [0, 4, 8])])
+def test_processes_whose_probes_do_not_fill_at_once_do_not_wait_for_each_other(fits, name, expected):
+    first, second = (process[name] for process in fits)
+    assert first == second
+    assert (first["steps"], first["last_step"]) == (expected, expected[-1])
+
+
+def test_module_that_asks_other_processes_is_refused_and_does_not_wait_for_them(fits):
+    assert all("`all_gather` would wait for the others: pass a behavior" in process["gathering"] for process in fits)
+
+
+def test_metrics_are_synchronized_over_processes_with_uneven_rows(fits):
+    first, second = (process["synchronized"] for process in fits)
     assert first == second
     # Unit rows: ranks count the distinct ones, six rows at most; row 3 is on both processes in the first case.
     assert first["uneven"] == [6, 1, 0]

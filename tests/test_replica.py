@@ -318,6 +318,46 @@ def test_a_hook_that_changes_the_output_acts_on_the_replica_too():
     torch.testing.assert_close(replica(inputs.double()).item(), module(inputs).item(), rtol=1e-6, atol=0.0)
 
 
+class Forgetting(nn.Module):
+    """The identity forward, with a backward hook that lets no gradient through, and one that cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_full_backward_hook(lambda module, inwards, outwards: (torch.zeros_like(inwards[0]),))
+        self.register_full_backward_pre_hook(Watcher().note)
+
+    def forward(self, inputs):
+        return inputs * 1.0
+
+
+def test_backward_hooks_are_left_out():
+    module = nn.Sequential(nn.Linear(1, 1), Forgetting())
+    (replica,) = float64_replica(module)
+    inputs = torch.full((1, 1), 3.0, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(replica(inputs).sum(), [replica[0].weight])
+    assert gradient.item() == 3.0
+    assert (len(module[1]._backward_hooks), len(module[1]._backward_pre_hooks)) == (1, 1)
+
+
+class CompiledForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = filled(nn.Linear(1, 1))
+        self.forward = torch.compile(self.forward, backend="eager")
+
+    def forward(self, inputs):
+        return self.layer(inputs)
+
+
+def test_a_compiled_method_of_the_replica_is_its_own():
+    module = nn.Sequential(CompiledForward())
+    (replica,) = float64_replica(module)
+    inputs = torch.full((1, 1), 3.0, dtype=torch.float64)
+    outputs = replica(inputs)
+    (gradient,) = torch.autograd.grad(outputs.sum(), [replica[0].layer.weight])
+    assert (outputs.dtype, gradient.item()) == (torch.float64, 3.0)
+
+
 def test_hooks_added_to_the_replica_are_not_on_the_original():
     module = nn.Linear(1, 1)
     module.register_forward_hook(Watcher().note)

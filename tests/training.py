@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
@@ -219,6 +221,26 @@ class Eventful(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 
+class EventfulTwoOptimizers(Eventful):
+    """The same with manual optimization and an optimizer for each layer, of which one waits for the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            loss = super().training_step(batch, batch_idx)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        return [torch.optim.AdamW(part.parameters(), lr=0.01) for part in (self.hidden, self.readout)]
+
+
 class EventfulManual(Eventful):
     """The same with manual optimization that accumulates two batches."""
 
@@ -261,7 +283,7 @@ class Witness(Callback):
         state = {
             "weights and buffers": pl_module.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-            "python": random.getstate(),
+            "python": repr(random.getstate()),
             "numpy": np.random.get_state(),
             "torch": torch.get_rng_state(),
             "loader": None if self.generator is None else self.generator.get_state(),
@@ -272,11 +294,51 @@ class Witness(Callback):
             "metric updates": pl_module.mean_output.update_count,
             "batch": batch,
             "hooks": [len(part._forward_hooks) + len(part._backward_hooks) for part in pl_module.modules()],
-            "gradients enabled": torch.is_grad_enabled(),
-            "default type": str(torch.get_default_dtype()),
-            "anomaly detection": torch.is_anomaly_enabled(),
+            "trainable": [parameter.requires_grad for parameter in pl_module.parameters()],
+            "metrics": {
+                name: value for name, value in trainer.callback_metrics.items() if not name.startswith("basin")
+            },
+            "global settings": global_settings(),
         }
         self.seen.append({name: fingerprint(value) for name, value in state.items()})
+
+
+def global_settings() -> dict[str, object]:
+    """Every switch of torch's that a measurement turns."""
+    return {
+        "gradients": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "default type": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+        "attention": (
+            torch.backends.mha.get_fastpath_enabled(),
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+        ),
+        "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "checkpoints": checkpoint.CheckpointFunction,
+        "compiler": torch._dynamo.eval_frame._stance.stance,
+    }
+
+
+def witnessed(root, *callbacks: Callback, make_module=Eventful, own_generator=False, make_batches=loader, **options):
+    """Train on shuffled, random batches; return everything that was seen of the run."""
+    trainer_options = {name: value for name, value in options.items() if name not in LOADER_OPTIONS}
+    loader_options = {name: value for name, value in options.items() if name in LOADER_OPTIONS}
+    generator = torch.Generator().manual_seed(1) if own_generator else None
+    witness = Witness(generator)
+    with seeded(3):
+        batches = make_batches(60, 10, shuffle=True, generator=generator, drop_last=True, **loader_options)
+        make_trainer(root, *callbacks, witness, **trainer_options).fit(make_module(), batches, loader(20))
+    return witness.seen
+
+
+LOADER_OPTIONS = ("num_workers", "persistent_workers")
 
 
 def fingerprint(item) -> str:
@@ -289,6 +351,8 @@ def fingerprint(item) -> str:
 
 
 def _parts(item) -> Iterator[bytes]:
+    if isinstance(item, DTensor):
+        item = item.to_local()
     if isinstance(item, Tensor):
         yield f"{item.dtype}{tuple(item.shape)}{item.requires_grad}".encode()
         yield item.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if item.numel() else b""
