@@ -20,8 +20,8 @@ from lightning_basin.structured import (
     InputAxis,
     MeasuredUse,
     activations_of_inputs,
-    find_input_axis,
     gradients_from_uses,
+    possible_input_axes,
     signal_of_inputs,
 )
 
@@ -29,6 +29,8 @@ _Item = TypeVar("_Item")
 
 GROUP_ELEMENTS = 2**27
 """Float64 numbers in the gradients, or their factors, that are held at once: 1 GiB."""
+
+_NUM_CHOICES = 3  # of inputs whose derivatives may tell where the inputs are; one does, unless a layer is dead
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,12 +249,27 @@ def _input_axes(outputs: Tensor, uses: Mapping[int, Use], edges: Sequence[Leavin
     """Where the inputs are in what left each operation, seen from the outputs of some of them."""
     generator = Generator().manual_seed(0)
     num_inputs = outputs.shape[0]
-    chosen = torch.randint(0, 2, (num_inputs,), generator=generator).bool().to(outputs.device)
-    chosen[0], chosen[-1] = True, num_inputs == 1
     weights = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
-    by_edge = _derivatives((outputs * weights)[chosen].sum(), edges)
-    layouts = {index: find_input_axis(use, by_edge[id(use.leaving)], chosen) for index, use in uses.items()}
-    return {index: layout for index, layout in layouts.items() if layout is not None}
+    layouts: dict[int, list[InputAxis]] = {}
+    for chosen in _choices(num_inputs, generator):
+        chosen = chosen.to(outputs.device)
+        by_edge = _derivatives((outputs * weights)[chosen].sum(), edges)
+        for index, use in uses.items():
+            possible = possible_input_axes(use, by_edge[id(use.leaving)], chosen)
+            layouts[index] = [layout for layout in layouts.get(index, possible) if layout in possible]
+        if all(len(possible) <= 1 for possible in layouts.values()):
+            break
+    return {index: possible[0] for index, possible in layouts.items() if possible}
+
+
+def _choices(num_inputs: int, generator: Generator) -> Iterator[Tensor]:
+    """Some of the inputs, then all others, and so on."""
+    for _ in range(_NUM_CHOICES):
+        chosen = torch.randint(0, 2, (num_inputs,), generator=generator).bool()
+        chosen[0], chosen[-1] = True, num_inputs == 1
+        yield chosen
+        if num_inputs > 1:
+            yield ~chosen
 
 
 def _derivatives(output: Tensor, places: Sequence[Leaving]) -> dict[int, Tensor]:

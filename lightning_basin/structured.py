@@ -37,10 +37,11 @@ class InputAxis:
         return moved.reshape(-1, num_inputs, *moved.shape[1:]).transpose(0, 1)
 
 
-def find_input_axis(use: Use, signal: Tensor, chosen: Tensor) -> InputAxis | None:
-    """Find the axis of the inputs from a derivative of the outputs of some inputs only.
+def possible_input_axes(use: Use, signal: Tensor, chosen: Tensor) -> list[InputAxis]:
+    """Where the inputs can be, seen from a derivative of the outputs of some inputs only.
 
-    What belongs to other inputs is exactly zero there.
+    What belongs to other inputs is exactly zero there. So may more be, where a layer is dead: further choices of inputs
+    then tell.
 
     Args:
         use: Of a parameter.
@@ -49,19 +50,19 @@ def find_input_axis(use: Use, signal: Tensor, chosen: Tensor) -> InputAxis | Non
     """
     num_inputs = chosen.numel()
     if isinstance(use, ProductUse):
-        candidates, found = [0], use.signals(signal)
+        axes, found = [0], use.signals(signal)
     else:
         found = use.contributions(signal)
-        candidates = [axis for axis in range(found.ndim) if use.positions.shape[axis] == 1]
+        axes = [axis for axis in range(found.ndim) if use.positions.shape[axis] == 1]
     nonzero = found != 0
-    for axis in candidates:
-        if found.shape[axis] % num_inputs:
-            continue
-        for adjacent in (True, False):
-            layout = InputAxis(axis, adjacent)
-            if not bool(layout.split(nonzero, num_inputs)[~chosen].any()):
-                return layout
-    return None
+    layouts = [
+        InputAxis(axis, adjacent)
+        for axis in axes
+        if found.shape[axis] % num_inputs == 0
+        # With one part each it is the same.
+        for adjacent in ((True,) if found.shape[axis] == num_inputs else (True, False))
+    ]
+    return [layout for layout in layouts if not bool(layout.split(nonzero, num_inputs)[~chosen].any())]
 
 
 def signal_of_inputs(use: Use, signal: Tensor, layout: InputAxis, num_inputs: int) -> Tensor:
