@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_basin import measure_basin
+from lightning_basin import Probe, measure_basin
+from lightning_basin.measurement import check_measurable
 from lightning_basin.plan import MemoryBudgetError
 
 MEBIBYTE = 2**20
@@ -44,15 +45,34 @@ print(record.gradient_rank, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss -
 """
 
 
+def huge(units):
+    """A first layer of so many units behind which little is left."""
+    return nn.Sequential(nn.Linear(8, units), nn.ReLU(), nn.AvgPool1d(units // 40), nn.Linear(40, 2))
+
+
+PEAK_OF_A_HUGE_LAYER = """
+import resource, sys
+import torch
+from tests.test_plan import huge
+from lightning_basin import measure_basin
+
+torch.manual_seed(0)
+measure_basin(huge(40), torch.randn(2, 8))
+module, inputs = huge(40_000), torch.randn(48, 8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+record = measure_basin(module, inputs, memory_budget=int(sys.argv[1]))
+print(record.layers["0"].gradient_rank, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
 def run(*command):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # Small matrices: a second thread only waits.
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
-def rank_and_peak(budget):
-    command = [sys.executable, "-c", PEAK, str(budget)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return int(printed[0]), int(printed[1]) * 1024
+def rank_and_peak(budget, script=PEAK):
+    rank, kibibytes = run(sys.executable, "-c", script, str(budget)).split()
+    return int(rank), int(kibibytes) * 1024
 
 
 @pytest.mark.parametrize("mebibytes", [112, 192, 1024])
@@ -60,6 +80,24 @@ def test_the_peak_stays_under_the_budget_and_the_rank_is_the_same(mebibytes):
     rank, peak = rank_and_peak(mebibytes * MEBIBYTE)
     assert rank == 96  # Two outputs on each of 48 random images: no direction is lost.
     assert peak < mebibytes * MEBIBYTE
+
+
+def test_a_layer_that_is_larger_than_the_budget_is_measured_in_pieces_under_it():
+    # Its factors, 48 x 8 + 96 x 40000 numbers, are 29 MiB; with the vectors that sketch them, and copies, 264.
+    rank, peak = rank_and_peak(130 * MEBIBYTE, PEAK_OF_A_HUGE_LAYER)
+    assert rank == 96
+    assert peak < 130 * MEBIBYTE
+
+
+def test_the_plan_says_how_each_layer_is_measured():
+    def methods(module, inputs, mebibytes):
+        plan = check_measurable(module, Probe(inputs), memory_budget=mebibytes * MEBIBYTE)
+        return dict(plan.methods), str(plan)
+
+    assert methods(convolutional(), images(48), 1024)[0] == {"0": "factors", "2": "factors", "5": "factors"}
+    found, words = methods(huge(40_000), torch.randn(48, 8), 130)
+    assert found == {"0": "pieces", "3": "factors"}
+    assert "(2 layers, 1 of them in pieces)" in words
 
 
 def test_memory_is_flat_over_many_measurements():
