@@ -126,6 +126,73 @@ def test_inputs_in_chunks_give_the_same_record():
     assert whole.gradient_rank == chunked.gradient_rank
 
 
+def variance_of_outputs(outputs, targets):
+    """Couples the inputs."""
+    return (outputs - targets).square().mean() + (outputs - outputs.mean(0)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "hessian"),
+    [
+        (nn.MSELoss(), "bracket"),
+        (nn.CrossEntropyLoss(), "bracket"),
+        (variance_of_outputs, "bracket"),
+        (variance_of_outputs, "dense"),
+    ],
+    ids=["squares", "cross-entropy", "coupled", "coupled, dense"],
+)
+def test_the_hessian_of_inputs_in_chunks_is_that_of_all_at_once(loss_fn, hessian):
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3), nn.Tanh(), nn.AvgPool2d(10), nn.Flatten(), nn.Linear(8, 2)
+    )
+    inputs = torch.randn(24, 1, 28, 28)
+    targets = module(inputs).detach() + 1e-4 * torch.randn(24, 2)
+    if isinstance(loss_fn, nn.CrossEntropyLoss):
+        targets = targets.softmax(1)
+    plans = [
+        check_measurable(module, Probe(inputs), memory_budget=mebibytes * MEBIBYTE).chunk_size < 24
+        for mebibytes in (1024, 20)
+    ]
+    assert plans == [False, True]
+    whole, chunked = (
+        measure_basin(module, inputs, targets, loss_fn=loss_fn, hessian=hessian, memory_budget=mebibytes * MEBIBYTE)
+        for mebibytes in (1024, 20)
+    )
+    assert (chunked.notes, chunked.gradient_rank_bound) == (whole.notes, whole.gradient_rank_bound)
+    for one, other in [(whole, chunked), *((whole.layers[name], chunked.layers[name]) for name in whole.layers)]:
+        assert other.gradient_rank == one.gradient_rank
+        assert other.hessian_nullity == one.hessian_nullity
+        assert other.hessian_nullity_strict == one.hessian_nullity_strict
+        assert other.hessian_nullity_upper == one.hessian_nullity_upper
+        assert other.gauss_newton_nullity == one.gauss_newton_nullity
+        # The same numbers added up in another order.
+        assert other.hessian_largest == pytest.approx(one.hessian_largest, rel=1e-3)
+
+
+def test_a_penalty_on_parameters_does_not_add_up_over_chunks():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.AvgPool2d(13), nn.Flatten(), nn.Linear(16, 2))
+    inputs = torch.randn(48, 1, 28, 28)
+
+    class Penalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            return self.module(x)
+
+        def loss(self, outputs, targets):
+            return (outputs - targets).square().mean() + self.module[0].weight.square().sum()
+
+    penalised = Penalised()
+    record = measure_basin(penalised, inputs, torch.randn(48, 2), loss_fn=penalised.loss, memory_budget=20 * MEBIBYTE)
+    assert record.hessian_nullity is None
+    assert record.loss is not None
+    assert "takes a memory_budget that holds all inputs at once" in record.notes[0]
+
+
 @pytest.mark.parametrize(
     ("mebibytes", "message"),
     [(1, "the decomposition of 96 rows by"), (8, "take a smaller probe")],
