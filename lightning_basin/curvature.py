@@ -1,7 +1,7 @@
 """How the loss on a probe curves: null spaces of its Hessian, of a network of any size and of each of its parts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -40,18 +40,33 @@ NETWORK_PRODUCTS = 80
 LAYER_PRODUCTS = 100
 """And so many with the blocks of all layers together; at least one each, which finds those where R is zero."""
 
-BASIS_ELEMENTS = 2**28
-"""Float64 numbers in the vectors of a Lanczos iteration: 2 GiB."""
-
 _SLACK = 2.0  # factor within which the norm of R is bounded
 _DENSE_SLACK = 1.01  # the same where products are cheap beside all of H
 _LARGEST_PRODUCTS = 30  # for the largest eigenvalue of H
 _LARGEST_RTOL = 1e-3  # to which it is known: three digits of a scale
-_GRAPH_ELEMENTS = 2**26  # and in activations whose graph is kept: 512 MiB, some times that with the gradients
-_BATCH_ELEMENTS = 2**25  # and in those of one batched backward pass: 256 MiB
+_GRAPH_ELEMENTS = (
+    2**26
+)  # float64 numbers in activations whose graph is kept: 512 MiB, some times that with the gradients
 _ROUNDING_FACTOR = 1e3  # by how much rounding may grow on its way into a Hessian
 
 Part = TypeVar("Part")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HessianLimits:
+    """What may be held at once while a Hessian is measured.
+
+    Attributes:
+        chunk_size: Inputs that are differentiated together; ``None`` for all, in whose graph the outputs then are.
+        basis_elements: Float64 numbers in the vectors of a Lanczos iteration; 2 GiB.
+        batch_elements: And in the activations of one batched backward pass; 256 MiB.
+        waiting_elements: And in gradients that wait for their sketch; 512 MiB.
+    """
+
+    chunk_size: int | None = None
+    basis_elements: int = 2**28
+    batch_elements: int = 2**25
+    waiting_elements: int = 2**26
 
 
 class HessianMeasurement(Generic[Part]):
@@ -69,8 +84,7 @@ class HessianMeasurement(Generic[Part]):
         generator: On the CPU.
         is_plain: Whether the behavior whose spectra are measured is the outputs themselves. For squared errors those
             of the Gauss-Newton part are then the same.
-        chunk_size: Inputs that are differentiated at once; ``None`` for all, in whose graph the outputs then are.
-        basis_elements: Numbers in the vectors of a Lanczos iteration.
+        limits: What may be held at once.
 
     Attributes:
         notes: What a reader should know.
@@ -88,11 +102,11 @@ class HessianMeasurement(Generic[Part]):
         rtol: float | None,
         generator: Generator,
         is_plain: bool,
-        chunk_size: int | None = None,
-        basis_elements: int = BASIS_ELEMENTS,
+        limits: "HessianLimits | None" = None,
     ) -> None:
         self.notes: list[str] = []
-        self._chunk_size, self._basis_elements = chunk_size, basis_elements
+        self._limits = HessianLimits() if limits is None else limits
+        self._chunk_size = self._limits.chunk_size
         self._network, self._probe, self._trace, self._loss_fn = network, probe, trace, loss_fn
         self._parts, self._rtol, self._generator = parts, rtol, generator
         self._curvature = output_curvature(loss_fn, trace.outputs)
@@ -103,7 +117,7 @@ class HessianMeasurement(Generic[Part]):
         self._takes_products = mode != "gauss-newton"
         self._is_dense = mode == "dense" or (mode == "auto" and _num_parameters(network.layers) <= self._dense_limit)
         # A penalty may meet the outputs in any way: chunks of inputs do not add up.
-        is_cut_penalty = self._has_penalty and chunk_size is not None
+        is_cut_penalty = self._has_penalty and self._chunk_size is not None
         self._is_left_out = (not self._is_provable and not self._is_dense) or is_cut_penalty
         self._note_loss()
         self._rows: dict[Layer, Tensor] = {}
@@ -112,7 +126,12 @@ class HessianMeasurement(Generic[Part]):
         self._accumulators: dict[Part, SpectrumAccumulator] = {}
         if self._multiple is None:
             self._accumulators = {
-                part: SpectrumAccumulator(trace.outputs.numel(), _num_parameters(layers), generator)
+                part: SpectrumAccumulator(
+                    trace.outputs.numel(),
+                    _num_parameters(layers),
+                    generator,
+                    max_waiting=self._limits.waiting_elements,
+                )
                 for part, layers in parts.items()
             }
 
@@ -288,7 +307,7 @@ class HessianMeasurement(Generic[Part]):
             products.operator(layers, of_residual=of_residual),
             num_parameters,
             generator=self._generator,
-            max_products=max(1, min(max_products, self._basis_elements // num_parameters)),
+            max_products=max(1, min(max_products, self._limits.basis_elements // num_parameters)),
             like=self._trace.outputs,
             atol=_ROUNDING_FACTOR * EPSILON * scale * max(1.0, 0.0 if of_residual else products.cancellation),
         ):
@@ -300,7 +319,9 @@ class HessianMeasurement(Generic[Part]):
         layers = self._network.layers
         gradients = torch.cat([self._rows[layer] for layer in layers], dim=1)
         rounding = _ROUNDING_FACTOR * self._curvature.rounding * float(gradients.square().sum())
-        batch = max(1, min(64, _BATCH_ELEMENTS // max(1, _num_activations(self._trace))))
+        share = 1.0 if self._chunk_size is None else self._chunk_size / self._probe.size
+        at_once = max(1, int(share * _num_activations(self._trace)))
+        batch = max(1, min(64, self._limits.batch_elements // at_once))
         if self._chunk_size is None:
             hessian = hessian_matrix(
                 self._loss_fn(self._trace.outputs),

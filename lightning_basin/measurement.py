@@ -160,6 +160,8 @@ def measure_basin(
             num_inputs=probe.size,
             num_outputs=num_outputs,
             num_blocks=sum(part.kind == "block" for part in parts),
+            with_readout=isinstance(behavior, Probabilities) or behavior == "probabilities",
+            with_hessian=loss_fn is not None and hessian is not False,
             with_dense_hessian=loss_fn is not None
             and (hessian == "dense" or (hessian == "auto" and num_parameters <= MAX_DENSE_PARAMETERS)),
             memory_budget=memory_budget,
@@ -247,6 +249,8 @@ def check_measurable(
             evaluation.trace,
             num_inputs=num_inputs,
             num_outputs=num_outputs,
+            with_readout=isinstance(behavior, Probabilities) or behavior == "probabilities",
+            with_hessian=loss_fn is not None,
             memory_budget=memory_budget,
         )
 
@@ -599,7 +603,7 @@ def _curvature(
             rtol=rtol,
             generator=Generator().manual_seed(seed),
             is_plain=is_plain,
-            chunk_size=None if evaluation.traced.is_whole else evaluation.traced.chunk_size,
+            limits=None if evaluation.plan is None else evaluation.plan.hessian_limits,
         )
     except (RuntimeError, NotImplementedError) as error:  # Not every loss can be differentiated twice.
         warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=3)

@@ -8,6 +8,7 @@ from operator import itemgetter
 
 import torch
 
+from lightning_basin.curvature import LAYER_PRODUCTS, NETWORK_PRODUCTS, HessianLimits
 from lightning_basin.gradients import GROUP_ELEMENTS, GradientMethod, LayerSize, layer_sizes
 from lightning_basin.layers import Network, Trace
 from lightning_basin.operations import ProductUse
@@ -16,8 +17,12 @@ from lightning_basin.probe import Probe
 _NUMBER = 8  # bytes of a float64
 _DECOMPOSITION = 14  # m x m matrices at once: Gram matrices, a sketch of 2 m columns, its triangular factor, work space
 _COPIES = 3  # of a group's factors at once: collected by output, stacked, and in a product
+_READOUT = 1  # m x m matrices at most: derivatives of the behavior by the outputs
+_OUTPUT_CURVATURE = 6  # second derivatives by the outputs, their factors, and what the decomposition of P begins with
+_SECOND_ORDER = 4  # times the graph of a forward pass takes that of a product with the Hessian
 _TEMPORARIES = 2**28  # bytes of chunks that do not depend on the network
 _FREE_FRACTION = 0.5
+_LANCZOS_VECTORS = NETWORK_PRODUCTS + 3  # the basis, a product and what it is orthogonalized by
 
 
 class MemoryBudgetError(ValueError):
@@ -36,9 +41,10 @@ class MeasurementPlan:
             of inputs at a time, ``"pieces"`` of its matrices at a time, or dense ``"rows"``.
         chunk_size: Inputs that are run at once.
         group_elements: Float64 numbers of factors or rows that are held at once.
+        hessian_limits: What the Hessian may take; ``None`` where it is not measured.
         memory_bytes: Estimated peak, beside what the process holds already.
         memory_budget: That it was cut to, in bytes.
-        num_operations: Estimated multiplications and additions for Gram matrices and decompositions.
+        num_operations: Estimated multiplications and additions for Gram matrices, decompositions and the Hessian.
     """
 
     num_inputs: int
@@ -47,6 +53,7 @@ class MeasurementPlan:
     methods: Mapping[str, GradientMethod]
     chunk_size: int
     group_elements: int
+    hessian_limits: HessianLimits | None
     memory_bytes: int
     memory_budget: int
     num_operations: float
@@ -89,6 +96,8 @@ def plan_measurement(
     num_inputs: int,
     num_outputs: int,
     num_blocks: int = 0,
+    with_readout: bool = False,
+    with_hessian: bool = False,
     with_dense_hessian: bool = False,
     memory_budget: int | None = None,
 ) -> MeasurementPlan:
@@ -101,6 +110,8 @@ def plan_measurement(
         num_inputs: Inputs of the whole probe, k.
         num_outputs: Outputs per input whose gradients count, c.
         num_blocks: Blocks of layers that are reported beside the layers.
+        with_readout: Whether the behavior is a function of the outputs, whose derivative combines all rows.
+        with_hessian: Whether products with the Hessian are taken.
         with_dense_hessian: Whether the Hessian is formed.
         memory_budget: Bytes; ``None`` means half of what is free.
 
@@ -113,6 +124,7 @@ def plan_measurement(
     num_parameters = sum(layer.num_parameters for layer in network.layers)
     fixed = _NUMBER * ((_DECOMPOSITION + 3 * num_blocks) * num_rows**2 + 5 * num_parameters)
     fixed += min(_TEMPORARIES, budget // 8)
+    fixed += _NUMBER * (_READOUT * with_readout + _OUTPUT_CURVATURE * with_hessian) * num_rows**2
     if with_dense_hessian:
         fixed += _NUMBER * (6 * num_parameters**2 + 3 * num_rows * num_parameters)
     if fixed > budget:
@@ -122,10 +134,10 @@ def plan_measurement(
             f"or a larger memory_budget"
         )
     sizes = layer_sizes(network, trace, num_inputs=num_inputs, num_outputs=num_outputs)
-    passes = _Passes.of(trace, probe.size, num_inputs, budget - fixed)
-    beside = _numbers_beside_the_graph(sizes.values(), passes.group)
-    if beside:
-        passes = _Passes.of(trace, probe.size, num_inputs, budget - fixed, beside=beside)
+    copies = _COPIES + with_readout + with_hessian  # Rows are combined once more, for each.
+    alone = _Passes.of(trace, probe.size, num_inputs, budget - fixed, copies)
+    beside = _numbers_beside_the_graph(sizes.values(), alone.group)
+    passes = _Passes.of(trace, probe.size, num_inputs, budget - fixed, copies, beside=beside)
     if passes.chunk_size < 1:
         raise MemoryBudgetError(
             f"a measurement must fit into memory_budget, {_gib(budget)}, but the activations of {num_inputs} inputs "
@@ -136,10 +148,15 @@ def plan_measurement(
     if smallest > passes.group:
         raise MemoryBudgetError(
             f"a measurement must fit into memory_budget, {_gib(budget)}, but the gradients of layer {name!r} need "
-            f"{_gib(_COPIES * _NUMBER * smallest)} beside {_gib(fixed + passes.held)}: take a smaller probe, fewer "
+            f"{_gib(copies * _NUMBER * smallest)} beside {_gib(fixed + passes.held)}: take a smaller probe, fewer "
             f"outputs (max_outputs), or a larger memory_budget"
         )
-    gradients = _COPIES * _NUMBER * min(passes.group, sum(size.peak for size in sizes.values()))
+    peak = copies * _NUMBER * min(passes.group, sum(size.peak for size in sizes.values()))
+    limits = None
+    if with_hessian:  # It comes after the gradients, in their place.
+        limits = alone.hessian_limits(num_parameters)
+        basis = min(limits.basis_elements, _LANCZOS_VECTORS * num_parameters)
+        peak = max(peak, _NUMBER * basis + _SECOND_ORDER * alone.graph * (limits.chunk_size or num_inputs))
     return MeasurementPlan(
         num_inputs=num_inputs,
         num_outputs=num_outputs,
@@ -147,9 +164,12 @@ def plan_measurement(
         methods={layer: size.method(passes.group) for layer, size in sizes.items()},
         chunk_size=passes.chunk_size,
         group_elements=passes.group,
-        memory_bytes=fixed + passes.held + gradients,
+        hessian_limits=limits,
+        memory_bytes=min(budget, fixed + passes.held + peak),
         memory_budget=budget,
-        num_operations=_num_operations(network, trace, probe.size, num_rows, num_blocks),
+        num_operations=_num_operations(network, trace, probe.size, num_rows, num_blocks)
+        + (_hessian_operations(trace, probe.size, num_inputs, num_parameters, is_dense=with_dense_hessian))
+        * with_hessian,
     )
 
 
@@ -174,15 +194,19 @@ class _Passes:
         graph: Bytes of the graph of one input.
         activations: Bytes of those of the whole probe, which are kept where it is run in chunks.
         rest: Bytes for all of this, and for gradients.
+        copies: How many of a group's factors there are at once.
     """
 
     num_inputs: int
     graph: int
     activations: int
     rest: int
+    copies: int
 
     @classmethod
-    def of(cls, trace: Trace, traced_inputs: int, num_inputs: int, rest: int, *, beside: int = 0) -> "_Passes":
+    def of(
+        cls, trace: Trace, traced_inputs: int, num_inputs: int, rest: int, copies: int, *, beside: int = 0
+    ) -> "_Passes":
         """From a trace of some inputs, and from the numbers that all inputs need beside the graph."""
         # Every result is held once by the graph and once more by what is traced.
         traced = sum(
@@ -194,6 +218,7 @@ class _Passes:
             int(_NUMBER * held),
             int(3 * _NUMBER * traced * num_inputs / traced_inputs),
             rest,
+            copies,
         )
 
     @property
@@ -211,7 +236,19 @@ class _Passes:
     @property
     def group(self) -> int:
         """Numbers of gradients, or their factors, that may be held at once."""
-        return min(GROUP_ELEMENTS, int((self.rest - self.held) / _NUMBER / _COPIES))
+        return min(GROUP_ELEMENTS, int((self.rest - self.held) / _NUMBER / self.copies))
+
+    def hessian_limits(self, num_parameters: int) -> HessianLimits:
+        """What products with the Hessian may take of the same memory."""
+        limits, rest = HessianLimits(), max(0, self.rest - self.held)
+        basis = min(limits.basis_elements, _LANCZOS_VECTORS * num_parameters, rest // 3 // _NUMBER)
+        chunk_size = min(self.chunk_size, int((rest - _NUMBER * basis) / _SECOND_ORDER / max(1, self.graph)))
+        return HessianLimits(
+            chunk_size=max(1, chunk_size) if chunk_size < self.num_inputs else None,
+            basis_elements=basis,
+            batch_elements=min(limits.batch_elements, rest // 8 // _NUMBER),
+            waiting_elements=min(limits.waiting_elements, self.group // 2),
+        )
 
 
 def _num_operations(network: Network, trace: Trace, traced_inputs: int, num_rows: int, num_blocks: int) -> float:
@@ -225,6 +262,16 @@ def _num_operations(network: Network, trace: Trace, traced_inputs: int, num_rows
             total += 2.0 * num_rows**2 * (d_out * d_in if positions > 1 else d_out)
             total += 2.0 * num_rows * positions * d_out * d_in if positions > 1 else 0.0
     return total
+
+
+def _hessian_operations(
+    trace: Trace, traced_inputs: int, num_inputs: int, num_parameters: int, *, is_dense: bool
+) -> float:
+    """For all products that there may be, at some six forward passes each, their orthogonalization, and eigenvalues."""
+    uses = [use for use in trace.operations.uses if isinstance(use, ProductUse)]
+    forward = sum(2.0 * use.num_activations * use.positions.shape[0] for use in uses) * num_inputs / traced_inputs
+    total = (NETWORK_PRODUCTS + LAYER_PRODUCTS) * 6 * forward + 4.0 * NETWORK_PRODUCTS**2 * num_parameters
+    return total + is_dense * (num_parameters * 6 * forward + 10.0 * num_parameters**3)
 
 
 def _gib(num_bytes: int) -> str:

@@ -5,7 +5,6 @@ No gradient with respect to a parameter is taken. Whether the operations are all
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from operator import is_
 
 import torch
@@ -250,9 +249,9 @@ class PiecewiseGradients(StackedGradients):
         """The matrix, shape ``(m, N)``; not smaller than what could not be held."""
         return self._sum(lambda piece: piece.rows())
 
-    @cached_property
+    @property
     def gram(self) -> Tensor:
-        """Products of all pairs of rows, shape ``(m, m)``."""
+        """Products of all pairs of rows, shape ``(m, m)``; computed anew at each access."""
         return self._sum(lambda piece: piece.gram)
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
