@@ -89,6 +89,44 @@ def test_a_layer_that_is_larger_than_the_budget_is_measured_in_pieces_under_it()
     assert peak < 130 * MEBIBYTE
 
 
+PEAK_OF_A_HESSIAN = """
+import resource, sys
+import torch
+from torch import nn
+from tests.test_plan import convolutional, images
+from lightning_basin import measure_basin
+
+torch.manual_seed(0)
+module, inputs = convolutional(), images(48)
+targets = (module(inputs) + torch.randn(48, 2)).detach().softmax(1)
+measure_basin(module, inputs[:2], targets[:2], loss_fn=nn.CrossEntropyLoss())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+record = measure_basin(module, inputs, targets, loss_fn=nn.CrossEntropyLoss(), memory_budget=int(sys.argv[1]))
+print(record.gauss_newton_nullity, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_hessian_in_chunks_stays_under_the_budget():
+    nullity, peak = rank_and_peak(112 * MEBIBYTE, PEAK_OF_A_HESSIAN)
+    # Of two classes only the difference of the logits is seen: one direction for each of 48 images.
+    assert nullity == sum(parameter.numel() for parameter in convolutional().parameters()) - 48
+    assert peak < 112 * MEBIBYTE
+
+
+def test_the_plan_says_what_the_hessian_may_take():
+    module, inputs, targets = convolutional(), images(48), torch.randn(48, 2)
+
+    def planned(mebibytes, **settings):
+        return check_measurable(module, Probe(inputs, targets), memory_budget=mebibytes * MEBIBYTE, **settings)
+
+    assert planned(1024).hessian_limits is None
+    roomy, narrow = (planned(mebibytes, loss_fn=nn.MSELoss()) for mebibytes in (1024, 112))
+    assert roomy.hessian_limits.chunk_size is None
+    assert narrow.hessian_limits.chunk_size <= narrow.chunk_size < 48
+    assert narrow.hessian_limits.basis_elements * 8 < 112 * MEBIBYTE
+    assert roomy.num_operations > planned(1024).num_operations
+
+
 def test_the_plan_says_how_each_layer_is_measured():
     def methods(module, inputs, mebibytes):
         plan = check_measurable(module, Probe(inputs), memory_budget=mebibytes * MEBIBYTE)
