@@ -160,6 +160,17 @@ def _derivative(output: Tensor, passed: Tensor) -> Tensor:
     return derivative
 
 
+def joined_passages(chunks: Sequence[Passage | None]) -> Passage | None:
+    """The passage of all inputs from those of chunks of them; ``None`` where one of these is."""
+    found = [chunk for chunk in chunks if chunk is not None]
+    if len(found) < len(chunks) or sum(chunk.signals.numel() for chunk in found) > _SIGNALS:
+        return None
+    inputs = [chunk.inputs for chunk in found if chunk.inputs is not None]
+    return Passage(
+        torch.cat([chunk.signals for chunk in found]), torch.cat(inputs) if len(inputs) == len(found) else None
+    )
+
+
 def _reached_around(outputs: Tensor, passed: Tensor, parameters: Sequence[Tensor]) -> bool:
     """Whether the graph of the outputs leads to any parameter on a way that does not pass a tensor."""
     wanted = {id(parameter) for parameter in parameters}

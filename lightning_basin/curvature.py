@@ -1,7 +1,7 @@
 """How the loss on a probe curves: null spaces of its Hessian, of a network of any size and of each of its parts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -44,12 +44,29 @@ _SLACK = 2.0  # factor within which the norm of R is bounded
 _DENSE_SLACK = 1.01  # the same where products are cheap beside all of H
 _LARGEST_PRODUCTS = 30  # for the largest eigenvalue of H
 _LARGEST_RTOL = 1e-3  # to which it is known: three digits of a scale
-_BASIS_ELEMENTS = 2**28  # float64 numbers in the vectors of a Lanczos iteration: 2 GiB
-_GRAPH_ELEMENTS = 2**26  # and in activations whose graph is kept: 512 MiB, some times that with the gradients
-_BATCH_ELEMENTS = 2**25  # and in those of one batched backward pass: 256 MiB
+_GRAPH_ELEMENTS = (
+    2**26
+)  # float64 numbers in activations whose graph is kept: 512 MiB, some times that with the gradients
 _ROUNDING_FACTOR = 1e3  # by how much rounding may grow on its way into a Hessian
 
 Part = TypeVar("Part")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HessianLimits:
+    """What may be held at once while a Hessian is measured.
+
+    Attributes:
+        chunk_size: Inputs that are differentiated together; ``None`` for all, in whose graph the outputs then are.
+        basis_elements: Float64 numbers in the vectors of a Lanczos iteration; 2 GiB.
+        batch_elements: And in the activations of one batched backward pass; 256 MiB.
+        waiting_elements: And in gradients that wait for their sketch; 512 MiB.
+    """
+
+    chunk_size: int | None = None
+    basis_elements: int = 2**28
+    batch_elements: int = 2**25
+    waiting_elements: int = 2**26
 
 
 class HessianMeasurement(Generic[Part]):
@@ -67,6 +84,7 @@ class HessianMeasurement(Generic[Part]):
         generator: On the CPU.
         is_plain: Whether the behavior whose spectra are measured is the outputs themselves. For squared errors those
             of the Gauss-Newton part are then the same.
+        limits: What may be held at once.
 
     Attributes:
         notes: What a reader should know.
@@ -84,8 +102,11 @@ class HessianMeasurement(Generic[Part]):
         rtol: float | None,
         generator: Generator,
         is_plain: bool,
+        limits: "HessianLimits | None" = None,
     ) -> None:
         self.notes: list[str] = []
+        self._limits = HessianLimits() if limits is None else limits
+        self._chunk_size = self._limits.chunk_size
         self._network, self._probe, self._trace, self._loss_fn = network, probe, trace, loss_fn
         self._parts, self._rtol, self._generator = parts, rtol, generator
         self._curvature = output_curvature(loss_fn, trace.outputs)
@@ -95,7 +116,9 @@ class HessianMeasurement(Generic[Part]):
         self._multiple = self._curvature.multiple if is_plain else None
         self._takes_products = mode != "gauss-newton"
         self._is_dense = mode == "dense" or (mode == "auto" and _num_parameters(network.layers) <= self._dense_limit)
-        self._is_left_out = not self._is_provable and not self._is_dense
+        # A penalty may meet the outputs in any way: chunks of inputs do not add up.
+        is_cut_penalty = self._has_penalty and self._chunk_size is not None
+        self._is_left_out = (not self._is_provable and not self._is_dense) or is_cut_penalty
         self._note_loss()
         self._rows: dict[Layer, Tensor] = {}
         self._curved: dict[str, bool] = {}
@@ -103,7 +126,12 @@ class HessianMeasurement(Generic[Part]):
         self._accumulators: dict[Part, SpectrumAccumulator] = {}
         if self._multiple is None:
             self._accumulators = {
-                part: SpectrumAccumulator(trace.outputs.numel(), _num_parameters(layers), generator)
+                part: SpectrumAccumulator(
+                    trace.outputs.numel(),
+                    _num_parameters(layers),
+                    generator,
+                    max_waiting=self._limits.waiting_elements,
+                )
                 for part, layers in parts.items()
             }
 
@@ -120,10 +148,12 @@ class HessianMeasurement(Generic[Part]):
         if not self._is_provable:
             why = "is not convex in the outputs" if self._curvature.factors is None else "holds parameters themselves"
             done = "is left out" if self._is_left_out else "is formed"
-            self.notes.append(
-                f"the loss {why}, so that no products bracket its Hessian's nullity: it {done}; 'auto' forms it up to "
-                f"{MAX_UNPROVED_PARAMETERS} parameters, hessian='dense' always"
+            how = (
+                "which takes a memory_budget that holds all inputs at once"
+                if self._has_penalty and self._chunk_size is not None
+                else f"'auto' forms it up to {MAX_UNPROVED_PARAMETERS} parameters, hessian='dense' always"
             )
+            self.notes.append(f"the loss {why}, so that no products bracket its Hessian's nullity: it {done}; {how}")
         elif not self._curvature.residual_is_zero and not bool(self._curvature.matrices.any()):
             self.notes.append(
                 "the loss is piecewise linear in the outputs: its second derivative is zero almost everywhere, and all "
@@ -214,14 +244,24 @@ class HessianMeasurement(Generic[Part]):
             residual = 0.0 if self._is_exact else None
             return {part: self._bracket(part, spectra[part], residual) for part in self._parts}
         *parts, whole = self._parts
-        products = HessianProducts(self._network, self._probe, self._trace, self._curvature)
-        products.check([self._curved[name] for layer in self._network.layers for name in layer.parameters])
+        products = self._products()
         found = {whole: self._bounded(whole, spectra[whole], products, float("inf"), NETWORK_PRODUCTS)}
         # A block of R is not larger than R.
         inherited = found[whole].residual or 0.0
         each = max(1, LAYER_PRODUCTS // max(1, len(parts)))
         found |= {part: self._bounded(part, spectra[part], products, inherited, each) for part in parts}
         return {part: found[part] for part in self._parts}
+
+    def _products(self) -> "HessianProducts":
+        products = HessianProducts(
+            self._network, self._probe, self._trace, self._curvature, chunk_size=self._chunk_size
+        )
+        products.check(self._is_curved)
+        return products
+
+    @property
+    def _is_curved(self) -> list[bool]:
+        return [self._curved[name] for layer in self._network.layers for name in layer.parameters]
 
     def _bracket(
         self, part: Part, spectrum: Spectrum, residual: float | None, largest: float | None = None
@@ -267,7 +307,7 @@ class HessianMeasurement(Generic[Part]):
             products.operator(layers, of_residual=of_residual),
             num_parameters,
             generator=self._generator,
-            max_products=max(1, min(max_products, _BASIS_ELEMENTS // num_parameters)),
+            max_products=max(1, min(max_products, self._limits.basis_elements // num_parameters)),
             like=self._trace.outputs,
             atol=_ROUNDING_FACTOR * EPSILON * scale * max(1.0, 0.0 if of_residual else products.cancellation),
         ):
@@ -276,17 +316,23 @@ class HessianMeasurement(Generic[Part]):
                 return
 
     def _dense(self, brackets: Mapping[Part, NullSpace]) -> dict[Part, NullSpace]:
-        layers, parameters = self._network.layers, self._network.parameters()
+        layers = self._network.layers
         gradients = torch.cat([self._rows[layer] for layer in layers], dim=1)
-        names = [name for layer in layers for name in layer.parameters]
         rounding = _ROUNDING_FACTOR * self._curvature.rounding * float(gradients.square().sum())
-        hessian = hessian_matrix(
-            self._loss_fn(self._trace.outputs),
-            parameters,
-            chunk_size=max(1, min(64, _BATCH_ELEMENTS // max(1, _num_activations(self._trace)))),
-            atol=rounding,
-            curved=[self._curved[name] for name in names],
-        )
+        share = 1.0 if self._chunk_size is None else self._chunk_size / self._probe.size
+        at_once = max(1, int(share * _num_activations(self._trace)))
+        batch = max(1, min(64, self._limits.batch_elements // at_once))
+        if self._chunk_size is None:
+            hessian = hessian_matrix(
+                self._loss_fn(self._trace.outputs),
+                self._network.parameters(),
+                chunk_size=batch,
+                atol=rounding,
+                curved=self._is_curved,
+            )
+        else:
+            residual = self._products().residual_matrix(chunk_size=batch)
+            hessian = residual + gradients.mT @ weighted_rows(gradients, self._curvature.matrices)
         positions = torch.arange(hessian.shape[0], device=hessian.device)
         columns = dict(zip(layers, torch.split(positions, [layer.num_parameters for layer in layers]), strict=True))
         null_spaces = {}
@@ -323,13 +369,23 @@ class HessianProducts:
         cancellation: How much larger than the curvature the terms are that cancel in it.
     """
 
-    def __init__(self, network: Network, probe: Probe, trace: Trace, curvature: OutputCurvature) -> None:
+    def __init__(
+        self,
+        network: Network,
+        probe: Probe,
+        trace: Trace,
+        curvature: OutputCurvature,
+        *,
+        chunk_size: int | None = None,
+    ) -> None:
         assert curvature.slope is not None
         self._network, self._probe, self._curvature = network, probe, curvature
         self._parameters = network.parameters()
         self._outputs = trace.outputs.detach().reshape(probe.size, -1)
-        num_chunks = 1 if curvature.matrices.shape[0] < probe.size else -(-_num_activations(trace) // _GRAPH_ELEMENTS)
-        self._chunks = torch.arange(probe.size).chunk(max(1, num_chunks))
+        num_chunks = max(1, -(-_num_activations(trace) // _GRAPH_ELEMENTS))
+        if chunk_size is not None:
+            num_chunks = max(num_chunks, -(-probe.size // chunk_size))
+        self._chunks = torch.arange(probe.size).tensor_split(min(num_chunks, probe.size))
         self._kept: dict[bool, list[Tensor]] = {}
         pulled = EPSILON * weighted_rows(self._outputs.reshape(-1, 1), curvature.matrices).abs() + curvature.rounding
         self.uncertainty = float(pulled.norm()) / float(curvature.slope.norm())
@@ -345,13 +401,53 @@ class HessianProducts:
 
         def product(direction: Tensor) -> Tensor:
             total = torch.zeros_like(direction)
+            # Inputs that the loss couples must be seen together, except where all are in one graph anyway.
+            is_apart = self._is_coupled and len(self._chunks) > 1 and not of_residual
             for chunk in self._chunks:
-                gradients = self._gradients(chunk, of_residual=of_residual)
+                gradients = self._gradients(chunk, of_residual=of_residual or is_apart)
                 gradient = torch.cat([gradients[index].flatten() for index in indices])
                 total += hessian_product(gradient, variables, direction)
-            return total
+            return total + self._gauss_newton_product(variables, direction) if is_apart else total
 
         return product
+
+    def residual_matrix(self, *, chunk_size: int) -> Tensor:
+        """R itself, shape ``(N, N)``.
+
+        Args:
+            chunk_size: Columns per batched backward pass.
+        """
+        num_parameters = sum(parameter.numel() for parameter in self._parameters)
+        total = self._outputs.new_zeros(num_parameters, num_parameters)
+        for chunk in self._chunks:
+            total += hessian_matrix(self._model(chunk, of_residual=True), self._parameters, chunk_size=chunk_size)
+        return total
+
+    def _gauss_newton_product(self, variables: Sequence[Tensor], direction: Tensor) -> Tensor:
+        """GᵀAG times a direction: first how all outputs move, then what pulls them back."""
+        moved = torch.cat([self._directional_derivative(chunk, variables, direction) for chunk in self._chunks])
+        pulled = weighted_rows(moved.reshape(-1, 1), self._curvature.matrices).view(self._outputs.shape)
+        total = torch.zeros_like(direction)
+        for chunk in self._chunks:
+            outputs = self._outputs_of(chunk)
+            if outputs.requires_grad:
+                weights = pulled[chunk.to(outputs.device)]
+                parts = torch.autograd.grad(outputs, variables, weights, materialize_grads=True)
+                total += torch.cat([part.flatten() for part in parts])
+        return total
+
+    def _directional_derivative(self, chunk: Tensor, variables: Sequence[Tensor], direction: Tensor) -> Tensor:
+        """How the outputs of some inputs move along a direction, as the derivative of a product by its left factor."""
+        outputs = self._outputs_of(chunk)
+        weights = torch.zeros_like(outputs, requires_grad=True)
+        if not outputs.requires_grad:
+            return weights.detach()
+        parts = torch.autograd.grad(outputs, variables, weights, create_graph=True, materialize_grads=True)
+        gradient = torch.cat([part.flatten() for part in parts])
+        if not gradient.requires_grad:
+            return weights.detach()
+        (moved,) = torch.autograd.grad(gradient, weights, direction, materialize_grads=True)
+        return moved
 
     def check(self, curved: Sequence[bool]) -> None:
         """Refuse an operation of the network that can be differentiated only once, and does not say so."""
@@ -363,26 +459,42 @@ class HessianProducts:
         """Gradients of the quadratic model, or of its linear part, on some inputs; kept where they are all."""
         if of_residual in self._kept:
             return self._kept[of_residual]
-        is_whole = len(self._chunks) == 1
-        with torch.backends.cudnn.flags(enabled=False):  # Its recurrent layers have no second derivative.
-            outputs = self._network.outputs(self._probe if is_whole else self._probe.select(chunk))
-        gradients = self._differentiated(outputs.reshape(len(chunk), -1), chunk, of_residual=of_residual)
-        if is_whole:
+        model = self._model(chunk, of_residual=of_residual)
+        if model.requires_grad:
+            gradients = list(torch.autograd.grad(model, self._parameters, create_graph=True, materialize_grads=True))
+        else:
+            gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        if len(self._chunks) == 1:
             self._kept[of_residual] = gradients
         return gradients
 
-    def _differentiated(self, outputs: Tensor, chunk: Tensor, *, of_residual: bool) -> list[Tensor]:
-        if not outputs.requires_grad:
-            return [torch.zeros_like(parameter) for parameter in self._parameters]
+    def _outputs_of(self, chunk: Tensor) -> Tensor:
+        is_whole = len(self._chunks) == 1
+        with torch.backends.cudnn.flags(enabled=False):  # Its recurrent layers have no second derivative.
+            outputs = self._network.outputs(self._probe if is_whole else self._probe.select(chunk))
+        return outputs.reshape(len(chunk), -1)
+
+    def _model(self, chunk: Tensor, *, of_residual: bool) -> Tensor:
+        """The quadratic model, or its linear part, of some inputs; of inputs that are coupled, as if to these alone."""
         assert self._curvature.slope is not None
+        outputs = self._outputs_of(chunk)
         chunk = chunk.to(outputs.device)
         model = (self._curvature.slope[chunk] * outputs).sum()
-        if not of_residual:
-            moved = (outputs - self._outputs[chunk]).reshape(-1, 1)
-            is_coupled = self._curvature.matrices.shape[0] < self._probe.size
-            blocks = self._curvature.matrices if is_coupled else self._curvature.matrices[chunk]
-            model = model + 0.5 * (moved * weighted_rows(moved, blocks)).sum()
-        return list(torch.autograd.grad(model, self._parameters, create_graph=True, materialize_grads=True))
+        if of_residual:
+            return model
+        moved = (outputs - self._outputs[chunk]).reshape(-1, 1)
+        return model + 0.5 * (moved * weighted_rows(moved, self._blocks(chunk))).sum()
+
+    @property
+    def _is_coupled(self) -> bool:
+        return self._curvature.matrices.shape[0] < self._probe.size
+
+    def _blocks(self, chunk: Tensor) -> Tensor:
+        matrices = self._curvature.matrices
+        if not self._is_coupled:
+            return matrices[chunk]
+        rows = torch.arange(self._outputs.numel(), device=chunk.device).view(self._outputs.shape)[chunk].flatten()
+        return matrices[:, rows][:, :, rows]
 
 
 def _num_parameters(layers: Sequence[Layer]) -> int:

@@ -6,7 +6,8 @@ every way gives must reproduce a random combination of all rows that plain autog
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -17,18 +18,31 @@ from lightning_basin.layers import AGREEMENT_RTOL, Layer, Network, Trace, Traced
 from lightning_basin.operations import Leaving, ProductUse, Source, Use
 from lightning_basin.probe import tensors_of
 from lightning_basin.structured import (
+    Cuts,
     InputAxis,
     MeasuredUse,
+    PiecewiseGradients,
+    UsesSize,
     activations_of_inputs,
-    find_input_axis,
+    can_be_cut,
     gradients_from_uses,
+    possible_input_axes,
     signal_of_inputs,
 )
 
 _Item = TypeVar("_Item")
 
+GradientMethod = Literal["factors", "chunks", "pieces", "rows"]
+"""How the gradients of a layer are found.
+
+From the factors of all uses of its parameters; from those of some inputs at a time, multiplied out; from some rows and
+columns of its matrices at a time; or from dense rows by automatic differentiation.
+"""
+
 GROUP_ELEMENTS = 2**27
 """Float64 numbers in the gradients, or their factors, that are held at once: 1 GiB."""
+
+_NUM_CHOICES = 3  # of inputs whose derivatives may tell where the inputs are; one does, unless a layer is dead
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +87,10 @@ def layer_gradients(
                 (layer, f"layer {layer.name!r} is measured row by row: its parameters are used in other ways")
             )
     for group in _groups(waiting, lambda item: item[0].num_parameters * check.num_rows, max_elements):
-        yield from _dense_gradients(traced, group, check)
+        if sum(layer.num_parameters for layer, _ in group) * check.num_rows <= max_elements:
+            yield from _dense_gradients(traced, group, check)
+        else:
+            yield _dense_in_pieces(traced, *group[0], check, max_elements)
 
 
 class _AutogradCheck:
@@ -135,32 +152,126 @@ def _structured_gradients(
     """Gradients of layers whose uses are known, from one backward pass for each output; ``None`` for other layers."""
     network, num_inputs = traced.network, traced.probe.size
     first = next(iter(traced))
-    uses = _uses_by_layer(network, first)
-    num_outputs = check.num_rows // num_inputs
+    sizes = layer_sizes(network, first, num_inputs=num_inputs, num_outputs=check.num_rows // num_inputs)
     planned = []
     for layer in network.layers:
+        size = sizes[layer.name]
+        method = size.method(max_elements)
         if check.is_unused(layer):
             empty = StackedGradients((), (), num_rows=check.num_rows, num_columns=layer.num_parameters)
             yield layer, empty
-        elif not uses[layer]:
-            yield layer, None
+        elif method == "factors":
+            planned.append((layer, size.whole))
+        elif method == "chunks":
+            yield layer, _chunk_by_chunk(traced, layer)
+        elif method == "pieces":
+            yield layer, _in_pieces(traced, layer, size.uses.cuts(max_elements), check.num_rows)
         else:
-            size = sum(_num_elements(use, num_outputs) for use in uses[layer].values())
-            planned.append((layer, size * num_inputs // first.outputs.shape[0]))
+            yield layer, None
     for group in _groups(planned, lambda item: item[1], max_elements):
         layers = [layer for layer, _ in group]
-        measured = _measured_uses(traced, layers)
+        measured = _measured_uses(traced, {layer: Cuts() for layer in layers}, 0)
         for layer in layers:
             found = measured.pop(layer)
+            yield layer, None if found is None else _from_uses(network, layer, found, check.num_rows)
+
+
+def _from_uses(network: Network, layer: Layer, found: Sequence[MeasuredUse], num_rows: int) -> LayerGradients:
+    parameters = {name: network.named_parameters[name] for name in layer.parameters}
+    return gradients_from_uses(parameters, found, num_rows=num_rows)
+
+
+def _chunk_by_chunk(traced: TracedProbe, layer: Layer) -> DenseGradients | None:
+    """Dense rows, where these are smaller than their factors; ``None`` where inputs cannot be told apart."""
+    rows = []
+    for trace in traced:
+        uses = _uses_by_layer(traced.network, trace)[layer]
+        found = _all_of(_measured_in_chunk(traced.network, trace, uses), uses)
+        if found is None:
+            return None
+        num_rows = traced.network.rows(trace.outputs).numel()
+        rows.append(_from_uses(traced.network, layer, found, num_rows).rows())
+    return DenseGradients(torch.cat(rows))
+
+
+def _in_pieces(traced: TracedProbe, layer: Layer, cuts: Cuts, num_rows: int) -> LayerGradients | None:
+    """Gradients whose factors cannot all be held; ``None`` where what chunks of inputs use does not fit together."""
+    chunks = []
+    for trace in traced:
+        uses = _uses_by_layer(traced.network, trace)[layer]
+        if set(_input_axes(traced.network.rows(trace.outputs), uses)) != set(uses):
+            return None
+        chunks.append(list(uses.values()))
+    if any(not _are_alike(chunk, chunks[0]) for chunk in chunks):
+        return None
+    numbers = [number for number in range(cuts.outputs * cuts.inputs) if cuts.piece(dict(enumerate(chunks[0])), number)]
+    del chunks  # And the graphs that they hold.
+
+    def pieces() -> Iterator[LayerGradients]:
+        for number in numbers:
+            found = _measured_uses(traced, {layer: cuts}, number)[layer]
             if found is None:
-                yield layer, None
-                continue
-            parameters = {name: network.named_parameters[name] for name in layer.parameters}
-            yield layer, gradients_from_uses(parameters, found, num_rows=check.num_rows)
+                raise RuntimeError(f"two evaluations of layer {layer.name!r} use its parameters differently")
+            yield _from_uses(traced.network, layer, found, num_rows)
+
+    return PiecewiseGradients((), (), num_rows=num_rows, num_columns=layer.num_parameters, pieces=pieces)
 
 
-def layer_elements(network: Network, trace: Trace, *, num_inputs: int, num_outputs: int) -> dict[str, tuple[bool, int]]:
-    """For each layer whether its gradients stay factored, and how many numbers are held of them.
+@dataclass(frozen=True)
+class LayerSize:
+    """How many numbers the gradients of a layer take.
+
+    Attributes:
+        uses: Of its parameters; empty where these are not known.
+        num_rows: m.
+        num_parameters: Of the layer.
+        can_be_cut: Whether the uses can be measured in pieces.
+    """
+
+    uses: UsesSize
+    num_rows: int
+    num_parameters: int
+    can_be_cut: bool
+
+    def method(self, max_elements: int) -> GradientMethod:
+        """How the gradients are found where so many numbers may be held."""
+        if self.uses.uses and self.peak <= max_elements:
+            return "factors"
+        if self.uses.uses and self._dense <= max_elements:
+            return "chunks"
+        if self.can_be_cut and self._smallest_piece <= max_elements:
+            return "pieces"
+        return "rows"
+
+    @property
+    def whole(self) -> int:
+        """Numbers that are held of all of them; dense rows are added up where uses overlap."""
+        if not self.uses.uses:
+            return self._dense
+        return self.uses.factors + (0 if self.can_be_cut else self._dense)
+
+    @property
+    def peak(self) -> int:
+        """The same with the random vectors that sketch them."""
+        return self.uses.piece(Cuts()) if self.can_be_cut else self.whole
+
+    @property
+    def smallest(self) -> int:
+        """Numbers that must be held to find them in one way or another."""
+        by_row = 3 * self.num_parameters + 2 * self.num_rows
+        return min(self.peak, by_row, self._smallest_piece if self.can_be_cut else by_row)
+
+    @property
+    def _dense(self) -> int:
+        return self.num_rows * self.num_parameters
+
+    @property
+    def _smallest_piece(self) -> int:
+        return self.uses.piece(self.uses.most_cuts)
+
+
+def layer_sizes(network: Network, trace: Trace, *, num_inputs: int, num_outputs: int) -> dict[str, LayerSize]:
+    """How large the gradients of each layer are.
 
     Args:
         network: That was traced.
@@ -168,20 +279,17 @@ def layer_elements(network: Network, trace: Trace, *, num_inputs: int, num_outpu
         num_inputs: That will be measured.
         num_outputs: Per input.
     """
-    traced_inputs = trace.outputs.shape[0]
+    share = num_inputs / trace.outputs.shape[0]
     found = {}
     for layer, uses in _uses_by_layer(network, trace).items():
-        factors = sum(_num_elements(use, num_outputs) for use in uses.values()) * num_inputs // traced_inputs
-        dense = layer.num_parameters * num_inputs * num_outputs
-        found[layer.name] = (True, factors) if uses else (False, dense)
+        parameters = {name: network.named_parameters[name] for name in layer.parameters}
+        found[layer.name] = LayerSize(
+            UsesSize(list(uses.values()), num_inputs, num_outputs, share),
+            num_rows=num_inputs * num_outputs,
+            num_parameters=layer.num_parameters,
+            can_be_cut=bool(uses) and can_be_cut(parameters, list(uses.values())),
+        )
     return found
-
-
-def _num_elements(use: Use, num_outputs: int) -> int:
-    """Numbers that are held of a use: what enters, and the derivatives of each output."""
-    if isinstance(use, ProductUse):
-        return use.num_activations + num_outputs * use.leaving.shape.numel()
-    return num_outputs * use.positions.numel()
 
 
 def _uses_by_layer(network: Network, trace: Trace) -> dict[Layer, dict[int, Use]]:
@@ -208,14 +316,24 @@ def _layers_behind(network: Network, source: Source, owners: Mapping[str, Layer]
     return {owners[name] for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
 
 
-def _measured_uses(traced: TracedProbe, layers: Sequence[Layer]) -> dict[Layer, list[MeasuredUse] | None]:
-    """What entered the operations of some layers and the derivatives by what left them, over all chunks of inputs."""
+def _measured_uses(
+    traced: TracedProbe, layers: Mapping[Layer, Cuts], number: int
+) -> dict[Layer, list[MeasuredUse] | None]:
+    """What entered the operations of some layers and the derivatives by what left them, over all chunks of inputs.
+
+    Args:
+        traced: The network on the probe.
+        layers: How each is cut.
+        number: Of the piece to measure.
+    """
     chunks: list[dict[Layer, list[MeasuredUse] | None]] = []
     for trace in traced:
         by_layer = _uses_by_layer(traced.network, trace)
-        uses = {index: use for layer in layers for index, use in by_layer[layer].items()}
+        pieces = {layer: cuts.piece(by_layer[layer], number) for layer, cuts in layers.items()}
+        # A tensor that was computed from parameters of several layers is used by each of them.
+        uses = {index: use for piece in pieces.values() for index, use in piece.items()}
         measured = _measured_in_chunk(traced.network, trace, uses)
-        chunks.append({layer: _all_of(measured, by_layer[layer]) for layer in layers})
+        chunks.append({layer: _all_of(measured, piece) for layer, piece in pieces.items()})
     return {layer: _concatenated([chunk[layer] for chunk in chunks]) for layer in layers}
 
 
@@ -227,8 +345,8 @@ def _measured_in_chunk(network: Network, trace: Trace, uses: Mapping[int, Use]) 
     """The uses of which it is clear what belongs to which input."""
     outputs = network.rows(trace.outputs)
     num_inputs = outputs.shape[0]
-    edges = list({id(use.leaving): use.leaving for use in uses.values()}.values())
-    layouts = _input_axes(outputs, uses, edges)
+    edges = _edges(uses)
+    layouts = _input_axes(outputs, uses)
     signals: dict[int, list[Tensor]] = {index: [] for index in layouts}
     for j in range(outputs.shape[1]):
         by_edge = _derivatives(outputs[:, j].sum(), edges)
@@ -243,16 +361,36 @@ def _measured_in_chunk(network: Network, trace: Trace, uses: Mapping[int, Use]) 
     return measured
 
 
-def _input_axes(outputs: Tensor, uses: Mapping[int, Use], edges: Sequence[Leaving]) -> dict[int, InputAxis]:
+def _edges(uses: Mapping[int, Use]) -> list[Leaving]:
+    return list({id(use.leaving): use.leaving for use in uses.values()}.values())
+
+
+def _input_axes(outputs: Tensor, uses: Mapping[int, Use]) -> dict[int, InputAxis]:
     """Where the inputs are in what left each operation, seen from the outputs of some of them."""
+    edges = _edges(uses)
     generator = Generator().manual_seed(0)
     num_inputs = outputs.shape[0]
-    chosen = torch.randint(0, 2, (num_inputs,), generator=generator).bool().to(outputs.device)
-    chosen[0], chosen[-1] = True, num_inputs == 1
     weights = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
-    by_edge = _derivatives((outputs * weights)[chosen].sum(), edges)
-    layouts = {index: find_input_axis(use, by_edge[id(use.leaving)], chosen) for index, use in uses.items()}
-    return {index: layout for index, layout in layouts.items() if layout is not None}
+    layouts: dict[int, list[InputAxis]] = {}
+    for chosen in _choices(num_inputs, generator):
+        chosen = chosen.to(outputs.device)
+        by_edge = _derivatives((outputs * weights)[chosen].sum(), edges)
+        for index, use in uses.items():
+            possible = possible_input_axes(use, by_edge[id(use.leaving)], chosen)
+            layouts[index] = [layout for layout in layouts.get(index, possible) if layout in possible]
+        if all(len(possible) <= 1 for possible in layouts.values()):
+            break
+    return {index: possible[0] for index, possible in layouts.items() if possible}
+
+
+def _choices(num_inputs: int, generator: Generator) -> Iterator[Tensor]:
+    """Some of the inputs, then all others, and so on."""
+    for _ in range(_NUM_CHOICES):
+        chosen = torch.randint(0, 2, (num_inputs,), generator=generator).bool()
+        chosen[0], chosen[-1] = True, num_inputs == 1
+        yield chosen
+        if num_inputs > 1:
+            yield ~chosen
 
 
 def _derivatives(output: Tensor, places: Sequence[Leaving]) -> dict[int, Tensor]:
@@ -270,20 +408,27 @@ def _concatenated(chunks: Sequence[list[MeasuredUse] | None]) -> list[MeasuredUs
     """The same uses over all chunks of inputs; ``None`` where these differ, or some could not be measured."""
     columns = []
     for chunk in chunks:
-        if chunk is None or len(chunk) != len(chunks[0] or []):
+        if chunk is None:
             return None
         columns.append(chunk)
     if len(columns) == 1:
         return columns[0]
+    if any(not _are_alike([part.use for part in column], [part.use for part in columns[0]]) for column in columns):
+        return None
     joined = []
     for parts in zip(*columns, strict=True):
         first = parts[0]
-        if any(not torch.equal(part.use.positions, first.use.positions) for part in parts):
-            return None
         entering = [part.activations for part in parts if part.activations is not None]
         signals = torch.cat([part.signals for part in parts])
         joined.append(MeasuredUse(first.use, signals, torch.cat(entering) if entering else None))
     return joined
+
+
+def _are_alike(uses: Sequence[Use], others: Sequence[Use]) -> bool:
+    """Whether two evaluations use the same entries of the same parameters in the same order."""
+    return len(uses) == len(others) and all(
+        torch.equal(use.positions, other.positions) for use, other in zip(uses, others, strict=True)
+    )
 
 
 def _dense_gradients(
@@ -305,8 +450,7 @@ def _dense_gradients(
                 yield MeasuredGradients(layer, gradients, structured=False, note=pending.pop(layer))
         if not pending:
             return
-    names = [layer.name for layer in pending]
-    raise RuntimeError(f"the gradients of layers {names} cannot be computed: two evaluations of them disagree")
+    raise RuntimeError(_disagreement([layer.name for layer in pending]))
 
 
 def _rows_at_once(traced: TracedProbe, layers: Sequence[Layer]) -> Tensor:
@@ -321,22 +465,70 @@ def _rows_at_once(traced: TracedProbe, layers: Sequence[Layer]) -> Tensor:
     return behavioral_gradients(behavior, parameters, tensors_of(probe.inputs))
 
 
-def _rows_one_by_one(traced: TracedProbe, layers: Sequence[Layer]) -> Tensor:
-    """A forward pass for each input, a backward pass for each output."""
+def _outputs_one_by_one(traced: TracedProbe) -> Iterator[Tensor]:
+    """A forward pass for each input."""
     network, probe = traced.network, traced.probe
-    parameters = network.parameters(layers)
-    return torch.cat(
-        [gradient_rows(network.rows(network.outputs(probe.select([index]))), parameters) for index in range(probe.size)]
-    )
+    for index in range(probe.size):
+        yield network.rows(network.outputs(probe.select([index])))
+
+
+def _outputs_of_batch(traced: TracedProbe) -> Iterator[Tensor]:
+    """All inputs at once: always possible, and the slowest to differentiate."""
+    for trace in traced:
+        yield traced.network.rows(trace.outputs)
+
+
+def _rows_one_by_one(traced: TracedProbe, layers: Sequence[Layer]) -> Tensor:
+    """A backward pass for each output of each input."""
+    parameters = traced.network.parameters(layers)
+    return torch.cat([gradient_rows(outputs, parameters) for outputs in _outputs_one_by_one(traced)])
 
 
 def _rows_of_batch(traced: TracedProbe, layers: Sequence[Layer]) -> Tensor:
-    """A backward pass through the whole batch for each row: always possible, and the slowest."""
-    network = traced.network
-    return torch.cat([gradient_rows(network.rows(trace.outputs), network.parameters(layers)) for trace in traced])
+    """A backward pass through the whole batch for each row."""
+    parameters = traced.network.parameters(layers)
+    return torch.cat([gradient_rows(outputs, parameters) for outputs in _outputs_of_batch(traced)])
 
 
 _ROUTES: Sequence[Callable[[TracedProbe, Sequence[Layer]], Tensor]] = (_rows_at_once, _rows_one_by_one, _rows_of_batch)
+
+
+def _dense_in_pieces(
+    traced: TracedProbe, layer: Layer, note: str | None, check: _AutogradCheck, max_elements: int
+) -> MeasuredGradients:
+    """Some columns at a time, where not all of them can be held."""
+    width = max(1, max_elements // (2 * check.num_rows))
+    for outputs_of in (_outputs_one_by_one, _outputs_of_batch):
+        pieces = partial(_columns_by_row, traced, layer, outputs_of, width)
+        gradients = PiecewiseGradients((), (), num_rows=check.num_rows, num_columns=layer.num_parameters, pieces=pieces)
+        try:
+            agrees = check.passes(layer, gradients)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):  # As above: a batch of one.
+            if outputs_of is _outputs_of_batch:
+                raise
+            continue
+        if agrees:
+            return MeasuredGradients(layer, gradients, structured=False, note=note)
+    raise RuntimeError(_disagreement([layer.name]))
+
+
+def _columns_by_row(
+    traced: TracedProbe, layer: Layer, outputs_of: Callable[[TracedProbe], Iterator[Tensor]], width: int
+) -> Iterator[LayerGradients]:
+    parameters = traced.network.parameters([layer])
+    for columns in torch.split(torch.arange(layer.num_parameters, device=parameters[0].device), width):
+        rows = [
+            gradient_rows(output.reshape(1), parameters)[0, columns]
+            for outputs in outputs_of(traced)
+            for output in outputs.flatten()
+        ]
+        yield StackedGradients(
+            (DenseGradients(torch.stack(rows)),), (columns,), num_rows=len(rows), num_columns=layer.num_parameters
+        )
+
+
+def _disagreement(names: Sequence[str]) -> str:
+    return f"the gradients of layers {names} cannot be computed: two evaluations of them disagree"
 
 
 def _groups(items: Sequence[_Item], size_of: Callable[[_Item], int], max_size: int) -> Iterator[list[_Item]]:

@@ -296,21 +296,30 @@ class TracedProbe:
     def __init__(self, network: Network, probe: Probe, *, chunk_size: int | None = None) -> None:
         self.network = network
         self.probe = probe
-        self._chunk_size = probe.size if chunk_size is None else chunk_size
+        self.chunk_size = probe.size if chunk_size is None else chunk_size
         self._whole: Trace | None = None
 
     def __iter__(self) -> Iterator[Trace]:
+        return (trace for _, trace in self.chunks())
+
+    def chunks(self, *, at_least: int = 1) -> Iterator[tuple[Probe, Trace]]:
+        """Inputs that are run at once, with their trace.
+
+        Args:
+            at_least: Inputs in each chunk, even where memory asks for fewer.
+        """
         if self.is_whole:
-            yield self.whole
+            yield self.probe, self.whole
             return
-        for start in range(0, self.probe.size, self._chunk_size):
-            indices = range(start, min(start + self._chunk_size, self.probe.size))
-            yield self.network.trace(self.probe.select(indices))
+        num_chunks = min(-(-self.probe.size // self.chunk_size), max(1, self.probe.size // at_least))
+        for indices in torch.arange(self.probe.size).tensor_split(num_chunks):
+            chunk = self.probe.select(indices)
+            yield chunk, self.network.trace(chunk)
 
     @property
     def is_whole(self) -> bool:
         """Whether all inputs are run at once."""
-        return self._chunk_size >= self.probe.size
+        return self.chunk_size >= self.probe.size
 
     @property
     def whole(self) -> Trace:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from operator import or_
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,9 @@ from torch import Generator, Tensor, nn
 
 from lightning_basin.activations import (
     LayerActivations,
+    Passage,
     is_cut,
+    joined_passages,
     layer_activations,
     parameters_before,
     passage,
@@ -158,6 +161,8 @@ def measure_basin(
             num_inputs=probe.size,
             num_outputs=num_outputs,
             num_blocks=sum(part.kind == "block" for part in parts),
+            with_readout=isinstance(behavior, Probabilities) or behavior == "probabilities",
+            with_hessian=loss_fn is not None and hessian is not False,
             with_dense_hessian=loss_fn is not None
             and (hessian == "dense" or (hessian == "auto" and num_parameters <= MAX_DENSE_PARAMETERS)),
             memory_budget=memory_budget,
@@ -245,6 +250,8 @@ def check_measurable(
             evaluation.trace,
             num_inputs=num_inputs,
             num_outputs=num_outputs,
+            with_readout=isinstance(behavior, Probabilities) or behavior == "probabilities",
+            with_hessian=loss_fn is not None,
             memory_budget=memory_budget,
         )
 
@@ -387,7 +394,9 @@ def evaluated(
         _check_copy(module, trace.outputs, "behavior")
         loss = None
         if loss_fn is not None:
-            loss = _checked_loss(loss_fn, trace.outputs, probe.targets)
+            # Without a graph of all inputs, whether the loss depends on the outputs must still be seen.
+            outputs = trace.outputs if traced.is_whole else trace.outputs.detach().requires_grad_()
+            loss = _checked_loss(loss_fn, outputs, probe.targets)
             _check_copy(module, loss, "loss_fn")
         yield Evaluation(traced, loss_fn, loss, plan)
 
@@ -584,9 +593,6 @@ def _curvature(
     if evaluation.rows.shape[1] < evaluation.trace.outputs[0].numel():
         notes.append("the Hessian is left out: its Gauss-Newton part needs all outputs")
         return None
-    if not evaluation.traced.is_whole:
-        notes.append("the Hessian is left out: memory_budget does not hold the graph of all inputs at once")
-        return None
     loss_fn, targets = evaluation.loss_fn, evaluation.probe.targets
     try:
         measurement = HessianMeasurement(
@@ -599,6 +605,7 @@ def _curvature(
             rtol=rtol,
             generator=Generator().manual_seed(seed),
             is_plain=is_plain,
+            limits=None if evaluation.plan is None else evaluation.plan.hessian_limits,
         )
     except (RuntimeError, NotImplementedError) as error:  # Not every loss can be differentiated twice.
         warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=3)
@@ -689,8 +696,6 @@ def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations]
         activations: Of the probe.
         rtol: The tolerance that decides the rank: at a looser one the bound could fall below it.
     """
-    if not evaluation.traced.is_whole:  # There is no graph that could tell what a layer's input depends on.
-        return None
     network, probe, num_outputs = evaluation.network, evaluation.probe, evaluation.num_outputs
     # What all inputs share is the same for all.
     shared = torch.zeros(probe.size, dtype=torch.int64)
@@ -712,14 +717,18 @@ def _crossings(
     evaluation: Evaluation, activations: dict[str, LayerActivations], name: str, classes: Tensor, rtol: float
 ) -> list[tuple[int, int]]:
     """For a layer that is a cut: how much rank lies before it, and how many classes of inputs cross it."""
-    network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
-    used = parameters_before(network, trace, name)
-    if not is_cut(network, probe, trace, name, activations[name], used):
-        return []
+    network, used = evaluation.network, [False] * len(evaluation.network.parameters())
+    passages: list[Passage | None] = []
+    for probe, trace in evaluation.traced.chunks(at_least=2):  # A single input does not roll.
+        used = list(map(or_, used, parameters_before(network, trace, name)))
+        if not is_cut(network, probe, trace, name, activations[name], used):
+            return []
+        few = activations if evaluation.traced.is_whole else layer_activations(network, probe, trace)
+        passages.append(passage(network, probe, trace, few, name))
     parameters = zip(network.parameters(), used, strict=True)
     num_before = sum(parameter.numel() for parameter, is_used in parameters if is_used)
     crossings = [(num_before, _num_classes(classes))]
-    through = passage(network, probe, trace, activations, name)
+    through = joined_passages(passages)
     if through is not None:
         # What the tighter bounds ask of a class: the same signals before the cut as well.
         alike = duplicate_classes(through.signals.flatten(1), rtol=rtol)

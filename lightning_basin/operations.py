@@ -136,6 +136,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
         self._fixed = {id(tensor): tensor for tensor in (*parameters.values(), *constants)}
         # Copies of parameters for each input: views of what is fixed, yet not fixed themselves.
         self._parts: dict[int, Tensor] = {}
+        self._orders: dict[int, Tensor] = {}
         self._unsettled: list[tuple[Leaving, Tensor]] = []
 
     def __torch_dispatch__(
@@ -181,7 +182,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
         if id(base) not in self._fixed or base.dtype != tensor.dtype:
             return None
         source = self._sources.setdefault(id(base), Source(None, base))
-        return source, _positions(base, tensor)
+        # One for all uses: a recurrent cell uses its weights at every step.
+        order = self._orders.get(id(base))
+        if order is None:
+            order = self._orders[id(base)] = _order(base)
+        return source, order.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - base.storage_offset())
 
     def _is_fixed(self, tensor: Tensor) -> bool:
         if id(tensor) in self._parts:
@@ -213,14 +218,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
         )
 
 
-def _positions(base: Tensor, view: Tensor) -> Tensor:
-    """Which entries of a tensor, counted in its logical order, a view of it shows."""
+def _order(base: Tensor) -> Tensor:
+    """Which entries of a tensor, counted in its logical order, stand where in its storage."""
     order = torch.arange(base.numel(), device=base.device).view(base.shape)
-    if not base.is_contiguous():
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(base.shape, base.stride(), strict=True))
-        stored = order.new_zeros(extent)
-        order = stored.as_strided(base.shape, base.stride()).copy_(order)
-    return order.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset())
+    if base.is_contiguous():
+        return order
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(base.shape, base.stride(), strict=True))
+    stored = order.new_zeros(extent)
+    stored.as_strided(base.shape, base.stride()).copy_(order)
+    return stored
 
 
 # Products. Every handler takes the operation's arguments and returns the uses of parameters among them.

@@ -3,12 +3,12 @@
 No gradient with respect to a parameter is taken. Whether the operations are all that use it is for the caller to check.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import is_
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from lightning_basin.functional.jacobian import vector_jacobian_products
 from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients, LayerGradients, StackedGradients
@@ -37,10 +37,11 @@ class InputAxis:
         return moved.reshape(-1, num_inputs, *moved.shape[1:]).transpose(0, 1)
 
 
-def find_input_axis(use: Use, signal: Tensor, chosen: Tensor) -> InputAxis | None:
-    """Find the axis of the inputs from a derivative of the outputs of some inputs only.
+def possible_input_axes(use: Use, signal: Tensor, chosen: Tensor) -> list[InputAxis]:
+    """Where the inputs can be, seen from a derivative of the outputs of some inputs only.
 
-    What belongs to other inputs is exactly zero there.
+    What belongs to other inputs is exactly zero there. So may more be, where a layer is dead: further choices of inputs
+    then tell.
 
     Args:
         use: Of a parameter.
@@ -49,19 +50,19 @@ def find_input_axis(use: Use, signal: Tensor, chosen: Tensor) -> InputAxis | Non
     """
     num_inputs = chosen.numel()
     if isinstance(use, ProductUse):
-        candidates, found = [0], use.signals(signal)
+        axes, found = [0], use.signals(signal)
     else:
         found = use.contributions(signal)
-        candidates = [axis for axis in range(found.ndim) if use.positions.shape[axis] == 1]
+        axes = [axis for axis in range(found.ndim) if use.positions.shape[axis] == 1]
     nonzero = found != 0
-    for axis in candidates:
-        if found.shape[axis] % num_inputs:
-            continue
-        for adjacent in (True, False):
-            layout = InputAxis(axis, adjacent)
-            if not bool(layout.split(nonzero, num_inputs)[~chosen].any()):
-                return layout
-    return None
+    layouts = [
+        InputAxis(axis, adjacent)
+        for axis in axes
+        if found.shape[axis] % num_inputs == 0
+        # With one part each it is the same.
+        for adjacent in ((True,) if found.shape[axis] == num_inputs else (True, False))
+    ]
+    return [layout for layout in layouts if not bool(layout.split(nonzero, num_inputs)[~chosen].any())]
 
 
 def signal_of_inputs(use: Use, signal: Tensor, layout: InputAxis, num_inputs: int) -> Tensor:
@@ -199,17 +200,24 @@ def _through(source: Source, slots: Sequence[_Slot], parameters: Mapping[str, Te
 
 def _side_by_side(blocks: Sequence[_Block], num_rows: int, num_columns: int) -> LayerGradients:
     """Blocks of different columns stay apart; where they overlap they are added up."""
-    counted = sum(columns.numel() for columns, _ in blocks)
-    if counted <= num_columns:
-        columns = torch.cat([columns for columns, _ in blocks]) if blocks else torch.zeros(0, dtype=torch.int64)
-        if len(torch.unique(columns)) == counted:
-            return StackedGradients(
-                parts=tuple(part for _, part in blocks),
-                columns=tuple(columns for columns, _ in blocks),
-                num_rows=num_rows,
-                num_columns=num_columns,
-            )
+    if _are_disjoint([columns for columns, _ in blocks], num_columns):
+        return StackedGradients(
+            parts=tuple(part for _, part in blocks),
+            columns=tuple(columns for columns, _ in blocks),
+            num_rows=num_rows,
+            num_columns=num_columns,
+        )
     return DenseGradients(_summed(blocks, num_rows, num_columns))
+
+
+def _are_disjoint(columns: Sequence[Tensor], num_columns: int) -> bool:
+    counted = sum(part.numel() for part in columns)
+    if not columns or counted > num_columns:
+        return not columns
+    seen = torch.zeros(num_columns, dtype=torch.bool, device=columns[0].device)
+    for part in columns:
+        seen[part.flatten()] = True
+    return int(seen.sum()) == counted
 
 
 def _summed(blocks: Sequence[_Block], num_rows: int, num_columns: int) -> Tensor:
@@ -217,3 +225,204 @@ def _summed(blocks: Sequence[_Block], num_rows: int, num_columns: int) -> Tensor
     for columns, part in blocks:
         rows.index_add_(1, columns, part.rows())
     return rows
+
+
+# Layers too large for memory, in pieces: some rows and columns of each matrix at a time.
+
+
+@dataclass(frozen=True, eq=False)
+class PiecewiseGradients(StackedGradients):
+    """Gradients of a layer whose parts are not held, but computed whenever they are needed.
+
+    Attributes:
+        pieces: Computes parts of different columns, one after the other.
+    """
+
+    pieces: Callable[[], Iterator[LayerGradients]]
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers that are held: none."""
+        return 0
+
+    def rows(self) -> Tensor:
+        """The matrix, shape ``(m, N)``; not smaller than what could not be held."""
+        return self._sum(lambda piece: piece.rows())
+
+    @property
+    def gram(self) -> Tensor:
+        """Products of all pairs of rows, shape ``(m, m)``; computed anew at each access."""
+        return self._sum(lambda piece: piece.gram)
+
+    def add_lower_gram(self, gram: Tensor) -> None:
+        """Add the products of each row with those before it to a matrix whose upper half is nobody's concern."""
+        for piece in self.pieces():
+            piece.add_lower_gram(gram)
+
+    def sketch(self, num_columns: int, generator: Generator) -> Tensor:
+        """The sum of the sketches of the pieces, shape ``(m, num_columns)``."""
+        return self._sum(lambda piece: piece.sketch(num_columns, generator))
+
+    def combination(self, weights: Tensor) -> Tensor:
+        """``weights @ rows()`` without the rows; shapes ``(m,)`` and ``(N,)``."""
+        return self._sum(lambda piece: piece.combination(weights))
+
+    def weighted(self, blocks: Tensor) -> "PiecewiseGradients":
+        """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
+        return replace(
+            self,
+            num_rows=blocks.shape[0] * blocks.shape[1],
+            pieces=lambda: (piece.weighted(blocks) for piece in self.pieces()),
+        )
+
+    def _sum(self, of: Callable[[LayerGradients], Tensor]) -> Tensor:
+        pieces = map(of, self.pieces())
+        total = next(pieces).clone()
+        for piece in pieces:
+            total += piece
+        return total
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Into how many parts the matrices of a layer are cut, along their outputs and along what enters them."""
+
+    outputs: int = 1
+    inputs: int = 1
+
+    def piece(self, uses: Mapping[int, Use], number: int) -> dict[int, Use]:
+        """The uses of one of ``outputs * inputs`` pieces."""
+        if self.outputs == self.inputs == 1:
+            return dict(uses)
+        along_outputs, along_inputs = divmod(number, self.inputs)
+        found: dict[int, Use] = {}
+        for index, use in uses.items():
+            if isinstance(use, ProductUse):
+                part: Use | None = _cut_product(use, self, along_outputs, along_inputs)
+            else:
+                part = _cut_elementwise(use, self.outputs, along_outputs) if along_inputs == 0 else None
+            if part is not None:
+                found[index] = part
+        return found
+
+
+def can_be_cut(parameters: Mapping[str, Tensor], uses: Sequence[Use]) -> bool:
+    """Whether the uses of a layer's parameters are of different columns, or the same ones in the same way."""
+    slots = _slots([MeasuredUse(use, use.positions, None) for use in uses])
+    if any(slot.source.name is None for slot in slots):
+        return False
+    by_name: dict[str | None, list[Tensor]] = {}
+    for slot in slots:
+        by_name.setdefault(slot.source.name, []).append(slot.positions)
+    return all(_are_disjoint(by_name[name], parameters[name].numel()) for name in parameters if name in by_name)
+
+
+@dataclass(frozen=True)
+class UsesSize:
+    """How many numbers the uses of a layer take, of which a measurement has other inputs than were traced.
+
+    Attributes:
+        uses: All of the layer.
+        num_inputs: That will be measured, k.
+        num_outputs: Per input, c.
+        share: How many times as many as were traced.
+    """
+
+    uses: Sequence[Use]
+    num_inputs: int
+    num_outputs: int
+    share: float
+
+    @property
+    def factors(self) -> int:
+        """Of the whole layer."""
+        return sum(self._factors(Cuts()))
+
+    @property
+    def entering(self) -> int:
+        """Of what enters the largest product."""
+        return int(
+            self.share * max((use.num_activations for use in self.uses if isinstance(use, ProductUse)), default=0)
+        )
+
+    @property
+    def most_cuts(self) -> Cuts:
+        """Into single rows and columns."""
+        products = [use.positions.shape for use in self.uses if isinstance(use, ProductUse)]
+        others = [max(use.positions.shape, default=1) for use in self.uses if isinstance(use, ElementwiseUse)]
+        return Cuts(max([1, *others, *(d_out for d_out, _ in products)]), max([1, *(d_in for _, d_in in products)]))
+
+    def piece(self, cuts: Cuts) -> int:
+        """Of the largest piece, with the random vectors that sketch it."""
+        return sum(self._piece(cuts))
+
+    def cuts(self, max_elements: int) -> Cuts:
+        """The fewest pieces that are so small; or as many as there can be."""
+        cuts, most = Cuts(), self.most_cuts
+        while self.piece(cuts) > max_elements and cuts != most:
+            along_outputs, along_inputs = self._piece(cuts)
+            if cuts.inputs == most.inputs or (along_outputs >= along_inputs and cuts.outputs < most.outputs):
+                cuts = replace(cuts, outputs=min(most.outputs, 2 * cuts.outputs))
+            else:
+                cuts = replace(cuts, inputs=min(most.inputs, 2 * cuts.inputs))
+        return cuts
+
+    def _piece(self, cuts: Cuts) -> tuple[int, int]:
+        along_outputs, along_inputs = self._factors(cuts)
+        widest = self.most_cuts
+        vectors = 2 * self.num_inputs * self.num_outputs
+        has_product = any(isinstance(use, ProductUse) for use in self.uses)
+        along_outputs += has_product * vectors * -(-widest.outputs // cuts.outputs)
+        along_inputs += has_product * vectors * -(-widest.inputs // cuts.inputs)
+        return along_outputs, along_inputs
+
+    def _factors(self, cuts: Cuts) -> tuple[int, int]:
+        """Along the outputs of the matrices, and along what enters them."""
+        along_outputs, along_inputs = 0.0, 0.0
+        for use in self.uses:
+            if isinstance(use, ElementwiseUse):
+                along_outputs += self.num_inputs * self.num_outputs * -(-use.positions.numel() // cuts.outputs)
+                continue
+            d_out, d_in = use.positions.shape
+            positions = self.share * use.num_activations / max(1, d_in)
+            along_outputs += self.num_outputs * positions * -(-d_out // cuts.outputs)
+            along_inputs += positions * -(-d_in // cuts.inputs)
+        return int(along_outputs), int(along_inputs)
+
+
+def _cut_product(use: ProductUse, cuts: Cuts, along_outputs: int, along_inputs: int) -> ProductUse | None:
+    d_out, d_in = use.positions.shape
+    rows, columns = _part(d_out, cuts.outputs, along_outputs), _part(d_in, cuts.inputs, along_inputs)
+    if rows.start == rows.stop or columns.start == columns.stop:
+        return None
+    return replace(
+        use,
+        positions=use.positions[rows, columns],
+        activations=lambda: use.activations()[..., columns],
+        signals=lambda signal: use.signals(signal)[..., rows],
+        num_activations=use.num_activations // d_in * (columns.stop - columns.start),
+    )
+
+
+def _cut_elementwise(use: ElementwiseUse, count: int, number: int) -> ElementwiseUse | None:
+    sizes = use.positions.shape
+    if not sizes:
+        return use if number == 0 else None
+    axis = max(range(len(sizes)), key=lambda axis: sizes[axis])
+    part = _part(sizes[axis], count, number)
+    if part.start == part.stop:
+        return None
+    if sizes[axis] == 1:  # Repeated along all axes.
+        return replace(use, shifts=None)
+    return replace(
+        use,
+        positions=use.positions.narrow(axis, part.start, part.stop - part.start),
+        contributions=lambda signal: use.contributions(signal).narrow(axis, part.start, part.stop - part.start),
+        shifts=None,
+    )
+
+
+def _part(size: int, count: int, number: int) -> slice:
+    """Neighbours, at most ``ceil(size / count)``; the last parts may be empty."""
+    length = -(-size // count)
+    return slice(min(size, number * length), min(size, (number + 1) * length))

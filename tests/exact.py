@@ -1,11 +1,14 @@
-"""Ranks and derivatives in exact integer arithmetic: the other channel from which the tests take what they expect.
+"""Ranks and derivatives in exact arithmetic: the other channel from which the tests take what they expect.
 
 A network with integer weights has integer derivatives. Here they are carried forward by hand-written rules beside the
-values, with no automatic differentiation and no rounding anywhere, and ranks are taken modulo primes.
+values, with no automatic differentiation and no rounding anywhere, and ranks are taken modulo primes. Where a network
+divides, the numbers are fractions; where it takes roots or exponentials, decimals of 60 digits.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -13,6 +16,9 @@ from torch import Tensor, nn
 _LARGE_PRIME = 2**61 - 1
 _PRIME = 2**31 - 1  # products of two residues still fit into 64 bits
 _EXACT_IN_FLOAT64 = 2**53  # a network whose numbers pass this is no oracle for float64
+
+DIGITS = 60
+"""Of decimals; half of them are left after elimination, in tests that check this."""
 
 
 def exact_rank(matrix: np.ndarray) -> int:
@@ -26,6 +32,46 @@ def exact_rank(matrix: np.ndarray) -> int:
         (2, 0)
     """
     return max(rank_modulo(matrix, _PRIME), rank_modulo(matrix.astype(object), _LARGE_PRIME))
+
+
+def rank_of_fractions(matrix: np.ndarray) -> int:
+    """The rank of a matrix of fractions: that of their residues, where the primes divide no denominator.
+
+    Example:
+        >>> from fractions import Fraction
+        >>> rank_of_fractions(np.array([[Fraction(1, 2), Fraction(1, 3)], [Fraction(3, 2), Fraction(1)]]))
+        1
+    """
+
+    def residues(prime: int) -> np.ndarray:
+        found = [int(f.numerator) * pow(int(f.denominator), -1, prime) % prime for f in matrix.ravel()]
+        return np.array(found, dtype=object).reshape(matrix.shape)
+
+    return max(rank_modulo(residues(prime), prime) for prime in (_PRIME, _LARGE_PRIME))
+
+
+def rank_of_decimals(matrix: np.ndarray) -> int:
+    """The rank of a matrix of decimals, by elimination with complete pivoting.
+
+    What rounding leaves has the size of the last digits; a pivot between 1e-25 and 1e-45 of the largest would be
+    neither, and no such matrix is an oracle.
+
+    Example:
+        >>> rank_of_decimals(np.array([[Decimal(1), Decimal(2)], [Decimal(2), Decimal(4)]]))
+        1
+    """
+    remaining = matrix + Decimal(0)
+    rank, largest = 0, np.abs(remaining).max() if remaining.size else Decimal(0)
+    for _ in range(min(matrix.shape)):
+        row, column = np.unravel_index(np.abs(remaining).argmax(), remaining.shape)
+        pivot = remaining[row, column]
+        if abs(pivot) <= largest * Decimal("1e-45"):
+            break
+        assert abs(pivot) > largest * Decimal("1e-25")
+        rank += 1
+        remaining = remaining - remaining[:, column : column + 1] * (remaining[row] / pivot)
+        remaining = np.delete(np.delete(remaining, row, 0), column, 1)
+    return rank
 
 
 def exact_rank_of_wide(matrix: np.ndarray) -> int:
@@ -69,20 +115,22 @@ def rank_modulo(matrix: np.ndarray, prime: int) -> int:
 
 
 def _bounded(array: np.ndarray) -> np.ndarray:
-    assert array.size == 0 or int(np.abs(array).max()) < _EXACT_IN_FLOAT64
+    assert array.size == 0 or array.dtype == object or int(np.abs(array).max()) < _EXACT_IN_FLOAT64
     return array
 
 
 def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     # Both factors are below 2**53: judged before the product could wrap around.
-    if left.size and right.size:
+    if left.size and right.size and left.dtype != object:
         assert int(np.abs(left).max()) * int(np.abs(right).max()) < _EXACT_IN_FLOAT64
     return left * right
 
 
 @dataclass(frozen=True, eq=False)
 class Dual:
-    """Integers with their first, and if wanted second, derivatives by N parameters.
+    """Numbers with their first, and if wanted second, derivatives by N parameters.
+
+    They are integers of 64 bits, or fractions or decimals in arrays of objects.
 
     Attributes:
         value: Any shape.
@@ -154,6 +202,17 @@ class Dual:
     def square(self) -> "Dual":
         return self * self
 
+    def scaled(self, factor: Any) -> "Dual":
+        """Every entry times one number, or an array of constants that broadcasts to the value."""
+        factor = np.asarray(factor, dtype=self.value.dtype)
+        return Dual(self.value * factor, self.gradient * factor[..., None], None)
+
+    def through(self, value: Callable[[Any], Any], slope: Callable[[Any, Any], Any]) -> "Dual":
+        """A function of each number, with its derivative from the number and the function's value."""
+        values = np.vectorize(value, otypes=[object])(self.value)
+        slopes = np.vectorize(slope, otypes=[object])(self.value, values)
+        return Dual(values, slopes[..., None] * self.gradient, None)
+
 
 class ExactNetwork:
     """The parameters of a module as dual numbers, and layers that note what enters and leaves them.
@@ -169,18 +228,19 @@ class ExactNetwork:
         array([[[3, 1]]])
     """
 
-    def __init__(self, module: nn.Module, *, second: bool = False) -> None:
+    def __init__(self, module: nn.Module, *, second: bool = False, number: type = int) -> None:
         parameters = dict(module.named_parameters())  # in the order of layers, each shared one once
         sizes = {name: parameter.numel() for name, parameter in parameters.items() if parameter.requires_grad}
         self.num_parameters = sum(sizes.values())
         self._second = second
+        self._number = number
         self._duals: dict[str, Dual] = {}
         self.columns: dict[str, list[int]] = {}
         self.entering: dict[str, list[np.ndarray]] = {}
         self.leaving: dict[str, list[np.ndarray]] = {}
         start = 0
         for name, parameter in parameters.items():
-            dual = self.constant(integers(parameter))
+            dual = self.constant(self.numbers(parameter))
             if name in sizes:
                 positions = np.arange(start, start + sizes[name])
                 dual.gradient.reshape(-1, self.num_parameters)[np.arange(sizes[name]), positions] = 1
@@ -190,15 +250,24 @@ class ExactNetwork:
 
     def constant(self, value: np.ndarray) -> Dual:
         n = self.num_parameters
-        hessian = np.zeros((*value.shape, n, n), dtype=np.int64) if self._second else None
-        return Dual(value, np.zeros((*value.shape, n), dtype=np.int64), hessian)
+        hessian = np.zeros((*value.shape, n, n), dtype=value.dtype) if self._second else None
+        return Dual(value, np.zeros((*value.shape, n), dtype=value.dtype), hessian)
+
+    def numbers(self, tensor: Tensor) -> np.ndarray:
+        """The very numbers of a tensor, of the kind that the network computes with."""
+        if self._number is int:
+            return integers(tensor)
+        return np.vectorize(self._number, otypes=[object])(tensor.detach().double().numpy())
 
     def parameter(self, name: str) -> Dual:
         return self._duals[name]
 
-    def linear(self, name: str, entering: Dual, *, weight: str | None = None) -> Dual:
-        """``W x + b`` over the last axis; ``weight`` names the parameter where it is another layer's."""
-        matrix = self._duals[f"{name}.weight".lstrip(".") if weight is None else weight]
+    def has(self, name: str) -> bool:
+        return name in self._duals
+
+    def linear(self, name: str, entering: Dual, *, weight: str | Dual | None = None) -> Dual:
+        """``W x + b`` over the last axis; ``weight`` is, or names, the parameter where it is not the layer's own."""
+        matrix = weight if isinstance(weight, Dual) else self._duals[weight or f"{name}.weight".lstrip(".")]
         leaving = self._affine(entering, matrix, f"{name}.bias".lstrip("."))
         self._note(name, entering.value, leaving.value)
         return leaving

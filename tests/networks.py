@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lightning_basin.gradients import layer_gradients
+from lightning_basin.gradients import GROUP_ELEMENTS, layer_gradients
 from lightning_basin.layers import TracedProbe
 
 
@@ -46,9 +46,11 @@ def sequences(flatten):
     return Composed(function, first=nn.Linear(3, 4), second=nn.Linear(4, 2))
 
 
-def measured(network, probe, chunk_size=None):
+def measured(network, probe, chunk_size=None, max_elements=GROUP_ELEMENTS):
     found = layer_gradients(
-        TracedProbe(network, probe, chunk_size=chunk_size), generator=torch.Generator().manual_seed(0)
+        TracedProbe(network, probe, chunk_size=chunk_size),
+        generator=torch.Generator().manual_seed(0),
+        max_elements=max_elements,
     )
     return {gradients.layer.name: gradients for gradients in found}
 

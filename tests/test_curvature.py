@@ -97,36 +97,54 @@ def differences(network, probe, loss_fn, direction):
     return (4 * central(5e-4) - central(1e-3)) / 3
 
 
+def soft_labels(outputs, targets):
+    return F.cross_entropy(outputs, targets.softmax(1))
+
+
+def coupled_squares(outputs, targets):
+    """Of a batch whose inputs the loss compares with each other."""
+    return (outputs - targets).square().mean() + (outputs - targets).sum().square()
+
+
 @every_smooth
-@pytest.mark.parametrize("num_chunks", [1, 2])
-def test_products_are_differences_of_gradients(kind, num_chunks, monkeypatch):
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("loss", [soft_labels, coupled_squares])
+def test_products_are_differences_of_gradients(kind, chunk_size, loss):
     build, shape = SMOOTH[kind]
     probe = Probe(drawn(*shape, seed=1))
     with isolated_evaluation(torch.device("cpu")):
         network = Network(filled(build()))
         trace = network.trace(probe)
         targets = trace.outputs.detach() + drawn(*trace.outputs.shape, seed=2)
-
-        def loss_fn(outputs):
-            return F.cross_entropy(outputs, targets.softmax(1))
-
-        if num_chunks > 1:
-            elements = sum(tensor.numel() for left in trace.leaving.values() for tensor in left)
-            monkeypatch.setattr(curvature, "_GRAPH_ELEMENTS", elements // 2)
-        found = output_curvature(loss_fn, trace.outputs)
-        products = HessianProducts(network, probe, trace, found)
+        found = output_curvature(lambda outputs: loss(outputs, targets), trace.outputs)
+        products = HessianProducts(network, probe, trace, found, chunk_size=chunk_size)
         direction = drawn(sum(layer.num_parameters for layer in network.layers), seed=3)
         direction /= direction.norm()
 
         def linear(outputs):
             return (found.slope * outputs).sum()
 
-        for of_residual, differentiated in ((False, loss_fn), (True, linear)):
+        for of_residual, differentiated in ((False, lambda outputs: loss(outputs, targets)), (True, linear)):
             expected = differences(network, probe, differentiated, direction)
             product = products.operator(network.layers, of_residual=of_residual)(direction)
             # The error is of fourth order in the step, 1e-12 times fifth derivatives near 1e3 of the scale; rounding
             # adds 1e-16 / 1e-3 of the gradient.
             torch.testing.assert_close(product, expected, rtol=1e-6, atol=1e-8 * float(expected.norm()))
+
+
+@every_smooth
+def test_residual_curvature_of_chunks_adds_up_to_the_matrix_of_all_products(kind):
+    build, shape = SMOOTH[kind]
+    probe = Probe(drawn(*shape, seed=1))
+    with isolated_evaluation(torch.device("cpu")):
+        network = Network(filled(build()))
+        trace = network.trace(probe)
+        found = output_curvature(lambda outputs: outputs.pow(4).sum(), trace.outputs)
+        product = HessianProducts(network, probe, trace, found).operator(network.layers, of_residual=True)
+        matrix = HessianProducts(network, probe, trace, found, chunk_size=2).residual_matrix(chunk_size=7)
+        for index in range(0, len(matrix), 10):
+            unit = torch.eye(len(matrix), dtype=torch.float64)[index]
+            torch.testing.assert_close(matrix[index], product(unit), rtol=1e-9, atol=1e-12 * float(matrix.abs().max()))
 
 
 @every_smooth

@@ -249,6 +249,53 @@ def test_chunks_of_inputs_give_the_same_gradients(name):
         torch.testing.assert_close(gradients.gradients.rows(), expected, rtol=0.0, atol=1e-12 * scale)
 
 
+IN_PIECES = (
+    "plain",
+    "called twice",
+    "sequences",
+    "frozen weights",
+    "transposed sequences",
+    "tied weights",
+    "weight_norm",
+    "bare parameters",
+    "EmbeddingBag, sums",
+    "attention to itself",
+    "convolution and batch norm",
+    "layer norm",
+    "a function of the weight that is no product",
+)
+
+
+@pytest.mark.parametrize("max_elements", [60, 400])
+@pytest.mark.parametrize("name", IN_PIECES)
+def test_gradients_in_pieces_are_those_of_the_whole(name, max_elements):
+    build, shape = (FACTORED | BY_OPERATION | DENSE)[name]
+    network, probe = Network(filled(build())), Probe(drawn(*shape))
+    whole = measured(network, probe)
+    for layer, gradients in measured(network, probe, chunk_size=2, max_elements=max_elements).items():
+        expected = whole[layer].gradients
+        rows, pieces = expected.rows(), gradients.gradients
+        scale = 1 + float(rows.abs().max())
+        torch.testing.assert_close(pieces.rows(), rows, rtol=0.0, atol=1e-12 * scale)
+        torch.testing.assert_close(pieces.gram, rows @ rows.mT, rtol=0.0, atol=1e-12 * scale**2 * rows.shape[1])
+        blocks = drawn(shape[0], 1, rows.shape[0] // shape[0])
+        combined = expected.weighted(blocks).rows()
+        torch.testing.assert_close(pieces.weighted(blocks).rows(), combined, rtol=0.0, atol=1e-11 * scale)
+        sketch = pieces.sketch(2 * len(rows), torch.Generator().manual_seed(0))
+        # A sketch of its columns: of the same rank, in the same space.
+        assert torch.linalg.matrix_rank(sketch) == torch.linalg.matrix_rank(rows)
+        assert torch.linalg.matrix_rank(torch.cat([sketch, rows], 1)) == torch.linalg.matrix_rank(rows)
+
+
+def test_a_layer_that_memory_does_not_hold_is_cut_and_one_that_it_holds_is_not():
+    network, probe = Network(filled(nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 2)))), Probe(drawn(5, 3))
+    found = measured(network, probe, max_elements=200)
+    assert all(gradients.structured for gradients in found.values())
+    pieces = list(found["0"].gradients.pieces())
+    assert len(pieces) > 1
+    assert all(piece.num_elements <= 200 for piece in pieces)
+
+
 @pytest.mark.parametrize("name", FACTORED)
 def test_gradients_of_plain_linear_layers_stay_factored(name):
     build, shape = FACTORED[name]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_basin import measure_basin
+from lightning_basin import Probe, measure_basin
+from lightning_basin.measurement import check_measurable
 from lightning_basin.plan import MemoryBudgetError
 
 MEBIBYTE = 2**20
@@ -44,15 +45,34 @@ print(record.gradient_rank, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss -
 """
 
 
+def huge(units):
+    """A first layer of so many units behind which little is left."""
+    return nn.Sequential(nn.Linear(8, units), nn.ReLU(), nn.AvgPool1d(units // 40), nn.Linear(40, 2))
+
+
+PEAK_OF_A_HUGE_LAYER = """
+import resource, sys
+import torch
+from tests.test_plan import huge
+from lightning_basin import measure_basin
+
+torch.manual_seed(0)
+measure_basin(huge(40), torch.randn(2, 8))
+module, inputs = huge(40_000), torch.randn(48, 8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+record = measure_basin(module, inputs, memory_budget=int(sys.argv[1]))
+print(record.layers["0"].gradient_rank, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
 def run(*command):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # Small matrices: a second thread only waits.
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
-def rank_and_peak(budget):
-    command = [sys.executable, "-c", PEAK, str(budget)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return int(printed[0]), int(printed[1]) * 1024
+def rank_and_peak(budget, script=PEAK):
+    rank, kibibytes = run(sys.executable, "-c", script, str(budget)).split()
+    return int(rank), int(kibibytes) * 1024
 
 
 @pytest.mark.parametrize("mebibytes", [112, 192, 1024])
@@ -60,6 +80,62 @@ def test_the_peak_stays_under_the_budget_and_the_rank_is_the_same(mebibytes):
     rank, peak = rank_and_peak(mebibytes * MEBIBYTE)
     assert rank == 96  # Two outputs on each of 48 random images: no direction is lost.
     assert peak < mebibytes * MEBIBYTE
+
+
+def test_a_layer_that_is_larger_than_the_budget_is_measured_in_pieces_under_it():
+    # Its factors, 48 x 8 + 96 x 40000 numbers, are 29 MiB; with the vectors that sketch them, and copies, 264.
+    rank, peak = rank_and_peak(130 * MEBIBYTE, PEAK_OF_A_HUGE_LAYER)
+    assert rank == 96
+    assert peak < 130 * MEBIBYTE
+
+
+PEAK_OF_A_HESSIAN = """
+import resource, sys
+import torch
+from torch import nn
+from tests.test_plan import convolutional, images
+from lightning_basin import measure_basin
+
+torch.manual_seed(0)
+module, inputs = convolutional(), images(48)
+targets = (module(inputs) + torch.randn(48, 2)).detach().softmax(1)
+measure_basin(module, inputs[:2], targets[:2], loss_fn=nn.CrossEntropyLoss())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+record = measure_basin(module, inputs, targets, loss_fn=nn.CrossEntropyLoss(), memory_budget=int(sys.argv[1]))
+print(record.gauss_newton_nullity, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_hessian_in_chunks_stays_under_the_budget():
+    nullity, peak = rank_and_peak(112 * MEBIBYTE, PEAK_OF_A_HESSIAN)
+    # Of two classes only the difference of the logits is seen: one direction for each of 48 images.
+    assert nullity == sum(parameter.numel() for parameter in convolutional().parameters()) - 48
+    assert peak < 112 * MEBIBYTE
+
+
+def test_the_plan_says_what_the_hessian_may_take():
+    module, inputs, targets = convolutional(), images(48), torch.randn(48, 2)
+
+    def planned(mebibytes, **settings):
+        return check_measurable(module, Probe(inputs, targets), memory_budget=mebibytes * MEBIBYTE, **settings)
+
+    assert planned(1024).hessian_limits is None
+    roomy, narrow = (planned(mebibytes, loss_fn=nn.MSELoss()) for mebibytes in (1024, 112))
+    assert roomy.hessian_limits.chunk_size is None
+    assert narrow.hessian_limits.chunk_size <= narrow.chunk_size < 48
+    assert narrow.hessian_limits.basis_elements * 8 < 112 * MEBIBYTE
+    assert roomy.num_operations > planned(1024).num_operations
+
+
+def test_the_plan_says_how_each_layer_is_measured():
+    def methods(module, inputs, mebibytes):
+        plan = check_measurable(module, Probe(inputs), memory_budget=mebibytes * MEBIBYTE)
+        return dict(plan.methods), str(plan)
+
+    assert methods(convolutional(), images(48), 1024)[0] == {"0": "factors", "2": "factors", "5": "factors"}
+    found, words = methods(huge(40_000), torch.randn(48, 8), 130)
+    assert found == {"0": "pieces", "3": "factors"}
+    assert "(2 layers, 1 of them in pieces)" in words
 
 
 def test_memory_is_flat_over_many_measurements():
@@ -86,6 +162,73 @@ def test_inputs_in_chunks_give_the_same_record():
         assert layer.duplicated_activations == chunked.layers[name].duplicated_activations
         assert layer.dead_units == chunked.layers[name].dead_units
     assert whole.gradient_rank == chunked.gradient_rank
+
+
+def variance_of_outputs(outputs, targets):
+    """Couples the inputs."""
+    return (outputs - targets).square().mean() + (outputs - outputs.mean(0)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "hessian"),
+    [
+        (nn.MSELoss(), "bracket"),
+        (nn.CrossEntropyLoss(), "bracket"),
+        (variance_of_outputs, "bracket"),
+        (variance_of_outputs, "dense"),
+    ],
+    ids=["squares", "cross-entropy", "coupled", "coupled, dense"],
+)
+def test_the_hessian_of_inputs_in_chunks_is_that_of_all_at_once(loss_fn, hessian):
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3), nn.Tanh(), nn.AvgPool2d(10), nn.Flatten(), nn.Linear(8, 2)
+    )
+    inputs = torch.randn(24, 1, 28, 28)
+    targets = module(inputs).detach() + 1e-4 * torch.randn(24, 2)
+    if isinstance(loss_fn, nn.CrossEntropyLoss):
+        targets = targets.softmax(1)
+    plans = [
+        check_measurable(module, Probe(inputs), memory_budget=mebibytes * MEBIBYTE).chunk_size < 24
+        for mebibytes in (1024, 20)
+    ]
+    assert plans == [False, True]
+    whole, chunked = (
+        measure_basin(module, inputs, targets, loss_fn=loss_fn, hessian=hessian, memory_budget=mebibytes * MEBIBYTE)
+        for mebibytes in (1024, 20)
+    )
+    assert (chunked.notes, chunked.gradient_rank_bound) == (whole.notes, whole.gradient_rank_bound)
+    for one, other in [(whole, chunked), *((whole.layers[name], chunked.layers[name]) for name in whole.layers)]:
+        assert other.gradient_rank == one.gradient_rank
+        assert other.hessian_nullity == one.hessian_nullity
+        assert other.hessian_nullity_strict == one.hessian_nullity_strict
+        assert other.hessian_nullity_upper == one.hessian_nullity_upper
+        assert other.gauss_newton_nullity == one.gauss_newton_nullity
+        # The same numbers added up in another order.
+        assert other.hessian_largest == pytest.approx(one.hessian_largest, rel=1e-3)
+
+
+def test_a_penalty_on_parameters_does_not_add_up_over_chunks():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.AvgPool2d(13), nn.Flatten(), nn.Linear(16, 2))
+    inputs = torch.randn(48, 1, 28, 28)
+
+    class Penalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            return self.module(x)
+
+        def loss(self, outputs, targets):
+            return (outputs - targets).square().mean() + self.module[0].weight.square().sum()
+
+    penalised = Penalised()
+    record = measure_basin(penalised, inputs, torch.randn(48, 2), loss_fn=penalised.loss, memory_budget=20 * MEBIBYTE)
+    assert record.hessian_nullity is None
+    assert record.loss is not None
+    assert "takes a memory_budget that holds all inputs at once" in record.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -343,7 +343,9 @@ class SpectrumAccumulator:
         fewer, more = sorted((num_rows, num_columns))
         work = fewer**2 * more
         self._is_tiny = work <= _TINY_WORK
-        self._is_small = num_columns <= 2 * num_rows or (fewer * more <= _DENSE_ELEMENTS and work <= _DENSE_WORK)
+        self._is_small = num_columns <= 2 * num_rows or (
+            fewer * more <= min(max_waiting, _DENSE_ELEMENTS) and work <= _DENSE_WORK
+        )
         self._has_more_rows = num_rows > num_columns
         self._lower_gram: Tensor | None = None  # Above the diagonal it may lack what was added.
         self._sketch: Tensor | None = None
