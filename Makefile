@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test bench check examples install clean
+.PHONY: demo test bench check examples install third-party clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
@@ -27,12 +27,18 @@ examples: $(INSTALLED)
 
 install: $(INSTALLED)
 
+third-party: .venv/.third-party
+
 # torch first and pinned: another package that asks for it would bring the newest build, with gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $(INSTALLED)
+
+.venv/.third-party: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[third-party]'
+	touch $@
 
 .venv/.peers: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
