@@ -42,6 +42,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 .venv/.peers: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	# A peer asks for torchvision and none needs it; one that does not fit torch breaks `import lightning`.
+	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 clean:

@@ -88,8 +88,8 @@ class KhatriRaoGradients:
             for rows in _blocks(k, _block_rows(k * c) // c):
                 stop = rows.stop * c
                 part = (signals[rows.start * c : stop] @ signals[:stop].mT).view(-1, c, rows.stop, c)
-                part.mul_(products[rows, None, : rows.stop, None])
-                gram[rows.start * c : stop, :stop] += part.view(-1, stop)
+                below = gram[rows.start * c : stop, :stop].view(-1, c, rows.stop, c)
+                below.addcmul_(part, products[rows, None, : rows.stop, None])
             return
         units = max(1, _CHUNK_ELEMENTS // max(1, k * c * self.activations.shape[-1]))
         for start in range(0, d_out, units):
