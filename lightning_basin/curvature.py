@@ -1,7 +1,9 @@
 """How the loss on a probe curves: null spaces of its Hessian, of a network of any size and of each of its parts."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import or_
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -9,16 +11,16 @@ from torch import Generator, Tensor
 
 from lightning_basin.functional.hessian import (
     NullSpace,
-    OutputCurvature,
     check_connected,
     hessian_matrix,
     hessian_null_space,
     hessian_product,
+    is_connected,
     null_space_bracket,
-    output_curvature,
 )
 from lightning_basin.functional.jacobian import weighted_rows
 from lightning_basin.functional.lanczos import NormBound, norm_bounds
+from lightning_basin.functional.output_curvature import OutputCurvature, output_curvature
 from lightning_basin.functional.rank import EPSILON, Spectrum
 from lightning_basin.functional.sketch import LayerGradients, SpectrumAccumulator
 from lightning_basin.layers import AGREEMENT_RTOL, Layer, Network, Trace
@@ -48,6 +50,8 @@ _GRAPH_ELEMENTS = (
     2**26
 )  # float64 numbers in activations whose graph is kept: 512 MiB, some times that with the gradients
 _ROUNDING_FACTOR = 1e3  # by how much rounding may grow on its way into a Hessian
+_LEAST_SCALE = 1e-60  # of a loss that is taken as it is
+_NUM_COMBINATIONS = 4  # of rows, whose mean square is that of the whole matrix within a factor of some units
 
 Part = TypeVar("Part")
 
@@ -107,10 +111,14 @@ class HessianMeasurement(Generic[Part]):
         self.notes: list[str] = []
         self._limits = HessianLimits() if limits is None else limits
         self._chunk_size = self._limits.chunk_size
-        self._network, self._probe, self._trace, self._loss_fn = network, probe, trace, loss_fn
+        self._network, self._probe, self._trace = network, probe, trace
         self._parts, self._rtol, self._generator = parts, rtol, generator
         self._curvature = output_curvature(loss_fn, trace.outputs)
-        self._has_penalty = loss_fn(trace.outputs.detach()).requires_grad
+        self._scale = _scale_of(self._curvature)
+        self._loss_fn = loss_fn if self._scale == 1 else lambda outputs: loss_fn(outputs) / self._scale
+        if self._scale != 1:
+            self._curvature = output_curvature(self._loss_fn, trace.outputs)
+        self._has_penalty = self._depends_on_parameters(loss_fn(trace.outputs.detach()))
         if self._has_penalty:  # Whatever the outputs do, H is not P.
             self._curvature = replace(self._curvature, residual_is_zero=False)
         self._multiple = self._curvature.multiple if is_plain else None
@@ -121,6 +129,7 @@ class HessianMeasurement(Generic[Part]):
         self._is_left_out = (not self._is_provable and not self._is_dense) or is_cut_penalty
         self._note_loss()
         self._rows: dict[Layer, Tensor] = {}
+        self._square_norms: dict[Layer, float] = {}
         self._curved: dict[str, bool] = {}
         self._spectra: dict[Part, Spectrum] = {}
         self._accumulators: dict[Part, SpectrumAccumulator] = {}
@@ -134,6 +143,12 @@ class HessianMeasurement(Generic[Part]):
                 )
                 for part, layers in parts.items()
             }
+
+    def _depends_on_parameters(self, loss: Tensor) -> bool:
+        """Whether a loss holds parameters of the network beside the outputs; those of its own do not count."""
+        if not loss.requires_grad:
+            return False
+        return any(is_connected(loss, self._network.parameters()))
 
     @property
     def _dense_limit(self) -> int:
@@ -167,12 +182,14 @@ class HessianMeasurement(Generic[Part]):
         rounding of the outputs.
         """
         is_open = null_space.upper is not None and null_space.lower != null_space.upper
-        multiple = self._curvature.multiple
+        multiple, smallest = self._curvature.multiple, null_space.smallest or 0.0
+        if smallest <= null_space.rtol * (null_space.largest or 0.0):  # The tolerance keeps them apart.
+            return None
         if not is_open or multiple is None or not self._is_squared_error or not null_space.residual:
             return None
-        loss = self._loss * ((null_space.smallest or 0.0) / (2 * null_space.residual)) ** 2
+        loss = self._loss * (smallest / (2 * null_space.residual)) ** 2  # What is below is independent of the scale.
         rounding = 0.5 * multiple * float((EPSILON * self._trace.outputs.detach()).square().sum())
-        return loss if loss > rounding else 0.0
+        return loss * self._scale if loss > rounding else 0.0
 
     @property
     def _loss(self) -> float:
@@ -197,12 +214,28 @@ class HessianMeasurement(Generic[Part]):
         rows = gradients
         if self._multiple is None:
             rows = gradients.weighted(self._curvature.matrices if factors is None else factors)
+        if self._curvature.factor_rounding > 0 and self._multiple is None:
+            self._square_norms[layer] = self._square_norm(gradients)
         if factors is not None and self._multiple is None:
             for part in [part for part in self._accumulators if layer in self._parts[part]]:
                 self._accumulators[part].add(rows)
                 if len(self._parts[part]) == 1:  # Complete: judge it now and free its memory.
-                    self._spectra[part] = self._accumulators.pop(part).spectrum()
+                    self._spectra[part] = self._resolved(part, self._accumulators.pop(part).spectrum())
         self._note_curved(layer, rows)
+
+    def _square_norm(self, gradients: LayerGradients) -> float:
+        """Sum of all squares, from some random combinations of the rows: each has it as its mean."""
+        weights = torch.randn(_NUM_COMBINATIONS, gradients.num_rows, generator=self._generator, dtype=torch.float64)
+        combined = [gradients.combination(row) for row in weights.to(self._trace.outputs.device)]
+        return float(sum(vector.square().sum() for vector in combined)) / _NUM_COMBINATIONS
+
+    def _resolved(self, part: Part, spectrum: Spectrum) -> Spectrum:
+        """Without what the rounding of the factors leaves, where the gradients all but vanish under them."""
+        norm = math.sqrt(sum(self._square_norms.get(layer, 0.0) for layer in self._parts[part]))
+        values = spectrum.singular_values
+        shape = (self._trace.outputs.numel(), _num_parameters(self._parts[part]))
+        noise = max(shape) * self._curvature.factor_rounding * norm
+        return replace(spectrum, singular_values=torch.where(values > noise, values, 0.0))
 
     def _note_curved(self, layer: Layer, rows: LayerGradients) -> None:
         """In which parameters the Gauss-Newton part does not vanish."""
@@ -230,14 +263,17 @@ class HessianMeasurement(Generic[Part]):
             return {}
         if self._multiple is None:
             spectra = self._own_spectra()
-        brackets = self._brackets(spectra) if self._is_provable else {}
-        return self._dense(brackets) if self._is_dense and not self._is_exact else brackets
+        found = self._brackets(spectra) if self._is_provable else {}
+        if self._is_dense and not self._is_exact:
+            found = self._dense(found)
+        return {part: null_space.scaled(self._scale) for part, null_space in found.items()}
 
     def _own_spectra(self) -> dict[Part, Spectrum]:
         """Of the rows whose products are the Gauss-Newton part, where these are not the behavioral gradients."""
         if self._curvature.factors is None:
             return {}
-        return self._spectra | {part: waiting.spectrum() for part, waiting in self._accumulators.items()}
+        waiting = self._accumulators.items()
+        return self._spectra | {part: self._resolved(part, accumulator.spectrum()) for part, accumulator in waiting}
 
     def _brackets(self, spectra: Mapping[Part, Spectrum]) -> dict[Part, NullSpace]:
         if self._is_exact or not self._takes_products:
@@ -322,7 +358,7 @@ class HessianMeasurement(Generic[Part]):
         share = 1.0 if self._chunk_size is None else self._chunk_size / self._probe.size
         at_once = max(1, int(share * _num_activations(self._trace)))
         batch = max(1, min(64, self._limits.batch_elements // at_once))
-        if self._chunk_size is None:
+        if self._chunk_size is None and not self._curvature.is_closed:
             hessian = hessian_matrix(
                 self._loss_fn(self._trace.outputs),
                 self._network.parameters(),
@@ -346,6 +382,14 @@ class HessianMeasurement(Generic[Part]):
                 bracket=brackets.get(part),
             )
         return null_spaces
+
+
+def _scale_of(curvature: OutputCurvature) -> float:
+    """A power of two that a loss is divided by: 1, unless squares of its derivatives leave the range of float64."""
+    largest = float(curvature.matrices.abs().max()) or (0.0 if curvature.slope is None else curvature.slope.abs().max())
+    if not largest or _LEAST_SCALE < largest < 1 / _LEAST_SCALE:
+        return 1.0
+    return 2.0 ** math.frexp(largest)[1]
 
 
 def _is_settled(bound: NormBound, residual: float, smallest: float | None, slack: float, *, is_bounded: bool) -> bool:
@@ -387,8 +431,10 @@ class HessianProducts:
             num_chunks = max(num_chunks, -(-probe.size // chunk_size))
         self._chunks = torch.arange(probe.size).tensor_split(min(num_chunks, probe.size))
         self._kept: dict[bool, list[Tensor]] = {}
-        pulled = EPSILON * weighted_rows(self._outputs.reshape(-1, 1), curvature.matrices).abs() + curvature.rounding
-        self.uncertainty = float(pulled.norm()) / float(curvature.slope.norm())
+        pulled = EPSILON * weighted_rows(self._outputs.abs().reshape(-1, 1), curvature.matrices.abs())
+        largest = curvature.slope.abs().max()  # By which all is divided: squares of small slopes are zero.
+        moved, slope = (pulled + curvature.rounding) / largest, curvature.slope / largest
+        self.uncertainty = float(moved.norm()) / float(slope.norm()) if largest > 0 else 0.0
         scale = float(curvature.matrices.abs().max())
         self.cancellation = curvature.rounding / (EPSILON * scale) if scale > 0 else 0.0
 
@@ -451,9 +497,12 @@ class HessianProducts:
 
     def check(self, curved: Sequence[bool]) -> None:
         """Refuse an operation of the network that can be differentiated only once, and does not say so."""
-        gradients = self._gradients(self._chunks[0], of_residual=False)
-        gradient = torch.cat([part.flatten() for part in gradients])
-        check_connected(gradient, self._parameters, curved)
+        connected = [False] * len(self._parameters)
+        for chunk in self._chunks:  # An expert, say, may be used by the inputs of some of them only.
+            gradients = self._gradients(chunk, of_residual=False)
+            gradient = torch.cat([part.flatten() for part in gradients])
+            connected = list(map(or_, connected, is_connected(gradient, self._parameters)))
+        check_connected(connected, curved)
 
     def _gradients(self, chunk: Tensor, *, of_residual: bool) -> list[Tensor]:
         """Gradients of the quadratic model, or of its linear part, on some inputs; kept where they are all."""

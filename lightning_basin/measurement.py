@@ -31,7 +31,8 @@ from lightning_basin.functional.duplicates import (
     merged_directions,
     merged_linear_directions,
 )
-from lightning_basin.functional.hessian import NullSpace, softmax_jacobian
+from lightning_basin.functional.hessian import NullSpace
+from lightning_basin.functional.output_curvature import softmax_jacobian
 from lightning_basin.functional.rank import GradientRank, Spectrum, check_rtol, gradient_rank
 from lightning_basin.functional.sketch import SpectrumAccumulator
 from lightning_basin.gradients import GROUP_ELEMENTS, layer_gradients
@@ -607,7 +608,7 @@ def _curvature(
             is_plain=is_plain,
             limits=None if evaluation.plan is None else evaluation.plan.hessian_limits,
         )
-    except (RuntimeError, NotImplementedError) as error:  # Not every loss can be differentiated twice.
+    except (RuntimeError, ArithmeticError, ValueError) as error:  # Not every loss can be differentiated twice.
         warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=3)
         return None
     notes.extend(measurement.notes)
@@ -622,7 +623,7 @@ def _measured_hessian(
         return {}
     try:
         return curvature.null_spaces(spectra)
-    except (RuntimeError, NotImplementedError) as error:  # Not every operation can be differentiated twice.
+    except (RuntimeError, ArithmeticError, ValueError) as error:  # Not every operation can be differentiated twice.
         warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=3)
         return {}
 

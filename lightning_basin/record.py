@@ -320,6 +320,8 @@ def _known_nullity(record: BasinRecord) -> str:
     if record.hessian_resolving_loss is not None:
         below = f"below about {record.hessian_resolving_loss:.0e}" if record.hessian_resolving_loss else "exactly zero"
         return f"{between}: resolve by training until the loss is {below}"
+    if smallest is not None and residual is not None and smallest > 2 * residual and record.hessian_rtol is not None:
+        return f"{between}: smallest curvature {smallest:.1e} against the tolerance {record.hessian_rtol:.1e}"
     return f"{between}: {sizes.format('against')}" if sizes else between
 
 

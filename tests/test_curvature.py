@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_basin import curvature, measure_basin
 from lightning_basin.curvature import HessianProducts
 from lightning_basin.functional import hessian
-from lightning_basin.functional.hessian import output_curvature
+from lightning_basin.functional.output_curvature import output_curvature
 from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients, StackedGradients
 from lightning_basin.layers import Network
 from lightning_basin.probe import Probe

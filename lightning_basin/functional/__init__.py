@@ -15,18 +15,16 @@ from lightning_basin.functional.duplicates import (
 )
 from lightning_basin.functional.hessian import (
     NullSpace,
-    OutputCurvature,
     hessian_matrix,
     hessian_null_space,
     hessian_nullity,
     hessian_product,
     null_space_bracket,
-    output_curvature,
-    softmax_jacobian,
 )
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows, weighted_rows
 from lightning_basin.functional.lanczos import NormBound, norm_bounds
 from lightning_basin.functional.manifold import null_directions, surviving_fraction
+from lightning_basin.functional.output_curvature import OutputCurvature, output_curvature, softmax_jacobian
 from lightning_basin.functional.rank import (
     RANK_TOLERANCES,
     GradientRank,

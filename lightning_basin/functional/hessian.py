@@ -5,14 +5,15 @@ LayerNorm (62 % error), and ``jvp(grad(...))`` fails for the mean squared error.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_basin.functional.jacobian import weighted_rows
+from lightning_basin.functional.jacobian import vector_jacobian_products, weighted_rows
+from lightning_basin.functional.output_curvature import OutputCurvature
 from lightning_basin.functional.rank import (
     EPSILON,
     GRAM_RESOLUTION,
@@ -24,8 +25,6 @@ from lightning_basin.functional.rank import (
 )
 
 _SYMMETRY_RTOL = 1e-8  # of a Hessian's largest entry; rounding is near 1e-14, a wrong formula near 1e-2
-_ROUNDING_RTOL = 1e-13  # times c: what eigenvalues of a c x c block with unit diagonal do not resolve
-_NEARBY = 1e-6  # how far to move outputs to see whether a slope is constant
 _GRAM_ERROR = 16 * EPSILON  # of the largest eigenvalue of a Gram matrix: ten times what is measured at m = 2560
 _SKETCH_FACTOR = 4.0  # singular values of a sketch with 2m columns are not larger: 1 + sqrt(1/2) for Gaussian ones
 
@@ -65,6 +64,11 @@ class NullSpace:
     rtol: float
     method: NullSpaceMethod
 
+    def scaled(self, scale: float) -> "NullSpace":
+        """Of the loss times a number."""
+        sizes = {name: getattr(self, name) for name in ("residual", "smallest", "largest")}
+        return replace(self, **{name: size * scale for name, size in sizes.items() if size is not None})
+
     @property
     def residual_curvature(self) -> float | None:
         r""":math:`\|R\|_2 / \lambda_{max}`; 0 for H = 0."""
@@ -76,33 +80,6 @@ class NullSpace:
     def smallest_curvature(self) -> float | None:
         r"""``smallest`` relative to :math:`\lambda_{max}`."""
         return self.smallest / self.largest if self.smallest is not None and self.largest else None
-
-
-@dataclass(frozen=True, eq=False)
-class OutputCurvature:
-    """Second derivative of a loss with respect to the outputs, and a square root of it.
-
-    Attributes:
-        matrices: Per input shape ``(k, c, c)``; shape ``(1, m, m)`` where the loss couples the inputs.
-        factors: Of the same shape, ``factors.mT @ factors == matrices``; ``None`` where the loss is not convex.
-        rounding: Absolute error of the matrices where larger terms have cancelled in them, as in the cross-entropy of a
-            saturated classifier; 0 where rounding is relative to the entries.
-        residual_is_zero: Whether the first derivative is exactly zero on every input, so that R = 0 and H = P.
-        slope: The first derivative, shape ``(k, c)``.
-    """
-
-    matrices: Tensor
-    factors: Tensor | None
-    residual_is_zero: bool
-    rounding: float = 0.0
-    slope: Tensor | None = None
-
-    @property
-    def multiple(self) -> float | None:
-        """The number s where the second derivative is s times the identity on every input, as of squared errors."""
-        multiple = float(self.matrices[0, 0, 0])
-        identity = torch.eye(self.matrices.shape[1], dtype=self.matrices.dtype, device=self.matrices.device)
-        return multiple if multiple > 0 and bool((self.matrices == multiple * identity).all()) else None
 
 
 def hessian_matrix(
@@ -143,13 +120,14 @@ def hessian_matrix(
         return hessian
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     gradient = torch.cat([part.flatten() for part in gradients])
-    check_connected(gradient, parameters, [] if curved is None else curved)
+    if curved is not None:
+        check_connected(is_connected(gradient, parameters), curved)
     if not gradient.requires_grad:  # A loss that is piecewise linear in the parameters.
         return hessian
     identity = torch.eye(num_parameters, dtype=gradient.dtype, device=gradient.device)
     for start in range(0, num_parameters, chunk_size):
         chunk = slice(start, start + chunk_size)
-        hessian[chunk] = _products(gradient, parameters, identity[chunk])
+        hessian[chunk] = vector_jacobian_products(gradient, parameters, identity[chunk])
     asymmetry = float((hessian - hessian.mT).abs().max())
     scale = float(hessian.abs().max())
     if asymmetry > _SYMMETRY_RTOL * scale + atol:
@@ -160,24 +138,25 @@ def hessian_matrix(
     return (hessian + hessian.mT) / 2
 
 
-def check_connected(gradient: Tensor, parameters: Sequence[Tensor], curved: Sequence[bool]) -> None:
+def is_connected(gradient: Tensor, parameters: Sequence[Tensor]) -> list[bool]:
+    """For each parameter whether the graph of a gradient, shape ``(N,)``, leads to it."""
+    if not gradient.requires_grad:
+        return [False] * len(parameters)
+    found = torch.autograd.grad(gradient.sum(), parameters, retain_graph=True, allow_unused=True)
+    return [part is not None for part in found]
+
+
+def check_connected(connected: Sequence[bool], curved: Sequence[bool]) -> None:
     """Refuse a gradient that has lost its dependence on parameters in which the loss is curved.
 
     Args:
-        gradient: Of the loss, attached, shape ``(N,)``.
-        parameters: All that it belongs to.
+        connected: For each parameter whether the gradient depends on it, as far as its graph shows.
         curved: For each, whether its Gauss-Newton part is known not to vanish.
 
     Raises:
         RuntimeError: If one is lost, where torch would return a silent zero as second derivative.
     """
-    if not any(curved):
-        return
-    connected = [False] * len(parameters)
-    if gradient.requires_grad:
-        found = torch.autograd.grad(gradient.sum(), parameters, retain_graph=True, allow_unused=True)
-        connected = [part is not None for part in found]
-    lost = sum(is_curved and not is_connected for is_curved, is_connected in zip(curved, connected, strict=True))
+    lost = sum(is_curved and not is_found for is_curved, is_found in zip(curved, connected, strict=True))
     if lost:
         raise RuntimeError(
             f"the gradient must depend on every parameter in which the loss is curved, but has lost {lost} of them: an "
@@ -204,198 +183,8 @@ def hessian_product(gradient: Tensor, variables: Sequence[Tensor], direction: Te
     """
     if not gradient.requires_grad:  # Of a function that is piecewise linear.
         return torch.zeros_like(direction)
-    return _backward(gradient, variables, direction, batched=False).detach()
-
-
-def _products(gradient: Tensor, variables: Sequence[Tensor], directions: Tensor) -> Tensor:
-    """``directions @ d(gradient)/d(variables)``, shape ``(n, N)``, batched where every operation allows it."""
-    try:
-        return _backward(gradient, variables, directions, batched=True).detach()
-    except RuntimeError:  # Some operations (recurrent cells, custom functions) have no batching rule.
-        return torch.stack([_backward(gradient, variables, row, batched=False) for row in directions]).detach()
-
-
-def _backward(gradient: Tensor, variables: Sequence[Tensor], vectors: Tensor, *, batched: bool) -> Tensor:
-    parts = torch.autograd.grad(
-        gradient, variables, vectors, retain_graph=True, allow_unused=True, is_grads_batched=batched
-    )
-    batch = vectors.shape[: int(batched)]
-    rows = [
-        vectors.new_zeros(*batch, variable.numel()) if part is None else part.reshape(*batch, -1)
-        for part, variable in zip(parts, variables, strict=True)
-    ]
-    return torch.cat(rows, dim=-1)
-
-
-def output_curvature(loss_fn: Callable[[Tensor], Tensor], outputs: Tensor) -> OutputCurvature:
-    r"""Differentiate a loss twice with respect to the outputs, and factor the result.
-
-    Softmax cross-entropy is recognised by its second derivative, :math:`s_x(\mathrm{diag}(p) - p p^T)` with
-    p = softmax(f), whatever function computed it (hard or soft targets, class weights, label smoothing). Its factor
-    is then taken in closed form, :math:`\sqrt{s_x}\,\mathrm{diag}(\sqrt p)(I - 1 p^T)`: the difference loses all
-    digits at p near 1.
-
-    Args:
-        loss_fn: From outputs, in the shape of ``outputs``, to a scalar.
-        outputs: Shape ``(k, ...)``.
-
-    Raises:
-        RuntimeError: If the loss cannot be differentiated twice.
-
-    Example:
-        >>> curvature = output_curvature(lambda outputs: outputs.square().sum(), torch.ones(1, 2, dtype=torch.float64))
-        >>> curvature.matrices
-        tensor([[[2., 0.],
-                 [0., 2.]]], dtype=torch.float64)
-    """
-    shape = outputs.shape
-    values = outputs.detach().reshape(shape[0], -1).clone().requires_grad_()
-    loss = loss_fn(values.view(shape))
-    if not loss.requires_grad:
-        return _constant_curvature(values, torch.zeros_like(values))
-    (slope,) = torch.autograd.grad(loss, values, create_graph=True)
-    residual_is_zero = not bool(slope.detach().any())
-    if not slope.requires_grad:
-        _check_piecewise_linear(loss_fn, values.detach(), shape, slope.detach())
-        return _constant_curvature(values, slope)
-    matrices = _curvature_blocks(slope, values)
-    factors, rounding = _curvature_factors(matrices, values.detach(), shape)
-    return OutputCurvature(matrices, factors, residual_is_zero, rounding, slope.detach())
-
-
-def _check_piecewise_linear(
-    loss_fn: Callable[[Tensor], Tensor], values: Tensor, shape: Sequence[int], slope: Tensor
-) -> None:
-    """Refuse a slope that torch takes for constant, but that changes a little where the outputs do."""
-    moved = (values + _NEARBY * (1 + values.abs())).requires_grad_()
-    (nearby,) = torch.autograd.grad(loss_fn(moved.view(shape)), moved)
-    change = (nearby - slope).abs()
-    # At a kink it changes by as much as it is.
-    if bool(((change > _NEARBY**2 * slope.abs()) & (change < _NEARBY**0.5 * slope.abs())).any()):
-        raise RuntimeError(
-            "the loss is curved in the outputs, but holds an operation that can be differentiated only once"
-        )
-
-
-def _constant_curvature(values: Tensor, slope: Tensor) -> OutputCurvature:
-    zero = values.detach().new_zeros(values.shape[0], values.shape[1], values.shape[1])
-    return OutputCurvature(zero, zero, not bool(slope.detach().any()), slope=slope.detach())
-
-
-def _curvature_blocks(slope: Tensor, values: Tensor) -> Tensor:
-    """Second derivatives per input; all in one block where those of different inputs mix."""
-    num_inputs, num_outputs = values.shape
-    selectors = torch.eye(num_outputs, dtype=values.dtype, device=values.device)
-    directions = selectors.unsqueeze(1).expand(-1, num_inputs, -1)
-    products = _products(slope, [values], directions).view(num_outputs, num_inputs, num_outputs)
-    blocks = products.transpose(0, 1).contiguous()
-    if not _couples_inputs(slope, values):
-        return (blocks + blocks.mT) / 2
-    identity = torch.eye(values.numel(), dtype=values.dtype, device=values.device)
-    whole = _products(slope, [values], identity.view(-1, num_inputs, num_outputs))
-    return ((whole + whole.mT) / 2).unsqueeze(0)
-
-
-def _couples_inputs(slope: Tensor, values: Tensor) -> bool:
-    """Whether moving the outputs of some inputs changes the slope at others, be it by the smallest number.
-
-    For any two inputs one of the directions moves one and not the other: their indices differ in some bit. A loss
-    that is a sum over inputs answers with exact zeros, however small its curvature has become.
-    """
-    num_inputs, num_outputs = values.shape
-    positions = torch.arange(num_inputs, device=values.device)
-    move = torch.linspace(1, 2, num_outputs, dtype=values.dtype, device=values.device)
-    for bit in range((num_inputs - 1).bit_length()):
-        moved = ((positions >> bit) & 1).bool().unsqueeze(1)
-        answer = _products(slope, [values], torch.where(moved, move, 0.0).unsqueeze(0)).view_as(values)
-        if bool(answer[~moved.squeeze(1)].any()):
-            return True
-    return False
-
-
-def _curvature_factors(matrices: Tensor, values: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, float]:
-    """Square roots of the curvature (``None`` where it is not positive semidefinite), and its absolute rounding."""
-    if matrices.shape[0] == values.shape[0] and len(shape) > 1:
-        # Classes are along the second axis of the outputs, as in torch, or along the last.
-        for axis in {1, len(shape) - 1}:
-            recognised = _softmax_factors(matrices, values, shape, axis)
-            if recognised is not None:
-                return recognised
-    # Scaled to a unit diagonal first (Demmel and Veselic, 1992): eigenvalues of very different size stay accurate.
-    diagonal = matrices.diagonal(dim1=1, dim2=2)
-    if bool((diagonal < 0).any()):
-        return None, 0.0
-    scales = diagonal.sqrt()
-    inverses = torch.where(scales > 0, 1 / scales, 1.0)
-    eigenvalues, eigenvectors = torch.linalg.eigh(inverses.unsqueeze(2) * matrices * inverses.unsqueeze(1))
-    if bool((eigenvalues < -_ROUNDING_RTOL * matrices.shape[1]).any()):
-        return None, 0.0
-    kept = torch.where(eigenvalues > _ROUNDING_RTOL * matrices.shape[1], eigenvalues, 0.0)
-    roots: Tensor = kept.sqrt().unsqueeze(2) * eigenvectors.mT * scales.unsqueeze(1)
-    return roots, 0.0
-
-
-def _softmax_factors(matrices: Tensor, values: Tensor, shape: Sequence[int], axis: int) -> tuple[Tensor, float] | None:
-    """Factors where the curvature is that of softmax cross-entropies over one axis of the outputs, else ``None``."""
-    order = _order_of_classes(shape, axis).to(values.device)
-    if order.shape[1] < 2:
-        return None
-    rows, columns = order.unsqueeze(2), order.unsqueeze(1)
-    blocks = matrices[:, rows, columns].flatten(0, 1)
-    beside = matrices.clone()
-    beside[:, rows, columns] = 0
-    if bool(beside.any()):
-        return None
-    probabilities = values[:, order].flatten(0, 1).softmax(1)
-    # The second most likely class has p of at most 1/2: p (1 - p) suffers no cancellation there.
-    entry, second = (best[:, 1:2] for best in probabilities.topk(2, dim=1))
-    unit = entry * (1 - entry)
-    scale = blocks.diagonal(dim1=1, dim2=2).gather(1, second) / unit.clamp(min=torch.finfo(unit.dtype).tiny)
-    softmax = torch.diag_embed(probabilities) - probabilities.unsqueeze(2) * probabilities.unsqueeze(1)
-    error = (blocks - scale.unsqueeze(2) * softmax).abs().amax((1, 2))
-    if not bool(((scale.squeeze(1) >= 0) & (error <= 1e-12 * scale.squeeze(1))).all()):
-        return None
-    factors = torch.zeros_like(matrices)
-    found = (scale * probabilities).sqrt().unsqueeze(2) * _centring(probabilities)
-    factors[:, rows, columns] = found.view(matrices.shape[0], *order.shape, order.shape[1])
-    return factors, torch.finfo(values.dtype).eps * float(scale.max())
-
-
-def softmax_jacobian(outputs: Tensor) -> Tensor:
-    """Derivative of the softmax over the second axis with respect to the outputs, as blocks for `weighted_rows`.
-
-    Args:
-        outputs: Shape ``(k, classes, ...)``.
-
-    Returns:
-        Of the flattened outputs of each input, shape ``(k, c, c)``.
-
-    Example:
-        >>> softmax_jacobian(torch.zeros(1, 2, dtype=torch.float64))
-        tensor([[[ 0.2500, -0.2500],
-                 [-0.2500,  0.2500]]], dtype=torch.float64)
-    """
-    values = outputs.detach().flatten(1)
-    order = _order_of_classes(outputs.shape, 1).to(values.device)
-    probabilities = values[:, order].flatten(0, 1).softmax(1)
-    blocks = probabilities.unsqueeze(2) * _centring(probabilities)
-    jacobian = values.new_zeros(values.shape[0], values.shape[1], values.shape[1])
-    jacobian[:, order.unsqueeze(2), order.unsqueeze(1)] = blocks.view(values.shape[0], *order.shape, order.shape[1])
-    return jacobian
-
-
-def _order_of_classes(shape: Sequence[int], axis: int) -> Tensor:
-    """Flat index of each class at each position of one input's outputs, shape ``(positions, classes)``."""
-    order = torch.arange(math.prod(shape[1:])).view(*shape[1:]).movedim(axis - 1, -1)
-    return order.reshape(-1, shape[axis])
-
-
-def _centring(probabilities: Tensor) -> Tensor:
-    """I - 1 p^T of each row of probabilities, shape ``(n, classes, classes)``."""
-    others = probabilities.unsqueeze(1).repeat(1, probabilities.shape[1], 1)
-    others.diagonal(dim1=1, dim2=2).zero_()
-    # 1 - p as the sum of the others: every row then annihilates constants to full relative precision.
-    return torch.diag_embed(others.sum(2)) - others
+    parts = torch.autograd.grad(gradient, variables, direction, retain_graph=True, materialize_grads=True)
+    return torch.cat([part.detach().flatten() for part in parts])
 
 
 def null_space_bracket(
@@ -435,18 +224,17 @@ def null_space_bracket(
     nullity = num_parameters - rank
     certain = multiple * _certain(rows)[:rank].square()
     steepest = multiple * float(rows.singular_values.max()) ** 2 if rank else 0.0
-    smallest = float(certain[-1]) if rank else None
+    counted = rank if rtol is None else int((multiple * rows.singular_values.square() > rtol * steepest).sum())
     known: dict[str, Any] = {
-        "gauss_newton_nullity": nullity,
-        "smallest": smallest,
+        "gauss_newton_nullity": num_parameters - counted,
+        "smallest": float(certain[-1]) if rank else None,
         "rtol": rows.rtol**2 if rtol is None else rtol,
     }
     if residual is None:
         return NullSpace(nullity=None, method="gauss-newton", **known)
     if residual == 0:  # H = P: what counts as zero in it is known, however uncertain the last singular values are.
-        if rtol is not None:
-            curved = int((multiple * rows.singular_values.square() > rtol * steepest).sum())
-            nullity = num_parameters - curved
+        nullity = num_parameters - counted
+        known["smallest"] = float(certain[min(counted, rank) - 1]) if counted and rank else None
         return NullSpace(
             nullity=nullity,
             lower=nullity,

@@ -1,0 +1,283 @@
+"""Second derivatives of losses by the outputs: algebra on paper, and mpmath where outputs are saturated."""
+
+import mpmath
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_basin import curvature, measure_basin
+from lightning_basin.functional.output_curvature import output_curvature
+from tests.networks import drawn
+
+
+def linear(weight, bias, num_inputs=3, seed=0):
+    """A linear layer with inputs that see all of its parameters: the rank of a loss is that of its curvature."""
+    module = nn.Linear(len(weight[0]), len(weight)).double()
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor(weight))
+        module.bias.copy_(torch.tensor(bias))
+    return module, drawn(num_inputs, len(weight[0]), seed=seed)
+
+
+# --- a softmax is one at any outputs ----------------------------------------------------------------------------------
+
+
+def weighted_squares(outputs, targets):
+    return ((outputs - targets).square() * torch.tensor([1.0, 3.0])).sum()
+
+
+def distances_to_the_mean(outputs, targets):
+    return (outputs - targets - (outputs - targets).mean(1, keepdim=True)).square().sum()
+
+
+@pytest.mark.parametrize("lead", [0.0, 27.0, 28.0, 100.0, 800.0])
+@pytest.mark.parametrize(
+    ("loss_fn", "nullity"),
+    # The layer has 4 parameters, which 3 inputs see all; distances to the mean see the difference of the outputs only.
+    [(weighted_squares, 0), (nn.MSELoss(), 0), (nn.SmoothL1Loss(beta=1e4), 0), (distances_to_the_mean, 2)],
+    ids=["weighted squares", "squares", "smooth", "centred"],
+)
+def test_no_other_loss_is_taken_for_a_softmax_where_one_output_leads(loss_fn, nullity, lead):
+    module, inputs = linear([[1.0], [2.0]], [lead, 0.0])
+    targets = module(inputs).detach()
+    record = measure_basin(module, inputs, targets, loss_fn=loss_fn)
+    assert (record.hessian_nullity, record.gauss_newton_nullity, record.hessian_certified) == (nullity, nullity, True)
+
+
+# At 55 the rows of the softmax are 1e-12 of the others: seen at a tolerance of 5e-15.
+@pytest.mark.parametrize("lead", [0.0, 14.0, 40.0, 55.0])
+def test_a_softmax_over_some_of_the_outputs_has_one_rank_less_than_these(lead):
+    module, inputs = linear([[0.1, 0.2], [0.3, 0.1], [0.2, 0.4], [1.0, 1.0]], [lead, 0.0, 1.0, 0.0], num_inputs=6)
+
+    def some_and_squares(outputs, targets):
+        return F.cross_entropy(outputs[:, :3], targets) + outputs[:, 3].square().mean()
+
+    # 12 parameters. Of the 3 rows of the softmax the common shift is not seen: 3; the fourth row is seen.
+    record = measure_basin(module, inputs, torch.zeros(6, dtype=torch.long), loss_fn=some_and_squares)
+    assert record.gauss_newton_nullity == 3
+    assert record.hessian_nullity_lower == 3
+
+
+def test_two_heads_have_a_softmax_each():
+    module, inputs = linear([[0.1, 0.2]] * 5, [20.0, 0.0, 1.0, 30.0, 0.0], num_inputs=6)
+
+    def two_heads(outputs, targets):
+        return F.cross_entropy(outputs[:, :3], targets) + 0.5 * F.cross_entropy(outputs[:, 3:], targets)
+
+    record = measure_basin(module, inputs, torch.zeros(6, dtype=torch.long), loss_fn=two_heads)
+    assert record.gauss_newton_nullity == 6  # The shift of each head, along each of 3 parameters.
+
+
+def test_a_slope_of_hard_labels_keeps_its_digits():
+    outputs = torch.tensor([[40.0, 0.0, 1.0], [0.0, 90.0, 3.0]], dtype=torch.float64)
+    found = output_curvature(lambda f: F.cross_entropy(f, torch.tensor([0, 1]), reduction="sum"), outputs)
+    others = [[mpmath.exp(-40), mpmath.exp(-39)], [mpmath.exp(-90), mpmath.exp(-87)]]
+    whole = [1 + sum(row) for row in others]
+    expected = [
+        [-sum(others[0]) / whole[0], others[0][0] / whole[0], others[0][1] / whole[0]],
+        [others[1][0] / whole[1], -sum(others[1]) / whole[1], others[1][1] / whole[1]],
+    ]
+    torch.testing.assert_close(
+        found.slope,
+        torch.tensor([[float(v) for v in row] for row in expected], dtype=torch.float64),
+        rtol=1e-14,
+        atol=0,
+    )
+    assert found.rounding == 0.0
+
+
+def mpmath_hessian(module, inputs, labels):
+    """Of the mean cross-entropy of a network with one hidden layer of tanh, by differences of its gradient."""
+    hidden, head = ([part.weight.tolist(), part.bias.tolist()] for part in (module[0], module[2]))
+    numbers = [hidden[0], hidden[1], head[0], head[1]]
+    point = [mpmath.mpf(v) for part in numbers for row in part for v in (row if isinstance(row, list) else [row])]
+    d_hidden, d_in = module[0].weight.shape
+    d_out = len(head[1])
+
+    def gradient(theta):
+        rows = [theta[r * d_in : (r + 1) * d_in] for r in range(d_hidden)]
+        shift = theta[d_hidden * d_in : d_hidden * (d_in + 1)]
+        rest = theta[d_hidden * (d_in + 1) :]
+        out = [rest[r * d_hidden : (r + 1) * d_hidden] for r in range(d_out)]
+        total = [mpmath.mpf(0)] * len(theta)
+        for x, label in zip(inputs.tolist(), labels.tolist(), strict=True):
+            units = [mpmath.tanh(mpmath.fdot(row, x) + b) for row, b in zip(rows, shift, strict=True)]
+            logits = [mpmath.fdot(row, units) + b for row, b in zip(out, rest[d_out * d_hidden :], strict=True)]
+            shares = [mpmath.exp(logit - max(logits)) for logit in logits]
+            pull = [share / sum(shares) / len(inputs) for share in shares]
+            pull[label] = -sum(pull[:label] + pull[label + 1 :])
+            back = [
+                sum(p * row[j] for p, row in zip(pull, out, strict=True)) * (1 - units[j] ** 2) for j in range(d_hidden)
+            ]
+            parts = [b * v for b in back for v in x] + back + [p * u for p in pull for u in units] + pull
+            total = [sum(pair) for pair in zip(total, parts, strict=True)]
+        return total
+
+    step, columns = mpmath.mpf(10) ** -40, []
+    for index in range(len(point)):
+        ends = [[v + sign * step * (i == index) for i, v in enumerate(point)] for sign in (1, -1)]
+        columns.append([(a - b) / (2 * step) for a, b in zip(*map(gradient, ends), strict=True)])
+    return mpmath.matrix(columns)
+
+
+@pytest.mark.parametrize("scale", [1, 30, 60, 300])
+def test_a_saturated_classifier_has_the_hessian_of_120_digits(scale):
+    # The loss is 1.1, 4e-10, 0 and 0 in float64; of p - 1 nothing is left in the last two.
+    module = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 3)).double()
+    inputs = drawn(3, 2, seed=5)
+    with torch.no_grad():
+        for index, parameter in enumerate(module.parameters()):
+            parameter.copy_(drawn(*parameter.shape, seed=index))
+        module[2].weight.mul_(scale)
+        module[2].bias.copy_(scale * torch.tensor([2.0, 0.1, 0.0]))
+    labels = module(inputs).argmax(1)
+    with mpmath.workdps(120):
+        eigenvalues = list(mpmath.eigsy(mpmath_hessian(module, inputs, labels), eigvals_only=True))
+        largest = max(abs(value) for value in eigenvalues)
+        threshold = len(eigenvalues) * torch.finfo(torch.float64).eps * largest
+        zero = sum(abs(value) <= threshold for value in eigenvalues)
+        negative = sum(value < -threshold for value in eigenvalues)
+    record = measure_basin(module, inputs, labels, loss_fn=nn.CrossEntropyLoss(), hessian="dense")
+    assert (record.hessian_nullity_strict, record.hessian_negative) == (zero, negative)
+    assert record.hessian_largest == pytest.approx(float(largest), rel=1e-12)
+
+
+# --- couplings between inputs ----------------------------------------------------------------------------------------
+
+
+def interaction(outputs, _):
+    return (outputs[0] - outputs[1] - outputs[2] + outputs[3]).square().sum()
+
+
+def test_a_contrast_of_inputs_couples_them():
+    module, inputs = linear([[1.0]], [0.0])[0], torch.tensor([[0.0], [1.0], [3.0], [7.0]], dtype=torch.float64)
+    # w (0 - 1 - 3 + 7) squared: 18 along the weight, nothing along the bias.
+    record = measure_basin(module, inputs, torch.zeros(4, 1), loss_fn=interaction)
+    assert (record.hessian_nullity, record.hessian_certified) == (1, True)
+    assert record.hessian_largest == pytest.approx(18.0)
+    assert not record.notes
+
+
+def all_pairs(outputs, _):
+    return (outputs[:, None] - outputs[None]).square().sum()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loss_of_differences_between_inputs_does_not_see_the_bias(seed):
+    module = nn.Linear(1, 1).double()
+    inputs = 1 + 0.05 * drawn(7, 1, seed=seed)
+    record = measure_basin(module, inputs, torch.zeros(7, 1), loss_fn=all_pairs)
+    assert (record.hessian_nullity, record.gauss_newton_nullity, record.hessian_certified) == (1, 1, True)
+
+
+# --- scale -----------------------------------------------------------------------------------------------------------
+
+
+def products_of_outputs(outputs, _):
+    return (outputs[:, 0] * outputs[:, 1]).sum()
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e-14, 1.0, 1e100, 1e250])
+@pytest.mark.parametrize("mode", ["dense", "bracket"])
+def test_what_is_known_of_a_hessian_does_not_depend_on_the_scale_of_the_loss(scale, mode):
+    module = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    inputs, targets = drawn(4, 2), drawn(4, 2, seed=1)
+
+    def measured(factor):
+        def loss_fn(f, y):
+            return (f - y).square().mean() * factor
+
+        return measure_basin(module, inputs, targets, loss_fn=loss_fn, hessian=mode)
+
+    found, expected = measured(scale), measured(1.0)
+    names = ["hessian_nullity", "hessian_nullity_lower", "hessian_nullity_upper", "hessian_nullity_strict"]
+    assert [getattr(found, name) for name in names] == [getattr(expected, name) for name in names]
+    assert found.hessian_largest == pytest.approx(scale * expected.hessian_largest, rel=1e-3)
+    # The bound takes more or fewer products where rounding differs: it is one within a factor of two.
+    assert 0.5 <= found.residual_curvature / expected.residual_curvature <= 2.0
+
+
+@pytest.mark.parametrize("scale", [1e-14, 1.0, 1e14])
+def test_a_saddle_is_none_at_no_scale(scale):
+    module, inputs = linear([[1.0, 2.0], [0.5, 1.0]], [0.0, 0.0])
+    record = measure_basin(module, inputs, torch.zeros(3), loss_fn=lambda f, y: scale * products_of_outputs(f, y))
+    assert (record.hessian_nullity, record.hessian_negative, record.hessian_certified) == (0, 3, None)
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def test_a_tolerance_that_keeps_the_bracket_open_is_named_and_no_training_advised():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    inputs = drawn(5, 3)
+    targets = module(inputs).detach() + 1e-9 * drawn(5, 3, seed=1)
+    smallest = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss(), hessian="bracket").smallest_curvature
+    record = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss(), hessian="bracket", rtol=2 * smallest)
+    assert record.hessian_certified is False
+    assert record.hessian_resolving_loss is None
+    assert f"against the tolerance {2 * smallest:.1e}" in str(record)
+
+
+def test_at_a_perfect_fit_a_tolerance_counts_the_same_in_the_hessian_and_its_gauss_newton_part():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    inputs = drawn(5, 3)
+    exact = measure_basin(module, inputs, module(inputs).detach(), loss_fn=nn.MSELoss(), hessian="bracket")
+    rtol = 1.5 * exact.smallest_curvature  # Above the smallest curvature, below the next.
+    record = measure_basin(module, inputs, module(inputs).detach(), loss_fn=nn.MSELoss(), rtol=rtol)
+    assert record.hessian_nullity == record.gauss_newton_nullity > exact.hessian_nullity
+    assert record.smallest_curvature > rtol
+
+
+@pytest.mark.filterwarnings("ignore:the Hessian is left out")
+def test_slopes_that_are_not_finite_leave_the_hessian_out():
+    module, inputs = linear([[1.0]], [0.0], num_inputs=4)
+    targets = torch.tensor([[float("nan")], [1.0], [2.0], [3.0]])
+    with pytest.warns(UserWarning, match="derivative of the loss by the outputs must be finite"):
+        record = measure_basin(module, inputs, targets, loss_fn=lambda f, y: (f - y).square().nanmean())
+    assert record.loss is not None
+    assert record.hessian_nullity is None
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(3, 4) for _ in range(2)])
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, inputs):
+        hidden = inputs.new_zeros(len(inputs), 4)
+        for sign, expert in zip((1, -1), self.experts, strict=True):
+            chosen = (sign * inputs[:, 0] > 0).nonzero().squeeze(1)
+            if len(chosen):
+                hidden = hidden.index_copy(0, chosen, expert(inputs[chosen]).tanh())
+        return self.head(hidden)
+
+
+def test_an_expert_that_some_inputs_do_not_use_is_no_lost_derivative(monkeypatch):
+    module = Experts().double()
+    inputs = drawn(20, 3)
+    inputs = inputs[inputs[:, 0].argsort()]
+    targets = module(inputs).detach() + 1e-9 * drawn(20, 2, seed=1)
+    expected = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss(), hessian="bracket")
+    monkeypatch.setattr(curvature, "_GRAPH_ELEMENTS", 100)  # Chunks of few inputs.
+    found = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss(), hessian="bracket")
+    assert found.hessian_nullity == expected.hessian_nullity
+    assert found.hessian_certified
+
+
+class ScaledError(nn.Module):
+    """A loss with a parameter of its own, which is not one of the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, outputs, targets):
+        return self.scale * (outputs - targets).square().mean() + self.scale**2
+
+
+def test_parameters_of_the_loss_are_not_those_of_the_network():
+    module, inputs = linear([[1.0], [2.0]], [0.0, 1.0])
+    record = measure_basin(module, inputs, module(inputs).detach(), loss_fn=ScaledError(), hessian="bracket")
+    assert (record.hessian_nullity, record.hessian_certified, record.notes) == (0, True, ())
