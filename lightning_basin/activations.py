@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_basin.functional.duplicate_stream import DuplicateSearch
-from lightning_basin.layers import AGREEMENT_RTOL, Network, Replacement, Trace
+from lightning_basin.layers import Network, Replacement, Trace, agreement_rtol, rounding_rtol
 from lightning_basin.probe import Probe
 from lightning_basin.replica import isolated_evaluation
 
@@ -93,11 +93,20 @@ def is_cut(
     if not layer.rows_per_input or not called_once:
         return False
     rolled = network.trace(probe, replace=Replacement(name, layer.rows_per_input)).outputs
-    tolerance = AGREEMENT_RTOL * float(trace.outputs.detach().abs().max())
+    tolerance = cut_rtol(network.dtype) * float(trace.outputs.detach().abs().max())
     if float((rolled - trace.outputs.roll(1, 0)).detach().abs().max()) > tolerance:
         return False
     after = [parameter for parameter, used in zip(network.parameters(), before, strict=True) if not used]
-    return _gradients_roll(trace.outputs, rolled, after)
+    return _gradients_roll(trace.outputs, rolled, after, rtol=cut_rtol(network.dtype))
+
+
+def cut_rtol(dtype: torch.dtype) -> float:
+    """Within which fraction of the largest number what crosses a cut is the same.
+
+    Below what formulas agree to: a weak skip connection is not none, and inputs that differ little are not merged. Were
+    they taken for it, the bound on the rank could fall below the rank.
+    """
+    return max(1e-9, rounding_rtol(dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +159,9 @@ def passage(
     before = [parameter for parameter, is_used in zip(network.parameters(), used, strict=True) if is_used]
     if _reached_around(trace.outputs, left[0], before):
         return None
-    signals = torch.stack([_derivative(row.sum(), left[0]) for row in rows.unbind(1)], 1).flatten(2)
-    return Passage(signals, _linear_inputs(part, trace.entering[name], before, rows, signals))
+    signals = torch.stack([_derivative(row.sum(), left[0]) for row in rows.unbind(1)], 1).flatten(2).to(torch.float64)
+    inputs = _linear_inputs(part, trace.entering[name], before, rows, signals, rtol=agreement_rtol(network.dtype))
+    return Passage(signals, inputs)
 
 
 def _derivative(output: Tensor, passed: Tensor) -> Tensor:
@@ -188,7 +198,13 @@ def _reached_around(outputs: Tensor, passed: Tensor, parameters: Sequence[Tensor
 
 
 def _linear_inputs(
-    part: nn.Module, entering: Sequence[Tensor], before: Sequence[Tensor], rows: Tensor, signals: Tensor
+    part: nn.Module,
+    entering: Sequence[Tensor],
+    before: Sequence[Tensor],
+    rows: Tensor,
+    signals: Tensor,
+    *,
+    rtol: float,
 ) -> Tensor | None:
     """What enters a linear layer, if its parameters are all there are before a cut, and it acts as such a layer."""
     if type(part) is not nn.Linear or len(entering) != 1 or entering[0].ndim != 2:  # noqa: PLR2004 - a matrix
@@ -197,11 +213,11 @@ def _linear_inputs(
     if others != {id(part.weight)}:
         return None
     generator = Generator().manual_seed(0)
-    weights = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)
+    weights = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
     (expected,) = torch.autograd.grad(rows, part.weight, weights, retain_graph=True)
     inputs = _real(entering[0].detach())
     found = (weights.unsqueeze(2) * signals).sum(1).mT @ inputs
-    if bool(((found - expected).abs() > AGREEMENT_RTOL * expected.abs().max()).any()):
+    if bool(((found - expected).abs() > rtol * expected.abs().max()).any()):
         return None
     return inputs
 
@@ -222,7 +238,12 @@ def streamed_classes(network: Network, probes: Iterable[Probe], *, rtol: float) 
         ValueError: If there are no inputs, two passes differ, or activations differ in length or are not finite.
     """
     stream = _ActivationStream(network, probes)
-    searches = {name: DuplicateSearch(rtol=rtol, max_elements=_HELD // len(stream.names)) for name in stream.names}
+    searches = {
+        name: DuplicateSearch(
+            rtol=rtol, max_elements=_HELD // len(stream.names), repeated_rtol=agreement_rtol(network.dtype)
+        )
+        for name in stream.names
+    }
     unfinished = searches
     while unfinished:
         for activations in stream:
@@ -254,8 +275,8 @@ class _ActivationStream:
         size, device = probe.size, self._network.parameters()[0].device
         if size == 1:  # Beside itself: alone, an input does not show which axis counts the inputs.
             probe = probe.select([0, 0])
-        with isolated_evaluation(device), torch.no_grad():
-            probe = probe.to(device).double()
+        with isolated_evaluation(device, self._network.dtype), torch.no_grad():
+            probe = probe.to(device, self._network.dtype)
             trace = self._network.trace(probe)
             layers = layer_activations(self._network, probe, trace)
         found: dict[str | None, Tensor] = {
@@ -264,15 +285,15 @@ class _ActivationStream:
         return found | {None: trace.outputs[:size].unsqueeze(-1).flatten(1)}
 
 
-def _gradients_roll(outputs: Tensor, rolled: Tensor, parameters: Sequence[Tensor]) -> bool:
+def _gradients_roll(outputs: Tensor, rolled: Tensor, parameters: Sequence[Tensor], *, rtol: float) -> bool:
     """Whether rolled outputs have the rolled gradients, seen in one random combination of the rows."""
     if not parameters or not outputs.requires_grad or not rolled.requires_grad:
         return True
     generator = Generator().manual_seed(0)
-    weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device)
+    weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     expected = torch.autograd.grad(outputs, parameters, weights.roll(-1, 0), retain_graph=True, materialize_grads=True)
     found = torch.autograd.grad(rolled, parameters, weights, materialize_grads=True)
-    tolerance = AGREEMENT_RTOL * max(float(gradient.abs().max()) for gradient in expected)
+    tolerance = rtol * max(float(gradient.abs().max()) for gradient in expected)
     pairs = zip(found, expected, strict=True)
     return all(float((gradient - wanted).abs().max()) <= tolerance for gradient, wanted in pairs)
 
@@ -319,7 +340,10 @@ class _LayoutByExample:
             return [tensor.unsqueeze(1) for tensor in kept], (1,) * len(tensors) if adjacent else ()
         singles = list(zip(of(first), of(last), strict=False))
         if len(singles) == len(tensors):
-            layouts = [_layout(tensor, *ends, num_inputs) for tensor, ends in zip(tensors, singles, strict=True)]
+            rtol = agreement_rtol(self._network.dtype)
+            layouts = [
+                _layout(tensor, *ends, num_inputs, rtol=rtol) for tensor, ends in zip(tensors, singles, strict=True)
+            ]
             if None not in layouts:
                 rows = tuple(layout for layout in layouts if layout is not None)
                 sliced = [
@@ -350,7 +374,7 @@ def _leaving(name: str, trace: Trace) -> list[Tensor]:
     return trace.leaving.get(name, [])
 
 
-def _layout(tensor: Tensor, first: Tensor, last: Tensor, num_inputs: int) -> int | None:
+def _layout(tensor: Tensor, first: Tensor, last: Tensor, num_inputs: int, *, rtol: float) -> int | None:
     """Rows per input of a tensor, 0 where it does not grow with their number, ``None`` where they are not adjacent."""
     first, last = _real(first), _real(last)
     if tensor.shape == first.shape:
@@ -358,7 +382,7 @@ def _layout(tensor: Tensor, first: Tensor, last: Tensor, num_inputs: int) -> int
     if not tensor.ndim or tensor.shape != (num_inputs * first.shape[0], *first.shape[1:]):
         return None
     rows = tensor.reshape(num_inputs, -1)
-    tolerance = AGREEMENT_RTOL * float(tensor.abs().max()) if tensor.numel() else 0.0
+    tolerance = rtol * float(tensor.abs().max()) if tensor.numel() else 0.0
     for found, alone in ((rows[0], first), (rows[-1], last)):
         if bool(((found - alone.flatten()).abs() > tolerance).any()):
             return None

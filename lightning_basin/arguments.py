@@ -6,6 +6,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_basin.curvature import HESSIAN_MODES
+from lightning_basin.measurement import check_precision
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -21,6 +22,10 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         value = arguments[name]
         if not holds(value):
             raise MisconfigurationException(f"`BasinMonitor({name}={value!r})` must {what}")
+    try:
+        check_precision(arguments["dtype"], arguments["hessian"], arguments["rtol"])
+    except ValueError as error:
+        raise MisconfigurationException(f"`BasinMonitor(dtype={arguments['dtype']!r})`: {error}") from error
 
 
 def _at_least_one(value: Any) -> bool:

@@ -23,7 +23,7 @@ from lightning_basin.functional.lanczos import NormBound, norm_bounds
 from lightning_basin.functional.output_curvature import OutputCurvature, output_curvature
 from lightning_basin.functional.rank import EPSILON, Spectrum
 from lightning_basin.functional.sketch import LayerGradients, SpectrumAccumulator
-from lightning_basin.layers import AGREEMENT_RTOL, Layer, Network, Trace
+from lightning_basin.layers import Layer, Network, Trace, agreement_rtol
 from lightning_basin.probe import Probe
 
 HESSIAN_MODES = ("auto", "dense", "bracket", "gauss-newton")
@@ -202,7 +202,7 @@ class HessianMeasurement(Generic[Part]):
         if multiple is None or slope is None:
             return False
         half_square = 0.5 * float(slope.square().sum()) / multiple
-        return abs(self._loss - half_square) <= AGREEMENT_RTOL * half_square
+        return abs(self._loss - half_square) <= agreement_rtol(self._network.dtype) * half_square
 
     def add(self, layer: Layer, gradients: LayerGradients) -> None:
         """Take the gradients of the outputs with respect to the next layer into account."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from lightning_basin.replica import float64_replica
+from lightning_basin.replica import replicas
 
 _OFFLINE = "HINT: measure the checkpoints: `lightning_basin.measure_checkpoints`"
 
@@ -25,7 +25,7 @@ class GatheredModule:
 
     Raises:
         ValueError: If the module cannot be copied as it is: parameters have no shape, or no numbers yet.
-        TypeError: See `float64_replica`.
+        TypeError: See `replicas`.
     """
 
     def __init__(self, module: nn.Module, *, is_here: bool) -> None:
@@ -35,7 +35,7 @@ class GatheredModule:
             )
         self._copy: nn.Module | None = None
         if is_here:
-            (self._copy,) = float64_replica(module)
+            (self._copy,) = replicas(module)
 
     def gathered(self, sharded: nn.Module) -> Callable[[], nn.Module]:
         """Collect weights and buffers as they are now; all processes must call this together.

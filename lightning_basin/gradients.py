@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
 from lightning_basin.functional.sketch import DenseGradients, LayerGradients, StackedGradients
-from lightning_basin.layers import AGREEMENT_RTOL, Layer, Network, Trace, TracedProbe
+from lightning_basin.layers import Layer, Network, Trace, TracedProbe, agreement_rtol, rounding_rtol
 from lightning_basin.operations import Leaving, ProductUse, Source, Use
 from lightning_basin.probe import tensors_of
 from lightning_basin.structured import (
@@ -51,7 +51,7 @@ class MeasuredGradients:
 
     Attributes:
         layer: Whose.
-        gradients: Rows ordered by input, then output.
+        gradients: Rows ordered by input, then output, in float64 whatever the network was evaluated in.
         structured: Whether they come from the operations that use the layer, and not from dense rows.
         note: What a reader should know about how they were obtained.
     """
@@ -103,23 +103,29 @@ class _AutogradCheck:
         weights = []
         for trace in traced:
             outputs = network.rows(trace.outputs)
-            drawn = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device)
-            weights.append(drawn.flatten())
+            drawn = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+            weights.append(drawn.flatten().to(torch.float64))
             if outputs.requires_grad:
                 found = torch.autograd.grad(outputs, parameters, drawn, retain_graph=True, allow_unused=True)
-                combined = [_sum(pair) for pair in zip(combined, found, strict=True)]
+                combined = [_sum(total, part) for total, part in zip(combined, found, strict=True)]
         self._weights = torch.cat(weights)
         names = [name for layer in network.layers for name in layer.parameters]
         self._expected = dict(zip(names, combined, strict=True))
         self._shapes = dict(zip(names, parameters, strict=True))
         # What is below the rounding of the largest entry is nothing: a bias before a softmax has such gradients.
         largest = [float(gradient.abs().max()) for gradient in combined if gradient is not None and gradient.numel()]
-        self._floor = 1e-14 * max(largest, default=0.0)
+        self._floor = rounding_rtol(network.dtype) * max(largest, default=0.0)
+        self._rtol = agreement_rtol(network.dtype)
 
     @property
     def num_rows(self) -> int:
         """Outputs on all inputs, m."""
         return self._weights.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self._weights.device
 
     def is_unused(self, layer: Layer) -> bool:
         """Whether no output depends on the layer."""
@@ -134,16 +140,16 @@ class _AutogradCheck:
             wanted, size = self._expected[name], self._shapes[name].numel()
             wanted = found.new_zeros(size) if wanted is None else wanted.flatten()
             expected.append(wanted)
-            scales.append((AGREEMENT_RTOL * wanted.abs().max()).expand(size) if size else wanted)
+            scales.append((self._rtol * wanted.abs().max()).expand(size) if size else wanted)
         difference = (found - torch.cat(expected)).abs()
         return bool((difference <= torch.cat(scales) + self._floor).all())
 
 
-def _sum(pair: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-    left, right = pair
-    if left is None or right is None:
-        return right if left is None else left
-    return left + right
+def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    if part is None:
+        return total
+    part = part.to(torch.float64)
+    return part if total is None else total + part
 
 
 def _structured_gradients(
@@ -158,7 +164,9 @@ def _structured_gradients(
         size = sizes[layer.name]
         method = size.method(max_elements)
         if check.is_unused(layer):
-            empty = StackedGradients((), (), num_rows=check.num_rows, num_columns=layer.num_parameters)
+            empty = StackedGradients(
+                (), (), num_rows=check.num_rows, num_columns=layer.num_parameters, device=check.device
+            )
             yield layer, empty
         elif method == "factors":
             planned.append((layer, size.whole))
@@ -438,7 +446,7 @@ def _dense_gradients(
     pending = dict(group)
     for rows_of in _ROUTES:
         try:
-            matrix = rows_of(traced, layers)
+            matrix = rows_of(traced, layers).to(torch.float64)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             # vmap, or a batch of one, is beyond some modules; the next way asks for less.
             if rows_of is _ROUTES[-1]:
@@ -523,7 +531,10 @@ def _columns_by_row(
             for output in outputs.flatten()
         ]
         yield StackedGradients(
-            (DenseGradients(torch.stack(rows)),), (columns,), num_rows=len(rows), num_columns=layer.num_parameters
+            (DenseGradients(torch.stack(rows).to(torch.float64)),),
+            (columns,),
+            num_rows=len(rows),
+            num_columns=layer.num_parameters,
         )
 
 

@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from lightning_basin.activations import (
     LayerActivations,
     Passage,
+    cut_rtol,
     is_cut,
     joined_passages,
     layer_activations,
@@ -36,11 +37,20 @@ from lightning_basin.functional.output_curvature import softmax_jacobian
 from lightning_basin.functional.rank import GradientRank, Spectrum, check_rtol, gradient_rank
 from lightning_basin.functional.sketch import SpectrumAccumulator
 from lightning_basin.gradients import GROUP_ELEMENTS, layer_gradients
-from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace, TracedProbe, call_module
+from lightning_basin.layers import (
+    Layer,
+    ModuleBehavior,
+    Network,
+    Trace,
+    TracedProbe,
+    agreement_rtol,
+    call_module,
+    rounding_rtol,
+)
 from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.probe import Probe, float64_device, tensors_of
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
-from lightning_basin.replica import float64_replica, isolated_evaluation
+from lightning_basin.replica import isolated_evaluation, replicas
 from lightning_basin.training_set import as_probes
 
 LossFunction = Callable[[Tensor, Any], Tensor]
@@ -64,6 +74,11 @@ Behavior = ModuleBehavior | Probabilities | Literal["outputs", "probabilities"]
 
 LayerSelection = Literal["auto", "all"] | Sequence[str]
 
+Precision = Literal["float64", "float32"]
+"""What a network is run and differentiated in; everything behind it is computed in float64."""
+
+_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
 MAX_ROWS = 4096
 """Largest number of outputs on a probe: each decomposition then takes about ten seconds on two cores."""
 
@@ -86,12 +101,14 @@ def measure_basin(
     max_outputs: int | Literal["auto"] | None = None,
     spectrum: bool = True,
     memory_budget: int | None = None,
+    dtype: Precision = "float64",
     seed: int = 0,
     step: int | None = None,
 ) -> BasinRecord:
     """Measure how flat the basin of a network is, and where it loses information.
 
-    The module is copied, evaluated in float64 and evaluation mode, and left as it was; so are all random states.
+    The module is copied, evaluated in evaluation mode, in float64 unless told otherwise, and left as it was; so are all
+    random states.
 
     Args:
         module: Any module, of any floating point type, on any device.
@@ -109,7 +126,8 @@ def measure_basin(
         hessian: ``"auto"`` brackets its nullity by some 30 products at any size, and up to 500 parameters forms it
             too; ``"dense"`` forms it always, ``"bracket"`` never; ``"gauss-newton"`` takes no product and measures
             ``gauss_newton_nullity`` only; ``False`` measures nothing of it.
-        rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed.
+        rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed, eps of
+            ``dtype``.
         duplicate_rtol: Two activations are the same when they differ by at most this, relative to the largest.
         duplicates_over: A whole training set over which duplicated activations are counted too: a map-style data set
             or a ``DataLoader`` of one (read in the order of its indices, without the loader's workers and shuffling),
@@ -122,6 +140,10 @@ def measure_basin(
             without, effective ranks and most ranks at coarser tolerances are then left out.
         memory_budget: Bytes that the measurement may use beside what the process holds; ``None`` means half of what is
             free. Inputs and layers are then measured in pieces where that is needed.
+        dtype: ``"float32"`` runs and differentiates the copy in float32: half the memory of the graph, and the fast
+            type of many accelerators. What comes out is decomposed in float64 all the same, but what is below its
+            rounding cannot be told from zero: a note in the record says where that begins. Activations then are the
+            same within 4e-6 at least, and the Hessian is left out.
         seed: Of the sketch's random vectors: same seed, same numbers.
         step: Noted in the record.
 
@@ -146,9 +168,12 @@ def measure_basin(
     """
     started = time.perf_counter()
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
-    _check_settings(probe, loss_fn, behavior, hessian, rtol, duplicate_rtol, max_outputs)
+    _check_settings(probe, loss_fn, behavior, hessian, rtol, duplicate_rtol, max_outputs, dtype)
+    if dtype == "float32":
+        duplicate_rtol = max(duplicate_rtol, rounding_rtol(torch.float32))
     training_set = None if duplicates_over is None else as_probes(duplicates_over)
     generator = Generator().manual_seed(seed)
+    has_hessian = loss_fn is not None and hessian is not False and dtype == "float64"
 
     def planned(network: Network, few: Probe, trace: Trace) -> MeasurementPlan:
         num_outputs = _num_directions(probe.size, network.rows(trace.outputs).shape[1], max_outputs)
@@ -163,13 +188,15 @@ def measure_basin(
             num_outputs=num_outputs,
             num_blocks=sum(part.kind == "block" for part in parts),
             with_readout=isinstance(behavior, Probabilities) or behavior == "probabilities",
-            with_hessian=loss_fn is not None and hessian is not False,
-            with_dense_hessian=loss_fn is not None
+            with_hessian=has_hessian,
+            with_dense_hessian=has_hessian
             and (hessian == "dense" or (hessian == "auto" and num_parameters <= MAX_DENSE_PARAMETERS)),
             memory_budget=memory_budget,
         )
 
-    with evaluated(module, probe, _loss_function(loss_fn), _outputs_of(behavior), planned) as evaluation:
+    with evaluated(
+        module, probe, _loss_function(loss_fn), _outputs_of(behavior), planned, dtype=_DTYPES[dtype]
+    ) as evaluation:
         notes: list[str] = []
         num_directions = _num_directions(probe.size, evaluation.num_outputs, max_outputs)
         if num_directions < evaluation.num_outputs:
@@ -186,7 +213,13 @@ def measure_basin(
             evaluation, parts, rtol, generator, readout, curvature, spectrum=spectrum, notes=notes
         )
         null_spaces = _measured_hessian(curvature, spectra)
-        duplicates = _measured_duplicates(evaluation, duplicate_rtol, ranks[parts[-1]].rtol)
+        resolution = ranks[parts[-1]].rtol
+        duplicates = _measured_duplicates(evaluation, duplicate_rtol, resolution)
+    if dtype == "float32":
+        notes.append(
+            f"evaluated in float32: singular values below {resolution:.1e} of the largest count as zero, activations "
+            f"within {duplicate_rtol:.1e} as the same"
+        )
     if training_set is not None:  # Out here, where its items are read as in training.
         try:
             classes = streamed_classes(evaluation.network, training_set, rtol=duplicate_rtol)
@@ -208,6 +241,7 @@ def check_measurable(
     num_inputs: int | None = None,
     is_loss_given: bool = True,
     memory_budget: int | None = None,
+    dtype: Precision = "float64",
 ) -> MeasurementPlan:
     """Evaluate once, so that what cannot be measured is known before anything is.
 
@@ -222,6 +256,7 @@ def check_measurable(
         is_loss_given: Whether ``loss_fn`` was passed by a person. One that was found on the module by its name must be
             a function of outputs and targets alone: many a method of that name takes inputs and runs the module.
         memory_budget: See `measure_basin`.
+        dtype: See `measure_basin`.
 
     Returns:
         How large a measurement will be.
@@ -231,8 +266,8 @@ def check_measurable(
         ValueError: See `measure_basin`.
         MemoryBudgetError: See `measure_basin`.
     """
-    _check_settings(probe, loss_fn, behavior, "auto", None, 0.0, max_outputs)
-    with evaluated(module, probe, _loss_function(loss_fn), _outputs_of(behavior)) as evaluation:
+    _check_settings(probe, loss_fn, behavior, "auto", None, 0.0, max_outputs, dtype)
+    with evaluated(module, probe, _loss_function(loss_fn), _outputs_of(behavior), dtype=_DTYPES[dtype]) as evaluation:
         _selected_parts(evaluation.network.layers, layers)
         if not is_loss_given and evaluation.loss_fn is not None:
             found, outputs, targets = evaluation.loss_fn, evaluation.trace.outputs, evaluation.probe.targets
@@ -252,7 +287,7 @@ def check_measurable(
             num_inputs=num_inputs,
             num_outputs=num_outputs,
             with_readout=isinstance(behavior, Probabilities) or behavior == "probabilities",
-            with_hessian=loss_fn is not None,
+            with_hessian=loss_fn is not None and dtype == "float64",
             memory_budget=memory_budget,
         )
 
@@ -265,6 +300,7 @@ def _check_settings(
     rtol: float | None,
     duplicate_rtol: float,
     max_outputs: int | Literal["auto"] | None,
+    dtype: Precision,
 ) -> None:
     if hessian is not False and hessian not in HESSIAN_MODES:
         raise ValueError(f"hessian must be one of {HESSIAN_MODES} or False, got {hessian!r}")
@@ -275,6 +311,7 @@ def _check_settings(
             f"behavior must be a function of module and inputs, 'outputs' or 'probabilities', got {behavior!r}"
         )
     check_rtol(rtol)
+    check_precision(dtype, hessian, rtol)
     if not 0.0 <= duplicate_rtol < 1.0:
         raise ValueError(f"duplicate_rtol must be inside [0, 1), got {duplicate_rtol}")
     if isinstance(max_outputs, str) and max_outputs != "auto":
@@ -283,6 +320,28 @@ def _check_settings(
         raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
     if callable(loss_fn) and probe.targets is None:
         raise ValueError("a loss_fn needs targets to compare the outputs with, got none: pass targets, or no loss_fn")
+
+
+def check_precision(dtype: Precision, hessian: HessianMode, rtol: float | None) -> None:
+    """Refuse what cannot be told in a floating point type.
+
+    Raises:
+        ValueError: If ``dtype`` is not one that networks are evaluated in, or too coarse for what is asked.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {tuple(_DTYPES)}, got {dtype!r}")
+    if dtype == "float64":
+        return
+    if hessian not in ("auto", False):
+        raise ValueError(
+            f"hessian must be 'auto' or False with dtype='float32', whose second derivatives do not resolve a null "
+            f"space, got {hessian!r}"
+        )
+    epsilon = torch.finfo(torch.float32).eps
+    if rtol is not None and rtol < epsilon:
+        raise ValueError(
+            f"rtol must be at least {epsilon:.1e} with dtype='float32', whose rounding that is, got {rtol}"
+        )
 
 
 Planner = Callable[[Network, Probe, Trace], MeasurementPlan]
@@ -315,7 +374,7 @@ def _readout(evaluation: "Evaluation", behavior: Behavior | None) -> Tensor | No
             f"behavior='probabilities' needs outputs with at least two classes along their second axis, got shape "
             f"{tuple(shape)}: pass behavior=lambda module, inputs: ... that returns the probabilities"
         )
-    return softmax_jacobian(evaluation.trace.outputs)
+    return softmax_jacobian(evaluation.trace.outputs.to(torch.float64))
 
 
 def _check_projection(behavior: Behavior | None) -> None:
@@ -337,7 +396,7 @@ class Evaluation:
 
     @property
     def network(self) -> Network:
-        """The network, a copy in float64."""
+        """The network, a copy."""
         return self.traced.network
 
     @property
@@ -373,8 +432,10 @@ def evaluated(
     loss_fn: LossFunction | None,
     behavior: ModuleBehavior | None,
     planned: Planner | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
 ) -> Iterator[Evaluation]:
-    """Evaluate a float64 copy of a module once and check what comes out.
+    """Evaluate a copy of a module once and check what comes out.
 
     Args:
         module: Stays as it is.
@@ -382,12 +443,14 @@ def evaluated(
         loss_fn: See `measure_basin`.
         behavior: See `measure_basin`.
         planned: Cuts the measurement to the memory that there is; ``None`` runs all inputs at once.
+        dtype: Of the copy.
     """
+    # Also for float32: what follows from the evaluation is computed in float64, at the same place.
     device = float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
-    with isolated_evaluation(device):
-        replica, loss_fn, behavior = float64_replica(module, loss_fn, behavior)
-        network = Network(replica, behavior)
-        probe = probe.to(device).double()
+    with isolated_evaluation(device, dtype):
+        replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=dtype)
+        network = Network(replica, behavior, dtype=dtype)
+        probe = probe.to(device, dtype)
         plan = None if planned is None else planned(network, *_few_traced(network, probe))
         traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size)
         trace = traced.whole
@@ -415,7 +478,7 @@ def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
     if not bool(outputs.isfinite().all()):
         count = int((~outputs.isfinite()).reshape(probe.size, -1).any(1).sum())
         raise ValueError(f"outputs must be finite, but are NaN or infinite on {count} of the {probe.size} inputs")
-    tolerance = 1e-9 * float(outputs.abs().max())
+    tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
     for index in {0, probe.size - 1}:
         try:
             with torch.no_grad():
@@ -547,7 +610,13 @@ def _measured_gradients(
     """Ranks of the behavioral gradients of each part; and singular values, unless neither they nor these are wanted."""
     max_elements = GROUP_ELEMENTS if evaluation.plan is None else evaluation.plan.group_elements
     waiting = {
-        part: SpectrumAccumulator(evaluation.num_rows, part.num_parameters, generator, max_waiting=max_elements // 2)
+        part: SpectrumAccumulator(
+            evaluation.num_rows,
+            part.num_parameters,
+            generator,
+            max_waiting=max_elements // 2,
+            epsilon=torch.finfo(evaluation.network.dtype).eps,
+        )
         for part in parts
     }
     ranks: dict[_Part, GradientRank] = {}
@@ -590,6 +659,9 @@ def _curvature(
 ) -> HessianMeasurement[_Part] | None:
     """What will measure the Hessian; ``None`` where there is nothing to look at."""
     if evaluation.loss_fn is None or hessian is False:
+        return None
+    if evaluation.network.dtype != torch.float64:
+        notes.append("the Hessian is left out: its null space is not resolved by second derivatives in float32")
         return None
     if evaluation.rows.shape[1] < evaluation.trace.outputs[0].numel():
         notes.append("the Hessian is left out: its Gauss-Newton part needs all outputs")
@@ -701,7 +773,7 @@ def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations]
     # What all inputs share is the same for all.
     shared = torch.zeros(probe.size, dtype=torch.int64)
     classes = {
-        name: shared if layer.entering is None else duplicate_classes(layer.entering, rtol=rtol)
+        name: shared if layer.entering is None else duplicate_classes(layer.entering, rtol=_class_rtol(network, rtol))
         for name, layer in activations.items()
     }
     num_parameters = sum(layer.num_parameters for layer in network.layers)
@@ -712,6 +784,11 @@ def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations]
         crossings = _crossings(evaluation, activations, name, classes[name], rtol)
         bound = gradient_rank_bound(bound, num_outputs, crossings)
     return bound
+
+
+def _class_rtol(network: Network, rtol: float) -> float:
+    """Below the tolerance that decides the rank, where that is coarse: a small difference may grow behind the cut."""
+    return min(rtol, cut_rtol(network.dtype))
 
 
 def _crossings(
@@ -732,7 +809,7 @@ def _crossings(
     through = joined_passages(passages)
     if through is not None:
         # What the tighter bounds ask of a class: the same signals before the cut as well.
-        alike = duplicate_classes(through.signals.flatten(1), rtol=rtol)
+        alike = duplicate_classes(through.signals.flatten(1), rtol=_class_rtol(network, rtol))
         classes = duplicate_classes(torch.stack([classes, alike], dim=1), rtol=0.0)
         directions = merged_directions(classes, through.signals)
         if through.inputs is not None:

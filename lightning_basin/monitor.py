@@ -24,25 +24,26 @@ from lightning_basin.curvature import HessianMode
 from lightning_basin.gathering import GatheredModule
 from lightning_basin.history import HistoryFile
 from lightning_basin.loggers import batches_that_stepped, log_scalars
-from lightning_basin.measurement import Probabilities, check_measurable, measure_basin
+from lightning_basin.measurement import Precision, Probabilities, check_measurable, measure_basin
 from lightning_basin.monitored import Cadence, misunderstandings
 from lightning_basin.null_space import verify_null_space as verified_null_space
 from lightning_basin.overhead import OverheadLimit, announced
 from lightning_basin.plan import MemoryBudgetError
 from lightning_basin.probe import Probe, ProbeCollector
 from lightning_basin.record import BasinRecord, tag
-from lightning_basin.replica import float64_replica
+from lightning_basin.replica import replicas
 from lightning_basin.state import fingerprint, probe_state
 from lightning_basin.subject import LOSS_ATTRIBUTES, found_loss, quiet_behavior, whole_training_set
 
-_COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "seed")  # Change the numbers, not only which there are.
+_COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
+"""They change the numbers, not only which there are."""
 
 
 class BasinMonitor(Callback):
     """Measure rank, null space and duplicated activations while a module trains, also after its loss reached zero.
 
     Results go to every logger of the trainer, to ``trainer.callback_metrics`` (for ``EarlyStopping`` and
-    ``ModelCheckpoint``) and to ``records``. Training is not changed: a float64 copy of the module is measured, and
+    ``ModelCheckpoint``) and to ``records``. Training is not changed: a copy of the module is measured, in float64, and
     every random state is put back. A measurement that fails costs one warning and nothing else.
 
     A baseline is measured at the first training step, so that a monitored key exists from then on. With a probe that
@@ -81,6 +82,8 @@ class BasinMonitor(Callback):
             then lower bounds. ``"auto"`` does so only where there are too many, and says it; ``None`` refuses these.
         memory_budget: Bytes that a measurement may use beside what the process holds; ``None`` means half of what is
             free then. What cannot be cut to it is not measured, and training goes on.
+        dtype: ``"float32"`` runs and differentiates the copy in float32, which is faster on many accelerators, and
+            cannot tell small singular values from zero: see `measure_basin`. The Hessian is left out.
         verify_null_space: Also log ``surviving_fraction``, by the function of this name: 1 where random null directions
             of the gradients are really free. ``"zero_loss"`` does so once, where the loss reaches zero; a number n at
             every n-th measurement, from the baseline on.
@@ -123,6 +126,7 @@ class BasinMonitor(Callback):
         duplicates_over: Any = None,
         max_outputs: int | Literal["auto"] | None = "auto",
         memory_budget: int | None = None,
+        dtype: Precision = "float64",
         verify_null_space: int | Literal["zero_loss"] | None = None,
         seed: int = 0,
         max_overhead: float | None = None,
@@ -150,6 +154,7 @@ class BasinMonitor(Callback):
         self.duplicates_over = duplicates_over
         self.max_outputs = max_outputs
         self.memory_budget = memory_budget
+        self.dtype = dtype
         self.verify_null_space = verify_null_space
         self.seed = seed
         self.max_overhead = max_overhead
@@ -378,7 +383,7 @@ class BasinMonitor(Callback):
                 self._check(module, self._probe or self._collector.probe(), trainer)
                 # Some training steps will pass before there are enough inputs: the baseline is that of the weights now.
                 if self._probe is None and self._measured_step is None:
-                    (initial,) = float64_replica(module)
+                    (initial,) = replicas(module)
                     self._initial = (initial, trainer.global_step, batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
             if whole is not None:
@@ -417,6 +422,7 @@ class BasinMonitor(Callback):
                 max_outputs=self.max_outputs,
                 num_inputs=size,
                 memory_budget=self.memory_budget,
+                dtype=self.dtype,
             )
             self._say(f"BasinMonitor measures {plan}")
         except MemoryBudgetError as error:  # The measurements will say so; training goes on.
@@ -440,6 +446,7 @@ class BasinMonitor(Callback):
                 behavior=behavior,
                 max_outputs=self.max_outputs,
                 is_loss_given=self.loss_fn is not None,
+                dtype=self.dtype,
             )
         except (TypeError, ValueError) as error:
             if self.loss_fn is not None:
@@ -547,6 +554,7 @@ class BasinMonitor(Callback):
                     max_outputs=self.max_outputs,
                     spectrum=len(self.records) % self.every_n_spectra == 0,
                     memory_budget=self.memory_budget,
+                    dtype=self.dtype,
                     seed=self.seed,
                     step=step,
                 )

@@ -14,7 +14,7 @@ from lightning_basin.layers import Network, Trace
 from lightning_basin.operations import ProductUse
 from lightning_basin.probe import Probe
 
-_NUMBER = 8  # bytes of a float64
+_NUMBER = 8  # bytes of a float64, in which gradients are held and decomposed
 _DECOMPOSITION = 14  # m x m matrices at once: Gram matrices, a sketch of 2 m columns, its triangular factor, work space
 _COPIES = 3  # of a group's factors at once: collected by output, stacked, and in a product
 _READOUT = 1  # m x m matrices at most: derivatives of the behavior by the outputs
@@ -208,15 +208,16 @@ class _Passes:
         cls, trace: Trace, traced_inputs: int, num_inputs: int, rest: int, copies: int, *, beside: int = 0
     ) -> "_Passes":
         """From a trace of some inputs, and from the numbers that all inputs need beside the graph."""
+        element = trace.outputs.element_size()
         # Every result is held once by the graph and once more by what is traced.
         traced = sum(
             tensor.numel() for by in (trace.entering, trace.leaving) for left in by.values() for tensor in left
         )
-        held = (3 * trace.operations.num_elements + 2 * traced) / traced_inputs + beside / num_inputs
+        held = element * (3 * trace.operations.num_elements + 2 * traced) / traced_inputs
         return cls(
             num_inputs,
-            int(_NUMBER * held),
-            int(3 * _NUMBER * traced * num_inputs / traced_inputs),
+            int(held + _NUMBER * beside / num_inputs),
+            int((element + 2 * _NUMBER) * traced * num_inputs / traced_inputs),
             rest,
             copies,
         )

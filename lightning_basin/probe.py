@@ -94,13 +94,14 @@ class Probe:
         chosen = torch.as_tensor(indices)
         return Probe(*map_tensors(lambda tensor: tensor[chosen.to(tensor.device)], (self.inputs, self.targets)))
 
-    def to(self, device: torch.device | str) -> "Probe":
-        """The probe on another device."""
-        return Probe(*map_tensors(lambda tensor: tensor.to(device), (self.inputs, self.targets)))
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Probe":
+        """The probe on another device, as by `torch.nn.Module.to`: ``dtype`` is for floating point tensors only."""
 
-    def double(self) -> "Probe":
-        """The probe with every floating point tensor in float64; the numbers are the same."""
-        return Probe(*map_tensors(as_float64, (self.inputs, self.targets)))
+        def moved(tensor: Tensor) -> Tensor:
+            tensor = tensor.to(device)
+            return tensor if dtype is None else as_dtype(tensor, dtype)
+
+        return Probe(*map_tensors(moved, (self.inputs, self.targets)))
 
 
 class ProbeCollector:
@@ -221,10 +222,13 @@ def map_tensors(function: Callable[[Tensor], Any], collection: Any) -> Any:
     return apply_to_collection(collection, Tensor, function)
 
 
-def as_float64(tensor: Tensor) -> Tensor:
-    """The same numbers in float64; tensors of integers and booleans stay. From devices without float64, on the CPU."""
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a floating point type; those of integers and booleans stay. From devices without float64, on the CPU.
+
+    Float64 holds every number of a lower precision; float32 rounds those of float64.
+    """
     tensor = tensor.to(float64_device(tensor.device))
-    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def float64_device(device: torch.device) -> torch.device:

@@ -156,7 +156,7 @@ class BasinRecord(LayerRecord):
 
     Attributes:
         num_inputs: Inputs of the probe, k.
-        loss: Of the probe, in evaluation mode and float64.
+        loss: Of the probe, in evaluation mode.
         surviving_fraction: What is left of steps along random null directions: 1 where these are free.
         gradient_rank_bound: The largest rank that the duplicated activations leave possible.
         output_duplicated_activations: Inputs whose output equals that of an earlier one.

@@ -1,4 +1,4 @@
-"""A float64 copy of a module, and a place to evaluate it that leaves no trace.
+"""A copy of a module in float64 or float32, and a place to evaluate it that leaves no trace.
 
 A measurement never runs the user's module. It runs a deep copy in evaluation mode, so that counters, caches,
 buffers, metrics and train flags of the original cannot change, whatever happens in between. The numbers of the
@@ -24,26 +24,33 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from lightning_basin.probe import as_float64, map_tensors, tensors_of
+from lightning_basin.probe import as_dtype, map_tensors, tensors_of
 
-_LOW_PRECISION = {
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float32: torch.float64,
-    torch.complex64: torch.complex128,
+_RAISED: Mapping[torch.dtype, Mapping[torch.dtype, torch.dtype]] = {
+    torch.float64: {
+        torch.float16: torch.float64,
+        torch.bfloat16: torch.float64,
+        torch.float32: torch.float64,
+        torch.complex64: torch.complex128,
+    },
+    torch.float32: {torch.float16: torch.float32, torch.bfloat16: torch.float32},
 }
-_LOW_PRECISION_CASTS = {
-    Tensor.float: Tensor.double,
-    Tensor.half: Tensor.double,
-    Tensor.bfloat16: Tensor.double,
-    Tensor.cfloat: Tensor.cdouble,  # type: ignore[attr-defined]  # not in the stubs of torch 2.13
+_RAISED_CASTS: Mapping[torch.dtype, Mapping[Callable[..., Any], Callable[..., Any]]] = {
+    torch.float64: {
+        Tensor.float: Tensor.double,
+        Tensor.half: Tensor.double,
+        Tensor.bfloat16: Tensor.double,
+        Tensor.cfloat: Tensor.cdouble,  # type: ignore[attr-defined]  # not in the stubs of torch 2.13
+    },
+    torch.float32: {Tensor.half: Tensor.float, Tensor.bfloat16: Tensor.float},
 }
-_LOW_PRECISION_TENSOR = re.compile(r"torch\.(cuda\.)?(Float|Half|BFloat16)Tensor")
+_TENSOR_TYPE = re.compile(r"torch\.(?:cuda\.)?(Float|Half|BFloat16)Tensor")
+_TENSOR_TYPES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16}
 _MODULE_ATTRIBUTES = vars(nn.Module()).keys()
 
 
-def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
-    """Deep copies in float64 and evaluation mode, sharing nothing that a forward pass could change.
+def replicas(module: nn.Module, *callables: Any, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+    """Deep copies in float64 or float32 and evaluation mode, sharing nothing that a forward pass could change.
 
     Tied parameters stay tied, and callables that are modules, or methods of ``module``, follow the copy. An attribute
     that cannot be copied (a lock, an open file) is shared. A compiled module or method is replaced by its original, and
@@ -52,6 +59,7 @@ def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
     Args:
         module: Stays as it is.
         callables: Further callables to copy along, for example a loss module; plain functions and ``None`` stay.
+        dtype: Of every floating point tensor of the copies.
 
     Returns:
         The copy of ``module``, then those of ``callables``.
@@ -62,7 +70,7 @@ def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
 
     Example:
         >>> layer = nn.Linear(2, 1)
-        >>> replica, = float64_replica(layer)
+        >>> replica, = replicas(layer)
         >>> replica.weight.dtype, layer.weight.dtype, replica.training, layer.training
         (torch.float64, torch.float32, False, True)
     """
@@ -76,7 +84,7 @@ def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
             )
     memo: dict[int, Any] = {}
     for part in modules:
-        _remember_tensors(part, memo)
+        _remember_tensors(part, memo, dtype)
         _remember_hooks(part, modules, memo)
     for part in reversed(modules):
         if isinstance(part, torch._dynamo.OptimizedModule):
@@ -102,7 +110,7 @@ def _owner(item: Any) -> nn.Module | None:
     return item if isinstance(item, nn.Module) else None
 
 
-def _remember_tensors(part: nn.Module, memo: dict[int, Any]) -> None:
+def _remember_tensors(part: nn.Module, memo: dict[int, Any], dtype: torch.dtype) -> None:
     """Decide what every tensor of a module becomes in its copy, before the copy is made."""
     for name, parameter in part.named_parameters(recurse=False):
         if is_lazy(parameter):
@@ -110,12 +118,12 @@ def _remember_tensors(part: nn.Module, memo: dict[int, Any]) -> None:
         if parameter.requires_grad and parameter.is_complex():
             raise TypeError(f"trainable parameters must be real, but {name!r} is complex: split it into two real ones")
         if id(parameter) not in memo:
-            value = as_float64(parameter.detach().clone())
+            value = as_dtype(parameter.detach().clone(), dtype)
             memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     for attribute in vars(part).values():
         for tensor in _plain_tensors(attribute):
             # Also saves cached activations, which cannot be deep-copied while they carry a graph.
-            memo.setdefault(id(tensor), as_float64(tensor.detach().clone()))
+            memo.setdefault(id(tensor), as_dtype(tensor.detach().clone(), dtype))
 
 
 def _plain_tensors(attribute: Any) -> Iterator[Tensor]:
@@ -177,41 +185,56 @@ def _share_if_not_copyable(attribute: Any, memo: dict[int, Any]) -> None:
 _MAY_ASK = frozenset([torch.dtype, str, type(torch.FloatTensor)])  # Types of arguments that can ask for a precision.
 
 
-class _Float64Mode(TorchFunctionMode):
-    """Turns requests for a lower precision, by dtype or by method, into requests for float64.
+class _RaisedPrecision(TorchFunctionMode):
+    """Turns requests for a precision below that of the evaluation, by dtype or by method, into requests for the latter.
 
     Attention and normalisation layers often ask for float32 by name (``softmax(..., dtype=torch.float32)``); the
     rounding of that one line would fill the null space.
+
+    Args:
+        dtype: Of the evaluation.
     """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self._raised_dtypes = _RAISED[dtype]
+        self._raised_casts = _RAISED_CASTS[dtype]
+        # Autocast leaves float64 alone.
+        self._autocast_device_types = ("cpu", "cuda") if dtype == torch.float32 else ()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        func = _LOW_PRECISION_CASTS.get(func, func)
+        for device_type in self._autocast_device_types:
+            if torch.is_autocast_enabled(device_type):  # By the module itself.
+                with torch.autocast(device_type, enabled=False):
+                    return self.__torch_function__(func, types, args, kwargs)
+        func = self._raised_casts.get(func, func)
         # Most calls ask for nothing: thousands of them are in each measurement.
-        raised = args if _MAY_ASK.isdisjoint(map(type, args)) else tuple(_raised(argument) for argument in args)
-        named = {name: _raised(argument) for name, argument in kwargs.items()} if kwargs else {}
+        raised = args if _MAY_ASK.isdisjoint(map(type, args)) else tuple(map(self._raised, args))
+        named = {name: self._raised(argument) for name, argument in kwargs.items()} if kwargs else {}
         try:
             return func(*raised, **named)
         except RuntimeError:
-            # A constant of the module that the copy did not reach, mixed with float64: the same numbers in float64.
+            # A constant of the module that the copy did not reach, of lower precision: the same numbers in that of the
+            # evaluation.
             tensors = tensors_of((raised, named))
-            if not any(tensor.dtype in _LOW_PRECISION and not tensor.requires_grad for tensor in tensors):
+            if not any(tensor.dtype in self._raised_dtypes and not tensor.requires_grad for tensor in tensors):
                 raise
-            return func(*map_tensors(_raised_constant, raised), **map_tensors(_raised_constant, named))
+            return func(*map_tensors(self._raised_constant, raised), **map_tensors(self._raised_constant, named))
 
+    def _raised_constant(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.requires_grad else as_dtype(tensor, self._dtype)
 
-def _raised_constant(tensor: Tensor) -> Tensor:
-    return tensor if tensor.requires_grad else as_float64(tensor)
-
-
-def _raised(argument: Any) -> Any:
-    if isinstance(argument, torch.dtype):
-        return _LOW_PRECISION.get(argument, argument)
-    if isinstance(argument, str | type(torch.FloatTensor)):  # As in tensor.type("torch.FloatTensor").
-        name = argument if isinstance(argument, str) else f"{argument.__module__}.{argument.__name__}"
-        return torch.float64 if _LOW_PRECISION_TENSOR.fullmatch(name) else argument
-    return argument
+    def _raised(self, argument: Any) -> Any:
+        if isinstance(argument, torch.dtype):
+            return self._raised_dtypes.get(argument, argument)
+        if isinstance(argument, str | type(torch.FloatTensor)):  # As in tensor.type("torch.FloatTensor").
+            name = argument if isinstance(argument, str) else f"{argument.__module__}.{argument.__name__}"
+            found = _TENSOR_TYPE.fullmatch(name)
+            return argument if found is None else self._raised_dtypes.get(_TENSOR_TYPES[found[1]], argument)
+        return argument
 
 
 class _NoCheckpoint:
@@ -223,16 +246,37 @@ class _NoCheckpoint:
 
 
 @contextmanager
-def isolated_evaluation(device: torch.device) -> Iterator[None]:
-    """Evaluate in float64 with gradients, and put every global state back, also when the body raises.
+def _plain_float32() -> Iterator[None]:
+    """No TF32 or bfloat16 inside of products of float32, which Lightning advises to allow, and no foreign kernels.
+
+    Those of oneDNN hide the products of recurrent layers, as those of cuDNN do, and have precisions of their own. The
+    convolutions of NNPACK are off by twenty times the rounding of a sum.
+    """
+    backends: Any = torch.backends  # Whose parts are not in the stubs of torch 2.13.
+    with ExitStack() as stack:
+        stack.enter_context(torch.backends.nnpack.flags(enabled=False))
+        stack.callback(setattr, backends.mkldnn, "enabled", backends.mkldnn.enabled)
+        backends.mkldnn.enabled = False
+        for place in (backends, backends.cuda.matmul):  # The second follows the first where it is not set itself.
+            before = place.fp32_precision
+            if before not in ("none", "ieee"):
+                stack.callback(setattr, place, "fp32_precision", before)
+                place.fp32_precision = "ieee"
+        yield
+
+
+@contextmanager
+def isolated_evaluation(device: torch.device, dtype: torch.dtype = torch.float64) -> Iterator[None]:
+    """Evaluate in float64 or float32 with gradients, and put every global state back, also when the body raises.
 
     Inside: gradients on, inference mode, autocast, anomaly detection and compilation off, the mathematical attention
-    kernel (others have no second derivative), no cuDNN and no reentrant checkpoints, float64 as default dtype and in
-    place of every lower precision.
+    kernel (others have no second derivative), no cuDNN and no reentrant checkpoints, ``dtype`` as default dtype and in
+    place of every lower precision, which holds inside of matrix products too.
     Afterwards: the random states of Python, NumPy, torch and ``device`` are as before.
 
     Args:
         device: Where the evaluation runs.
+        dtype: In which.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     default_dtype = torch.get_default_dtype()
@@ -256,6 +300,8 @@ def isolated_evaluation(device: torch.device) -> Iterator[None]:
         stack.callback(torch.backends.mha.set_fastpath_enabled, attention_fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.set_default_dtype, default_dtype)
-        torch.set_default_dtype(torch.float64)
-        stack.enter_context(_Float64Mode())
+        torch.set_default_dtype(dtype)
+        if dtype == torch.float32:
+            stack.enter_context(_plain_float32())
+        stack.enter_context(_RaisedPrecision(dtype))
         yield

@@ -66,7 +66,8 @@ def possible_input_axes(use: Use, signal: Tensor, chosen: Tensor) -> list[InputA
 
 
 def signal_of_inputs(use: Use, signal: Tensor, layout: InputAxis, num_inputs: int) -> Tensor:
-    """Derivatives input by input: ``(k, t, d_out)`` for a product, ``(k, n)`` by the n used entries otherwise."""
+    """Derivatives input by input in float64: ``(k, t, d_out)`` for a product, ``(k, n)`` by the n used entries else."""
+    signal = signal.to(torch.float64)  # Before anything is added up.
     if isinstance(use, ProductUse):
         found = layout.split(use.signals(signal), num_inputs)
         return found.reshape(num_inputs, -1, found.shape[-1])
@@ -77,8 +78,8 @@ def signal_of_inputs(use: Use, signal: Tensor, layout: InputAxis, num_inputs: in
 
 
 def activations_of_inputs(use: ProductUse, layout: InputAxis, num_inputs: int) -> Tensor:
-    """What is multiplied, input by input, shape ``(k, t, d_in)``."""
-    found = layout.split(use.activations(), num_inputs)
+    """What is multiplied, input by input, in float64, shape ``(k, t, d_in)``."""
+    found = layout.split(use.activations().to(torch.float64), num_inputs)
     return found.reshape(num_inputs, -1, found.shape[-1])
 
 
@@ -88,8 +89,8 @@ class MeasuredUse:
 
     Attributes:
         use: The operation.
-        signals: Derivatives of each output, ``(k, c, t, d_out)`` for a product, ``(k, c, n)`` otherwise.
-        activations: ``(k, t, d_in)`` for a product.
+        signals: Derivatives of each output in float64, ``(k, c, t, d_out)`` for a product, ``(k, c, n)`` otherwise.
+        activations: ``(k, t, d_in)`` in float64 for a product.
     """
 
     use: Use
@@ -194,7 +195,7 @@ def _through(source: Source, slots: Sequence[_Slot], parameters: Mapping[str, Te
     blocks = [(slot.positions.flatten(), slot.gradients()) for slot in slots]
     rows = _summed(blocks, num_rows, source.tensor.numel()).view(num_rows, *source.tensor.shape)
     values = list(parameters.values())
-    products = vector_jacobian_products(source.tensor, values, rows)
+    products = vector_jacobian_products(source.tensor, values, rows.to(source.tensor.dtype)).to(torch.float64)
     return [(torch.arange(products.shape[1], device=products.device), DenseGradients(products))]
 
 

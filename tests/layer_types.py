@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from functools import cache
 
 import numpy as np
 import torch
@@ -287,3 +288,15 @@ def trained_network(name: str, seed: int) -> tuple[Headed, Tensor]:
         (module(inputs) - targets).square().mean().backward()
         optimizer.step()
     return module.eval(), inputs
+
+
+@cache
+def integer_case(name: str, seed: int) -> Evaluated:
+    """A network with integer weights over exact numbers, computed once."""
+    return evaluated(*integer_network(name, seed), TYPES[name].number)
+
+
+@cache
+def trained_case(name: str, seed: int) -> Evaluated:
+    """A trained network over decimals, computed once."""
+    return evaluated(*trained_network(name, seed), Decimal)

@@ -125,11 +125,13 @@ def monitor_of(options):
         of_dicts: lambda batch: (batch["inputs"], batch["targets"]),
         of_two_loaders: lambda batch: batch["first"],
     }.get(options.get("make_batches"))
-    return BasinMonitor(probe=14, every_n_train_steps=4, batch_fn=batch_fn)
+    return BasinMonitor(probe=14, every_n_train_steps=4, batch_fn=batch_fn, dtype=options.get("dtype", "float64"))
 
 
 CASES = {
     "32-true": {"precision": "32-true"},
+    "32-true, measured in float32": {"precision": "32-true", "dtype": "float32"},
+    "bf16-mixed, measured in float32": {"precision": "bf16-mixed", "dtype": "float32"},
     "64-true": {"precision": "64-true"},
     "bf16-mixed": {"precision": "bf16-mixed"},
     "16-mixed": {"precision": "16-mixed"},  # On a CPU, Lightning turns it into bf16-mixed.
@@ -165,7 +167,7 @@ SLOW_CASES = {
 }
 
 
-def trained(root, *callbacks, make_callbacks=list, **options):
+def trained(root, *callbacks, make_callbacks=list, dtype=None, **options):
     return witnessed(root, *callbacks, *make_callbacks(), **options)
 
 

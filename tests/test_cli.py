@@ -34,6 +34,7 @@ trainer:
         loss_fn: {loss_fn}
         layers: [hidden]
         hessian: dense
+        dtype: float64
         max_outputs: null
         verify_null_space: 2
         history: csv
@@ -105,6 +106,18 @@ def test_monitor_has_a_section_of_its_own(tmp_path):
     monitor = monitor_of(cli)
     assert steps(monitor) == [0, 6]
     assert [record.train_num_inputs for record in monitor.records] == [60, 60]
+
+
+def test_the_precision_comes_from_the_command_line_and_goes_into_the_file(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(root=tmp_path, loss_fn="behavioral").partition("  callbacks:")[0])
+    arguments = ["--config", str(config), "--basin.dtype=float32"]
+    with pytest.raises(SystemExit):
+        WithMonitor(Regressor, run=False, args=[*arguments, "--print_config"])
+    config.write_text(capsys.readouterr().out)
+    cli = WithMonitor(Regressor, run=False, args=["--config", str(config)], save_config_callback=None)
+    cli.trainer.fit(cli.model, loader())
+    assert "evaluated in float32" in monitor_of(cli).records[-1].notes[-1]
 
 
 def test_config_that_is_printed_builds_the_run_again(tmp_path, capsys):

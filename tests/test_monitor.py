@@ -1212,6 +1212,25 @@ def test_settings_that_change_the_numbers_are_said_on_resuming(tmp_path):
         resumed_run(tmp_path, BasinMonitor(probe=20, seed=4))
 
 
+def test_another_precision_is_said_on_resuming(tmp_path):
+    saved_run(tmp_path, BasinMonitor(probe=20))
+    with pytest.warns(UserWarning, match="measured with dtype='float64', it goes on with 'float32': its curves may"):
+        monitor = resumed_run(tmp_path, BasinMonitor(probe=20, dtype="float32"))
+    kept, new = monitor.records[:-1], monitor.records[-1]
+    assert all(record.notes == () for record in kept)
+    assert "evaluated in float32" in new.notes[-1]
+
+
+def test_a_monitor_says_once_what_float32_leaves_out(tmp_path, caplog):
+    monitor = BasinMonitor(probe=20, dtype="float32")
+    with caplog.at_level("INFO"):
+        make_trainer(tmp_path, monitor).fit(Regressor(), loader(60, 20))
+    assert len(monitor.records) > 1
+    assert len([message for message in caplog.messages if "evaluated in float32" in message]) == 1
+    assert len([message for message in caplog.messages if "the Hessian is left out" in message]) == 1
+    assert monitor.records[-1].loss is not None
+
+
 def test_two_monitors_are_resumed_side_by_side(tmp_path):
     def monitors():
         held_out = regression_data(10, seed=9).tensors

@@ -98,6 +98,13 @@ def test_run_without_a_monitor_is_measured_on_a_probe_of_ones_own(tmp_path):
     assert monitor.records == []
 
 
+def test_checkpoints_are_measured_in_the_precision_of_the_monitor(tmp_path):
+    live = run(tmp_path, Regressor(), monitor=BasinMonitor(20, dtype="float32"))
+    records = measure_checkpoints(tmp_path, Regressor, BasinMonitor(dtype="float32"), progress=False)
+    assert timeless(records) == timeless(live.records[1:])
+    assert "evaluated in float32" in records[0].notes[-1]
+
+
 def test_function_that_returns_a_module_takes_the_weights(tmp_path):
     live = run(tmp_path, Regressor())
     records = measure_checkpoints(tmp_path, lambda: Regressor().double(), progress=False)

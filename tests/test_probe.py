@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_basin import Probe
-from lightning_basin.probe import as_float64, map_tensors, tensors_of
+from lightning_basin.probe import as_dtype, map_tensors, tensors_of
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -147,21 +147,28 @@ def test_select_copies():
     assert probe.inputs.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_double_keeps_integers_and_booleans():
+def test_to_another_precision_keeps_integers_and_booleans():
     probe = Probe((torch.zeros(2, dtype=torch.float16), torch.zeros(2, dtype=torch.int32)), torch.tensor([True, False]))
-    doubled = probe.double()
+    doubled = probe.to("cpu", torch.float64)
     assert [tensor.dtype for tensor in doubled.inputs] == [torch.float64, torch.int32]
     assert doubled.targets.dtype == torch.bool
 
 
-def test_double_keeps_the_numbers():
+def test_float64_keeps_the_numbers():
     tenth = torch.tensor([0.1], dtype=torch.float32)
-    assert Probe(tenth).double().inputs.item() == tenth.item()
+    assert Probe(tenth).to("cpu", torch.float64).inputs.item() == tenth.item()
 
 
-def test_double_leaves_the_probe_as_it_was():
+def test_float32_rounds_the_numbers_of_float64():
+    tenth = torch.tensor([0.1], dtype=torch.float64)
+    rounded = Probe((tenth, torch.tensor([3]))).to("cpu", torch.float32).inputs
+    assert [tensor.dtype for tensor in rounded] == [torch.float32, torch.int64]
+    assert rounded[0].item() == tenth.float().item()
+
+
+def test_to_another_precision_leaves_the_probe_as_it_was():
     probe = Probe(torch.zeros(2))
-    probe.double()
+    probe.to("cpu", torch.float64)
     assert probe.inputs.dtype == torch.float32
 
 
@@ -184,4 +191,4 @@ def test_map_tensors_makes_new_containers():
 
 def test_complex_numbers_are_not_cut_to_their_real_part():
     number = torch.tensor([1 + 2j])
-    assert as_float64(number).tolist() == [1 + 2j]
+    assert as_dtype(number, torch.float64).tolist() == [1 + 2j]

@@ -1,6 +1,7 @@
 import copy
 import random
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.backends import mkldnn
 from torch.nn import functional as F
 from torch.utils import checkpoint
 
 from lightning_basin import measure_basin
-from lightning_basin.replica import float64_replica, isolated_evaluation
+from lightning_basin.replica import isolated_evaluation, replicas
 
 CPU = torch.device("cpu")
 
@@ -57,49 +59,49 @@ class Bookkeeping(nn.Module):
 
 def test_a_forward_pass_of_the_replica_changes_nothing_in_the_original():
     module = Bookkeeping()
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     replica(torch.ones(1, 2, dtype=torch.float64))
     assert (module.calls, module.history, set(module.cache)) == (0, [], {"outputs"})
     assert (float(module.seen), module.plain.tolist(), module.cache["outputs"][0].tolist()) == (0.0, [0.0, 0.0], [0.0])
 
 
 def test_tensors_that_are_no_parameters_follow_into_float64():
-    (replica,) = float64_replica(Bookkeeping())
+    (replica,) = replicas(Bookkeeping())
     dtypes = [replica.seen.dtype, replica.plain.dtype, replica.cache["outputs"][0].dtype]
     assert dtypes == [torch.float64] * 3
 
 
 def test_integers_stay_integers():
     module = nn.BatchNorm1d(2)
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     assert (replica.num_batches_tracked.dtype, replica.running_mean.dtype) == (torch.int64, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_numbers_of_the_weights_are_the_same(dtype):
     module = filled(nn.Linear(3, 2).to(dtype))
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     assert replica.weight.dtype == torch.float64
     assert replica.weight.tolist() == module.weight.tolist()
 
 
 def test_the_original_keeps_its_mode_and_the_replica_evaluates():
     module = nn.Sequential(nn.Dropout(), nn.Linear(1, 1)).train()
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     assert [part.training for part in module.modules()] == [True] * 3
     assert [part.training for part in replica.modules()] == [False] * 3
 
 
 def test_no_parameter_shares_memory_with_the_original():
     module = nn.Linear(2, 2).double()
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     assert {p.data_ptr() for p in replica.parameters()}.isdisjoint(p.data_ptr() for p in module.parameters())
 
 
 def test_gradients_of_the_original_are_not_copied_and_not_touched():
     module = nn.Linear(1, 1)
     module.weight.grad = torch.ones(1, 1)
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     assert replica.weight.grad is None
     replica(torch.ones(1, 1, dtype=torch.float64)).sum().backward()
     assert module.weight.grad.tolist() == [[1.0]]
@@ -109,20 +111,20 @@ def test_gradients_of_the_original_are_not_copied_and_not_touched():
 def test_frozen_parameters_stay_frozen():
     module = nn.Linear(1, 1)
     module.bias.requires_grad_(requires_grad=False)
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     assert (replica.weight.requires_grad, replica.bias.requires_grad) == (True, False)
 
 
 def test_tied_parameters_stay_tied():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[1].weight = module[0].weight
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     assert replica[1].weight is replica[0].weight
 
 
 def test_a_module_used_twice_is_copied_once():
     part = nn.Linear(2, 2)
-    (replica,) = float64_replica(nn.Sequential(part, part))
+    (replica,) = replicas(nn.Sequential(part, part))
     assert replica[0] is replica[1]
 
 
@@ -139,7 +141,7 @@ class WithMethods(nn.Module):
 
 def test_methods_of_the_module_follow_the_copy():
     module = WithMethods()
-    replica, loss = float64_replica(module, module.loss)
+    replica, loss = replicas(module, module.loss)
     loss(torch.ones(1), torch.ones(1))
     assert loss.__self__ is replica
     assert module.calls == 0
@@ -147,20 +149,20 @@ def test_methods_of_the_module_follow_the_copy():
 
 def test_a_partial_method_of_the_module_follows_the_copy():
     module = WithMethods()
-    _, loss = float64_replica(module, partial(module.loss, targets=torch.ones(1)))
+    _, loss = replicas(module, partial(module.loss, targets=torch.ones(1)))
     loss(torch.ones(1))
     assert module.calls == 0
 
 
 def test_methods_of_a_submodule_follow_the_copy():
     module = nn.ModuleDict({"part": WithMethods()})
-    replica, loss = float64_replica(module, module["part"].loss)
+    replica, loss = replicas(module, module["part"].loss)
     assert loss.__self__ is replica["part"]
 
 
 def test_a_loss_module_is_copied_into_float64():
     loss_fn = nn.CrossEntropyLoss(weight=torch.ones(3))
-    _, copied = float64_replica(nn.Linear(1, 1), loss_fn)
+    _, copied = replicas(nn.Linear(1, 1), loss_fn)
     assert (copied.weight.dtype, loss_fn.weight.dtype) == (torch.float64, torch.float32)
 
 
@@ -168,12 +170,12 @@ def test_a_loss_that_is_a_part_of_the_module_is_the_part_of_the_copy():
     module = nn.Module()
     module.loss_fn = nn.MSELoss()
     module.linear = nn.Linear(1, 1)
-    replica, loss_fn = float64_replica(module, module.loss_fn)
+    replica, loss_fn = replicas(module, module.loss_fn)
     assert loss_fn is replica.loss_fn
 
 
 def test_plain_functions_and_none_stay():
-    _, function, nothing = float64_replica(nn.Linear(1, 1), F.mse_loss, None)
+    _, function, nothing = replicas(nn.Linear(1, 1), F.mse_loss, None)
     assert function is F.mse_loss
     assert nothing is None
 
@@ -188,7 +190,7 @@ def uncopyable(kind, folder):
 def test_an_attribute_that_cannot_be_copied_is_shared(kind, tmp_path):
     module = Bookkeeping()
     module.handle = uncopyable(kind, tmp_path)
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     assert replica.handle is module.handle
     replica(torch.ones(1, 2, dtype=torch.float64))
     assert (module.calls, module.history, module.plain.tolist()) == (0, [], [0.0, 0.0])
@@ -197,7 +199,7 @@ def test_an_attribute_that_cannot_be_copied_is_shared(kind, tmp_path):
 def test_an_attribute_of_a_part_that_cannot_be_copied_is_shared():
     module = nn.Sequential(Bookkeeping(), nn.Linear(2, 2))
     module[0].lock = threading.Lock()
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     assert replica[0].lock is module[0].lock
     assert replica[0].linear.weight.dtype == torch.float64
 
@@ -206,7 +208,7 @@ def test_a_cached_activation_that_carries_a_graph_is_copied():
     module = nn.Linear(2, 2)
     module.cached = module(torch.ones(1, 2))
     module.by_name = {"last": [module(torch.ones(1, 2))]}
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     assert replica.cached.dtype == replica.by_name["last"][0].dtype == torch.float64
     assert replica.cached.tolist() == module.cached.tolist()
     assert replica.cached is not module.cached
@@ -243,7 +245,7 @@ def test_the_replica_computes_the_same_function_in_float64(name):
     first_tensor(module(inputs))  # Old normalisations set their weight in a forward pass.
     module.eval()
     expected = first_tensor(module(inputs)).detach()
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     with isolated_evaluation(CPU):
         found = first_tensor(replica(inputs.double()))
     assert found.dtype == torch.float64
@@ -255,7 +257,7 @@ def test_the_replica_computes_the_same_function_in_float64(name):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_outputs_of_the_replica_depend_on_its_own_parameters(name):
     build, shape = SPECIAL_MODULES[name]
-    (replica,) = float64_replica(filled(build()))
+    (replica,) = replicas(filled(build()))
     with isolated_evaluation(CPU):
         outputs = first_tensor(replica(drawn(*shape).double()))
         gradients = torch.autograd.grad(outputs.square().sum(), list(replica.parameters()))
@@ -264,13 +266,13 @@ def test_outputs_of_the_replica_depend_on_its_own_parameters(name):
 
 def test_a_compiled_part_is_replaced_by_its_original():
     module = nn.Sequential(nn.Linear(2, 2), torch.compile(nn.Linear(2, 2), backend="eager"))
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     assert type(replica[1]) is nn.Linear
     assert list(dict(replica.named_parameters())) == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
 def test_a_compiled_module_is_replaced_by_its_original():
-    (replica,) = float64_replica(torch.compile(nn.Linear(2, 2), backend="eager"))
+    (replica,) = replicas(torch.compile(nn.Linear(2, 2), backend="eager"))
     assert type(replica) is nn.Linear
     assert replica.weight.dtype == torch.float64
 
@@ -278,7 +280,7 @@ def test_a_compiled_module_is_replaced_by_its_original():
 def test_a_module_compiled_in_place_runs_its_copy():
     module = filled(nn.Linear(1, 1))
     module.compile(backend="eager")
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     with torch.no_grad():
         replica.weight.fill_(3.0)
         replica.bias.fill_(0.0)
@@ -305,7 +307,7 @@ class Watcher:
 def test_a_hook_of_an_outside_object_does_not_copy_the_object(register):
     module, watcher = nn.Sequential(nn.Linear(1, 1)), Watcher()
     getattr(module[0], register)(watcher.note)
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     replica(torch.ones(1, 1, dtype=torch.float64))
     assert watcher.calls == 1
 
@@ -313,7 +315,7 @@ def test_a_hook_of_an_outside_object_does_not_copy_the_object(register):
 def test_a_hook_that_changes_the_output_acts_on_the_replica_too():
     module = filled(nn.Linear(1, 1))
     module.register_forward_hook(Watcher().double)
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     inputs = torch.ones(1, 1)
     torch.testing.assert_close(replica(inputs.double()).item(), module(inputs).item(), rtol=1e-6, atol=0.0)
 
@@ -332,7 +334,7 @@ class Forgetting(nn.Module):
 
 def test_backward_hooks_are_left_out():
     module = nn.Sequential(nn.Linear(1, 1), Forgetting())
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     inputs = torch.full((1, 1), 3.0, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(replica(inputs).sum(), [replica[0].weight])
     assert gradient.item() == 3.0
@@ -351,7 +353,7 @@ class CompiledForward(nn.Module):
 
 def test_a_compiled_method_of_the_replica_is_its_own():
     module = nn.Sequential(CompiledForward())
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     inputs = torch.full((1, 1), 3.0, dtype=torch.float64)
     outputs = replica(inputs)
     (gradient,) = torch.autograd.grad(outputs.sum(), [replica[0].layer.weight])
@@ -361,7 +363,7 @@ def test_a_compiled_method_of_the_replica_is_its_own():
 def test_hooks_added_to_the_replica_are_not_on_the_original():
     module = nn.Linear(1, 1)
     module.register_forward_hook(Watcher().note)
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     replica.register_forward_hook(Watcher().note)
     replica.register_forward_pre_hook(Watcher().note)
     assert (len(module._forward_hooks), len(module._forward_pre_hooks)) == (1, 0)
@@ -391,26 +393,26 @@ UNCOPYABLE_HOOKS = {
 def test_hooks_added_to_the_replica_are_not_on_an_original_whose_hooks_cannot_be_copied(kind):
     module = nn.Linear(1, 1)
     module.register_forward_hook(UNCOPYABLE_HOOKS[kind]())
-    (replica,) = float64_replica(module)
+    (replica,) = replicas(module)
     replica.register_forward_hook(Watcher().note)
     assert len(module._forward_hooks) == 1
 
 
 def test_a_lazy_module_is_refused():
     with pytest.raises(ValueError, match="parameter 'weight' has no shape yet: run one forward pass"):
-        float64_replica(nn.Sequential(nn.LazyLinear(2)))
+        replicas(nn.Sequential(nn.LazyLinear(2)))
 
 
 def test_trainable_complex_parameters_are_refused():
     with pytest.raises(TypeError, match="trainable parameters must be real, but 'weight' is complex"):
-        float64_replica(nn.Linear(1, 1, dtype=torch.complex64))
+        replicas(nn.Linear(1, 1, dtype=torch.complex64))
 
 
 def test_parameters_made_in_inference_mode_become_trainable_in_the_replica():
     with torch.inference_mode():
         module = nn.Linear(1, 1)
     with isolated_evaluation(CPU):
-        (replica,) = float64_replica(module)
+        (replica,) = replicas(module)
         replica(torch.ones(1, 1)).sum().backward()
     assert replica.weight.grad.tolist() == [[1.0]]
 
@@ -457,6 +459,71 @@ def test_a_cast_to_a_lower_precision_keeps_every_digit(name):
         assert torch.equal(REQUESTS[name](THIRD), THIRD)
 
 
+@pytest.mark.parametrize("name", REQUESTS)
+def test_in_float32_a_request_for_a_lower_precision_is_answered_in_float32(name):
+    with isolated_evaluation(CPU, torch.float32):
+        assert REQUESTS[name](THIRD.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["half()", "bfloat16()", "to(device, dtype)", "to(dtype=)"])
+def test_in_float32_a_cast_to_a_lower_precision_keeps_every_digit(name):
+    with isolated_evaluation(CPU, torch.float32):
+        assert torch.equal(REQUESTS[name](THIRD.float()), THIRD.float())
+
+
+def test_in_float32_what_a_module_computes_in_float64_stays_so():
+    with isolated_evaluation(CPU, torch.float32):
+        assert torch.equal(THIRD.float().double() / 3, THIRD.float().to(torch.float64) / 3)
+        assert THIRD.float().double().dtype == torch.zeros(1, dtype=torch.float64).dtype == torch.float64
+
+
+def test_copies_in_float32():
+    module = nn.Sequential(
+        nn.BatchNorm1d(2), nn.Linear(2, 1, dtype=torch.float64), nn.Linear(1, 1, dtype=torch.float16)
+    )
+    (replica,) = replicas(module, dtype=torch.float32)
+    assert {tensor.dtype for tensor in replica.state_dict().values()} == {torch.float32, torch.int64}
+    assert replica[1].weight.tolist() == module[1].weight.float().tolist()
+    assert replica[2].weight.tolist() == module[2].weight.tolist()
+
+
+def test_in_float32_autocast_inside_of_the_forward_does_not_lower_the_precision():
+    with isolated_evaluation(CPU, torch.float32), torch.autocast("cpu", dtype=torch.bfloat16):
+        product = nn.functional.linear(THIRD.float(), THIRD.float().unsqueeze(0))
+        assert product.dtype == torch.float32
+        assert torch.is_autocast_enabled("cpu")
+
+
+@contextmanager
+def products_in_bfloat16(place):
+    """As training may allow them."""
+    if place == "matmul precision":  # As Lightning advises.
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        yield
+        assert torch.get_float32_matmul_precision() == "medium"
+        torch.set_float32_matmul_precision(before)
+    else:
+        part = {"everywhere": torch.backends, "matmul": mkldnn.matmul, "conv": mkldnn.conv}[place]
+        before, part.fp32_precision = part.fp32_precision, "bf16"
+        yield
+        assert part.fp32_precision == "bf16"
+        part.fp32_precision = before
+
+
+@pytest.mark.parametrize("place", ["matmul precision", "everywhere", "matmul", "conv"])
+def test_in_float32_products_are_multiplied_in_float32(place):
+    left, right, kernel, images = (drawn(*shape).float() for shape in [(64, 64), (64, 64), (8, 8, 3, 3), (2, 8, 6, 6)])
+    with products_in_bfloat16(place), isolated_evaluation(CPU, torch.float32):
+        product, convolved = left @ right, F.conv2d(images, kernel)
+    for found, exact in (
+        (product, left.double() @ right.double()),
+        (convolved, F.conv2d(images.double(), kernel.double())),
+    ):
+        # Some roundings of 1.2e-7, in sums of up to 72 products; those of bfloat16 are of 8e-3.
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["to(complex64)", "cfloat()"])
 def test_a_request_for_low_precision_complex_numbers_is_answered_in_complex128(name):
     request = {"to(complex64)": lambda x: x.to(torch.complex64), "cfloat()": lambda x: x.cfloat()}[name]
@@ -485,6 +552,9 @@ def global_states():
         "anomaly": torch.is_anomaly_enabled(),
         "fastpath": torch.backends.mha.get_fastpath_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
+        "oneDNN": torch.backends.mkldnn.enabled,
+        "NNPACK": torch._C._get_nnpack_enabled(),
+        "products": torch.backends.fp32_precision,
         "math attention": torch.backends.cuda.math_sdp_enabled(),
         "flash attention": torch.backends.cuda.flash_sdp_enabled(),
         "efficient attention": torch.backends.cuda.mem_efficient_sdp_enabled(),
@@ -516,12 +586,13 @@ SURROUNDINGS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", SURROUNDINGS)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
-def test_every_global_state_is_put_back(name):
+def test_every_global_state_is_put_back(name, dtype):
     with SURROUNDINGS[name]():
         before = global_states()
-        with isolated_evaluation(CPU):
+        with isolated_evaluation(CPU, dtype):
             disturb_global_states()
         assert global_states() == before
 
@@ -540,7 +611,7 @@ def test_every_global_state_is_put_back_when_the_body_raises(name):
 @pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
 def test_gradients_are_taken_whatever_surrounds_the_evaluation(name):
     with SURROUNDINGS[name](), isolated_evaluation(CPU):
-        (replica,) = float64_replica(nn.Linear(1, 1))
+        (replica,) = replicas(nn.Linear(1, 1))
         outputs = replica(torch.full((1, 1), 3.0))
         (gradient,) = torch.autograd.grad(outputs.sum(), [replica.weight])
     assert gradient.tolist() == [[3.0]]
@@ -588,7 +659,7 @@ def test_a_forward_that_asks_for_float32_by_name_has_float64_gradients():
             return (self.scale * x).float().softmax(-1, dtype=torch.float32) + torch.zeros(2, dtype=torch.float32)
 
     with isolated_evaluation(CPU):
-        (replica,) = float64_replica(Named())
+        (replica,) = replicas(Named())
         outputs = replica(THIRD.unsqueeze(0))
         (gradient,) = torch.autograd.grad(outputs[0, 0], [replica.scale])
     # p = sigmoid((1/3 - 2/3) s), dp/ds = -p (1 - p) / 3 at s = 1: to float64, not to float32.
@@ -597,7 +668,7 @@ def test_a_forward_that_asks_for_float32_by_name_has_float64_gradients():
 
 
 def test_the_replica_can_be_deep_copied_again():
-    (replica,) = float64_replica(Bookkeeping())
+    (replica,) = replicas(Bookkeeping())
     assert copy.deepcopy(replica).linear.weight.tolist() == replica.linear.weight.tolist()
 
 

@@ -36,6 +36,68 @@ def khatri_rao(k=5, c=3, t=1, d_in=4, d_out=2, columns="weight and bias", seed=0
     return KhatriRaoGradients(activations, drawn(k, c, t, d_out, seed=seed + 1))
 
 
+FLOAT32 = 2.0**-23
+
+
+def rounded_to_float32(num_rows, num_columns, rank, smallest=1e-2):
+    """A matrix of a rank whose singular values fall to ``smallest``, up to the rounding of its entries."""
+    left, right = torch.linalg.qr(drawn(num_rows, rank)).Q, torch.linalg.qr(drawn(num_columns, rank, seed=1)).Q
+    exact = (left * torch.logspace(0, math.log10(smallest), rank, dtype=torch.float64)) @ right.mT
+    return DenseGradients(exact.float().double())
+
+
+# Small, too large to be decomposed as it stands, and with more rows than columns.
+@pytest.mark.parametrize(
+    ("shape", "max_waiting", "method"),
+    [((300, 700), 2**26, "gram"), ((300, 700), 1000, "gram"), ((700, 300), 2**26, "svd")],
+)
+@pytest.mark.parametrize("rank", [40, 300])
+def test_rounding_to_float32_does_not_count(shape, max_waiting, method, rank):
+    matrix = rounded_to_float32(*shape, rank)
+
+    def accumulated(**options):
+        accumulator = SpectrumAccumulator(*shape, generator_of(0), max_waiting=max_waiting, **options)
+        accumulator.add(matrix)
+        return accumulator
+
+    found = gradient_rank(accumulated(epsilon=FLOAT32).spectrum())
+    assert (found.rank, found.method) == (rank, method)
+    num_columns = min(shape[1], 2 * shape[0])
+    assert found.rtol == max(shape[0], num_columns) * FLOAT32
+    # The smallest that counts is 1e-2; what follows is below the rounding, which takes its place.
+    assert found.gap == pytest.approx(math.log10(1e-2 / FLOAT32), abs=0.1)
+    assert set(found.at) == {1e-4, 1e-2}
+    assert gradient_rank(accumulated().spectrum()).rank == 300  # In float64 it would.
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "method"),
+    [((300, 700), 300, "cholesky"), ((700, 300), 300, "cholesky"), ((700, 300), 40, "sketch"), ((300, 700), 40, None)],
+)
+def test_a_rank_without_the_spectrum_does_not_count_rounding_to_float32(shape, rank, method):
+    accumulator = SpectrumAccumulator(*shape, generator_of(0), epsilon=FLOAT32)
+    accumulator.add(rounded_to_float32(*shape, rank))
+    proved = accumulator.proved_rank()
+    if method is None:  # The eigenvalues of the Gram matrix are faster than any proof.
+        assert proved is None
+        return
+    assert (proved.rank, proved.method) == (rank, method)
+    assert set(proved.at) <= {1e-4, 1e-2}
+    assert proved.gap == pytest.approx(math.log10(1e-2 / FLOAT32), abs=1.0)
+
+
+def test_no_sketch_is_taken_where_all_below_the_gram_matrix_is_rounding():
+    gram = rounded_to_float32(50, 200, 10).gram
+    spectrum = sketched_spectrum(gram, sketch=None, num_columns=100, epsilon=FLOAT32)
+    assert (gradient_rank(spectrum).rank, spectrum.method) == (10, "gram")
+
+
+def test_gradients_without_parts_are_where_they_are_said_to_be():
+    empty = StackedGradients((), (), num_rows=6, num_columns=4, device=torch.device("meta"))
+    assert {tensor.device.type for tensor in (empty.rows(), empty.gram, empty.sketch(5, generator_of(0)))} == {"meta"}
+    assert empty.weighted(torch.zeros(3, 1, 2, device="meta")).rows().device.type == "meta"
+
+
 def rows_by_loop(gradients):
     """Row (x, j): sum over t of b outer a."""
     activations, signals = gradients.activations.numpy(), gradients.output_gradients.numpy()

@@ -18,9 +18,6 @@ _NUM_DIRECTIONS = 4
 
 _COMPARED_ELEMENTS = 2**20  # entries of activations compared at once: 8 MiB
 
-_REPEATED_RTOL = 1e-9
-"""Two evaluations of one activation agree to about 1e-14 of it; another draw of an augmentation does not."""
-
 
 class DuplicateSearch:
     """The classes of `duplicate_classes` over several passes of the same activations, chunk by chunk.
@@ -34,6 +31,8 @@ class DuplicateSearch:
     Args:
         rtol: Relative to the largest entry of all inputs; 0 asks for equality.
         max_elements: Entries of activations held at once; fewer may take more passes.
+        repeated_rtol: To which fraction of the largest entry two evaluations of one activation agree, 1e-14 or so in
+            float64; another draw of an augmentation does not.
 
     Raises:
         ValueError: If ``rtol`` is not inside ``[0, 1)``.
@@ -50,10 +49,11 @@ class DuplicateSearch:
         (False, tensor([0, 1, 0]))
     """
 
-    def __init__(self, *, rtol: float = 1e-6, max_elements: int = 2**24) -> None:
+    def __init__(self, *, rtol: float = 1e-6, max_elements: int = 2**24, repeated_rtol: float = 1e-9) -> None:
         check_duplicate_rtol(rtol)
         self._rtol = rtol
         self._max_elements = max_elements
+        self._repeated_rtol = repeated_rtol
         self._directions: Tensor | None = None
         self._found: list[Tensor] = []  # positions along the directions, until the first pass is over
         self._positions: Tensor | None = None
@@ -129,7 +129,7 @@ class DuplicateSearch:
     def _check_repeated(self, positions: Tensor, before: Tensor) -> None:
         assert self._directions is not None
         scale = self._directions.abs().sum(0).cpu() * self._largest
-        if positions.shape != before.shape or bool(((positions - before).abs() > _REPEATED_RTOL * scale).any()):
+        if positions.shape != before.shape or bool(((positions - before).abs() > self._repeated_rtol * scale).any()):
             raise ValueError(
                 "each pass must give the same inputs in the same order, but the activations of two passes differ"
             )

@@ -25,7 +25,7 @@ A Gaussian one is within :math:`(1 + \sqrt{0.8}) / (1 - \sqrt{0.8}) = 18` (David
 _POWER_STEPS = 10  # From a random start that is 10 % for 2560 rows (Kuczynski and Wozniakowski, 1992).
 
 
-def full_rank_of_gram(gram: Tensor, *, rtol: float) -> GradientRank | None:
+def full_rank_of_gram(gram: Tensor, *, rtol: float, epsilon: float = EPSILON) -> GradientRank | None:
     """Prove full rank by a Cholesky factor, ``m**3 / 3`` operations where eigenvalues take several times as many.
 
     The factor of ``gram - tau**2`` exists if and only if every singular value is above tau (Sylvester, 1852). With tau
@@ -34,6 +34,7 @@ def full_rank_of_gram(gram: Tensor, *, rtol: float) -> GradientRank | None:
     Args:
         gram: Products of all pairs of rows, or of all pairs of columns, shape ``(n, n)``.
         rtol: Relative tolerance that the rank is wanted at.
+        epsilon: Rounding of the matrix whose rows or columns these are.
 
     Returns:
         The rank, or ``None`` where a singular value may be below ``GRAM_RESOLUTION`` or ``rtol``.
@@ -67,7 +68,7 @@ def full_rank_of_gram(gram: Tensor, *, rtol: float) -> GradientRank | None:
     above = math.sqrt(shift + 1 / inverse)
     return GradientRank(
         rank=num_rows,
-        gap=math.log10(above / (EPSILON * largest)),
+        gap=math.log10(above / (epsilon * largest)),
         at={tolerance: num_rows for tolerance in RANK_TOLERANCES if tolerance <= resolution},
         effective_rank=None,
         rtol=rtol,
@@ -75,13 +76,14 @@ def full_rank_of_gram(gram: Tensor, *, rtol: float) -> GradientRank | None:
     )
 
 
-def rank_of_sketch(sketch: Tensor, *, rtol: float) -> GradientRank | None:
+def rank_of_sketch(sketch: Tensor, *, rtol: float, epsilon: float = EPSILON) -> GradientRank | None:
     """The rank from a narrow sketch, where it has no singular value near the tolerance.
 
     Args:
         sketch: The matrix times random vectors, ``OVERSAMPLING`` times as many as it has rows or columns, whichever are
             fewer, scaled such that singular values stay what they are on average; shape ``(m, s)``.
         rtol: Relative tolerance that the rank is wanted at.
+        epsilon: Rounding of the matrix.
 
     Returns:
         The rank, or ``None`` where the distortion of the sketch may have moved a singular value over ``rtol``.
@@ -108,7 +110,7 @@ def rank_of_sketch(sketch: Tensor, *, rtol: float) -> GradientRank | None:
     at = {tolerance: clear_rank(tolerance) for tolerance in RANK_TOLERANCES}
     return GradientRank(
         rank=rank,
-        gap=rank_gap(spectrum, rank),
+        gap=rank_gap(spectrum, rank, epsilon=epsilon),
         at={tolerance: count for tolerance, count in at.items() if count is not None},
         effective_rank=None,
         rtol=rtol,

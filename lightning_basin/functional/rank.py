@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 EPSILON = torch.finfo(torch.float64).eps
+"""Rounding of gradients that were evaluated in float64; everything here is computed in it, whatever they were."""
 
 RANK_TOLERANCES = (1e-12, 1e-8, 1e-6, 1e-4, 1e-2)
 """Relative tolerances at which every rank is also reported: where these differ no single integer is right."""
@@ -20,6 +21,8 @@ Its eigenvalues are squares and carry an absolute error near ``eps * sigma_max**
 stands at ``sqrt(eps) = 1.5e-8`` of ``sigma_max``; the margin leaves the last resolved value two digits.
 """
 
+_LEAST_COLUMNS = 64  # that count of a wide matrix: rounding was found to move ten rows of attention by 6 epsilon
+
 RankMethod = Literal["svd", "gram", "gram+sketch", "cholesky", "sketch"]
 
 
@@ -29,14 +32,17 @@ class Spectrum:
 
     Attributes:
         singular_values: Descending, float64, shape ``(min(num_rows, num_columns),)``.
-        rtol: Default relative tolerance, ``max(shape) * eps`` of the matrix that was decomposed.
-        method: ``"svd"`` of the matrix itself; ``"gram"`` where the Gram matrix alone resolves all of it;
-            ``"gram+sketch"`` where singular values below ``GRAM_RESOLUTION`` come from the unsquared sketch.
+        rtol: Default relative tolerance, ``max(shape) * epsilon`` of the matrix that was decomposed.
+        method: ``"svd"`` of the matrix itself; ``"gram"`` where the Gram matrix alone resolves all of it, or all that
+            is above ``epsilon``; ``"gram+sketch"`` where singular values below ``GRAM_RESOLUTION`` come from the
+            unsquared sketch.
+        epsilon: Rounding of the numbers in the matrix, relative to the largest.
     """
 
     singular_values: Tensor
     rtol: float
     method: RankMethod
+    epsilon: float = EPSILON
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,7 @@ class GradientRank:
         rank: Number of singular values above ``rtol * sigma_max``.
         gap: ``log10(sigma_r / sigma_{r+1})``, to about one digit where the method is ``"sketch"``; ``None`` where the
             rank is zero.
-        at: The rank at each of ``RANK_TOLERANCES``, as far as it is known.
+        at: The rank at each of ``RANK_TOLERANCES``, as far as it is known and above rounding.
         effective_rank: ``exp`` of the entropy of the squared singular values; ``None`` without these.
         rtol: Relative tolerance that decided ``rank``.
         method: How the singular values were obtained, see `Spectrum`; ``"cholesky"`` or ``"sketch"`` where the rank
@@ -62,16 +68,34 @@ class GradientRank:
     method: RankMethod
 
 
-def default_rtol(num_rows: int, num_columns: int) -> float:
-    """Relative tolerance ``max(num_rows, num_columns) * eps`` below which a singular value is rounding.
+def default_rtol(num_rows: int, num_columns: int, epsilon: float = EPSILON) -> float:
+    """Relative tolerance ``max(num_rows, num_columns) * epsilon`` below which a singular value is rounding.
 
-    The rule of ``numpy.linalg.matrix_rank`` (Golub and Van Loan, 2013, section 5.5.8).
+    The rule of ``numpy.linalg.matrix_rank`` (Golub and Van Loan, 2013, section 5.5.8). In lower precision than float64
+    no more columns count than a sketch of the matrix has: the norm of what rounding leaves does not grow with them, and
+    with 1e5 of them a hundredth of the largest singular value would count as zero.
 
     Example:
         >>> default_rtol(4, 2) == 4 * 2.0**-52
         True
     """
-    return max(num_rows, num_columns) * EPSILON
+    if epsilon > EPSILON:
+        num_columns = min(num_columns, max(2 * num_rows, _LEAST_COLUMNS))
+    return max(num_rows, num_columns) * epsilon
+
+
+def resolved_tolerances(resolution: float, epsilon: float) -> tuple[float, ...]:
+    """Those of ``RANK_TOLERANCES`` that matter for gradients of a precision; all were chosen for float64.
+
+    Args:
+        resolution: Fraction of the largest singular value below which others are rounding.
+        epsilon: Rounding of the gradients.
+
+    Example:
+        >>> resolved_tolerances(6e-5, epsilon=2.0**-23)
+        (0.0001, 0.01)
+    """
+    return tuple(tolerance for tolerance in RANK_TOLERANCES if epsilon == EPSILON or tolerance >= resolution)
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -130,16 +154,17 @@ def check_rtol(rtol: float | None, name: str = "rtol") -> None:
         raise ValueError(f"{name} must be a relative tolerance inside (0, 1), got {rtol}")
 
 
-def rank_gap(spectrum: Tensor, rank: int) -> float | None:
+def rank_gap(spectrum: Tensor, rank: int, *, epsilon: float = EPSILON) -> float | None:
     """Digits between the last singular value that counts and the first that does not.
 
-    Below 3 the rank is ill-defined. Where nothing follows, or what follows is exactly zero, the float64
-    rounding floor ``eps * sigma_max`` stands in for it, so that the gap is finite and says how far the last
-    singular value is from the noise.
+    Below 3 the rank is ill-defined. Where nothing follows, or what follows is below it, the rounding floor
+    ``epsilon * sigma_max`` stands in for it, so that the gap is finite and says how far the last singular value is
+    from the noise.
 
     Args:
         spectrum: Singular values, descending, shape ``(n,)``.
         rank: How many of them count.
+        epsilon: Rounding of what the singular values belong to.
 
     Returns:
         ``log10(sigma_r / sigma_{r+1})``, or ``None`` for rank 0, where there is no gap.
@@ -150,7 +175,7 @@ def rank_gap(spectrum: Tensor, rank: int) -> float | None:
     """
     if rank == 0:
         return None
-    floor = EPSILON * float(spectrum[0])
+    floor = epsilon * float(spectrum[0])
     following = float(spectrum[rank]) if rank < spectrum.numel() else 0.0
     return math.log10(float(spectrum[rank - 1]) / max(following, floor))
 
@@ -186,8 +211,11 @@ def gradient_rank(spectrum: Spectrum, *, rtol: float | None = None) -> GradientR
     rank = numerical_rank(sigmas, rtol=decided_by)
     return GradientRank(
         rank=rank,
-        gap=rank_gap(sigmas, rank),
-        at={tolerance: numerical_rank(sigmas, rtol=tolerance) for tolerance in RANK_TOLERANCES},
+        gap=rank_gap(sigmas, rank, epsilon=spectrum.epsilon),
+        at={
+            tolerance: numerical_rank(sigmas, rtol=tolerance)
+            for tolerance in resolved_tolerances(spectrum.rtol, spectrum.epsilon)
+        },
         effective_rank=effective_rank(sigmas),
         rtol=decided_by,
         method=spectrum.method,

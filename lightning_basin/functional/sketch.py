@@ -8,7 +8,7 @@ sums over layers. Axis letters: k inputs, c outputs per input, m = k * c rows, t
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Generator, Tensor
@@ -16,11 +16,13 @@ from torch import Generator, Tensor
 from lightning_basin.functional.jacobian import weighted_rows
 from lightning_basin.functional.proofs import OVERSAMPLING, full_rank_of_gram, rank_of_sketch
 from lightning_basin.functional.rank import (
+    EPSILON,
     GRAM_RESOLUTION,
     GradientRank,
     Spectrum,
     check_rtol,
     default_rtol,
+    resolved_tolerances,
     singular_values,
 )
 
@@ -229,12 +231,14 @@ class StackedGradients:
         columns: For each part where its columns stand; columns of no part are zero.
         num_rows: m.
         num_columns: N.
+        device: Where they are, for those without parts.
     """
 
     parts: "tuple[KhatriRaoGradients | DenseGradients, ...]"
     columns: tuple[Tensor, ...]
     num_rows: int
     num_columns: int
+    device: torch.device = field(default=torch.device("cpu"), kw_only=True)
 
     @property
     def num_elements(self) -> int:
@@ -279,7 +283,7 @@ class StackedGradients:
         return combination
 
     def _zeros(self, *shape: int) -> Tensor:
-        device = self.columns[0].device if self.columns else None
+        device = self.columns[0].device if self.columns else self.device
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
     def weighted(self, blocks: Tensor) -> "StackedGradients":
@@ -331,12 +335,20 @@ class SpectrumAccumulator:
         num_columns: Columns of all matrices together.
         generator: On the CPU; the source of the sketch's random vectors.
         max_waiting: Numbers that may be held of matrices that wait for their sketch.
+        epsilon: Rounding of the numbers in the matrices, where these were evaluated in a lower precision than float64.
     """
 
     def __init__(
-        self, num_rows: int, num_columns: int, generator: Generator, *, max_waiting: int = _WAITING_ELEMENTS
+        self,
+        num_rows: int,
+        num_columns: int,
+        generator: Generator,
+        *,
+        max_waiting: int = _WAITING_ELEMENTS,
+        epsilon: float = EPSILON,
     ) -> None:
         self._max_waiting = max_waiting
+        self._epsilon = epsilon
         self._num_rows = num_rows
         self._num_columns = num_columns
         self._generator = generator
@@ -383,11 +395,23 @@ class SpectrumAccumulator:
             return factored
         gram = self._gram()
         if not self._is_small and gram is not None:
-            return sketched_spectrum(gram, self._add_sketches, num_columns=2 * self._num_rows)
-        rtol = default_rtol(self._num_rows, self._num_columns)
-        if gram is not None and full_rank_of_gram(gram, rtol=rtol) is not None:
-            return Spectrum(singular_values=_bulk(gram)[0], rtol=rtol, method="gram")
-        return Spectrum(singular_values=singular_values(self._matrix()), rtol=rtol, method="svd")
+            return sketched_spectrum(gram, self._add_sketches, num_columns=2 * self._num_rows, epsilon=self._epsilon)
+        rtol = self._default_rtol
+        if gram is not None and (self._is_rounded or full_rank_of_gram(gram, rtol=rtol) is not None):
+            return Spectrum(singular_values=_bulk(gram)[0], rtol=rtol, method="gram", epsilon=self._epsilon)
+        values = singular_values(self._matrix())
+        return Spectrum(singular_values=values, rtol=rtol, method="svd", epsilon=self._epsilon)
+
+    @property
+    def _is_rounded(self) -> bool:
+        """Whether all that a Gram matrix does not resolve is rounding."""
+        return self._epsilon >= GRAM_RESOLUTION
+
+    @property
+    def _default_rtol(self) -> float:
+        """That of the matrix which is decomposed: the whole, or its sketch."""
+        num_columns = self._num_columns if self._is_small else 2 * self._num_rows
+        return default_rtol(self._num_rows, num_columns, self._epsilon)
 
     def proved_rank(self, *, rtol: float | None = None) -> GradientRank | None:
         """The rank, where it can be proved without the spectrum; see `lightning_basin.functional.proofs`.
@@ -402,20 +426,26 @@ class SpectrumAccumulator:
         if self._is_tiny or self._kronecker_spectrum() is not None:  # The spectrum is as fast.
             return None
         if rtol is None:
-            rtol = default_rtol(self._num_rows, self._num_columns if self._is_small else 2 * self._num_rows)
+            rtol = self._default_rtol
         gram = self._gram()
         if gram is None:
             gram = DenseGradients(self._matrix().mT).gram
-        found = full_rank_of_gram(gram, rtol=rtol)
-        if found is not None:
-            return found
-        if self._sketch is None:
-            sketched: Sequence[LayerGradients] = [DenseGradients(self._matrix())] if self._is_small else self._waiting
-            num_columns = math.ceil(OVERSAMPLING * min(self._num_rows, self._num_columns))
-            sketch = _sum_of_sketches(sketched, num_columns, self._generator)
-        else:  # Some could not wait: their sketch is the wide one.
-            sketch = self._add_sketches()
-        return rank_of_sketch(sketch, rtol=rtol)
+        found = full_rank_of_gram(gram, rtol=rtol, epsilon=self._epsilon)
+        if found is None and self._is_rounded and self._lower_gram is not None:  # Its eigenvalues are faster.
+            return None
+        if found is None:
+            found = rank_of_sketch(self._narrow_sketch(), rtol=rtol, epsilon=self._epsilon)
+        if found is None:
+            return None
+        resolved = resolved_tolerances(self._default_rtol, self._epsilon)
+        return replace(found, at={tolerance: rank for tolerance, rank in found.at.items() if tolerance in resolved})
+
+    def _narrow_sketch(self) -> Tensor:
+        if self._sketch is not None:  # Some could not wait: their sketch is the wide one.
+            return self._add_sketches()
+        sketched: Sequence[LayerGradients] = [DenseGradients(self._matrix())] if self._is_small else self._waiting
+        num_columns = math.ceil(OVERSAMPLING * min(self._num_rows, self._num_columns))
+        return _sum_of_sketches(sketched, num_columns, self._generator)
 
     def _gram(self) -> Tensor | None:
         return None if self._lower_gram is None else _mirrored(self._lower_gram)
@@ -431,7 +461,8 @@ class SpectrumAccumulator:
         values = alone.kronecker_spectrum()
         if values is None:
             return None
-        return Spectrum(singular_values=values, rtol=default_rtol(self._num_rows, self._num_columns), method="svd")
+        rtol = default_rtol(self._num_rows, self._num_columns, self._epsilon)
+        return Spectrum(singular_values=values, rtol=rtol, method="svd", epsilon=self._epsilon)
 
     def _add_sketches(self) -> Tensor:
         """The wide sketch of everything that was added."""
@@ -451,17 +482,21 @@ def _sum_of_sketches(gradients: Sequence[LayerGradients], num_columns: int, gene
     return total
 
 
-def sketched_spectrum(gram: Tensor, sketch: Callable[[], Tensor], *, num_columns: int) -> Spectrum:
+def sketched_spectrum(
+    gram: Tensor, sketch: Callable[[], Tensor], *, num_columns: int, epsilon: float = EPSILON
+) -> Spectrum:
     """Singular values of a matrix from its Gram matrix, and from its sketch where squaring hides them.
 
     The Gram matrix is exact in the bulk of the spectrum and blind below ``GRAM_RESOLUTION``; the sketch is exact
     to a factor near 1 all the way down. Each is used where it is the better one. Where the Gram matrix resolves
-    every singular value, that proves full rank and no sketch is needed.
+    every singular value, that proves full rank and no sketch is needed; nor is it where all that it does not resolve is
+    rounding.
 
     Args:
         gram: Shape ``(m, m)``.
         sketch: Returns a sketch, scaled so that ``sketch @ sketch.T`` has mean ``gram``, shape ``(m, num_columns)``.
         num_columns: At least m.
+        epsilon: Rounding of the matrix.
 
     Example:
         >>> matrix = torch.diag(torch.tensor([1.0, 1e-3, 1e-10], dtype=torch.float64))
@@ -469,14 +504,15 @@ def sketched_spectrum(gram: Tensor, sketch: Callable[[], Tensor], *, num_columns
         >>> spectrum.singular_values.log10().round().tolist(), spectrum.method
         ([0.0, -3.0, -10.0], 'gram+sketch')
     """
-    rtol = default_rtol(gram.shape[0], num_columns)
+    rtol = default_rtol(gram.shape[0], num_columns, epsilon)
     bulk, num_resolved = _bulk(gram)
-    if num_resolved == bulk.numel():
-        return Spectrum(singular_values=bulk, rtol=rtol, method="gram")
+    if num_resolved == bulk.numel() or epsilon >= GRAM_RESOLUTION:
+        return Spectrum(singular_values=bulk, rtol=rtol, method="gram", epsilon=epsilon)
     tail = singular_values(sketch())[num_resolved:]
     if num_resolved:
         tail = tail.clamp(max=float(bulk[num_resolved - 1]))
-    return Spectrum(singular_values=torch.cat([bulk[:num_resolved], tail]), rtol=rtol, method="gram+sketch")
+    values = torch.cat([bulk[:num_resolved], tail])
+    return Spectrum(singular_values=values, rtol=rtol, method="gram+sketch", epsilon=epsilon)
 
 
 def _bulk(gram: Tensor) -> tuple[Tensor, int]:
