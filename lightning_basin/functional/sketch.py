@@ -14,10 +14,11 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_basin.functional.jacobian import weighted_rows
-from lightning_basin.functional.proofs import OVERSAMPLING, full_rank_of_gram, rank_of_sketch
+from lightning_basin.functional.proofs import OVERSAMPLING, full_rank_of_gram, is_resolved, rank_of_sketch
 from lightning_basin.functional.rank import (
     GRAM_RESOLUTION,
     GradientRank,
+    RankMethod,
     Spectrum,
     check_rtol,
     default_rtol,
@@ -331,6 +332,9 @@ class SpectrumAccumulator:
         num_columns: Columns of all matrices together.
         generator: On the CPU; the source of the sketch's random vectors.
         max_waiting: Numbers that may be held of matrices that wait for their sketch.
+
+    Attributes:
+        is_tiny: Whether the spectrum takes milliseconds.
     """
 
     def __init__(
@@ -342,7 +346,7 @@ class SpectrumAccumulator:
         self._generator = generator
         fewer, more = sorted((num_rows, num_columns))
         work = fewer**2 * more
-        self._is_tiny = work <= _TINY_WORK
+        self.is_tiny = work <= _TINY_WORK
         self._is_small = num_columns <= 2 * num_rows or (
             fewer * more <= min(max_waiting, _DENSE_ELEMENTS) and work <= _DENSE_WORK
         )
@@ -359,7 +363,7 @@ class SpectrumAccumulator:
             gram: Returns ``gradients.gram``, where others need it too.
         """
         self._waiting.append(gradients)
-        if self._is_tiny or (self._is_small and self._has_more_rows):
+        if self.is_tiny or (self._is_small and self._has_more_rows):
             return
         if self._lower_gram is not None:
             gradients.add_lower_gram(self._lower_gram) if gram is None else self._lower_gram.add_(gram())
@@ -376,18 +380,42 @@ class SpectrumAccumulator:
         Raises:
             RuntimeError: If nothing was added.
         """
-        if not self._waiting and self._sketch is None:
-            raise RuntimeError("add at least one matrix of gradients before asking for the spectrum")
-        factored = self._kronecker_spectrum()
+        factored = self._factored_spectrum()
         if factored is not None:
             return factored
         gram = self._gram()
-        if not self._is_small and gram is not None:
-            return sketched_spectrum(gram, self._add_sketches, num_columns=2 * self._num_rows)
+        if self._is_small or gram is None:
+            return self._unfinished_small(gram).finished()
+        return sketched_spectrum(gram, self._add_sketches, num_columns=2 * self._num_rows)
+
+    def unfinished_spectrum(self) -> "Spectrum | UnfinishedSpectrum":
+        """The same up to a last decomposition, for which all random vectors have been drawn.
+
+        Raises:
+            RuntimeError: If nothing was added.
+        """
+        factored = self._factored_spectrum()
+        if factored is not None:
+            return factored
+        gram = self._gram()
+        if self._is_small or gram is None:
+            return self._unfinished_small(gram)
+        rtol = default_rtol(self._num_rows, 2 * self._num_rows)
+        # Whether there is a sketch must be known now, and costs a fraction of the eigenvalues.
+        if is_resolved(gram):
+            return UnfinishedSpectrum(gram, rtol=rtol, method="gram")
+        bulk, num_resolved = _bulk(gram)
+        if num_resolved == bulk.numel():
+            return Spectrum(singular_values=bulk, rtol=rtol, method="gram")
+        return UnfinishedSpectrum(
+            self._add_sketches(), rtol=rtol, method="gram+sketch", resolved=bulk[:num_resolved].clone()
+        )
+
+    def _unfinished_small(self, gram: Tensor | None) -> "UnfinishedSpectrum":
         rtol = default_rtol(self._num_rows, self._num_columns)
         if gram is not None and full_rank_of_gram(gram, rtol=rtol) is not None:
-            return Spectrum(singular_values=_bulk(gram)[0], rtol=rtol, method="gram")
-        return Spectrum(singular_values=singular_values(self._matrix()), rtol=rtol, method="svd")
+            return UnfinishedSpectrum(gram, rtol=rtol, method="gram")
+        return UnfinishedSpectrum(self._matrix(), rtol=rtol, method="svd")
 
     def proved_rank(self, *, rtol: float | None = None) -> GradientRank | None:
         """The rank, where it can be proved without the spectrum; see `lightning_basin.functional.proofs`.
@@ -399,7 +427,7 @@ class SpectrumAccumulator:
             ValueError: If ``rtol`` is not inside ``(0, 1)``.
         """
         check_rtol(rtol)
-        if self._is_tiny or self._kronecker_spectrum() is not None:  # The spectrum is as fast.
+        if self.is_tiny or self._factored_spectrum() is not None:  # The spectrum is as fast.
             return None
         if rtol is None:
             rtol = default_rtol(self._num_rows, self._num_columns if self._is_small else 2 * self._num_rows)
@@ -423,8 +451,10 @@ class SpectrumAccumulator:
     def _matrix(self) -> Tensor:
         return torch.cat([gradients.rows() for gradients in self._waiting], dim=1)
 
-    def _kronecker_spectrum(self) -> Spectrum | None:
+    def _factored_spectrum(self) -> Spectrum | None:
         """Of a single matrix that is a Kronecker product."""
+        if not self._waiting and self._sketch is None:
+            raise RuntimeError("add at least one matrix of gradients before asking for the spectrum")
         alone = self._waiting[0] if len(self._waiting) == 1 else None
         if alone is None or alone.num_columns != self._num_columns or isinstance(alone, DenseGradients):
             return None
@@ -473,10 +503,34 @@ def sketched_spectrum(gram: Tensor, sketch: Callable[[], Tensor], *, num_columns
     bulk, num_resolved = _bulk(gram)
     if num_resolved == bulk.numel():
         return Spectrum(singular_values=bulk, rtol=rtol, method="gram")
-    tail = singular_values(sketch())[num_resolved:]
-    if num_resolved:
-        tail = tail.clamp(max=float(bulk[num_resolved - 1]))
-    return Spectrum(singular_values=torch.cat([bulk[:num_resolved], tail]), rtol=rtol, method="gram+sketch")
+    return UnfinishedSpectrum(sketch(), rtol=rtol, method="gram+sketch", resolved=bulk[:num_resolved]).finished()
+
+
+@dataclass(frozen=True, eq=False)
+class UnfinishedSpectrum:
+    """A matrix whose decomposition gives a spectrum.
+
+    Attributes:
+        matrix: The Gram matrix, where this resolves all singular values; a sketch; or the matrix itself.
+        rtol: See `Spectrum`.
+        method: See `Spectrum`.
+        resolved: The largest singular values, where the Gram matrix gives these and a sketch those below.
+    """
+
+    matrix: Tensor
+    rtol: float
+    method: RankMethod
+    resolved: Tensor | None = None
+
+    def finished(self) -> Spectrum:
+        """The spectrum."""
+        values = _bulk(self.matrix)[0] if self.method == "gram" else singular_values(self.matrix)
+        if self.resolved is not None:
+            tail = values[self.resolved.numel() :]
+            if self.resolved.numel():
+                tail = tail.clamp(max=float(self.resolved[-1]))
+            values = torch.cat([self.resolved, tail])
+        return Spectrum(singular_values=values, rtol=self.rtol, method=self.method)
 
 
 def _bulk(gram: Tensor) -> tuple[Tensor, int]:
