@@ -35,9 +35,10 @@ from lightning_basin.functional.hessian import NullSpace, softmax_jacobian
 from lightning_basin.functional.rank import GradientRank, Spectrum, check_rtol, gradient_rank
 from lightning_basin.functional.sketch import SpectrumAccumulator
 from lightning_basin.gradients import GROUP_ELEMENTS, layer_gradients
-from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace, TracedProbe, call_module
+from lightning_basin.layers import AGREEMENT_RTOL, Layer, ModuleBehavior, Network, Trace, TracedProbe, call_module
 from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.probe import Probe, float64_device, tensors_of
+from lightning_basin.processes import MessageGroup, Pending, Team, follow
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
 from lightning_basin.replica import float64_replica, isolated_evaluation
 from lightning_basin.training_set import as_probes
@@ -87,6 +88,7 @@ def measure_basin(
     memory_budget: int | None = None,
     seed: int = 0,
     step: int | None = None,
+    team: Team | None = None,
 ) -> BasinRecord:
     """Measure how flat the basin of a network is, and where it loses information.
 
@@ -123,6 +125,7 @@ def measure_basin(
             free. Inputs and layers are then measured in pieces where that is needed.
         seed: Of the sketch's random vectors: same seed, same numbers.
         step: Noted in the record.
+        team: Processes that compute a share each, while they are in `follow_measurement`.
 
     Raises:
         TypeError: If there is no input tensor, the outputs are not a floating point tensor, or ``duplicates_over`` can
@@ -168,7 +171,7 @@ def measure_basin(
             memory_budget=memory_budget,
         )
 
-    with evaluated(module, probe, _loss_function(loss_fn), _outputs_of(behavior), planned) as evaluation:
+    with evaluated(module, probe, _loss_function(loss_fn), _outputs_of(behavior), planned, team) as evaluation:
         notes: list[str] = []
         num_directions = _num_directions(probe.size, evaluation.num_outputs, max_outputs)
         if num_directions < evaluation.num_outputs:
@@ -177,7 +180,7 @@ def measure_basin(
                 f"{num_directions} random orthonormal directions"
             )
             _check_projection(behavior)
-            evaluation.network.project_outputs(evaluation.num_outputs, num_directions, generator)
+            evaluation.traced.project_outputs(evaluation.num_outputs, num_directions, generator)
         parts = _selected_parts(evaluation.network.layers, layers)
         readout = _readout(evaluation, behavior)
         curvature = _curvature(evaluation, parts, hessian, rtol, seed, is_plain=readout is None, notes=notes)
@@ -194,6 +197,21 @@ def measure_basin(
             warnings.warn(f"the training set is left out. {type(error).__name__}: {error}", stacklevel=2)
     record = _assembled(evaluation, ranks, null_spaces, duplicates, curvature)
     return replace(record, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started)
+
+
+def follow_measurement(group: MessageGroup, module: nn.Module, behavior: Behavior | None) -> None:
+    """Compute a share of what another process measures with `measure_basin`, until it has the record or has failed.
+
+    Nothing raises here: what goes wrong on the share is raised where the measurement is.
+
+    Args:
+        group: Of the team's messages.
+        module: A module like the one that is measured, which stays as it is; numbers are those of the other.
+        behavior: See `measure_basin`.
+    """
+    device = _device(module)
+    with isolated_evaluation(device):
+        follow(group, partial(_prepared_share, module, _outputs_of(behavior)))
 
 
 def check_measurable(
@@ -372,6 +390,7 @@ def evaluated(
     loss_fn: LossFunction | None,
     behavior: ModuleBehavior | None,
     planned: Planner | None = None,
+    team: Team | None = None,
 ) -> Iterator[Evaluation]:
     """Evaluate a float64 copy of a module once and check what comes out.
 
@@ -381,14 +400,17 @@ def evaluated(
         loss_fn: See `measure_basin`.
         behavior: See `measure_basin`.
         planned: Cuts the measurement to the memory that there is; ``None`` runs all inputs at once.
+        team: Processes that get a share of the inputs each.
     """
-    device = float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
+    device = _device(module)
     with isolated_evaluation(device):
         replica, loss_fn, behavior = float64_replica(module, loss_fn, behavior)
         network = Network(replica, behavior)
         probe = probe.to(device).double()
         plan = None if planned is None else planned(network, *_few_traced(network, probe))
-        traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size)
+        traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size, team=team)
+        if team is not None:
+            _share(team, traced)
         trace = traced.whole
         _check_outputs(network, probe, trace.outputs.detach())
         _check_copy(module, trace.outputs, "behavior")
@@ -398,7 +420,64 @@ def evaluated(
             outputs = trace.outputs if traced.is_whole else trace.outputs.detach().requires_grad_()
             loss = _checked_loss(loss_fn, outputs, probe.targets)
             _check_copy(module, loss, "loss_fn")
+        if team is not None and not _is_the_same_everywhere(team, trace.outputs.detach()):
+            traced.team = None
         yield Evaluation(traced, loss_fn, loss, plan)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
+
+
+def _share(team: Team, traced: TracedProbe) -> None:
+    """Give each process some inputs in a row; none to the last ones where there are fewer inputs than processes."""
+    network, probe, chunk_size = traced.network, traced.probe, traced.chunk_size
+    own, *others = (part for part in torch.arange(probe.size).tensor_split(team.size) if part.numel())
+    state = _state(network.module)
+    team.share(
+        TracedProbe(network, probe.select(own), chunk_size=chunk_size, indices=own),
+        [(state, probe.select(part), part, chunk_size) for part in others],
+    )
+
+
+def _state(replica: nn.Module) -> dict[str, tuple[Tensor, bool]]:
+    """Parameters and buffers, and whether they are trained."""
+    named = dict(replica.named_parameters()) | dict(replica.named_buffers())
+    return {name: (tensor, tensor.requires_grad) for name, tensor in named.items()}
+
+
+def _prepared_share(
+    module: nn.Module,
+    behavior: ModuleBehavior | None,
+    state: Mapping[str, tuple[Tensor, bool]],
+    probe: Probe,
+    indices: Tensor,
+    chunk_size: int,
+) -> TracedProbe:
+    """Some inputs of another process, run on a copy of the module here that has its parameters and buffers."""
+    replica, behavior = float64_replica(module, behavior)
+    own = dict(replica.named_parameters()) | dict(replica.named_buffers())
+    if own.keys() != state.keys():
+        raise ValueError(
+            f"all processes must have the same parameters and buffers, but not all have {sorted(own.keys() ^ state)}"
+        )
+    for name, (tensor, is_trained) in state.items():
+        own[name].data = tensor.to(own[name].device)
+        own[name].requires_grad_(is_trained)
+    traced = TracedProbe(Network(replica, behavior), probe, chunk_size=chunk_size, indices=indices)
+    assert traced.whole  # Run before it is asked for.
+    return traced
+
+
+def _is_the_same_everywhere(team: Team, outputs: Tensor) -> bool:
+    """Whether outputs depend on nothing but parameters and buffers, so that each process can compute its share."""
+    found = torch.cat(team.each(_outputs_of_share))
+    tolerance = AGREEMENT_RTOL * float(outputs.abs().max())
+    return found.shape == outputs.shape and float((found - outputs).abs().max()) <= tolerance
+
+
+def _outputs_of_share(share: TracedProbe) -> Tensor:
+    return share.whole.outputs.detach()
 
 
 def _few_traced(network: Network, probe: Probe) -> tuple[Probe, Trace]:
@@ -550,15 +629,15 @@ def _measured_gradients(
         for part in parts
     }
     ranks: dict[_Part, GradientRank] = {}
-    spectra: dict[_Part, Spectrum] = {}
+    spectra: dict[_Part, Pending[Spectrum]] = {}
 
     def judge(part: _Part) -> None:
         accumulator = waiting.pop(part)
         proved = None if spectrum or curvature is not None else accumulator.proved_rank(rtol=rtol)
         if proved is None:
-            spectra[part] = accumulator.spectrum()
-            proved = gradient_rank(spectra[part], rtol=rtol)
-        ranks[part] = proved
+            spectra[part] = evaluation.traced.started(accumulator)
+        else:
+            ranks[part] = proved
 
     for measured in layer_gradients(evaluation.traced, generator=generator, max_elements=max_elements):
         gradients = measured.gradients if readout is None else measured.gradients.weighted(readout)
@@ -574,7 +653,9 @@ def _measured_gradients(
             notes.append(measured.note)
     for part in list(waiting):
         judge(part)
-    return ranks, spectra
+    found = {part: pending.result() for part, pending in spectra.items()}
+    ranks |= {part: gradient_rank(singular_values, rtol=rtol) for part, singular_values in found.items()}
+    return {part: ranks[part] for part in parts}, found
 
 
 def _curvature(
@@ -596,9 +677,7 @@ def _curvature(
     loss_fn, targets = evaluation.loss_fn, evaluation.probe.targets
     try:
         measurement = HessianMeasurement(
-            evaluation.network,
-            evaluation.probe,
-            evaluation.trace,
+            evaluation.traced,
             lambda outputs: loss_fn(outputs, targets),
             {part: part.layers for part in parts},
             mode=hessian,
@@ -719,7 +798,8 @@ def _crossings(
     """For a layer that is a cut: how much rank lies before it, and how many classes of inputs cross it."""
     network, used = evaluation.network, [False] * len(evaluation.network.parameters())
     passages: list[Passage | None] = []
-    for probe, trace in evaluation.traced.chunks(at_least=2):  # A single input does not roll.
+    for chunk in evaluation.traced.chunks(at_least=2):  # A single input does not roll.
+        probe, trace = chunk.probe, chunk.trace
         used = list(map(or_, used, parameters_before(network, trace, name)))
         if not is_cut(network, probe, trace, name, activations[name], used):
             return []
