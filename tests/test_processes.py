@@ -1,6 +1,8 @@
-"""Two real processes over gloo. Run as a script, this file is one of the two."""
+"""Real processes over gloo. Run as a script, this file is one of them."""
 
+import copy
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -20,12 +22,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_basin import BasinMonitor, RankEarlyStopping, measure_basin
+from lightning_basin.measurement import follow_measurement
 from lightning_basin.metrics import BehavioralGradientRank, DuplicatedActivations, HessianNullity
+from lightning_basin.processes import leading, message_group
 from lightning_basin.record import BasinRecord
+from tests.teams import CASES, options_of, perceptron
 from tests.training import (
     Eventful,
     Scripted,
     Witness,
+    fingerprint,
+    global_settings,
     loader,
     make_trainer,
     regression_data,
@@ -257,6 +264,67 @@ def never_full(rank, root):
     return {"steps": steps(monitor), "last_step": trainer.global_step, "metrics": basin_metrics(trainer)}
 
 
+def teams(rank, root):
+    """Measurements that the first process leads; what the others computed with stays as it was."""
+    torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
+    group = message_group()
+    records, is_untouched = {}, []
+    for name, case in CASES.items():
+        module = case.module(rank)
+        if rank == 0:
+            with leading(group) as team:
+                record = measure_basin(module, *case.probe(), **options_of(case, module), team=team)
+            records[name] = record.to_dict()
+            continue
+        before = fingerprint([module.state_dict(), torch.get_rng_state(), random.getstate(), global_settings()])
+        follow_measurement(group, module, case.options.get("behavior"))
+        after = fingerprint([module.state_dict(), torch.get_rng_state(), random.getstate(), global_settings()])
+        is_untouched.append(before == after and all(part.grad is None for part in module.parameters()))
+    found = {"records": records, "is_untouched": is_untouched, "failures": failures(rank, group)}
+    torch.distributed.destroy_process_group()
+    return found
+
+
+class Breaking(nn.Module):
+    """Fails in its forward pass, or when it is copied, on some processes and in some measurements only."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.layers, self.rank, self.breaks = perceptron(), rank, frozenset()
+
+    def __deepcopy__(self, memo):
+        if ("copy", self.rank) in self.breaks:
+            raise RuntimeError(f"no copy on {self.rank}")
+        replica = Breaking(self.rank)
+        replica.layers, replica.breaks = copy.deepcopy(self.layers, memo), self.breaks
+        return replica
+
+    def forward(self, inputs):
+        if ("forward", self.rank) in self.breaks and len(inputs) > 2:  # Two inputs are run first, and alone.
+            raise RuntimeError(f"no outputs on {self.rank}")
+        return self.layers(inputs)
+
+
+def failures(rank, group):
+    """What the first process is told by each of these measurements, the last of which succeeds again."""
+    messages = []
+    for breaks in BREAKS:
+        module = Breaking(rank)
+        module.breaks = frozenset(breaks)
+        if rank:
+            follow_measurement(group, module, None)
+            continue
+        try:
+            with leading(group) as team:
+                messages.append(measure_basin(module, torch.eye(3).repeat(3, 1), team=team).gradient_rank)
+        except (RuntimeError, ValueError) as error:
+            messages.append(str(error))
+    return messages
+
+
+BREAKS = ([("forward", 1)], [("forward", 0)], [("forward", 0), ("forward", 1)], [("copy", 1)], [("copy", 0)], [])
+
+
 def synchronized(rank, root):
     """The three metrics with other numbers of rows on the two processes, down to none."""
     torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
@@ -287,20 +355,20 @@ def synchronized(rank, root):
 # ---------------------------------------------------------------------------------------------- in the test process
 
 
-def run_two_processes(root, *scenarios):
+def run_processes(root, *scenarios, count=2):
     """What each scenario returned, by process."""
     with socket.socket() as probing:
         probing.bind(("127.0.0.1", 0))
         port = probing.getsockname()[1]
     processes = []
-    for rank in range(2):
+    for rank in range(count):
         # As torchrun would start them.
         environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "GROUP_RANK": "0",
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "TORCHELASTIC_RUN_ID": "tests",
@@ -314,18 +382,57 @@ def run_two_processes(root, *scenarios):
     finally:
         for process in processes:
             process.kill()
-    logs = "\n".join((root / f"log{rank}.txt").read_text()[-3000:] for rank in range(2))
-    assert codes == [0, 0], logs
-    return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    logs = "\n".join((root / f"log{rank}.txt").read_text()[-3000:] for rank in range(count))
+    assert codes == [0] * count, logs
+    return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(count)]
 
 
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory):
-    # Starting two processes takes longer than all they do. The first of these makes a process group of its own.
-    of_metrics, of_whole_modules = ("synchronized",), ("measured", "stopped", "failing", "giving_up", "limited")
+    # Starting two processes takes longer than all they do. The first of these make process groups of their own.
+    of_metrics, of_whole_modules = ("synchronized", "teams"), ("measured", "stopped", "failing", "giving_up", "limited")
     of_waiting, of_shards = ("uneven", "never_full", "gathering"), ("sharded", "resumed", "refused")
     scenarios = of_metrics + of_whole_modules + of_waiting + of_shards
-    return run_two_processes(tmp_path_factory.mktemp("fits"), *scenarios)
+    return run_processes(tmp_path_factory.mktemp("fits"), *scenarios)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    return run_processes(tmp_path_factory.mktemp("three"), "teams", count=3)
+
+
+@pytest.fixture(params=["fits", "three"])
+def measured_together(request):
+    return [process["teams"] for process in request.getfixturevalue(request.param)]
+
+
+def differences(found, expected):
+    """Where two records are not the same; numbers that are no integers may differ by rounding."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        names = [name for name in expected if name != "measure_seconds"]
+        return [(name, *where) for name in names for where in differences(found[name], expected[name])]
+    is_close = isinstance(expected, float) and found == pytest.approx(expected, rel=1e-6)
+    return [] if found == expected or is_close else [(found, expected)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_several_processes_measure_what_one_does_alone(measured_together, name):
+    module = CASES[name].module(0)
+    expected = measure_basin(module, *CASES[name].probe(), **options_of(CASES[name], module))
+    assert differences(measured_together[0]["records"][name], expected.to_dict()) == []
+
+
+def test_processes_that_follow_stay_as_they_are(measured_together):
+    assert all(process["is_untouched"] == [True] * len(CASES) for process in measured_together[1:])
+
+
+def test_whatever_fails_on_some_process_fails_once_and_nobody_waits(measured_together):
+    forward_1, forward_0, both, copy_1, copy_0, none = measured_together[0]["failures"]
+    assert "no outputs on 1" in forward_1
+    assert "no outputs on 0" in forward_0
+    assert "no outputs on 0" in both
+    assert (copy_1, copy_0, none) == ("no copy on 1", "no copy on 0", 6)  # Three distinct inputs, two outputs each.
 
 
 def test_both_processes_hold_equal_records_and_metrics(fits):
