@@ -24,7 +24,7 @@ from lightning_basin.functional.rank import EPSILON, Spectrum
 from lightning_basin.functional.sketch import LayerGradients, SpectrumAccumulator
 from lightning_basin.layers import AGREEMENT_RTOL, Layer, Network, Trace, TracedProbe
 from lightning_basin.probe import Probe
-from lightning_basin.processes import Pending, Team
+from lightning_basin.processes import Team
 
 HESSIAN_MODES = ("auto", "dense", "bracket", "gauss-newton")
 
@@ -124,7 +124,7 @@ class HessianMeasurement(Generic[Part]):
         self._note_loss()
         self._rows: dict[Layer, Tensor] = {}
         self._curved: dict[str, bool] = {}
-        self._spectra: dict[Part, Pending[Spectrum]] = {}
+        self._spectra: dict[Part, Callable[[], Spectrum]] = {}
         self._accumulators: dict[Part, SpectrumAccumulator] = {}
         if self._multiple is None:
             self._accumulators = {
@@ -240,9 +240,9 @@ class HessianMeasurement(Generic[Part]):
         if self._curvature.factors is None:
             return {}
         self._spectra |= {part: self._started(part) for part in list(self._accumulators)}
-        return {part: spectrum.result() for part, spectrum in self._spectra.items()}
+        return {part: spectrum() for part, spectrum in self._spectra.items()}
 
-    def _started(self, part: Part) -> Pending[Spectrum]:
+    def _started(self, part: Part) -> Callable[[], Spectrum]:
         return self._traced.started(self._accumulators.pop(part))
 
     def _brackets(self, spectra: Mapping[Part, Spectrum]) -> dict[Part, NullSpace]:

@@ -14,7 +14,7 @@ from lightning_basin.functional.rank import Spectrum
 from lightning_basin.functional.sketch import SpectrumAccumulator
 from lightning_basin.operations import Operations, recorded_operations
 from lightning_basin.probe import Probe, map_tensors, tensors_of
-from lightning_basin.processes import Pending, Team
+from lightning_basin.processes import Team
 
 _Result = TypeVar("_Result")
 
@@ -374,14 +374,13 @@ class TracedProbe:
         if self.team is not None:
             self.team.each(_project_outputs, self.network.projection)
 
-    def started(self, accumulator: SpectrumAccumulator) -> Pending[Spectrum]:
+    def started(self, accumulator: SpectrumAccumulator) -> Callable[[], Spectrum]:
         """The spectrum of what was accumulated; where there is a team, some process decomposes it meanwhile."""
         if self.team is None or accumulator.is_tiny:
-            return Pending.of(accumulator.spectrum)
-        unfinished = accumulator.unfinished_spectrum()
-        if isinstance(unfinished, Spectrum):
-            return Pending.of(lambda: unfinished)
-        return self.team.spread(unfinished.finished)
+            spectrum = accumulator.spectrum()
+            return lambda: spectrum
+        found = accumulator.unfinished_spectrum()
+        return (lambda: found) if isinstance(found, Spectrum) else self.team.spread(found.finished)
 
     @property
     def is_whole(self) -> bool:

@@ -38,7 +38,7 @@ from lightning_basin.gradients import GROUP_ELEMENTS, layer_gradients
 from lightning_basin.layers import AGREEMENT_RTOL, Layer, ModuleBehavior, Network, Trace, TracedProbe, call_module
 from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.probe import Probe, float64_device, tensors_of
-from lightning_basin.processes import MessageGroup, Pending, Team, follow
+from lightning_basin.processes import MessageGroup, Team, follow
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
 from lightning_basin.replica import float64_replica, isolated_evaluation
 from lightning_basin.training_set import as_probes
@@ -629,7 +629,7 @@ def _measured_gradients(
         for part in parts
     }
     ranks: dict[_Part, GradientRank] = {}
-    spectra: dict[_Part, Pending[Spectrum]] = {}
+    spectra: dict[_Part, Callable[[], Spectrum]] = {}
 
     def judge(part: _Part) -> None:
         accumulator = waiting.pop(part)
@@ -653,7 +653,7 @@ def _measured_gradients(
             notes.append(measured.note)
     for part in list(waiting):
         judge(part)
-    found = {part: pending.result() for part, pending in spectra.items()}
+    found = {part: finished() for part, finished in spectra.items()}
     ranks |= {part: gradient_rank(singular_values, rtol=rtol) for part, singular_values in found.items()}
     return {part: ranks[part] for part in parts}, found
 

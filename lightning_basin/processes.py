@@ -13,6 +13,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ _Result = TypeVar("_Result")
 _LEADER = 0
 _TIMEOUT = timedelta(days=1)  # The others wait while the leader decomposes; of one that died, connections are closed.
 _WIDTH = 16  # bytes of the widest number: whatever is part of a message begins at a multiple
-_MAX_WAITING = 2  # functions, each with what it is called on
+_MAX_WAITING = 2  # functions, as each holds what it is called on
 _FIRST = 2**14  # bytes that are sent at once, before the length of the rest is known; few messages are longer
 
 
@@ -71,38 +72,21 @@ class _Reply(Generic[_Result]):
         return self.value
 
 
-class Pending(Generic[_Result]):
-    """What a function returns, here or on another process.
+class _Task:
+    """A function that some process will call.
 
     Args:
         function: Of no arguments.
-        call_waiting: Sees to it that it is called.
     """
 
-    def __init__(self, function: Callable[[], _Result], call_waiting: Callable[[], None]) -> None:
+    def __init__(self, function: Callable[[], Any]) -> None:
         self.function = function
-        self.reply: Future[_Reply[_Result]] | None = None
-        self._call_waiting = call_waiting
-
-    @classmethod
-    def of(cls, function: Callable[[], _Result]) -> "Pending[_Result]":
-        """Call a function here and now."""
-        pending = cls(function, lambda: None)
-        pending.call()
-        return pending
+        self.reply: Callable[[], _Reply[Any]] | None = None
 
     def call(self) -> None:
-        """Call the function."""
-        self.reply = Future()
-        self.reply.set_result(_Reply.of(self.function))
-
-    def result(self) -> _Result:
-        """What it returned; raises what it raised."""
-        if self.reply is None:
-            self._call_waiting()
-        assert self.reply is not None
-        value: _Result = self.reply.result().result()
-        return value
+        """Call it here."""
+        reply = _Reply.of(self.function)
+        self.reply = lambda: reply
 
 
 class Team:
@@ -118,8 +102,8 @@ class Team:
         self._followers = range(1, group.size())
         self._share: Any = None
         self._sharing: Sequence[int] = ()
-        self._waiting: list[Pending[Any]] = []
-        self._busy: dict[int, Future[Any]] = {}
+        self._waiting: list[_Task] = []
+        self._busy: dict[int, Future[Tensor]] = {}
 
     @property
     def size(self) -> int:
@@ -136,7 +120,7 @@ class Team:
         self._share, self._sharing = own, self._followers[: len(others)]
         for process, args in zip(self._sharing, others, strict=True):
             self._ask(process, _Request(None, args))
-            self._reply_later(process)
+            self._receive_later(process)
 
     def each(self, function: Callable[..., _Result], *args: Any) -> list[_Result]:
         """What ``function(share, *args)`` returns of every share, that of the leader first."""
@@ -145,17 +129,21 @@ class Team:
         try:
             own = _Reply.of(function, self._share, *args)
         finally:  # Of all, whatever has raised or interrupted here.
-            replies = [self._reply_of(process) for process in self._sharing]
-        return [reply.result() for reply in (own, *replies)]
+            messages = [_received(process, self._group) for process in self._sharing]
+        return [reply.result() for reply in (own, *map(_reply_in, messages))]
 
-    def spread(self, function: Callable[[], _Result]) -> Pending[_Result]:
-        """Let a process that is idle call a function that can be sent; the leader, where too many wait for one."""
-        pending = Pending(function, self._call_waiting)
-        self._waiting.append(pending)
+    def spread(self, function: Callable[[], _Result]) -> Callable[[], _Result]:
+        """Let an idle process call a function that can be sent; the leader itself, where too many wait for one.
+
+        Returns:
+            Waits for what the function returns, or raises what it raises.
+        """
+        task = _Task(function)
+        self._waiting.append(task)
         self._hand_out()
         if len(self._waiting) > _MAX_WAITING:
             self._waiting.pop(0).call()
-        return pending
+        return partial(self._result, task)
 
     def stop(self) -> None:
         """Let the followers go on with what they did before."""
@@ -163,19 +151,20 @@ class Team:
             self._settle(process)
             _send(_NOTHING, process, self._group)
 
-    def _call_waiting(self) -> None:
-        self._hand_out()
-        while self._waiting:
-            self._waiting.pop(0).call()
+    def _result(self, task: _Task) -> Any:
+        while task.reply is None:
             self._hand_out()
+            if self._waiting:
+                self._waiting.pop(0).call()
+        return task.reply().result()
 
     def _hand_out(self) -> None:
         for process in self._followers:
             is_idle = process not in self._busy or self._busy[process].done()
             if self._waiting and is_idle:
-                pending = self._waiting.pop(0)
-                self._ask(process, _Request(pending.function))
-                pending.reply = self._reply_later(process)
+                task = self._waiting.pop(0)
+                self._ask(process, _Request(task.function))
+                task.reply = partial(_reply_from, self._receive_later(process))
 
     def _ask(self, process: int, request: _Request) -> None:
         message = _packed(request)
@@ -187,13 +176,9 @@ class Team:
         if process in self._busy:
             wait([self._busy.pop(process)])
 
-    def _reply_later(self, process: int) -> Future[_Reply[Any]]:
-        reply = self._busy[process] = self._receivers.submit(self._reply_of, process)
-        return reply
-
-    def _reply_of(self, process: int) -> _Reply[Any]:
-        unpacked = _Reply.of(_unpacked, _received(process, self._group))
-        return unpacked if unpacked.error is not None else unpacked.result()
+    def _receive_later(self, process: int) -> Future[Tensor]:
+        message = self._busy[process] = self._receivers.submit(_received, process, self._group)
+        return message
 
 
 @contextmanager
@@ -209,6 +194,15 @@ def leading(group: MessageGroup) -> Iterator[Team]:
             yield team
         finally:
             team.stop()
+
+
+def _reply_from(message: Future[Tensor]) -> _Reply[Any]:
+    return _reply_in(message.result())
+
+
+def _reply_in(message: Tensor) -> _Reply[Any]:
+    unpacked: _Reply[_Reply[Any]] = _Reply.of(_unpacked, message)
+    return _Reply(error=unpacked.error) if unpacked.error is not None else unpacked.result()
 
 
 def follow(group: MessageGroup, prepare: Callable[..., Any]) -> None:

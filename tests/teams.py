@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,9 @@ def convolutional() -> nn.Sequential:
 
 
 class Counting(nn.Module):
-    """Scales by a buffer that counts to another number on each process."""
+    """Scales by a buffer that counts to another number on each process, and notes how many inputs its copies get."""
+
+    sizes: ClassVar[list[int]] = []
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -55,6 +57,7 @@ class Counting(nn.Module):
         self.register_buffer("count", torch.tensor(2.0 + rank))
 
     def forward(self, inputs: Tensor) -> Tensor:
+        self.sizes.append(len(inputs))
         return self.layers(inputs) * self.count
 
 

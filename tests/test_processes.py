@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from lightning_basin.measurement import follow_measurement
 from lightning_basin.metrics import BehavioralGradientRank, DuplicatedActivations, HessianNullity
 from lightning_basin.processes import leading, message_group
 from lightning_basin.record import BasinRecord
-from tests.teams import CASES, options_of, perceptron
+from tests.teams import CASES, Counting, options_of, perceptron
 from tests.training import (
     Eventful,
     Scripted,
@@ -209,6 +210,26 @@ def failing(rank, root):
     return {"steps": steps(monitor), "metrics": basin_metrics(trainer), "last_step": trainer.global_step}
 
 
+def failing_beside(rank, root):
+    """A behavior that fails on the process that follows, in the second measurement only."""
+    armed = []
+
+    def behavior(module, inputs):
+        if armed and rank == 1:
+            raise RuntimeError("out of order")
+        return module(inputs)
+
+    class Arming(Eventful):
+        def on_train_epoch_start(self):
+            armed[:] = [1] if self.current_epoch == 1 else []
+
+    monitor = BasinMonitor(probe=10, behavior=behavior)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(root, monitor, module=Arming(), max_epochs=3)
+    return {"steps": steps(monitor), "said": [str(w.message) for w in said if "out of order" in str(w.message)]}
+
+
 def giving_up(rank, root):
     """A behavior that always fails on the process that measures, and would not on the other."""
 
@@ -261,15 +282,22 @@ def never_full(rank, root):
     """A probe larger than the epoch: its baseline is measured at the end of it, and dated by its weights."""
     monitor = BasinMonitor(probe=500)
     trainer, _ = fit(root, monitor)
-    return {"steps": steps(monitor), "last_step": trainer.global_step, "metrics": basin_metrics(trainer)}
+    return {
+        "steps": steps(monitor),
+        "last_step": trainer.global_step,
+        "metrics": basin_metrics(trainer),
+        "records": [record.to_dict() for record in monitor.records],
+        "probe": (monitor.probe.inputs, monitor.probe.targets),
+    }
 
 
 def teams(rank, root):
     """Measurements that the first process leads; what the others computed with stays as it was."""
     torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
     group = message_group()
-    records, is_untouched = {}, []
-    for name, case in CASES.items():
+    records, is_untouched, sizes = {}, [], {}
+    for name, case in CASES.items() if group.size() == 2 else [(name, CASES[name]) for name in OF_THREE]:
+        Counting.sizes.clear()
         module = case.module(rank)
         if rank == 0:
             with leading(group) as team:
@@ -279,10 +307,14 @@ def teams(rank, root):
         before = fingerprint([module.state_dict(), torch.get_rng_state(), random.getstate(), global_settings()])
         follow_measurement(group, module, case.options.get("behavior"))
         after = fingerprint([module.state_dict(), torch.get_rng_state(), random.getstate(), global_settings()])
+        sizes[name] = list(Counting.sizes)
         is_untouched.append(before == after and all(part.grad is None for part in module.parameters()))
-    found = {"records": records, "is_untouched": is_untouched, "failures": failures(rank, group)}
+    found = {"records": records, "is_untouched": is_untouched, "sizes": sizes, "failures": failures(rank, group)}
     torch.distributed.destroy_process_group()
     return found
+
+
+OF_THREE = ("buffers of their own", "two inputs", "a convolution", "many units, coupled", "many rows")
 
 
 class Breaking(nn.Module):
@@ -390,7 +422,17 @@ def run_processes(root, *scenarios, count=2):
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory):
     # Starting two processes takes longer than all they do. The first of these make process groups of their own.
-    of_metrics, of_whole_modules = ("synchronized", "teams"), ("measured", "stopped", "failing", "giving_up", "limited")
+    of_metrics, of_whole_modules = (
+        ("synchronized", "teams"),
+        (
+            "measured",
+            "stopped",
+            "failing",
+            "failing_beside",
+            "giving_up",
+            "limited",
+        ),
+    )
     of_waiting, of_shards = ("uneven", "never_full", "gathering"), ("sharded", "resumed", "refused")
     scenarios = of_metrics + of_whole_modules + of_waiting + of_shards
     return run_processes(tmp_path_factory.mktemp("fits"), *scenarios)
@@ -403,6 +445,7 @@ def three(tmp_path_factory):
 
 @pytest.fixture(params=["fits", "three"])
 def measured_together(request):
+    """By the number of processes."""
     return [process["teams"] for process in request.getfixturevalue(request.param)]
 
 
@@ -416,15 +459,29 @@ def differences(found, expected):
     return [] if found == expected or is_close else [(found, expected)]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_several_processes_measure_what_one_does_alone(measured_together, name):
+@pytest.mark.parametrize(
+    ("start", "name"), [*(("fits", name) for name in CASES), *(("three", name) for name in OF_THREE)]
+)
+def test_several_processes_measure_what_one_does_alone(request, start, name):
     module = CASES[name].module(0)
     expected = measure_basin(module, *CASES[name].probe(), **options_of(CASES[name], module))
-    assert differences(measured_together[0]["records"][name], expected.to_dict()) == []
+    found = request.getfixturevalue(start)[0]["teams"]["records"][name]
+    assert differences(found, expected.to_dict()) == []
+
+
+def test_each_process_runs_its_share_of_the_inputs(fits, three):
+    # Of 25 inputs 13 and 12, or 9, 8 and 8; of two, one each, and nothing for the third process.
+    for processes, name, expected in (
+        (fits, "buffers of their own", [{12}]),
+        (fits, "one input", [set()]),
+        (three, "buffers of their own", [{8}, {8}]),
+        (three, "two inputs", [{1}, set()]),
+    ):
+        assert [set(process["teams"]["sizes"][name]) for process in processes[1:]] == expected
 
 
 def test_processes_that_follow_stay_as_they_are(measured_together):
-    assert all(process["is_untouched"] == [True] * len(CASES) for process in measured_together[1:])
+    assert all(process["is_untouched"] and all(process["is_untouched"]) for process in measured_together[1:])
 
 
 def test_whatever_fails_on_some_process_fails_once_and_nobody_waits(measured_together):
@@ -448,10 +505,12 @@ def test_both_processes_hold_the_same_probe(fits):
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def test_baseline_is_that_of_one_process_on_the_same_probe(fits):
-    first = fits[0]["measured"]
+# The probe that takes an epoch to fill is measured with weights that rank zero alone has kept since the start.
+@pytest.mark.parametrize("name", ["measured", "never_full"])
+def test_baseline_is_that_of_one_process_on_the_same_probe(fits, name):
+    first = fits[0][name]
     expected = measure_basin(Eventful(), *first["probe"], loss_fn=nn.MSELoss(), layers="auto", step=0)
-    assert timeless([BasinRecord.from_dict(first["records"][0])]) == timeless([expected])
+    assert differences(first["records"][0], expected.to_dict()) == []
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -470,6 +529,14 @@ def test_measurement_that_fails_on_one_process_ends_no_run(fits):
     first, second = (process["failing"] for process in fits)
     assert first == second
     assert (first["steps"], first["last_step"]) == ([0, 4, 8, 12], 12)  # Without a Hessian at step 8.
+
+
+def test_measurement_that_fails_on_a_process_that_follows_is_missing_on_both_and_said_once(fits):
+    first, second = (process["failing_beside"] for process in fits)
+    assert first["steps"] == second["steps"] == [0, 4, 12]
+    (message,) = first["said"]
+    assert "could not measure at step 8, training goes on" in message
+    assert second["said"] == []
 
 
 def test_processes_give_up_together(fits):
@@ -528,8 +595,9 @@ def test_sharded_modules_that_cannot_be_put_together_are_refused_with_the_way_to
 @pytest.mark.parametrize(("name", "expected"), [("uneven", [0, 8, 16]), ("never_full", [0, 4, 8])])
 def test_processes_whose_probes_do_not_fill_at_once_do_not_wait_for_each_other(fits, name, expected):
     first, second = (process[name] for process in fits)
-    assert first == second
-    assert (first["steps"], first["last_step"]) == (expected, expected[-1])
+    assert first["metrics"] == second["metrics"]
+    for found in (first, second):
+        assert (found["steps"], found["last_step"]) == (expected, expected[-1])
 
 
 def test_module_that_asks_other_processes_is_refused_and_does_not_wait_for_them(fits):

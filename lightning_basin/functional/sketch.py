@@ -407,9 +407,7 @@ class SpectrumAccumulator:
         bulk, num_resolved = _bulk(gram)
         if num_resolved == bulk.numel():
             return Spectrum(singular_values=bulk, rtol=rtol, method="gram")
-        return UnfinishedSpectrum(
-            self._add_sketches(), rtol=rtol, method="gram+sketch", resolved=bulk[:num_resolved].clone()
-        )
+        return UnfinishedSpectrum(self._add_sketches(), rtol=rtol, method="gram+sketch", resolved=bulk[:num_resolved])
 
     def _unfinished_small(self, gram: Tensor | None) -> "UnfinishedSpectrum":
         rtol = default_rtol(self._num_rows, self._num_columns)
