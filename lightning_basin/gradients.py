@@ -191,15 +191,14 @@ def _chunk_by_chunk(traced: TracedProbe, layer: Layer) -> DenseGradients | None:
     """Dense rows, where these are smaller than their factors; ``None`` where inputs cannot be told apart."""
     chunks = traced.each(_rows_from_uses, layer)
     rows = [chunk for chunk in chunks if chunk is not None]
-    return DenseGradients(torch.cat(rows)) if len(rows) == len(chunks) else None
+    return DenseGradients(_concatenated(rows)) if len(rows) == len(chunks) else None
 
 
 def _rows_from_uses(network: Network, chunk: Chunk, layer: Layer) -> Tensor | None:
     uses = _uses_by_layer(network, chunk.trace)[layer]
     found = _all_of(_measured_in_chunk(network, chunk.trace, uses), uses)
-    return (
-        None if found is None else _from_uses(network, layer, found, network.rows(chunk.trace.outputs).numel()).rows()
-    )
+    num_rows = network.rows(chunk.trace.outputs).numel()
+    return None if found is None else _from_uses(network, layer, found, num_rows).rows()
 
 
 def _in_pieces(traced: TracedProbe, layer: Layer, cuts: Cuts, num_rows: int) -> LayerGradients | None:
@@ -385,12 +384,12 @@ def _joined(uses: Sequence[Use], pieces: Sequence[_Piece | None]) -> list[Measur
     for use, parts in zip(uses, zip(*(piece.measured for piece in found), strict=True), strict=True):
         signals = [signals for signals, _ in parts]
         entering = [activations for _, activations in parts if activations is not None]
-        joined.append(MeasuredUse(use, _one(signals), _one(entering) if entering else None))
+        joined.append(MeasuredUse(use, _concatenated(signals), _concatenated(entering) if entering else None))
     return joined
 
 
-def _one(chunks: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(chunks)) if len(chunks) > 1 else chunks[0]
+def _concatenated(chunks: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(chunks)) if len(chunks) > 1 else chunks[0]  # What is whole already is not copied.
 
 
 def _used_entries(uses: Iterable[Use]) -> list[bytes]:
@@ -478,7 +477,7 @@ def _dense_gradients(
     pending = dict(group)
     for rows_of in _ROUTES:
         try:
-            matrix = torch.cat(traced.each(rows_of, layers))
+            matrix = _concatenated(traced.each(rows_of, layers))
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             # vmap, or a batch of one, is beyond some modules; the next way asks for less.
             if rows_of is _ROUTES[-1]:
@@ -558,7 +557,7 @@ def _columns_by_row(
 ) -> Iterator[LayerGradients]:
     positions = torch.arange(layer.num_parameters, device=traced.network.parameters([layer])[0].device)
     for columns in torch.split(positions, width):
-        rows = torch.cat(traced.each(_some_columns, layer, outputs_of, columns))
+        rows = _concatenated(traced.each(_some_columns, layer, outputs_of, columns))
         yield StackedGradients(
             (DenseGradients(rows),), (columns,), num_rows=len(rows), num_columns=layer.num_parameters
         )

@@ -70,6 +70,8 @@ MAX_ROWS = 4096
 AUTO_ROWS = 2048
 """What ``max_outputs="auto"`` brings larger numbers down to."""
 
+_FEW = 2  # inputs that are run at once, where not all are; some modules cannot run a batch of one
+
 
 def measure_basin(
     module: nn.Module,
@@ -400,14 +402,18 @@ def evaluated(
         loss_fn: See `measure_basin`.
         behavior: See `measure_basin`.
         planned: Cuts the measurement to the memory that there is; ``None`` runs all inputs at once.
-        team: Processes that get a share of the inputs each.
+        team: Processes that get a share of the inputs each, where the module can run a few at a time.
     """
     device = _device(module)
     with isolated_evaluation(device):
         replica, loss_fn, behavior = float64_replica(module, loss_fn, behavior)
         network = Network(replica, behavior)
         probe = probe.to(device).double()
-        plan = None if planned is None else planned(network, *_few_traced(network, probe))
+        plan = None
+        if planned is not None:
+            few, trace_of_few = _few_traced(network, probe)
+            plan = planned(network, few, trace_of_few)
+            team = team if few.size < probe.size else None
         traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size, team=team)
         if team is not None:
             _share(team, traced)
@@ -430,9 +436,9 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def _share(team: Team, traced: TracedProbe) -> None:
-    """Give each process some inputs in a row; none to the last ones where there are fewer inputs than processes."""
+    """Give each process some inputs in a row; none to the last processes, where there are few inputs."""
     network, probe, chunk_size = traced.network, traced.probe, traced.chunk_size
-    own, *others = (part for part in torch.arange(probe.size).tensor_split(team.size) if part.numel())
+    own, *others = torch.arange(probe.size).tensor_split(max(1, min(team.size, probe.size // _FEW)))
     state = _state(network.module)
     team.share(
         TracedProbe(network, probe.select(own), chunk_size=chunk_size, indices=own),
@@ -471,9 +477,10 @@ def _prepared_share(
 
 def _is_the_same_everywhere(team: Team, outputs: Tensor) -> bool:
     """Whether outputs depend on nothing but parameters and buffers, so that each process can compute its share."""
-    found = torch.cat(team.each(_outputs_of_share))
-    tolerance = AGREEMENT_RTOL * float(outputs.abs().max())
-    return found.shape == outputs.shape and float((found - outputs).abs().max()) <= tolerance
+    found = team.each(_outputs_of_share)
+    if any(share.shape[1:] != outputs.shape[1:] for share in found):
+        return False
+    return float((torch.cat(found) - outputs).abs().max()) <= AGREEMENT_RTOL * float(outputs.abs().max())
 
 
 def _outputs_of_share(share: TracedProbe) -> Tensor:
@@ -482,7 +489,7 @@ def _outputs_of_share(share: TracedProbe) -> Tensor:
 
 def _few_traced(network: Network, probe: Probe) -> tuple[Probe, Trace]:
     """The first inputs, whose run shows how large that of all will be."""
-    few = probe.select(range(min(2, probe.size)))
+    few = probe.select(range(min(_FEW, probe.size)))
     try:
         return few, network.trace(few)
     except (TypeError, ValueError):  # Some modules cannot run so few.

@@ -32,10 +32,9 @@ _MAX_WAITING = 2  # functions, as each holds what it is called on
 _FIRST = 2**14  # bytes that are sent at once, before the length of the rest is known; few messages are longer
 
 
-def message_group() -> MessageGroup:
-    """A group for messages between all processes, which must ask for it together."""
-    group: MessageGroup = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-    return group
+def message_group() -> MessageGroup | None:
+    """A group for messages between all processes, which must ask for it together; ``None`` where there is no gloo."""
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_gloo_available() else None
 
 
 def close(group: MessageGroup) -> None:

@@ -136,13 +136,14 @@ CASES: dict[str, Case] = {
     "buffers of their own": Case(Counting, options=MSE),
     "attributes of their own": Case(Differing, options=MSE),
     "one input": Case(Counting, num_inputs=1, options=MSE),
-    "two inputs": Case(Counting, num_inputs=2, options=MSE),
+    "five inputs": Case(Counting, num_inputs=5, options=MSE),
     "a convolution": Case(lambda _: convolutional(), options=MSE, shape=(1, 8, 8)),
     "a convolution in pieces": Case(
         lambda _: convolutional(), num_inputs=8, options=MSE | {"memory_budget": 1_000_000}, shape=(1, 8, 8)
     ),
     "dense rows": Case(lambda _: Softened(), options=MSE),
     "dense rows of a whole batch": Case(lambda _: Together(), options=MSE),
+    "three inputs that cannot run alone": Case(lambda _: Together(), num_inputs=3, options=MSE),
     "dense rows in pieces": Case(lambda _: Softened(), options=MSE | {"hessian": "bracket", "memory_budget": 480_000}),
     "uses in another order": Case(lambda _: Alternating(), options=MSE),
     "a formed Hessian in chunks": Case(

@@ -314,7 +314,7 @@ def teams(rank, root):
     return found
 
 
-OF_THREE = ("buffers of their own", "two inputs", "a convolution", "many units, coupled", "many rows")
+OF_THREE = ("buffers of their own", "five inputs", "a convolution", "many units, coupled", "many rows")
 
 
 class Breaking(nn.Module):
@@ -470,12 +470,12 @@ def test_several_processes_measure_what_one_does_alone(request, start, name):
 
 
 def test_each_process_runs_its_share_of_the_inputs(fits, three):
-    # Of 25 inputs 13 and 12, or 9, 8 and 8; of two, one each, and nothing for the third process.
+    # Of 25 inputs 13 and 12, or 9, 8 and 8; of five 3 and 2, and nothing for the third process: at least two each.
     for processes, name, expected in (
         (fits, "buffers of their own", [{12}]),
         (fits, "one input", [set()]),
         (three, "buffers of their own", [{8}, {8}]),
-        (three, "two inputs", [{1}, set()]),
+        (three, "five inputs", [{2}, set()]),
     ):
         assert [set(process["teams"]["sizes"][name]) for process in processes[1:]] == expected
 
