@@ -45,9 +45,16 @@ def full_rank_of_gram(gram: Tensor, *, rtol: float) -> GradientRank | None:
         True
     """
     num_rows = gram.shape[0]
+    # The largest row sum bounds the largest eigenvalue from above (Gershgorin, 1931): a bound on the safe side.
+    bound = float(gram.abs().sum(1).max())
     resolution = max(rtol, GRAM_RESOLUTION)
-    factor, shift = _shifted_factor(gram, resolution)
-    if factor is None:
+    shift = resolution**2 * bound
+    if bound == 0.0:
+        return None
+    shifted = gram.clone()
+    shifted.diagonal().sub_(shift)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    if int(failed):
         return None
 
     def inverse_gram(vector: Tensor) -> Tensor:  # cholesky_solve copies the factor every time.
@@ -66,29 +73,6 @@ def full_rank_of_gram(gram: Tensor, *, rtol: float) -> GradientRank | None:
         rtol=rtol,
         method="cholesky",
     )
-
-
-def is_resolved(gram: Tensor) -> bool:
-    """Whether a Gram matrix is sure to resolve all singular values: none is below ``GRAM_RESOLUTION``.
-
-    Example:
-        >>> is_resolved(torch.eye(2)), is_resolved(torch.ones(2, 2))
-        (True, False)
-    """
-    return _shifted_factor(gram, GRAM_RESOLUTION)[0] is not None
-
-
-def _shifted_factor(gram: Tensor, resolution: float) -> tuple[Tensor | None, float]:
-    """The Cholesky factor of ``gram - shift``, with the squared resolution as shift; ``None`` where there is none."""
-    # The largest row sum bounds the largest eigenvalue from above (Gershgorin, 1931): a bound on the safe side.
-    bound = float(gram.abs().sum(1).max())
-    shift = resolution**2 * bound
-    if bound == 0.0:
-        return None, shift
-    shifted = gram.clone()
-    shifted.diagonal().sub_(shift)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    return (None if int(failed) else factor), shift
 
 
 def rank_of_sketch(sketch: Tensor, *, rtol: float) -> GradientRank | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_basin.functional.jacobian import weighted_rows
-from lightning_basin.functional.proofs import OVERSAMPLING, full_rank_of_gram, is_resolved, rank_of_sketch
+from lightning_basin.functional.proofs import OVERSAMPLING, full_rank_of_gram, rank_of_sketch
 from lightning_basin.functional.rank import (
     GRAM_RESOLUTION,
     GradientRank,
@@ -380,36 +380,23 @@ class SpectrumAccumulator:
         Raises:
             RuntimeError: If nothing was added.
         """
-        factored = self._factored_spectrum()
-        if factored is not None:
-            return factored
-        gram = self._gram()
-        if self._is_small or gram is None:
-            return self._unfinished_small(gram).finished()
-        return sketched_spectrum(gram, self._add_sketches, num_columns=2 * self._num_rows)
+        found = self.unfinished_spectrum()
+        return found if isinstance(found, Spectrum) else found.finished()
 
     def unfinished_spectrum(self) -> "Spectrum | UnfinishedSpectrum":
-        """The same up to a last decomposition, for which all random vectors have been drawn.
+        """The same up to a last decomposition, where it takes one: all random vectors have been drawn.
 
         Raises:
             RuntimeError: If nothing was added.
         """
-        factored = self._factored_spectrum()
+        if not self._waiting and self._sketch is None:
+            raise RuntimeError("add at least one matrix of gradients before asking for the spectrum")
+        factored = self._kronecker_spectrum()
         if factored is not None:
             return factored
         gram = self._gram()
-        if self._is_small or gram is None:
-            return self._unfinished_small(gram)
-        rtol = default_rtol(self._num_rows, 2 * self._num_rows)
-        # Whether there is a sketch must be known now, and costs a fraction of the eigenvalues.
-        if is_resolved(gram):
-            return UnfinishedSpectrum(gram, rtol=rtol, method="gram")
-        bulk, num_resolved = _bulk(gram)
-        if num_resolved == bulk.numel():
-            return Spectrum(singular_values=bulk, rtol=rtol, method="gram")
-        return UnfinishedSpectrum(self._add_sketches(), rtol=rtol, method="gram+sketch", resolved=bulk[:num_resolved])
-
-    def _unfinished_small(self, gram: Tensor | None) -> "UnfinishedSpectrum":
+        if not self._is_small and gram is not None:
+            return _unfinished_sketched_spectrum(gram, self._add_sketches, num_columns=2 * self._num_rows)
         rtol = default_rtol(self._num_rows, self._num_columns)
         if gram is not None and full_rank_of_gram(gram, rtol=rtol) is not None:
             return UnfinishedSpectrum(gram, rtol=rtol, method="gram")
@@ -425,7 +412,7 @@ class SpectrumAccumulator:
             ValueError: If ``rtol`` is not inside ``(0, 1)``.
         """
         check_rtol(rtol)
-        if self.is_tiny or self._factored_spectrum() is not None:  # The spectrum is as fast.
+        if self.is_tiny or self._kronecker_spectrum() is not None:  # The spectrum is as fast.
             return None
         if rtol is None:
             rtol = default_rtol(self._num_rows, self._num_columns if self._is_small else 2 * self._num_rows)
@@ -449,10 +436,8 @@ class SpectrumAccumulator:
     def _matrix(self) -> Tensor:
         return torch.cat([gradients.rows() for gradients in self._waiting], dim=1)
 
-    def _factored_spectrum(self) -> Spectrum | None:
+    def _kronecker_spectrum(self) -> Spectrum | None:
         """Of a single matrix that is a Kronecker product."""
-        if not self._waiting and self._sketch is None:
-            raise RuntimeError("add at least one matrix of gradients before asking for the spectrum")
         alone = self._waiting[0] if len(self._waiting) == 1 else None
         if alone is None or alone.num_columns != self._num_columns or isinstance(alone, DenseGradients):
             return None
@@ -497,11 +482,18 @@ def sketched_spectrum(gram: Tensor, sketch: Callable[[], Tensor], *, num_columns
         >>> spectrum.singular_values.log10().round().tolist(), spectrum.method
         ([0.0, -3.0, -10.0], 'gram+sketch')
     """
+    found = _unfinished_sketched_spectrum(gram, sketch, num_columns=num_columns)
+    return found if isinstance(found, Spectrum) else found.finished()
+
+
+def _unfinished_sketched_spectrum(
+    gram: Tensor, sketch: Callable[[], Tensor], *, num_columns: int
+) -> "Spectrum | UnfinishedSpectrum":
     rtol = default_rtol(gram.shape[0], num_columns)
     bulk, num_resolved = _bulk(gram)
     if num_resolved == bulk.numel():
         return Spectrum(singular_values=bulk, rtol=rtol, method="gram")
-    return UnfinishedSpectrum(sketch(), rtol=rtol, method="gram+sketch", resolved=bulk[:num_resolved]).finished()
+    return UnfinishedSpectrum(sketch(), rtol=rtol, method="gram+sketch", resolved=bulk[:num_resolved])
 
 
 @dataclass(frozen=True, eq=False)
