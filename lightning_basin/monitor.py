@@ -30,7 +30,7 @@ from lightning_basin.null_space import verify_null_space as verified_null_space
 from lightning_basin.overhead import OverheadLimit, announced
 from lightning_basin.plan import MemoryBudgetError
 from lightning_basin.probe import Probe, ProbeCollector
-from lightning_basin.processes import MessageGroup, Team, close, leading, message_group
+from lightning_basin.processes import MessageGroup, Team, close_group, leading, message_group
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import float64_replica
 from lightning_basin.state import fingerprint, probe_state
@@ -276,7 +276,7 @@ class BasinMonitor(Callback):
         if stage == "fit":  # The listeners of the next fit subscribe at its set-up.
             self._listeners.clear()
             if self._group is not None:
-                close(self._group)
+                close_group(self._group)
                 self._group = None
 
     @override

@@ -37,7 +37,7 @@ def message_group() -> MessageGroup | None:
     return dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_gloo_available() else None
 
 
-def close(group: MessageGroup) -> None:
+def close_group(group: MessageGroup) -> None:
     """Close the connections of a group."""
     dist.destroy_process_group(group)
 
