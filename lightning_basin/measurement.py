@@ -36,9 +36,10 @@ from lightning_basin.functional.rank import GradientRank, Spectrum, check_rtol, 
 from lightning_basin.functional.sketch import SpectrumAccumulator
 from lightning_basin.gradients import GROUP_ELEMENTS, layer_gradients
 from lightning_basin.layers import AGREEMENT_RTOL, Layer, ModuleBehavior, Network, Trace, TracedProbe, call_module
+from lightning_basin.messages import MessageGroup
 from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.probe import Probe, float64_device, tensors_of
-from lightning_basin.processes import MessageGroup, Team, follow
+from lightning_basin.processes import Team, follow
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
 from lightning_basin.replica import float64_replica, isolated_evaluation
 from lightning_basin.training_set import as_probes

@@ -25,12 +25,13 @@ from lightning_basin.gathering import GatheredModule
 from lightning_basin.history import HistoryFile
 from lightning_basin.loggers import batches_that_stepped, log_scalars
 from lightning_basin.measurement import Probabilities, check_measurable, follow_measurement, measure_basin
+from lightning_basin.messages import MessageGroup, close_group, message_group
 from lightning_basin.monitored import Cadence, misunderstandings
 from lightning_basin.null_space import verify_null_space as verified_null_space
 from lightning_basin.overhead import OverheadLimit, announced
 from lightning_basin.plan import MemoryBudgetError
 from lightning_basin.probe import Probe, ProbeCollector
-from lightning_basin.processes import MessageGroup, Team, close_group, leading, message_group
+from lightning_basin.processes import Team, leading
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import float64_replica
 from lightning_basin.state import fingerprint, probe_state

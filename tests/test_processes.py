@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 
 from lightning_basin import BasinMonitor, RankEarlyStopping, measure_basin
 from lightning_basin.measurement import follow_measurement
+from lightning_basin.messages import message_group
 from lightning_basin.metrics import BehavioralGradientRank, DuplicatedActivations, HessianNullity
-from lightning_basin.processes import leading, message_group
+from lightning_basin.processes import leading
 from lightning_basin.record import BasinRecord
 from tests.teams import CASES, Counting, options_of, perceptron
 from tests.training import (
