@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from operator import or_
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -23,8 +24,9 @@ from lightning_basin.functional.lanczos import NormBound, norm_bounds
 from lightning_basin.functional.output_curvature import OutputCurvature, output_curvature
 from lightning_basin.functional.rank import EPSILON, Spectrum
 from lightning_basin.functional.sketch import LayerGradients, SpectrumAccumulator
-from lightning_basin.layers import Layer, Network, Trace, agreement_rtol
+from lightning_basin.layers import Layer, Network, Trace, TracedProbe, agreement_rtol
 from lightning_basin.probe import Probe
+from lightning_basin.processes import Team
 
 HESSIAN_MODES = ("auto", "dense", "bracket", "gauss-newton")
 
@@ -49,11 +51,13 @@ _LARGEST_RTOL = 1e-3  # to which it is known: three digits of a scale
 _GRAPH_ELEMENTS = (
     2**26
 )  # float64 numbers in activations whose graph is kept: 512 MiB, some times that with the gradients
+_SHARED_ELEMENTS = 2**16  # and in those from which on a product takes longer than its messages: some 2 ms
 _ROUNDING_FACTOR = 1e3  # by how much rounding may grow on its way into a Hessian
 _LEAST_SCALE = 1e-60  # of a loss that is taken as it is
 _NUM_COMBINATIONS = 4  # of rows, whose mean square is that of the whole matrix within a factor of some units
 
 Part = TypeVar("Part")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +81,7 @@ class HessianMeasurement(Generic[Part]):
     """Sees the gradients of each layer go by, and tells the null spaces of the parts of a network afterwards.
 
     Args:
-        network: To differentiate.
-        probe: The inputs.
-        trace: Of the probe.
+        traced: The network to differentiate, run on the probe.
         loss_fn: From the outputs to a scalar.
         parts: The layers of each; the last one is the network.
         mode: ``"dense"`` forms the Hessian, ``"bracket"`` bounds its nullity by products with its residual part,
@@ -96,9 +98,7 @@ class HessianMeasurement(Generic[Part]):
 
     def __init__(
         self,
-        network: Network,
-        probe: Probe,
-        trace: Trace,
+        traced: TracedProbe,
         loss_fn: Callable[[Tensor], Tensor],
         parts: Mapping[Part, Sequence[Layer]],
         *,
@@ -111,7 +111,8 @@ class HessianMeasurement(Generic[Part]):
         self.notes: list[str] = []
         self._limits = HessianLimits() if limits is None else limits
         self._chunk_size = self._limits.chunk_size
-        self._network, self._probe, self._trace = network, probe, trace
+        network, trace = traced.network, traced.whole
+        self._network, self._probe, self._trace, self._traced = network, traced.probe, trace, traced
         self._parts, self._rtol, self._generator = parts, rtol, generator
         self._curvature = output_curvature(loss_fn, trace.outputs)
         self._scale = _scale_of(self._curvature)
@@ -131,7 +132,7 @@ class HessianMeasurement(Generic[Part]):
         self._rows: dict[Layer, Tensor] = {}
         self._square_norms: dict[Layer, float] = {}
         self._curved: dict[str, bool] = {}
-        self._spectra: dict[Part, Spectrum] = {}
+        self._spectra: dict[Part, Callable[[], Spectrum]] = {}
         self._accumulators: dict[Part, SpectrumAccumulator] = {}
         if self._multiple is None:
             self._accumulators = {
@@ -220,7 +221,7 @@ class HessianMeasurement(Generic[Part]):
             for part in [part for part in self._accumulators if layer in self._parts[part]]:
                 self._accumulators[part].add(rows)
                 if len(self._parts[part]) == 1:  # Complete: judge it now and free its memory.
-                    self._spectra[part] = self._resolved(part, self._accumulators.pop(part).spectrum())
+                    self._spectra[part] = self._started(part)
         self._note_curved(layer, rows)
 
     def _square_norm(self, gradients: LayerGradients) -> float:
@@ -272,8 +273,11 @@ class HessianMeasurement(Generic[Part]):
         """Of the rows whose products are the Gauss-Newton part, where these are not the behavioral gradients."""
         if self._curvature.factors is None:
             return {}
-        waiting = self._accumulators.items()
-        return self._spectra | {part: self._resolved(part, accumulator.spectrum()) for part, accumulator in waiting}
+        self._spectra |= {part: self._started(part) for part in list(self._accumulators)}
+        return {part: self._resolved(part, spectrum()) for part, spectrum in self._spectra.items()}
+
+    def _started(self, part: Part) -> Callable[[], Spectrum]:
+        return self._traced.started(self._accumulators.pop(part))
 
     def _brackets(self, spectra: Mapping[Part, Spectrum]) -> dict[Part, NullSpace]:
         if self._is_exact or not self._takes_products:
@@ -289,8 +293,9 @@ class HessianMeasurement(Generic[Part]):
         return {part: found[part] for part in self._parts}
 
     def _products(self) -> "HessianProducts":
+        team = self._traced.team if _num_activations(self._trace) >= _SHARED_ELEMENTS else None
         products = HessianProducts(
-            self._network, self._probe, self._trace, self._curvature, chunk_size=self._chunk_size
+            self._network, self._probe, self._trace, self._curvature, chunk_size=self._chunk_size, team=team
         )
         products.check(self._is_curved)
         return products
@@ -408,9 +413,14 @@ class HessianProducts:
     curvature A held fixed. The first sum alone gives R, without the cancellation of H - P; and both are sums over
     inputs, so that they can be taken in chunks that fit into memory.
 
-    Attributes:
-        uncertainty: By which fraction the rounding of the outputs may move the slope.
-        cancellation: How much larger than the curvature the terms are that cancel in it.
+    Args:
+        network: To differentiate.
+        probe: The inputs.
+        trace: Of the probe.
+        curvature: Of the loss, in all outputs.
+        chunk_size: Inputs that are differentiated together, where memory asks for it.
+        team: Processes that take the products on a share of the inputs each; ``None`` takes them here.
+        indices: Where the inputs stand in the whole probe; ``None`` means that they are the whole.
     """
 
     def __init__(
@@ -421,41 +431,71 @@ class HessianProducts:
         curvature: OutputCurvature,
         *,
         chunk_size: int | None = None,
+        team: Team | None = None,
+        indices: Tensor | None = None,
     ) -> None:
         assert curvature.slope is not None
-        self._network, self._probe, self._curvature = network, probe, curvature
+        self._network, self._probe, self._curvature, self._team = network, probe, curvature, team
         self._parameters = network.parameters()
         self._outputs = trace.outputs.detach().reshape(probe.size, -1)
+        self._places = (torch.arange(probe.size) if indices is None else indices).to(self._outputs.device)
+        self._slope = curvature.slope
         num_chunks = max(1, -(-_num_activations(trace) // _GRAPH_ELEMENTS))
         if chunk_size is not None:
             num_chunks = max(num_chunks, -(-probe.size // chunk_size))
         self._chunks = torch.arange(probe.size).tensor_split(min(num_chunks, probe.size))
         self._kept: dict[bool, list[Tensor]] = {}
-        pulled = EPSILON * weighted_rows(self._outputs.abs().reshape(-1, 1), curvature.matrices.abs())
-        largest = curvature.slope.abs().max()  # By which all is divided: squares of small slopes are zero.
-        moved, slope = (pulled + curvature.rounding) / largest, curvature.slope / largest
-        self.uncertainty = float(moved.norm()) / float(slope.norm()) if largest > 0 else 0.0
-        scale = float(curvature.matrices.abs().max())
-        self.cancellation = curvature.rounding / (EPSILON * scale) if scale > 0 else 0.0
+        if team is not None:  # Each process makes one for its share.
+            team.each(_prepare_products, replace(curvature, factors=None), chunk_size)
+
+    @cached_property
+    def uncertainty(self) -> float:
+        """By which fraction the rounding of the outputs may move the slope."""
+        pulled = EPSILON * weighted_rows(self._outputs.abs().reshape(-1, 1), self._curvature.matrices.abs())
+        largest = self._slope.abs().max()  # By which all is divided: squares of small slopes are zero.
+        moved, slope = (pulled + self._curvature.rounding) / largest, self._slope / largest
+        return float(moved.norm()) / float(slope.norm()) if largest > 0 else 0.0
+
+    @property
+    def cancellation(self) -> float:
+        """How much larger than the curvature the terms are that cancel in it."""
+        scale = float(self._curvature.matrices.abs().max())
+        return self._curvature.rounding / (EPSILON * scale) if scale > 0 else 0.0
 
     def operator(self, layers: Sequence[Layer], *, of_residual: bool) -> Callable[[Tensor], Tensor]:
         """From a direction in the parameters of some layers to the product with their diagonal block."""
         chosen = {name for layer in layers for name in layer.parameters}
         names = [name for layer in self._network.layers for name in layer.parameters]
         indices = [index for index, name in enumerate(names) if name in chosen]
-        variables = [self._parameters[index] for index in indices]
+        # Inputs that the loss couples must be seen together, except where all are in one graph anyway.
+        is_apart = self._is_coupled and not of_residual and (self._team is not None or len(self._chunks) > 1)
+        own_product = partial(HessianProducts._own_product, of_residual=of_residual or is_apart)
 
         def product(direction: Tensor) -> Tensor:
-            total = torch.zeros_like(direction)
-            # Inputs that the loss couples must be seen together, except where all are in one graph anyway.
-            is_apart = self._is_coupled and len(self._chunks) > 1 and not of_residual
-            for chunk in self._chunks:
-                gradients = self._gradients(chunk, of_residual=of_residual or is_apart)
-                gradient = torch.cat([gradients[index].flatten() for index in indices])
-                total += hessian_product(gradient, variables, direction)
-            return total + self._gauss_newton_product(variables, direction) if is_apart else total
+            total = self._sum_over_shares(own_product, indices, direction)
+            return total + self._gauss_newton_product(indices, direction) if is_apart else total
 
         return product
+
+    def _over_shares(self, method: Callable[..., _Result], *args: Any) -> list[_Result]:
+        if self._team is None:
+            return [method(self, *args)]
+        return self._team.each(_with_products, method, *args)
+
+    def _sum_over_shares(self, method: Callable[..., Tensor], *args: Any) -> Tensor:
+        total, *others = self._over_shares(method, *args)
+        for other in others:
+            total += other
+        return total
+
+    def _own_product(self, indices: Sequence[int], direction: Tensor, *, of_residual: bool) -> Tensor:
+        variables = [self._parameters[index] for index in indices]
+        total = torch.zeros_like(direction)
+        for chunk in self._chunks:
+            gradients = self._gradients(chunk, of_residual=of_residual)
+            gradient = torch.cat([gradients[index].flatten() for index in indices])
+            total += hessian_product(gradient, variables, direction)
+        return total
 
     def residual_matrix(self, *, chunk_size: int) -> Tensor:
         """R itself, shape ``(N, N)``.
@@ -463,21 +503,32 @@ class HessianProducts:
         Args:
             chunk_size: Columns per batched backward pass.
         """
+        return self._sum_over_shares(partial(HessianProducts._own_residual_matrix, chunk_size=chunk_size))
+
+    def _own_residual_matrix(self, *, chunk_size: int) -> Tensor:
         num_parameters = sum(parameter.numel() for parameter in self._parameters)
         total = self._outputs.new_zeros(num_parameters, num_parameters)
         for chunk in self._chunks:
             total += hessian_matrix(self._model(chunk, of_residual=True), self._parameters, chunk_size=chunk_size)
         return total
 
-    def _gauss_newton_product(self, variables: Sequence[Tensor], direction: Tensor) -> Tensor:
+    def _gauss_newton_product(self, indices: Sequence[int], direction: Tensor) -> Tensor:
         """GᵀAG times a direction: first how all outputs move, then what pulls them back."""
-        moved = torch.cat([self._directional_derivative(chunk, variables, direction) for chunk in self._chunks])
-        pulled = weighted_rows(moved.reshape(-1, 1), self._curvature.matrices).view(self._outputs.shape)
-        total = torch.zeros_like(direction)
+        moved = torch.cat(self._over_shares(HessianProducts._own_movement, indices, direction))
+        pulled = weighted_rows(moved.reshape(-1, 1), self._curvature.matrices).view(moved.shape)
+        return self._sum_over_shares(HessianProducts._own_pull, indices, pulled)
+
+    def _own_movement(self, indices: Sequence[int], direction: Tensor) -> Tensor:
+        variables = [self._parameters[index] for index in indices]
+        return torch.cat([self._directional_derivative(chunk, variables, direction) for chunk in self._chunks])
+
+    def _own_pull(self, indices: Sequence[int], pulled: Tensor) -> Tensor:
+        variables = [self._parameters[index] for index in indices]
+        total = pulled.new_zeros(sum(variable.numel() for variable in variables))
         for chunk in self._chunks:
             outputs = self._outputs_of(chunk)
             if outputs.requires_grad:
-                weights = pulled[chunk.to(outputs.device)]
+                weights = pulled[self._places[chunk]]
                 parts = torch.autograd.grad(outputs, variables, weights, materialize_grads=True)
                 total += torch.cat([part.flatten() for part in parts])
         return total
@@ -497,12 +548,19 @@ class HessianProducts:
 
     def check(self, curved: Sequence[bool]) -> None:
         """Refuse an operation of the network that can be differentiated only once, and does not say so."""
+        # An expert, say, may be used by the inputs of some chunks only.
         connected = [False] * len(self._parameters)
-        for chunk in self._chunks:  # An expert, say, may be used by the inputs of some of them only.
+        for found in self._over_shares(HessianProducts._own_connections):
+            connected = list(map(or_, connected, found))
+        check_connected(connected, curved)
+
+    def _own_connections(self) -> list[bool]:
+        connected = [False] * len(self._parameters)
+        for chunk in self._chunks:
             gradients = self._gradients(chunk, of_residual=False)
             gradient = torch.cat([part.flatten() for part in gradients])
             connected = list(map(or_, connected, is_connected(gradient, self._parameters)))
-        check_connected(connected, curved)
+        return connected
 
     def _gradients(self, chunk: Tensor, *, of_residual: bool) -> list[Tensor]:
         """Gradients of the quadratic model, or of its linear part, on some inputs; kept where they are all."""
@@ -525,25 +583,34 @@ class HessianProducts:
 
     def _model(self, chunk: Tensor, *, of_residual: bool) -> Tensor:
         """The quadratic model, or its linear part, of some inputs; of inputs that are coupled, as if to these alone."""
-        assert self._curvature.slope is not None
         outputs = self._outputs_of(chunk)
-        chunk = chunk.to(outputs.device)
-        model = (self._curvature.slope[chunk] * outputs).sum()
+        places = self._places[chunk]
+        model = (self._slope[places] * outputs).sum()
         if of_residual:
             return model
         moved = (outputs - self._outputs[chunk]).reshape(-1, 1)
-        return model + 0.5 * (moved * weighted_rows(moved, self._blocks(chunk))).sum()
+        return model + 0.5 * (moved * weighted_rows(moved, self._blocks(places))).sum()
 
     @property
     def _is_coupled(self) -> bool:
-        return self._curvature.matrices.shape[0] < self._probe.size
+        return self._curvature.matrices.shape[0] < self._slope.shape[0]
 
-    def _blocks(self, chunk: Tensor) -> Tensor:
+    def _blocks(self, places: Tensor) -> Tensor:
         matrices = self._curvature.matrices
         if not self._is_coupled:
-            return matrices[chunk]
-        rows = torch.arange(self._outputs.numel(), device=chunk.device).view(self._outputs.shape)[chunk].flatten()
+            return matrices[places]
+        rows = torch.arange(self._slope.numel(), device=places.device).view(self._slope.shape)[places].flatten()
         return matrices[:, rows][:, :, rows]
+
+
+def _prepare_products(share: TracedProbe, curvature: OutputCurvature, chunk_size: int | None) -> None:
+    share.kept = HessianProducts(
+        share.network, share.probe, share.whole, curvature, chunk_size=chunk_size, indices=share.indices
+    )
+
+
+def _with_products(share: TracedProbe, method: Callable[..., _Result], *args: Any) -> _Result:
+    return method(share.kept, *args)
 
 
 def _num_parameters(layers: Sequence[Layer]) -> int:

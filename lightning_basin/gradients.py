@@ -4,9 +4,10 @@ The operations that use a layer's parameters say what its gradients are. Nothing
 every way gives must reproduce a random combination of all rows that plain autograd computes, else the next is taken.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Literal, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Generator, Tensor
 
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
 from lightning_basin.functional.sketch import DenseGradients, LayerGradients, StackedGradients
-from lightning_basin.layers import Layer, Network, Trace, TracedProbe, agreement_rtol, rounding_rtol
+from lightning_basin.layers import Chunk, Layer, Network, Trace, TracedProbe, agreement_rtol, rounding_rtol
 from lightning_basin.operations import Leaving, ProductUse, Source, Use
 from lightning_basin.probe import tensors_of
 from lightning_basin.structured import (
@@ -97,18 +98,15 @@ class _AutogradCheck:
     """One random combination of all rows of every layer's gradients, which each way must reproduce."""
 
     def __init__(self, traced: TracedProbe, generator: Generator) -> None:
-        network = traced.network
+        network, outputs = traced.network, traced.network.rows(traced.whole.outputs)
         parameters = network.parameters()
+        sizes = [chunk.probe.size for chunk in traced.chunks()]
+        drawn = [torch.randn(size, outputs.shape[1], generator=generator, dtype=torch.float64) for size in sizes]
+        weights = torch.cat(drawn).to(outputs.device)
         combined: list[Tensor | None] = [None] * len(parameters)
-        weights = []
-        for trace in traced:
-            outputs = network.rows(trace.outputs)
-            drawn = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-            weights.append(drawn.flatten().to(torch.float64))
-            if outputs.requires_grad:
-                found = torch.autograd.grad(outputs, parameters, drawn, retain_graph=True, allow_unused=True)
-                combined = [_sum(total, part) for total, part in zip(combined, found, strict=True)]
-        self._weights = torch.cat(weights)
+        for found in traced.each(_combined_rows, weights):
+            combined = [_sum(total, part) for total, part in zip(combined, found, strict=True)]
+        self._weights = weights.flatten()
         names = [name for layer in network.layers for name in layer.parameters]
         self._expected = dict(zip(names, combined, strict=True))
         self._shapes = dict(zip(names, parameters, strict=True))
@@ -145,6 +143,15 @@ class _AutogradCheck:
         return bool((difference <= torch.cat(scales) + self._floor).all())
 
 
+def _combined_rows(network: Network, chunk: Chunk, weights: Tensor) -> list[Tensor | None]:
+    """By each parameter the derivative of the outputs with some weights; ``None`` where none depends on it."""
+    outputs, parameters = network.rows(chunk.trace.outputs), network.parameters()
+    if not outputs.requires_grad:
+        return [None] * len(parameters)
+    weights = weights[chunk.indices.to(weights.device)].to(outputs)
+    return list(torch.autograd.grad(outputs, parameters, weights, retain_graph=True, allow_unused=True))
+
+
 def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     if part is None:
         return total
@@ -157,8 +164,7 @@ def _structured_gradients(
 ) -> Iterator[tuple[Layer, LayerGradients | None]]:
     """Gradients of layers whose uses are known, from one backward pass for each output; ``None`` for other layers."""
     network, num_inputs = traced.network, traced.probe.size
-    first = next(iter(traced))
-    sizes = layer_sizes(network, first, num_inputs=num_inputs, num_outputs=check.num_rows // num_inputs)
+    sizes = layer_sizes(network, _first_trace(traced), num_inputs=num_inputs, num_outputs=check.num_rows // num_inputs)
     planned = []
     for layer in network.layers:
         size = sizes[layer.name]
@@ -191,29 +197,25 @@ def _from_uses(network: Network, layer: Layer, found: Sequence[MeasuredUse], num
 
 def _chunk_by_chunk(traced: TracedProbe, layer: Layer) -> DenseGradients | None:
     """Dense rows, where these are smaller than their factors; ``None`` where inputs cannot be told apart."""
-    rows = []
-    for trace in traced:
-        uses = _uses_by_layer(traced.network, trace)[layer]
-        found = _all_of(_measured_in_chunk(traced.network, trace, uses), uses)
-        if found is None:
-            return None
-        num_rows = traced.network.rows(trace.outputs).numel()
-        rows.append(_from_uses(traced.network, layer, found, num_rows).rows())
-    return DenseGradients(torch.cat(rows))
+    chunks = traced.each(_rows_from_uses, layer)
+    rows = [chunk for chunk in chunks if chunk is not None]
+    return DenseGradients(_concatenated(rows)) if len(rows) == len(chunks) else None
+
+
+def _rows_from_uses(network: Network, chunk: Chunk, layer: Layer) -> Tensor | None:
+    uses = _uses_by_layer(network, chunk.trace)[layer]
+    found = _all_of(_measured_in_chunk(network, chunk.trace, uses), uses)
+    num_rows = network.rows(chunk.trace.outputs).numel()
+    return None if found is None else _from_uses(network, layer, found, num_rows).rows()
 
 
 def _in_pieces(traced: TracedProbe, layer: Layer, cuts: Cuts, num_rows: int) -> LayerGradients | None:
     """Gradients whose factors cannot all be held; ``None`` where what chunks of inputs use does not fit together."""
-    chunks = []
-    for trace in traced:
-        uses = _uses_by_layer(traced.network, trace)[layer]
-        if set(_input_axes(traced.network.rows(trace.outputs), uses)) != set(uses):
-            return None
-        chunks.append(list(uses.values()))
-    if any(not _are_alike(chunk, chunks[0]) for chunk in chunks):
+    first = _uses_by_layer(traced.network, _first_trace(traced))[layer]
+    if any(entries != _used_entries(first.values()) for entries in traced.each(_entries_told_apart, layer)):
         return None
-    numbers = [number for number in range(cuts.outputs * cuts.inputs) if cuts.piece(dict(enumerate(chunks[0])), number)]
-    del chunks  # And the graphs that they hold.
+    numbers = [number for number in range(cuts.outputs * cuts.inputs) if cuts.piece(first, number)]
+    del first  # And the graph that it holds.
 
     def pieces() -> Iterator[LayerGradients]:
         for number in numbers:
@@ -223,6 +225,13 @@ def _in_pieces(traced: TracedProbe, layer: Layer, cuts: Cuts, num_rows: int) -> 
             yield _from_uses(traced.network, layer, found, num_rows)
 
     return PiecewiseGradients((), (), num_rows=num_rows, num_columns=layer.num_parameters, pieces=pieces)
+
+
+def _entries_told_apart(network: Network, chunk: Chunk, layer: Layer) -> list[bytes] | None:
+    """The entries that a layer uses, where it is clear what belongs to which input."""
+    uses = _uses_by_layer(network, chunk.trace)[layer]
+    is_clear = set(_input_axes(network.rows(chunk.trace.outputs), uses)) == set(uses)
+    return _used_entries(uses.values()) if is_clear else None
 
 
 @dataclass(frozen=True)
@@ -324,6 +333,19 @@ def _layers_behind(network: Network, source: Source, owners: Mapping[str, Layer]
     return {owners[name] for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
 
 
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """What was measured of the uses of one layer on some inputs: of `MeasuredUse` what can be sent.
+
+    Attributes:
+        measured: Signals and activations of each use.
+        entries: See `_used_entries`; of what is not split over chunks nothing.
+    """
+
+    measured: list[tuple[Tensor, Tensor | None]]
+    entries: list[bytes]
+
+
 def _measured_uses(
     traced: TracedProbe, layers: Mapping[Layer, Cuts], number: int
 ) -> dict[Layer, list[MeasuredUse] | None]:
@@ -334,15 +356,59 @@ def _measured_uses(
         layers: How each is cut.
         number: Of the piece to measure.
     """
-    chunks: list[dict[Layer, list[MeasuredUse] | None]] = []
-    for trace in traced:
-        by_layer = _uses_by_layer(traced.network, trace)
-        pieces = {layer: cuts.piece(by_layer[layer], number) for layer, cuts in layers.items()}
-        # A tensor that was computed from parameters of several layers is used by each of them.
-        uses = {index: use for piece in pieces.values() for index, use in piece.items()}
-        measured = _measured_in_chunk(traced.network, trace, uses)
-        chunks.append({layer: _all_of(measured, piece) for layer, piece in pieces.items()})
-    return {layer: _concatenated([chunk[layer] for chunk in chunks]) for layer in layers}
+    chunks = traced.each(_measured_pieces, layers, number, traced.probe.size)
+    by_layer = _uses_by_layer(traced.network, _first_trace(traced))
+    return {
+        layer: _joined(list(cuts.piece(by_layer[layer], number).values()), [chunk[layer] for chunk in chunks])
+        for layer, cuts in layers.items()
+    }
+
+
+def _measured_pieces(
+    network: Network, chunk: Chunk, layers: Mapping[Layer, Cuts], number: int, num_inputs: int
+) -> dict[Layer, _Piece | None]:
+    by_layer = _uses_by_layer(network, chunk.trace)
+    pieces = {layer: cuts.piece(by_layer[layer], number) for layer, cuts in layers.items()}
+    # A tensor that was computed from parameters of several layers is used by each of them.
+    uses = {index: use for piece in pieces.values() for index, use in piece.items()}
+    measured = _measured_in_chunk(network, chunk.trace, uses)
+    found: dict[Layer, _Piece | None] = {}
+    for layer, piece in pieces.items():
+        parts = _all_of(measured, piece)
+        entries = _used_entries(piece.values()) if chunk.probe.size < num_inputs else []
+        found[layer] = None
+        if parts is not None:
+            found[layer] = _Piece([(part.signals, part.activations) for part in parts], entries)
+    return found
+
+
+def _joined(uses: Sequence[Use], pieces: Sequence[_Piece | None]) -> list[MeasuredUse] | None:
+    """The same uses over all chunks of inputs; ``None`` where these differ, or some could not be measured."""
+    found = [piece for piece in pieces if piece is not None]
+    is_split = len(pieces) > 1
+    if len(found) < len(pieces) or (is_split and any(piece.entries != _used_entries(uses) for piece in found)):
+        return None
+    joined = []
+    for use, parts in zip(uses, zip(*(piece.measured for piece in found), strict=True), strict=True):
+        signals = [signals for signals, _ in parts]
+        entering = [activations for _, activations in parts if activations is not None]
+        joined.append(MeasuredUse(use, _concatenated(signals), _concatenated(entering) if entering else None))
+    return joined
+
+
+def _concatenated(chunks: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(chunks)) if len(chunks) > 1 else chunks[0]  # What is whole already is not copied.
+
+
+def _used_entries(uses: Iterable[Use]) -> list[bytes]:
+    """A fingerprint of which entries of a parameter each use takes: the same where two evaluations are alike."""
+    positions = [use.positions.cpu().contiguous() for use in uses]
+    return [sha256(f"{tuple(entries.shape)}".encode() + entries.numpy().tobytes()).digest() for entries in positions]
+
+
+def _first_trace(traced: TracedProbe) -> Trace:
+    """Of the first inputs, from which the uses of all can be told."""
+    return next(traced.chunks()).trace
 
 
 def _all_of(measured: Mapping[int, MeasuredUse], wanted: Mapping[int, Use]) -> list[MeasuredUse] | None:
@@ -412,33 +478,6 @@ def _derivatives(output: Tensor, places: Sequence[Leaving]) -> dict[int, Tensor]
     }
 
 
-def _concatenated(chunks: Sequence[list[MeasuredUse] | None]) -> list[MeasuredUse] | None:
-    """The same uses over all chunks of inputs; ``None`` where these differ, or some could not be measured."""
-    columns = []
-    for chunk in chunks:
-        if chunk is None:
-            return None
-        columns.append(chunk)
-    if len(columns) == 1:
-        return columns[0]
-    if any(not _are_alike([part.use for part in column], [part.use for part in columns[0]]) for column in columns):
-        return None
-    joined = []
-    for parts in zip(*columns, strict=True):
-        first = parts[0]
-        entering = [part.activations for part in parts if part.activations is not None]
-        signals = torch.cat([part.signals for part in parts])
-        joined.append(MeasuredUse(first.use, signals, torch.cat(entering) if entering else None))
-    return joined
-
-
-def _are_alike(uses: Sequence[Use], others: Sequence[Use]) -> bool:
-    """Whether two evaluations use the same entries of the same parameters in the same order."""
-    return len(uses) == len(others) and all(
-        torch.equal(use.positions, other.positions) for use, other in zip(uses, others, strict=True)
-    )
-
-
 def _dense_gradients(
     traced: TracedProbe, group: Sequence[tuple[Layer, str | None]], check: _AutogradCheck
 ) -> Iterator[MeasuredGradients]:
@@ -446,7 +485,7 @@ def _dense_gradients(
     pending = dict(group)
     for rows_of in _ROUTES:
         try:
-            matrix = rows_of(traced, layers).to(torch.float64)
+            matrix = _concatenated(traced.each(rows_of, layers)).to(torch.float64)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             # vmap, or a batch of one, is beyond some modules; the next way asks for less.
             if rows_of is _ROUTES[-1]:
@@ -461,44 +500,45 @@ def _dense_gradients(
     raise RuntimeError(_disagreement([layer.name for layer in pending]))
 
 
-def _rows_at_once(traced: TracedProbe, layers: Sequence[Layer]) -> Tensor:
+def _rows_at_once(network: Network, chunk: Chunk, layers: Sequence[Layer]) -> Tensor:
     """All inputs of a chunk in one batched differentiation."""
-    network, probe = traced.network, traced.probe
     names = [name for layer in layers for name in layer.parameters]
     parameters = {name: network.named_parameters[name].detach() for name in names}
 
     def behavior(values: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        return network.functional(probe, tensors, values)
+        return network.functional(chunk.probe, tensors, values)
 
-    return behavioral_gradients(behavior, parameters, tensors_of(probe.inputs))
+    return behavioral_gradients(behavior, parameters, tensors_of(chunk.probe.inputs))
 
 
-def _outputs_one_by_one(traced: TracedProbe) -> Iterator[Tensor]:
+def _outputs_one_by_one(network: Network, chunk: Chunk) -> Iterator[Tensor]:
     """A forward pass for each input."""
-    network, probe = traced.network, traced.probe
-    for index in range(probe.size):
-        yield network.rows(network.outputs(probe.select([index])))
+    for index in range(chunk.probe.size):
+        yield network.rows(network.outputs(chunk.probe.select([index])))
 
 
-def _outputs_of_batch(traced: TracedProbe) -> Iterator[Tensor]:
+def _outputs_of_batch(network: Network, chunk: Chunk) -> Iterator[Tensor]:
     """All inputs at once: always possible, and the slowest to differentiate."""
-    for trace in traced:
-        yield traced.network.rows(trace.outputs)
+    yield network.rows(chunk.trace.outputs)
 
 
-def _rows_one_by_one(traced: TracedProbe, layers: Sequence[Layer]) -> Tensor:
+def _rows_one_by_one(network: Network, chunk: Chunk, layers: Sequence[Layer]) -> Tensor:
     """A backward pass for each output of each input."""
-    parameters = traced.network.parameters(layers)
-    return torch.cat([gradient_rows(outputs, parameters) for outputs in _outputs_one_by_one(traced)])
+    parameters = network.parameters(layers)
+    return torch.cat([gradient_rows(outputs, parameters) for outputs in _outputs_one_by_one(network, chunk)])
 
 
-def _rows_of_batch(traced: TracedProbe, layers: Sequence[Layer]) -> Tensor:
+def _rows_of_batch(network: Network, chunk: Chunk, layers: Sequence[Layer]) -> Tensor:
     """A backward pass through the whole batch for each row."""
-    parameters = traced.network.parameters(layers)
-    return torch.cat([gradient_rows(outputs, parameters) for outputs in _outputs_of_batch(traced)])
+    parameters = network.parameters(layers)
+    return torch.cat([gradient_rows(outputs, parameters) for outputs in _outputs_of_batch(network, chunk)])
 
 
-_ROUTES: Sequence[Callable[[TracedProbe, Sequence[Layer]], Tensor]] = (_rows_at_once, _rows_one_by_one, _rows_of_batch)
+_ROUTES: Sequence[Callable[[Network, Chunk, Sequence[Layer]], Tensor]] = (
+    _rows_at_once,
+    _rows_one_by_one,
+    _rows_of_batch,
+)
 
 
 def _dense_in_pieces(
@@ -521,21 +561,33 @@ def _dense_in_pieces(
 
 
 def _columns_by_row(
-    traced: TracedProbe, layer: Layer, outputs_of: Callable[[TracedProbe], Iterator[Tensor]], width: int
+    traced: TracedProbe, layer: Layer, outputs_of: Callable[[Network, Chunk], Iterator[Tensor]], width: int
 ) -> Iterator[LayerGradients]:
-    parameters = traced.network.parameters([layer])
-    for columns in torch.split(torch.arange(layer.num_parameters, device=parameters[0].device), width):
-        rows = [
-            gradient_rows(output.reshape(1), parameters)[0, columns]
-            for outputs in outputs_of(traced)
-            for output in outputs.flatten()
-        ]
+    positions = torch.arange(layer.num_parameters, device=traced.network.parameters([layer])[0].device)
+    for columns in torch.split(positions, width):
+        rows = _concatenated(traced.each(_some_columns, layer, outputs_of, columns))
         yield StackedGradients(
-            (DenseGradients(torch.stack(rows).to(torch.float64)),),
+            (DenseGradients(rows.to(torch.float64)),),
             (columns,),
             num_rows=len(rows),
             num_columns=layer.num_parameters,
         )
+
+
+def _some_columns(
+    network: Network,
+    chunk: Chunk,
+    layer: Layer,
+    outputs_of: Callable[[Network, Chunk], Iterator[Tensor]],
+    columns: Tensor,
+) -> Tensor:
+    parameters = network.parameters([layer])
+    rows = [
+        gradient_rows(output.reshape(1), parameters)[0, columns]
+        for outputs in outputs_of(network, chunk)
+        for output in outputs.flatten()
+    ]
+    return torch.stack(rows)
 
 
 def _disagreement(names: Sequence[str]) -> str:

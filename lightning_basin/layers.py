@@ -4,14 +4,19 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from lightning_basin.functional.rank import Spectrum
+from lightning_basin.functional.sketch import SpectrumAccumulator
 from lightning_basin.operations import Operations, recorded_operations
 from lightning_basin.probe import Probe, map_tensors, tensors_of
+from lightning_basin.processes import Team
+
+_Result = TypeVar("_Result")
 
 _ROUNDINGS = 32.0  # 1 to 4 in networks of all kinds, of 128 units and 20 layers; twice that between two evaluations
 
@@ -121,7 +126,7 @@ class Network:
         self.layers = find_layers(module)
         self.named_parameters = dict(module.named_parameters())
         self._behavior = call_module if behavior is None else behavior
-        self._projection: Tensor | None = None
+        self.projection: Tensor | None = None
 
     def parameters(self, layers: Sequence[Layer] | None = None) -> list[Tensor]:
         """Parameters of some or all layers, in the order of the columns of their gradients."""
@@ -167,12 +172,12 @@ class Network:
             generator: On the CPU.
         """
         drawn = torch.randn(num_outputs, num_directions, generator=generator, dtype=torch.float64)
-        self._projection = torch.linalg.qr(drawn).Q
+        self.projection = torch.linalg.qr(drawn).Q
 
     def rows(self, outputs: Tensor) -> Tensor:
         """Outputs whose gradients count, shape ``(k, c)``, from those of the module, shape ``(k, ...)``."""
         flat = outputs.reshape(outputs.shape[0], -1)
-        return flat if self._projection is None else flat @ self._projection.to(flat)
+        return flat if self.projection is None else flat @ self.projection.to(flat)
 
     def functional(self, probe: Probe, tensors: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
         """Rows for other values of some parameters and of the probe's tensors; works under `torch.func.vmap`.
@@ -309,6 +314,30 @@ def _recording(network: Network, trace: Trace, replace: Replacement | None) -> I
             handle.remove()
 
 
+class Chunk:
+    """Inputs of a probe that are run at once.
+
+    Args:
+        network: To run.
+        indices: Where the inputs stand in the whole probe.
+        probe: The inputs.
+        trace: Of these, where there is one already.
+    """
+
+    def __init__(self, network: Network, indices: Tensor, probe: Probe, trace: Trace | None = None) -> None:
+        self.indices = indices
+        self.probe = probe
+        self._network = network
+        self._trace = trace
+
+    @property
+    def trace(self) -> Trace:
+        """What running them shows; they are run when it is asked for."""
+        if self._trace is None:
+            self._trace = self._network.trace(self.probe)
+        return self._trace
+
+
 class TracedProbe:
     """A probe that a network has been run on, all inputs at once or chunk by chunk where memory asks for it.
 
@@ -316,30 +345,67 @@ class TracedProbe:
         network: To run.
         probe: The inputs.
         chunk_size: Inputs per run; the traces of several chunks are not kept, but made anew at each iteration.
+        indices: Where the inputs stand in the whole probe; ``None`` means that they are the whole.
+        team: Processes that have a share of the inputs each, of which this one leads.
+
+    Attributes:
+        kept: What a function that was called on this share has left for the next one.
     """
 
-    def __init__(self, network: Network, probe: Probe, *, chunk_size: int | None = None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        probe: Probe,
+        *,
+        chunk_size: int | None = None,
+        indices: Tensor | None = None,
+        team: Team | None = None,
+    ) -> None:
         self.network = network
         self.probe = probe
         self.chunk_size = probe.size if chunk_size is None else chunk_size
+        self.indices = torch.arange(probe.size) if indices is None else indices
+        self.team = team
+        self.kept: Any = None
         self._whole: Trace | None = None
 
-    def __iter__(self) -> Iterator[Trace]:
-        return (trace for _, trace in self.chunks())
-
-    def chunks(self, *, at_least: int = 1) -> Iterator[tuple[Probe, Trace]]:
-        """Inputs that are run at once, with their trace.
+    def chunks(self, *, at_least: int = 1) -> Iterator[Chunk]:
+        """The inputs that are run at once, chunk by chunk.
 
         Args:
             at_least: Inputs in each chunk, even where memory asks for fewer.
         """
         if self.is_whole:
-            yield self.probe, self.whole
+            yield Chunk(self.network, self.indices, self.probe, self.whole)
             return
         num_chunks = min(-(-self.probe.size // self.chunk_size), max(1, self.probe.size // at_least))
-        for indices in torch.arange(self.probe.size).tensor_split(num_chunks):
-            chunk = self.probe.select(indices)
-            yield chunk, self.network.trace(chunk)
+        for chosen in torch.arange(self.probe.size).tensor_split(num_chunks):
+            yield Chunk(self.network, self.indices[chosen], self.probe.select(chosen))
+
+    def each(self, function: Callable[..., _Result], *args: Any) -> list[_Result]:
+        """What a function makes of each chunk of inputs, on the process that has it, in the order of the inputs.
+
+        Args:
+            function: Of the network, a chunk and further arguments; where there is a team, all of this is sent.
+            args: Further arguments.
+        """
+        if self.team is None:
+            return _of_chunks(self, function, *args)
+        return [found for share in self.team.each(_of_chunks, function, *args) for found in share]
+
+    def project_outputs(self, num_outputs: int, num_directions: int, generator: Generator) -> None:
+        """See `Network.project_outputs`; the same directions on all processes."""
+        self.network.project_outputs(num_outputs, num_directions, generator)
+        if self.team is not None:
+            self.team.each(_project_outputs, self.network.projection)
+
+    def started(self, accumulator: SpectrumAccumulator) -> Callable[[], Spectrum]:
+        """The spectrum of what was accumulated; where there is a team, some process decomposes it meanwhile."""
+        if self.team is None or accumulator.is_tiny:
+            spectrum = accumulator.spectrum()
+            return lambda: spectrum
+        found = accumulator.unfinished_spectrum()
+        return (lambda: found) if isinstance(found, Spectrum) else self.team.spread(found.finished)
 
     @property
     def is_whole(self) -> bool:
@@ -353,3 +419,11 @@ class TracedProbe:
             with torch.set_grad_enabled(self.is_whole):
                 self._whole = self.network.trace(self.probe)
         return self._whole
+
+
+def _project_outputs(share: TracedProbe, projection: Tensor | None) -> None:
+    share.network.projection = projection
+
+
+def _of_chunks(traced: TracedProbe, function: Callable[..., _Result], *args: Any) -> list[_Result]:
+    return [function(traced.network, chunk, *args) for chunk in traced.chunks()]

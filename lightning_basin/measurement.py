@@ -47,8 +47,10 @@ from lightning_basin.layers import (
     call_module,
     rounding_rtol,
 )
+from lightning_basin.messages import MessageGroup
 from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.probe import Probe, float64_device, tensors_of
+from lightning_basin.processes import Team, follow
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
 from lightning_basin.replica import isolated_evaluation, replicas
 from lightning_basin.training_set import as_probes
@@ -85,6 +87,8 @@ MAX_ROWS = 4096
 AUTO_ROWS = 2048
 """What ``max_outputs="auto"`` brings larger numbers down to."""
 
+_FEW = 2  # inputs that are run at once, where not all are; some modules cannot run a batch of one
+
 
 def measure_basin(
     module: nn.Module,
@@ -104,6 +108,7 @@ def measure_basin(
     dtype: Precision = "float64",
     seed: int = 0,
     step: int | None = None,
+    team: Team | None = None,
 ) -> BasinRecord:
     """Measure how flat the basin of a network is, and where it loses information.
 
@@ -146,6 +151,7 @@ def measure_basin(
             same within 4e-6 at least, and the Hessian is left out.
         seed: Of the sketch's random vectors: same seed, same numbers.
         step: Noted in the record.
+        team: Processes that compute a share each, while they are in `follow_measurement`.
 
     Raises:
         TypeError: If there is no input tensor, the outputs are not a floating point tensor, or ``duplicates_over`` can
@@ -195,7 +201,7 @@ def measure_basin(
         )
 
     with evaluated(
-        module, probe, _loss_function(loss_fn), _outputs_of(behavior), planned, dtype=_DTYPES[dtype]
+        module, probe, _loss_function(loss_fn), _outputs_of(behavior), planned, dtype=_DTYPES[dtype], team=team
     ) as evaluation:
         notes: list[str] = []
         num_directions = _num_directions(probe.size, evaluation.num_outputs, max_outputs)
@@ -205,7 +211,7 @@ def measure_basin(
                 f"{num_directions} random orthonormal directions"
             )
             _check_projection(behavior)
-            evaluation.network.project_outputs(evaluation.num_outputs, num_directions, generator)
+            evaluation.traced.project_outputs(evaluation.num_outputs, num_directions, generator)
         parts = _selected_parts(evaluation.network.layers, layers)
         readout = _readout(evaluation, behavior)
         curvature = _curvature(evaluation, parts, hessian, rtol, seed, is_plain=readout is None, notes=notes)
@@ -228,6 +234,24 @@ def measure_basin(
             warnings.warn(f"the training set is left out. {type(error).__name__}: {error}", stacklevel=2)
     record = _assembled(evaluation, ranks, null_spaces, duplicates, curvature)
     return replace(record, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started)
+
+
+def follow_measurement(
+    group: MessageGroup, module: nn.Module, behavior: Behavior | None, *, dtype: Precision = "float64"
+) -> None:
+    """Compute a share of what another process measures with `measure_basin`, until it has the record or has failed.
+
+    Nothing raises here: what goes wrong on the share is raised where the measurement is.
+
+    Args:
+        group: Of the team's messages.
+        module: A module like the one that is measured, which stays as it is; numbers are those of the other.
+        behavior: See `measure_basin`.
+        dtype: See `measure_basin`.
+    """
+    device = _device(module)
+    with isolated_evaluation(device, _DTYPES[dtype]):
+        follow(group, partial(_prepared_share, module, _outputs_of(behavior), _DTYPES[dtype]))
 
 
 def check_measurable(
@@ -434,6 +458,7 @@ def evaluated(
     planned: Planner | None = None,
     *,
     dtype: torch.dtype = torch.float64,
+    team: Team | None = None,
 ) -> Iterator[Evaluation]:
     """Evaluate a copy of a module once and check what comes out.
 
@@ -444,15 +469,21 @@ def evaluated(
         behavior: See `measure_basin`.
         planned: Cuts the measurement to the memory that there is; ``None`` runs all inputs at once.
         dtype: Of the copy.
+        team: Processes that get a share of the inputs each, where the module can run a few at a time.
     """
-    # Also for float32: what follows from the evaluation is computed in float64, at the same place.
-    device = float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
+    device = _device(module)
     with isolated_evaluation(device, dtype):
         replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=dtype)
         network = Network(replica, behavior, dtype=dtype)
         probe = probe.to(device, dtype)
-        plan = None if planned is None else planned(network, *_few_traced(network, probe))
-        traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size)
+        plan = None
+        if planned is not None:
+            few, trace_of_few = _few_traced(network, probe)
+            plan = planned(network, few, trace_of_few)
+            team = team if few.size < probe.size else None
+        traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size, team=team)
+        if team is not None:
+            _share(team, traced)
         trace = traced.whole
         _check_outputs(network, probe, trace.outputs.detach())
         _check_copy(module, trace.outputs, "behavior")
@@ -462,12 +493,72 @@ def evaluated(
             outputs = trace.outputs if traced.is_whole else trace.outputs.detach().requires_grad_()
             loss = _checked_loss(loss_fn, outputs, probe.targets)
             _check_copy(module, loss, "loss_fn")
+        if team is not None and not _is_the_same_everywhere(team, trace.outputs.detach()):
+            traced.team = None
         yield Evaluation(traced, loss_fn, loss, plan)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
+
+
+def _share(team: Team, traced: TracedProbe) -> None:
+    """Give each process some inputs in a row; none to the last processes, where there are few inputs."""
+    network, probe, chunk_size = traced.network, traced.probe, traced.chunk_size
+    own, *others = torch.arange(probe.size).tensor_split(max(1, min(team.size, probe.size // _FEW)))
+    state = _state(network.module)
+    team.share(
+        TracedProbe(network, probe.select(own), chunk_size=chunk_size, indices=own),
+        [(state, probe.select(part), part, chunk_size) for part in others],
+    )
+
+
+def _state(replica: nn.Module) -> dict[str, tuple[Tensor, bool]]:
+    """Parameters and buffers, and whether they are trained."""
+    named = dict(replica.named_parameters()) | dict(replica.named_buffers())
+    return {name: (tensor, tensor.requires_grad) for name, tensor in named.items()}
+
+
+def _prepared_share(
+    module: nn.Module,
+    behavior: ModuleBehavior | None,
+    dtype: torch.dtype,
+    state: Mapping[str, tuple[Tensor, bool]],
+    probe: Probe,
+    indices: Tensor,
+    chunk_size: int,
+) -> TracedProbe:
+    """Some inputs of another process, run on a copy of the module here that has its parameters and buffers."""
+    replica, behavior = replicas(module, behavior, dtype=dtype)
+    own = dict(replica.named_parameters()) | dict(replica.named_buffers())
+    if own.keys() != state.keys():
+        raise ValueError(
+            f"all processes must have the same parameters and buffers, but not all have {sorted(own.keys() ^ state)}"
+        )
+    for name, (tensor, is_trained) in state.items():
+        own[name].data = tensor.to(own[name].device)
+        own[name].requires_grad_(is_trained)
+    network = Network(replica, behavior, dtype=dtype)
+    traced = TracedProbe(network, probe, chunk_size=chunk_size, indices=indices)
+    assert traced.whole  # Run before it is asked for.
+    return traced
+
+
+def _is_the_same_everywhere(team: Team, outputs: Tensor) -> bool:
+    """Whether outputs depend on nothing but parameters and buffers, so that each process can compute its share."""
+    found = team.each(_outputs_of_share)
+    if any(share.shape[1:] != outputs.shape[1:] for share in found):
+        return False
+    return float((torch.cat(found) - outputs).abs().max()) <= agreement_rtol(outputs.dtype) * float(outputs.abs().max())
+
+
+def _outputs_of_share(share: TracedProbe) -> Tensor:
+    return share.whole.outputs.detach()
 
 
 def _few_traced(network: Network, probe: Probe) -> tuple[Probe, Trace]:
     """The first inputs, whose run shows how large that of all will be."""
-    few = probe.select(range(min(2, probe.size)))
+    few = probe.select(range(min(_FEW, probe.size)))
     try:
         return few, network.trace(few)
     except (TypeError, ValueError):  # Some modules cannot run so few.
@@ -620,15 +711,15 @@ def _measured_gradients(
         for part in parts
     }
     ranks: dict[_Part, GradientRank] = {}
-    spectra: dict[_Part, Spectrum] = {}
+    spectra: dict[_Part, Callable[[], Spectrum]] = {}
 
     def judge(part: _Part) -> None:
         accumulator = waiting.pop(part)
         proved = None if spectrum or curvature is not None else accumulator.proved_rank(rtol=rtol)
         if proved is None:
-            spectra[part] = accumulator.spectrum()
-            proved = gradient_rank(spectra[part], rtol=rtol)
-        ranks[part] = proved
+            spectra[part] = evaluation.traced.started(accumulator)
+        else:
+            ranks[part] = proved
 
     for measured in layer_gradients(evaluation.traced, generator=generator, max_elements=max_elements):
         gradients = measured.gradients if readout is None else measured.gradients.weighted(readout)
@@ -644,7 +735,9 @@ def _measured_gradients(
             notes.append(measured.note)
     for part in list(waiting):
         judge(part)
-    return ranks, spectra
+    found = {part: finished() for part, finished in spectra.items()}
+    ranks |= {part: gradient_rank(singular_values, rtol=rtol) for part, singular_values in found.items()}
+    return {part: ranks[part] for part in parts}, found
 
 
 def _curvature(
@@ -669,9 +762,7 @@ def _curvature(
     loss_fn, targets = evaluation.loss_fn, evaluation.probe.targets
     try:
         measurement = HessianMeasurement(
-            evaluation.network,
-            evaluation.probe,
-            evaluation.trace,
+            evaluation.traced,
             lambda outputs: loss_fn(outputs, targets),
             {part: part.layers for part in parts},
             mode=hessian,
@@ -797,7 +888,8 @@ def _crossings(
     """For a layer that is a cut: how much rank lies before it, and how many classes of inputs cross it."""
     network, used = evaluation.network, [False] * len(evaluation.network.parameters())
     passages: list[Passage | None] = []
-    for probe, trace in evaluation.traced.chunks(at_least=2):  # A single input does not roll.
+    for chunk in evaluation.traced.chunks(at_least=2):  # A single input does not roll.
+        probe, trace = chunk.probe, chunk.trace
         used = list(map(or_, used, parameters_before(network, trace, name)))
         if not is_cut(network, probe, trace, name, activations[name], used):
             return []

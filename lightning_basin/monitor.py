@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -24,12 +24,14 @@ from lightning_basin.curvature import HessianMode
 from lightning_basin.gathering import GatheredModule
 from lightning_basin.history import HistoryFile
 from lightning_basin.loggers import batches_that_stepped, log_scalars
-from lightning_basin.measurement import Precision, Probabilities, check_measurable, measure_basin
+from lightning_basin.measurement import Precision, Probabilities, check_measurable, follow_measurement, measure_basin
+from lightning_basin.messages import MessageGroup, close_group, message_group
 from lightning_basin.monitored import Cadence, misunderstandings
 from lightning_basin.null_space import verify_null_space as verified_null_space
 from lightning_basin.overhead import OverheadLimit, announced
 from lightning_basin.plan import MemoryBudgetError
 from lightning_basin.probe import Probe, ProbeCollector
+from lightning_basin.processes import Team, leading
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import replicas
 from lightning_basin.state import fingerprint, probe_state
@@ -177,6 +179,7 @@ class BasinMonitor(Callback):
         self._collector = self._new_collector()
         self._initial: tuple[nn.Module, int, int] | None = None  # for the baseline: its step and x axis beside it
         self._gathered: GatheredModule | None = None  # where a strategy shards the module
+        self._group: MessageGroup | None = None  # where several processes have the module
         self._is_checked = False
         self._leave_out_loss = False
         self._history_file: HistoryFile | None = None
@@ -278,10 +281,14 @@ class BasinMonitor(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # The listeners of the next fit subscribe at its set-up.
             self._listeners.clear()
+            if self._group is not None:
+                close_group(self._group)
+                self._group = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = trainer.global_step
+        self._group = message_group() if _has_whole_copies(trainer) else None
         self._whole_training_set(trainer)
         self._num_failures = 0
         self._overhead = None if self.max_overhead is None else OverheadLimit(self.max_overhead)
@@ -500,7 +507,12 @@ class BasinMonitor(Callback):
             return
         if whole is None:
             whole = self._whole(pl_module)
-        record = self._timed(trainer, whole, step) if trainer.is_global_zero else None
+        record = None
+        if trainer.is_global_zero:
+            with nullcontext() if self._group is None else leading(self._group) as team:
+                record = self._timed(trainer, whole, step, team)
+        elif self._group is not None:
+            follow_measurement(self._group, pl_module, quiet_behavior(self.behavior, trainer), dtype=self.dtype)
         record = trainer.strategy.broadcast(record, 0)
         if record is None:
             self._count_failure(trainer)
@@ -518,10 +530,12 @@ class BasinMonitor(Callback):
         allowed: bool = trainer.strategy.broadcast(self._overhead.allows_next(), 0)
         return not allowed
 
-    def _timed(self, trainer: Trainer, whole: Callable[[], nn.Module], step: int) -> BasinRecord | None:
+    def _timed(
+        self, trainer: Trainer, whole: Callable[[], nn.Module], step: int, team: Team | None
+    ) -> BasinRecord | None:
         limited = nullcontext() if self._overhead is None else self._overhead.measuring()
         with limited, announced(f"Measuring {self.prefix} at step {step}"):
-            return self._record(trainer, whole, step)
+            return self._record(trainer, whole, step, team)
 
     def _publish(self, trainer: Trainer, record: BasinRecord, log_step: int) -> None:
         skipped = {} if self._overhead is None else {f"{self.prefix}/skipped_measurements": len(self.skipped_steps)}
@@ -537,7 +551,9 @@ class BasinMonitor(Callback):
                 warn=True,
             )
 
-    def _record(self, trainer: Trainer | None, whole: Callable[[], nn.Module], step: int) -> BasinRecord | None:
+    def _record(
+        self, trainer: Trainer | None, whole: Callable[[], nn.Module], step: int, team: Team | None = None
+    ) -> BasinRecord | None:
         try:
             with self._profiled(trainer, "measure"):
                 module = whole()
@@ -557,6 +573,7 @@ class BasinMonitor(Callback):
                     dtype=self.dtype,
                     seed=self.seed,
                     step=step,
+                    team=team,
                 )
         except Exception as error:  # A measurement must never end a training run.
             is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -738,9 +755,9 @@ class BasinMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
-        dropped = ("log", "log_dict", "_initial", "_gathered")
+        dropped = ("log", "log_dict", "_initial", "_gathered", "_group")
         kept = {name: value for name, value in vars(self).items() if name not in dropped}
-        return kept | {"_initial": None, "_gathered": None}
+        return kept | {"_initial": None, "_gathered": None, "_group": None}
 
 
 def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
@@ -776,6 +793,12 @@ def _cannot_be_gathered(strategy: Strategy) -> bool:
     if isinstance(strategy, ModelParallelStrategy):
         return strategy.device_mesh["tensor_parallel"].size() > 1
     return isinstance(strategy, FSDPStrategy)
+
+
+def _has_whole_copies(trainer: Trainer) -> bool:
+    """Whether each of several processes holds the whole module, so that it can compute a share."""
+    is_replicated = isinstance(trainer.strategy, DDPStrategy) and not isinstance(trainer.strategy, DeepSpeedStrategy)
+    return is_replicated and trainer.world_size > 1
 
 
 def _renews_batch_statistics(trainer: Trainer) -> bool:

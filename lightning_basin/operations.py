@@ -170,7 +170,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
         """Note where in the graph the last results are: only after an operation has returned are they in it."""
         for leaving, tensor in self._unsettled:
             leaving.shape = tensor.shape
-            if tensor.requires_grad:
+            if (
+                tensor.grad_fn is not None
+            ):  # A view of a parameter, taken without a graph, requires gradients and has none.
                 leaving.edge = get_gradient_edge(tensor)
         self._unsettled.clear()
 

@@ -100,5 +100,7 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 
 def _refuse_to_gather(*_: Any, **__: Any) -> None:
-    """Takes the place of a method that would wait for the other processes, which do not measure."""
-    raise RuntimeError("one process measures, and `all_gather` would wait for the others: pass a behavior without it")
+    """Takes the place of a method that would wait for the other processes, which run other inputs, or none."""
+    raise RuntimeError(
+        "each process measures apart, and `all_gather` would wait for the others: pass a behavior without it"
+    )

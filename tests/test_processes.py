@@ -1,10 +1,13 @@
-"""Two real processes over gloo. Run as a script, this file is one of the two."""
+"""Real processes over gloo. Run as a script, this file is one of them."""
 
+import copy
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,12 +23,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_basin import BasinMonitor, RankEarlyStopping, measure_basin
+from lightning_basin.measurement import follow_measurement
+from lightning_basin.messages import message_group
 from lightning_basin.metrics import BehavioralGradientRank, DuplicatedActivations, HessianNullity
+from lightning_basin.processes import leading
 from lightning_basin.record import BasinRecord
+from tests.teams import CASES, Counting, options_of, perceptron
 from tests.training import (
     Eventful,
     Scripted,
     Witness,
+    fingerprint,
+    global_settings,
     loader,
     make_trainer,
     regression_data,
@@ -202,6 +211,26 @@ def failing(rank, root):
     return {"steps": steps(monitor), "metrics": basin_metrics(trainer), "last_step": trainer.global_step}
 
 
+def failing_beside(rank, root):
+    """A behavior that fails on the process that follows, in the second measurement only."""
+    armed = []
+
+    def behavior(module, inputs):
+        if armed and rank == 1:
+            raise RuntimeError("out of order")
+        return module(inputs)
+
+    class Arming(Eventful):
+        def on_train_epoch_start(self):
+            armed[:] = [1] if self.current_epoch == 1 else []
+
+    monitor = BasinMonitor(probe=10, behavior=behavior)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(root, monitor, module=Arming(), max_epochs=3)
+    return {"steps": steps(monitor), "said": [str(w.message) for w in said if "out of order" in str(w.message)]}
+
+
 def giving_up(rank, root):
     """A behavior that always fails on the process that measures, and would not on the other."""
 
@@ -254,7 +283,79 @@ def never_full(rank, root):
     """A probe larger than the epoch: its baseline is measured at the end of it, and dated by its weights."""
     monitor = BasinMonitor(probe=500)
     trainer, _ = fit(root, monitor)
-    return {"steps": steps(monitor), "last_step": trainer.global_step, "metrics": basin_metrics(trainer)}
+    return {
+        "steps": steps(monitor),
+        "last_step": trainer.global_step,
+        "metrics": basin_metrics(trainer),
+        "records": [record.to_dict() for record in monitor.records],
+        "probe": (monitor.probe.inputs, monitor.probe.targets),
+    }
+
+
+def teams(rank, root):
+    """Measurements that the first process leads; what the others computed with stays as it was."""
+    torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
+    group = message_group()
+    records, is_untouched, sizes = {}, [], {}
+    for name, case in CASES.items() if group.size() == 2 else [(name, CASES[name]) for name in OF_THREE]:
+        Counting.sizes.clear()
+        module = case.module(rank)
+        if rank == 0:
+            with leading(group) as team:
+                record = measure_basin(module, *case.probe(), **options_of(case, module), team=team)
+            records[name] = record.to_dict()
+            continue
+        before = fingerprint([module.state_dict(), torch.get_rng_state(), random.getstate(), global_settings()])
+        follow_measurement(group, module, case.options.get("behavior"))
+        after = fingerprint([module.state_dict(), torch.get_rng_state(), random.getstate(), global_settings()])
+        sizes[name] = list(Counting.sizes)
+        is_untouched.append(before == after and all(part.grad is None for part in module.parameters()))
+    found = {"records": records, "is_untouched": is_untouched, "sizes": sizes, "failures": failures(rank, group)}
+    torch.distributed.destroy_process_group()
+    return found
+
+
+OF_THREE = ("buffers of their own", "five inputs", "a convolution", "many units, coupled", "many rows")
+
+
+class Breaking(nn.Module):
+    """Fails in its forward pass, or when it is copied, on some processes and in some measurements only."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.layers, self.rank, self.breaks = perceptron(), rank, frozenset()
+
+    def __deepcopy__(self, memo):
+        if ("copy", self.rank) in self.breaks:
+            raise RuntimeError(f"no copy on {self.rank}")
+        replica = Breaking(self.rank)
+        replica.layers, replica.breaks = copy.deepcopy(self.layers, memo), self.breaks
+        return replica
+
+    def forward(self, inputs):
+        if ("forward", self.rank) in self.breaks and len(inputs) > 2:  # Two inputs are run first, and alone.
+            raise RuntimeError(f"no outputs on {self.rank}")
+        return self.layers(inputs)
+
+
+def failures(rank, group):
+    """What the first process is told by each of these measurements, the last of which succeeds again."""
+    messages = []
+    for breaks in BREAKS:
+        module = Breaking(rank)
+        module.breaks = frozenset(breaks)
+        if rank:
+            follow_measurement(group, module, None)
+            continue
+        try:
+            with leading(group) as team:
+                messages.append(measure_basin(module, torch.eye(3).repeat(3, 1), team=team).gradient_rank)
+        except (RuntimeError, ValueError) as error:
+            messages.append(str(error))
+    return messages
+
+
+BREAKS = ([("forward", 1)], [("forward", 0)], [("forward", 0), ("forward", 1)], [("copy", 1)], [("copy", 0)], [])
 
 
 def synchronized(rank, root):
@@ -287,20 +388,20 @@ def synchronized(rank, root):
 # ---------------------------------------------------------------------------------------------- in the test process
 
 
-def run_two_processes(root, *scenarios):
+def run_processes(root, *scenarios, count=2):
     """What each scenario returned, by process."""
     with socket.socket() as probing:
         probing.bind(("127.0.0.1", 0))
         port = probing.getsockname()[1]
     processes = []
-    for rank in range(2):
+    for rank in range(count):
         # As torchrun would start them.
         environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "GROUP_RANK": "0",
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "TORCHELASTIC_RUN_ID": "tests",
@@ -314,18 +415,82 @@ def run_two_processes(root, *scenarios):
     finally:
         for process in processes:
             process.kill()
-    logs = "\n".join((root / f"log{rank}.txt").read_text()[-3000:] for rank in range(2))
-    assert codes == [0, 0], logs
-    return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    logs = "\n".join((root / f"log{rank}.txt").read_text()[-3000:] for rank in range(count))
+    assert codes == [0] * count, logs
+    return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(count)]
 
 
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory):
-    # Starting two processes takes longer than all they do. The first of these makes a process group of its own.
-    of_metrics, of_whole_modules = ("synchronized",), ("measured", "stopped", "failing", "giving_up", "limited")
+    # Starting two processes takes longer than all they do. The first of these make process groups of their own.
+    of_metrics, of_whole_modules = (
+        ("synchronized", "teams"),
+        (
+            "measured",
+            "stopped",
+            "failing",
+            "failing_beside",
+            "giving_up",
+            "limited",
+        ),
+    )
     of_waiting, of_shards = ("uneven", "never_full", "gathering"), ("sharded", "resumed", "refused")
     scenarios = of_metrics + of_whole_modules + of_waiting + of_shards
-    return run_two_processes(tmp_path_factory.mktemp("fits"), *scenarios)
+    return run_processes(tmp_path_factory.mktemp("fits"), *scenarios)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    return run_processes(tmp_path_factory.mktemp("three"), "teams", count=3)
+
+
+@pytest.fixture(params=["fits", "three"])
+def measured_together(request):
+    """By the number of processes."""
+    return [process["teams"] for process in request.getfixturevalue(request.param)]
+
+
+def differences(found, expected):
+    """Where two records are not the same; numbers that are no integers may differ by rounding."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        names = [name for name in expected if name != "measure_seconds"]
+        return [(name, *where) for name in names for where in differences(found[name], expected[name])]
+    is_close = isinstance(expected, float) and found == pytest.approx(expected, rel=1e-6)
+    return [] if found == expected or is_close else [(found, expected)]
+
+
+@pytest.mark.parametrize(
+    ("start", "name"), [*(("fits", name) for name in CASES), *(("three", name) for name in OF_THREE)]
+)
+def test_several_processes_measure_what_one_does_alone(request, start, name):
+    module = CASES[name].module(0)
+    expected = measure_basin(module, *CASES[name].probe(), **options_of(CASES[name], module))
+    found = request.getfixturevalue(start)[0]["teams"]["records"][name]
+    assert differences(found, expected.to_dict()) == []
+
+
+def test_each_process_runs_its_share_of_the_inputs(fits, three):
+    # Of 25 inputs 13 and 12, or 9, 8 and 8; of five 3 and 2, and nothing for the third process: at least two each.
+    for processes, name, expected in (
+        (fits, "buffers of their own", [{12}]),
+        (fits, "one input", [set()]),
+        (three, "buffers of their own", [{8}, {8}]),
+        (three, "five inputs", [{2}, set()]),
+    ):
+        assert [set(process["teams"]["sizes"][name]) for process in processes[1:]] == expected
+
+
+def test_processes_that_follow_stay_as_they_are(measured_together):
+    assert all(process["is_untouched"] and all(process["is_untouched"]) for process in measured_together[1:])
+
+
+def test_whatever_fails_on_some_process_fails_once_and_nobody_waits(measured_together):
+    forward_1, forward_0, both, copy_1, copy_0, none = measured_together[0]["failures"]
+    assert "no outputs on 1" in forward_1
+    assert "no outputs on 0" in forward_0
+    assert "no outputs on 0" in both
+    assert (copy_1, copy_0, none) == ("no copy on 1", "no copy on 0", 6)  # Three distinct inputs, two outputs each.
 
 
 def test_both_processes_hold_equal_records_and_metrics(fits):
@@ -341,10 +506,12 @@ def test_both_processes_hold_the_same_probe(fits):
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def test_baseline_is_that_of_one_process_on_the_same_probe(fits):
-    first = fits[0]["measured"]
+# The probe that takes an epoch to fill is measured with weights that rank zero alone has kept since the start.
+@pytest.mark.parametrize("name", ["measured", "never_full"])
+def test_baseline_is_that_of_one_process_on_the_same_probe(fits, name):
+    first = fits[0][name]
     expected = measure_basin(Eventful(), *first["probe"], loss_fn=nn.MSELoss(), layers="auto", step=0)
-    assert timeless([BasinRecord.from_dict(first["records"][0])]) == timeless([expected])
+    assert differences(first["records"][0], expected.to_dict()) == []
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -363,6 +530,14 @@ def test_measurement_that_fails_on_one_process_ends_no_run(fits):
     first, second = (process["failing"] for process in fits)
     assert first == second
     assert (first["steps"], first["last_step"]) == ([0, 4, 8, 12], 12)  # Without a Hessian at step 8.
+
+
+def test_measurement_that_fails_on_a_process_that_follows_is_missing_on_both_and_said_once(fits):
+    first, second = (process["failing_beside"] for process in fits)
+    assert first["steps"] == second["steps"] == [0, 4, 12]
+    (message,) = first["said"]
+    assert "could not measure at step 8, training goes on" in message
+    assert second["said"] == []
 
 
 def test_processes_give_up_together(fits):
@@ -421,8 +596,9 @@ def test_sharded_modules_that_cannot_be_put_together_are_refused_with_the_way_to
 @pytest.mark.parametrize(("name", "expected"), [("uneven", [0, 8, 16]), ("never_full", [0, 4, 8])])
 def test_processes_whose_probes_do_not_fill_at_once_do_not_wait_for_each_other(fits, name, expected):
     first, second = (process[name] for process in fits)
-    assert first == second
-    assert (first["steps"], first["last_step"]) == (expected, expected[-1])
+    assert first["metrics"] == second["metrics"]
+    for found in (first, second):
+        assert (found["steps"], found["last_step"]) == (expected, expected[-1])
 
 
 def test_module_that_asks_other_processes_is_refused_and_does_not_wait_for_them(fits):

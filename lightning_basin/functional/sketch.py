@@ -19,6 +19,7 @@ from lightning_basin.functional.rank import (
     EPSILON,
     GRAM_RESOLUTION,
     GradientRank,
+    RankMethod,
     Spectrum,
     check_rtol,
     default_rtol,
@@ -336,6 +337,9 @@ class SpectrumAccumulator:
         generator: On the CPU; the source of the sketch's random vectors.
         max_waiting: Numbers that may be held of matrices that wait for their sketch.
         epsilon: Rounding of the numbers in the matrices, where these were evaluated in a lower precision than float64.
+
+    Attributes:
+        is_tiny: Whether the spectrum takes milliseconds.
     """
 
     def __init__(
@@ -354,7 +358,7 @@ class SpectrumAccumulator:
         self._generator = generator
         fewer, more = sorted((num_rows, num_columns))
         work = fewer**2 * more
-        self._is_tiny = work <= _TINY_WORK
+        self.is_tiny = work <= _TINY_WORK
         self._is_small = num_columns <= 2 * num_rows or (
             fewer * more <= min(max_waiting, _DENSE_ELEMENTS) and work <= _DENSE_WORK
         )
@@ -371,7 +375,7 @@ class SpectrumAccumulator:
             gram: Returns ``gradients.gram``, where others need it too.
         """
         self._waiting.append(gradients)
-        if self._is_tiny or (self._is_small and self._has_more_rows):
+        if self.is_tiny or (self._is_small and self._has_more_rows):
             return
         if self._lower_gram is not None:
             gradients.add_lower_gram(self._lower_gram) if gram is None else self._lower_gram.add_(gram())
@@ -388,6 +392,15 @@ class SpectrumAccumulator:
         Raises:
             RuntimeError: If nothing was added.
         """
+        found = self.unfinished_spectrum()
+        return found if isinstance(found, Spectrum) else found.finished()
+
+    def unfinished_spectrum(self) -> "Spectrum | UnfinishedSpectrum":
+        """The same up to a last decomposition, where it takes one: all random vectors have been drawn.
+
+        Raises:
+            RuntimeError: If nothing was added.
+        """
         if not self._waiting and self._sketch is None:
             raise RuntimeError("add at least one matrix of gradients before asking for the spectrum")
         factored = self._kronecker_spectrum()
@@ -395,12 +408,13 @@ class SpectrumAccumulator:
             return factored
         gram = self._gram()
         if not self._is_small and gram is not None:
-            return sketched_spectrum(gram, self._add_sketches, num_columns=2 * self._num_rows, epsilon=self._epsilon)
+            return _unfinished_sketched_spectrum(
+                gram, self._add_sketches, num_columns=2 * self._num_rows, epsilon=self._epsilon
+            )
         rtol = self._default_rtol
         if gram is not None and (self._is_rounded or full_rank_of_gram(gram, rtol=rtol) is not None):
-            return Spectrum(singular_values=_bulk(gram)[0], rtol=rtol, method="gram", epsilon=self._epsilon)
-        values = singular_values(self._matrix())
-        return Spectrum(singular_values=values, rtol=rtol, method="svd", epsilon=self._epsilon)
+            return UnfinishedSpectrum(gram, rtol=rtol, method="gram", epsilon=self._epsilon)
+        return UnfinishedSpectrum(self._matrix(), rtol=rtol, method="svd", epsilon=self._epsilon)
 
     @property
     def _is_rounded(self) -> bool:
@@ -423,7 +437,7 @@ class SpectrumAccumulator:
             ValueError: If ``rtol`` is not inside ``(0, 1)``.
         """
         check_rtol(rtol)
-        if self._is_tiny or self._kronecker_spectrum() is not None:  # The spectrum is as fast.
+        if self.is_tiny or self._kronecker_spectrum() is not None:  # The spectrum is as fast.
             return None
         if rtol is None:
             rtol = self._default_rtol
@@ -504,15 +518,47 @@ def sketched_spectrum(
         >>> spectrum.singular_values.log10().round().tolist(), spectrum.method
         ([0.0, -3.0, -10.0], 'gram+sketch')
     """
+    found = _unfinished_sketched_spectrum(gram, sketch, num_columns=num_columns, epsilon=epsilon)
+    return found if isinstance(found, Spectrum) else found.finished()
+
+
+def _unfinished_sketched_spectrum(
+    gram: Tensor, sketch: Callable[[], Tensor], *, num_columns: int, epsilon: float
+) -> "Spectrum | UnfinishedSpectrum":
     rtol = default_rtol(gram.shape[0], num_columns, epsilon)
     bulk, num_resolved = _bulk(gram)
     if num_resolved == bulk.numel() or epsilon >= GRAM_RESOLUTION:
         return Spectrum(singular_values=bulk, rtol=rtol, method="gram", epsilon=epsilon)
-    tail = singular_values(sketch())[num_resolved:]
-    if num_resolved:
-        tail = tail.clamp(max=float(bulk[num_resolved - 1]))
-    values = torch.cat([bulk[:num_resolved], tail])
-    return Spectrum(singular_values=values, rtol=rtol, method="gram+sketch", epsilon=epsilon)
+    return UnfinishedSpectrum(sketch(), rtol=rtol, method="gram+sketch", epsilon=epsilon, resolved=bulk[:num_resolved])
+
+
+@dataclass(frozen=True, eq=False)
+class UnfinishedSpectrum:
+    """A matrix whose decomposition gives a spectrum.
+
+    Attributes:
+        matrix: The Gram matrix, where this resolves all singular values; a sketch; or the matrix itself.
+        rtol: See `Spectrum`.
+        method: See `Spectrum`.
+        epsilon: See `Spectrum`.
+        resolved: The largest singular values, where the Gram matrix gives these and a sketch those below.
+    """
+
+    matrix: Tensor
+    rtol: float
+    method: RankMethod
+    epsilon: float
+    resolved: Tensor | None = None
+
+    def finished(self) -> Spectrum:
+        """The spectrum."""
+        values = _bulk(self.matrix)[0] if self.method == "gram" else singular_values(self.matrix)
+        if self.resolved is not None:
+            tail = values[self.resolved.numel() :]
+            if self.resolved.numel():
+                tail = tail.clamp(max=float(self.resolved[-1]))
+            values = torch.cat([self.resolved, tail])
+        return Spectrum(singular_values=values, rtol=self.rtol, method=self.method, epsilon=self.epsilon)
 
 
 def _bulk(gram: Tensor) -> tuple[Tensor, int]:
