@@ -194,7 +194,7 @@ class HessianMeasurement(Generic[Part]):
 
     @property
     def _loss(self) -> float:
-        return float(self._loss_fn(self._trace.outputs.detach()))
+        return float(self._loss_fn(self._trace.outputs.detach()).detach())
 
     @property
     def _is_squared_error(self) -> bool:
