@@ -1,4 +1,4 @@
-"""What enters and leaves each layer, input by input, and where that is all a network knows of its input."""
+"""What enters and leaves each layer, input by input, and what inputs that it merges have in common."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_basin.functional.duplicate_stream import DuplicateSearch
-from lightning_basin.layers import AGREEMENT_RTOL, Network, Replacement, Trace
+from lightning_basin.functional.duplicates import class_means
+from lightning_basin.layers import AGREEMENT_RTOL, Network, Trace, TracedProbe
 from lightning_basin.probe import Probe
 from lightning_basin.replica import isolated_evaluation
 
@@ -19,6 +20,8 @@ _STREAMED = 2**25  # float64 numbers in the activations evaluated at once: 256 M
 _HELD = 2**26  # and in those that the searches of all layers hold to compare others with: 512 MiB
 
 _SIGNALS = 2**24  # float64 numbers in the signals of one layer: 128 MiB
+
+_NUM_COMBINATIONS = 3  # of all rows, that show whether merged inputs have the same gradients
 
 _CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU)
 
@@ -31,13 +34,10 @@ class LayerActivations:
         entering: Everything that enters, flattened, shape ``(k, d)``; ``None`` where nothing that enters has one
             part per input.
         leaving: Outputs with the units last, shape ``(k, positions, units)``; ``None`` likewise.
-        rows_per_input: For each tensor that enters, how many of its first-axis rows belong to one input; 0 where it is
-            shared by all. Empty where the rows of an input are not adjacent.
     """
 
     entering: Tensor | None
     leaving: Tensor | None
-    rows_per_input: tuple[int, ...]
 
 
 def layer_activations(network: Network, probe: Probe, trace: Trace) -> dict[str, LayerActivations]:
@@ -61,9 +61,9 @@ def parameters_before(network: Network, trace: Trace, name: str) -> list[bool]:
     Args:
         network: That was traced.
         trace: Of the probe.
-        name: Of a layer that was called.
+        name: Of a layer; one that was not called, on these inputs, depends on none.
     """
-    attached = [tensor for tensor in trace.entering[name] if tensor.requires_grad]
+    attached = [tensor for tensor in trace.entering.get(name, []) if tensor.requires_grad]
     parameters = network.parameters()
     if not attached:
         return [False] * len(parameters)
@@ -72,32 +72,60 @@ def parameters_before(network: Network, trace: Trace, name: str) -> list[bool]:
     return [gradient is not None for gradient in gradients]
 
 
-def is_cut(
-    network: Network, probe: Probe, trace: Trace, name: str, layer: LayerActivations, before: Sequence[bool]
-) -> bool:
-    """Whether what enters a layer is all that crosses to what follows.
+def merging_error(
+    traced: TracedProbe, classes: Tensor, before: Sequence[bool], through: "Passage | None" = None
+) -> float:
+    """How far gradients are from being those of merged inputs: the norm of what tells inputs of one class apart.
 
-    Found by computing: where what enters a layer is rolled from each input to the next, and all outputs and
-    gradients with respect to later parameters roll along, nothing else about an input gets past the layer. A
-    branch beside a skip connection fails this, also one whose skip has weight zero: its gradient does not roll.
+    Behind a layer, inputs of a class must have the same gradients: what these deviate from their mean is an error of G.
+    So is what the signals before it deviate from theirs, times the derivatives by the parameters they act on. Where
+    the whole error is below a tolerance, replacing the gradients by their means moves no singular value past it (Weyl,
+    1912). Three random combinations of all rows see it, over all inputs at once: it takes a chance of one in a hundred
+    for each to see less than a hundredth.
 
     Args:
-        network: That was traced.
-        probe: The inputs.
-        trace: Of the probe.
-        name: Of the layer.
-        layer: Its activations.
-        before: Which parameters what enters depends on, from `parameters_before`.
+        traced: The network on the probe.
+        classes: First member of each input's class, shape ``(k,)``.
+        before: For each parameter whether its gradients are taken to differ within the classes.
+        through: What all parameters before act through; ``None`` where nothing is taken to be the same before.
+
+    Returns:
+        The largest norm over the combinations, of standard normal weights.
     """
-    called_once = len(trace.leaving.get(name, [])) == 1  # Later calls see the earlier ones already rolled.
-    if not layer.rows_per_input or not called_once:
-        return False
-    rolled = network.trace(probe, replace=Replacement(name, layer.rows_per_input)).outputs
-    tolerance = AGREEMENT_RTOL * float(trace.outputs.detach().abs().max())
-    if float((rolled - trace.outputs.roll(1, 0)).detach().abs().max()) > tolerance:
-        return False
-    after = [parameter for parameter, used in zip(network.parameters(), before, strict=True) if not used]
-    return _gradients_roll(trace.outputs, rolled, after)
+    network, generator = traced.network, Generator().manual_seed(0)
+    parameters = network.parameters()
+    apart = None if through is None else through.signals - class_means(through.signals, classes)
+    behind = [not used for used in before]
+    combined: list[Tensor] = []
+    start = 0
+    for trace in traced:
+        rows = network.rows(trace.outputs)
+        if not combined:
+            shape = (_NUM_COMBINATIONS, classes.numel(), rows.shape[1])
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(rows.device)
+            within = [weights - class_means(weights, classes) for weights in drawn]
+            combined = [rows.new_zeros(sum(parameter.numel() for parameter in parameters)) for _ in drawn]
+        part = slice(start, start + rows.shape[0])
+        start = part.stop
+        for total, weights, deviations in zip(combined, drawn, within, strict=True):
+            total += _gradient(rows, parameters, deviations[part], behind)
+            if through is not None and apart is not None:
+                by_left = torch.einsum("kc,kcu->ku", weights[part], apart[part])
+                left = trace.leaving[through.name][0]
+                total += _gradient(left, parameters, by_left.view_as(left), before)
+    return max(float(total.norm()) for total in combined)
+
+
+def _gradient(tensor: Tensor, parameters: Sequence[Tensor], weights: Tensor, wanted: Sequence[bool]) -> Tensor:
+    """Of a weighted sum by all parameters side by side; zero for those that are not wanted."""
+    chosen = [parameter for parameter, is_wanted in zip(parameters, wanted, strict=True) if is_wanted]
+    found = iter([parameter.new_zeros(()) for parameter in chosen])
+    if chosen and tensor.requires_grad:
+        found = iter(torch.autograd.grad(tensor, chosen, weights, retain_graph=True, materialize_grads=True))
+    parts = zip(parameters, wanted, strict=True)
+    return torch.cat(
+        [(next(found) if used else parameter.new_zeros(())).expand_as(parameter).flatten() for parameter, used in parts]
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +133,13 @@ class Passage:
     """A layer that all parameters before a cut act through.
 
     Attributes:
+        name: Of the layer.
         signals: Derivative of each output by what leaves the layer, shape ``(k, c, units)``.
         inputs: What enters it, shape ``(k, features)``, where it is a linear layer and nothing else is trained before
             the cut; ``None`` otherwise.
     """
 
+    name: str
     signals: Tensor
     inputs: Tensor | None
 
@@ -127,14 +157,14 @@ def passage(
         probe: The inputs.
         trace: Of the probe.
         activations: Of the probe.
-        cut: Name of the layer whose input is all that crosses, as `is_cut` found it.
+        cut: Name of the layer whose input is all that crosses.
 
     Returns:
         ``None`` where there is no such layer, where what leaves it is not laid out input by input, and where its
         signals are more than 2**24 numbers.
     """
     called = list(activations)
-    position = called.index(cut)
+    position = called.index(cut) if cut in called else 0
     name = called[position - 1]
     left = trace.leaving.get(name, [])
     rows = network.rows(trace.outputs)
@@ -151,7 +181,7 @@ def passage(
     if _reached_around(trace.outputs, left[0], before):
         return None
     signals = torch.stack([_derivative(row.sum(), left[0]) for row in rows.unbind(1)], 1).flatten(2)
-    return Passage(signals, _linear_inputs(part, trace.entering[name], before, rows, signals))
+    return Passage(name, signals, _linear_inputs(part, trace.entering[name], before, rows, signals))
 
 
 def _derivative(output: Tensor, passed: Tensor) -> Tensor:
@@ -166,9 +196,10 @@ def joined_passages(chunks: Sequence[Passage | None]) -> Passage | None:
     if len(found) < len(chunks) or sum(chunk.signals.numel() for chunk in found) > _SIGNALS:
         return None
     inputs = [chunk.inputs for chunk in found if chunk.inputs is not None]
-    return Passage(
-        torch.cat([chunk.signals for chunk in found]), torch.cat(inputs) if len(inputs) == len(found) else None
-    )
+    if len({chunk.name for chunk in found}) != 1:
+        return None
+    signals = torch.cat([chunk.signals for chunk in found])
+    return Passage(found[0].name, signals, torch.cat(inputs) if len(inputs) == len(found) else None)
 
 
 def _reached_around(outputs: Tensor, passed: Tensor, parameters: Sequence[Tensor]) -> bool:
@@ -264,19 +295,6 @@ class _ActivationStream:
         return found | {None: trace.outputs[:size].unsqueeze(-1).flatten(1)}
 
 
-def _gradients_roll(outputs: Tensor, rolled: Tensor, parameters: Sequence[Tensor]) -> bool:
-    """Whether rolled outputs have the rolled gradients, seen in one random combination of the rows."""
-    if not parameters or not outputs.requires_grad or not rolled.requires_grad:
-        return True
-    generator = Generator().manual_seed(0)
-    weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device)
-    expected = torch.autograd.grad(outputs, parameters, weights.roll(-1, 0), retain_graph=True, materialize_grads=True)
-    found = torch.autograd.grad(rolled, parameters, weights, materialize_grads=True)
-    tolerance = AGREEMENT_RTOL * max(float(gradient.abs().max()) for gradient in expected)
-    pairs = zip(found, expected, strict=True)
-    return all(float((gradient - wanted).abs().max()) <= tolerance for gradient, wanted in pairs)
-
-
 class _LayoutByExample:
     """Finds which part of each traced tensor belongs to which input."""
 
@@ -296,39 +314,34 @@ class _LayoutByExample:
     def activations(self) -> dict[str, LayerActivations]:
         found = {}
         for name, tensors in self._trace.entering.items():
-            entering, rows = self._by_input(tensors, partial(_entering, name))
-            leaving, _ = self._by_input(_leaving(name, self._trace), partial(_leaving, name))
+            entering = self._by_input(tensors, partial(_entering, name))
+            leaving = self._by_input(_leaving(name, self._trace), partial(_leaving, name))
             part = self._network.module.get_submodule(name)
             found[name] = LayerActivations(
                 entering=torch.cat([tensor.flatten(1) for tensor in entering], dim=1) if entering else None,
                 leaving=_units_last(part, leaving),
-                rows_per_input=rows,
             )
         return found
 
-    def _by_input(
-        self, tensors: Sequence[Tensor], of: Callable[[Trace], list[Tensor]]
-    ) -> tuple[list[Tensor], tuple[int, ...]]:
-        """The tensors that have a part per input, each as ``(k, rows, ...)``, and how all are laid out."""
+    def _by_input(self, tensors: Sequence[Tensor], of: Callable[[Trace], list[Tensor]]) -> list[Tensor]:
+        """The tensors that have a part per input, each as ``(k, rows, ...)``."""
         num_inputs = self._probe.size
         tensors = [_real(tensor.detach()) for tensor in tensors]
         first, last = self._ends
         if num_inputs == 1 or first is None or last is None:
             kept = [tensor for tensor in tensors if tensor.ndim and tensor.shape[0] == num_inputs]
-            adjacent = len(kept) == len(tensors)
-            return [tensor.unsqueeze(1) for tensor in kept], (1,) * len(tensors) if adjacent else ()
+            return [tensor.unsqueeze(1) for tensor in kept]
         singles = list(zip(of(first), of(last), strict=False))
         if len(singles) == len(tensors):
             layouts = [_layout(tensor, *ends, num_inputs) for tensor, ends in zip(tensors, singles, strict=True)]
             if None not in layouts:
                 rows = tuple(layout for layout in layouts if layout is not None)
-                sliced = [
+                return [
                     tensor.reshape(num_inputs, count, *tensor.shape[1:])
                     for tensor, count in zip(tensors, rows, strict=True)
                     if count
                 ]
-                return sliced, rows
-        return self._collected(of), ()
+        return self._collected(of)
 
     def _collected(self, of: Callable[[Trace], list[Tensor]]) -> list[Tensor]:
         """Tensors put together from runs of single inputs; none where these differ in shape."""

@@ -15,9 +15,9 @@ from torch import Generator, Tensor, nn
 from lightning_basin.activations import (
     LayerActivations,
     Passage,
-    is_cut,
     joined_passages,
     layer_activations,
+    merging_error,
     parameters_before,
     passage,
     streamed_classes,
@@ -185,7 +185,7 @@ def measure_basin(
             evaluation, parts, rtol, generator, readout, curvature, spectrum=spectrum, notes=notes
         )
         null_spaces = _measured_hessian(curvature, spectra)
-        duplicates = _measured_duplicates(evaluation, duplicate_rtol, ranks[parts[-1]].rtol)
+        duplicates = _measured_duplicates(evaluation, duplicate_rtol, ranks[parts[-1]])
     if training_set is not None:  # Out here, where its items are read as in training.
         try:
             classes = streamed_classes(evaluation.network, training_set, rtol=duplicate_rtol)
@@ -636,7 +636,7 @@ class _Duplicates:
     rank_bound: int | None
 
 
-def _measured_duplicates(evaluation: Evaluation, rtol: float, bound_rtol: float) -> _Duplicates:
+def _measured_duplicates(evaluation: Evaluation, rtol: float, rank: GradientRank) -> _Duplicates:
     network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
     activations = layer_activations(network, probe, trace)
     classes: dict[str | None, Tensor] = {
@@ -658,7 +658,7 @@ def _measured_duplicates(evaluation: Evaluation, rtol: float, bound_rtol: float)
         "output_duplicated_activations_exact": duplicated_activations(outputs, rtol=0.0),
         "merged_inputs": _merged_inputs(classes | {None: output_classes}),
     }
-    return _Duplicates(layers=layers, network=totals, rank_bound=_rank_bound(evaluation, activations, bound_rtol))
+    return _Duplicates(layers=layers, network=totals, rank_bound=_rank_bound(evaluation, activations, rank))
 
 
 def _merged_inputs(classes: Mapping[str | None, Tensor]) -> tuple[MergedInput, ...]:
@@ -688,56 +688,62 @@ def _with_training_set(duplicates: _Duplicates, classes: Mapping[str | None, Ten
     return replace(duplicates, layers=layers, network={**duplicates.network, **totals})
 
 
-def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations], rtol: float) -> int | None:
-    """The tightest bound over all cuts; whether a layer is one is looked at only where it could lower the bound.
+def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations], rank: GradientRank) -> int | None:
+    """The tightest bound over all layers; each is looked at only where it could lower the bound.
 
     Args:
         evaluation: Of the probe.
         activations: Of the probe.
-        rtol: The tolerance that decides the rank: at a looser one the bound could fall below it.
+        rank: Of the network: the gradients of merged inputs may differ by less than decides it.
     """
-    network, probe, num_outputs = evaluation.network, evaluation.probe, evaluation.num_outputs
+    probe, num_outputs = evaluation.probe, evaluation.num_outputs
     # What all inputs share is the same for all.
     shared = torch.zeros(probe.size, dtype=torch.int64)
-    classes = {
-        name: shared if layer.entering is None else duplicate_classes(layer.entering, rtol=rtol)
-        for name, layer in activations.items()
-    }
-    num_parameters = sum(layer.num_parameters for layer in network.layers)
+    candidates: list[tuple[str, Tensor]] = []
+    for name, layer in activations.items():
+        for rtol in (rank.rtol, 0.0):
+            classes = shared if layer.entering is None else duplicate_classes(layer.entering, rtol=rtol)
+            if not candidates or not torch.equal(classes, candidates[-1][1]) or candidates[-1][0] != name:
+                candidates.append((name, classes))
+    num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
     bound = gradient_rank_bound(num_parameters, num_outputs, [(0, probe.size)])
-    for name in sorted(classes, key=lambda name: _num_classes(classes[name])):
-        if num_outputs * _num_classes(classes[name]) >= bound:
+    for name, classes in sorted(candidates, key=lambda candidate: _num_classes(candidate[1])):
+        if num_outputs * _num_classes(classes) >= bound:
             break
-        crossings = _crossings(evaluation, activations, name, classes[name], rtol)
+        crossings = _crossings(evaluation, activations, name, classes, rank)
         bound = gradient_rank_bound(bound, num_outputs, crossings)
     return bound
 
 
 def _crossings(
-    evaluation: Evaluation, activations: dict[str, LayerActivations], name: str, classes: Tensor, rtol: float
+    evaluation: Evaluation, activations: dict[str, LayerActivations], name: str, classes: Tensor, rank: GradientRank
 ) -> list[tuple[int, int]]:
-    """For a layer that is a cut: how much rank lies before it, and how many classes of inputs cross it."""
-    network, used = evaluation.network, [False] * len(evaluation.network.parameters())
+    """How much rank lies before a layer, and how many classes of inputs cross it, as far as this explains the rank."""
+    network, traced = evaluation.network, evaluation.traced
+    used = [False] * len(network.parameters())
     passages: list[Passage | None] = []
-    for probe, trace in evaluation.traced.chunks(at_least=2):  # A single input does not roll.
+    for probe, trace in traced.chunks():
         used = list(map(or_, used, parameters_before(network, trace, name)))
-        if not is_cut(network, probe, trace, name, activations[name], used):
-            return []
-        few = activations if evaluation.traced.is_whole else layer_activations(network, probe, trace)
+        few = activations if traced.is_whole else layer_activations(network, probe, trace)
         passages.append(passage(network, probe, trace, few, name))
+    # Half of the tolerance is for B4, and as much again for what three combinations may miss.
+    tolerance = rank.rtol * rank.largest / 4
+    crossings = []
     parameters = zip(network.parameters(), used, strict=True)
     num_before = sum(parameter.numel() for parameter, is_used in parameters if is_used)
-    crossings = [(num_before, _num_classes(classes))]
+    if merging_error(traced, classes, used) <= tolerance:
+        crossings.append((num_before, _num_classes(classes)))
     through = joined_passages(passages)
     if through is not None:
         # What the tighter bounds ask of a class: the same signals before the cut as well.
-        alike = duplicate_classes(through.signals.flatten(1), rtol=rtol)
+        alike = duplicate_classes(through.signals.flatten(1), rtol=rank.rtol)
         classes = duplicate_classes(torch.stack([classes, alike], dim=1), rtol=0.0)
         directions = merged_directions(classes, through.signals)
         if through.inputs is not None:
-            linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rtol)
+            linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rank.rtol)
             directions = min(directions, linear)
-        crossings.append((min(num_before, directions), _num_classes(classes)))
+        if directions < num_before and merging_error(traced, classes, used, through) <= tolerance:
+            crossings.append((directions, _num_classes(classes)))
     return crossings
 
 

@@ -71,6 +71,7 @@ def full_rank_of_gram(gram: Tensor, *, rtol: float) -> GradientRank | None:
         at={tolerance: num_rows for tolerance in RANK_TOLERANCES if tolerance <= resolution},
         effective_rank=None,
         rtol=rtol,
+        largest=largest,
         method="cholesky",
     )
 
@@ -112,6 +113,7 @@ def rank_of_sketch(sketch: Tensor, *, rtol: float) -> GradientRank | None:
         at={tolerance: count for tolerance, count in at.items() if count is not None},
         effective_rank=None,
         rtol=rtol,
+        largest=float(spectrum[0]),
         method="sketch",
     )
 

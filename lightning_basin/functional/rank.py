@@ -50,6 +50,7 @@ class GradientRank:
         at: The rank at each of ``RANK_TOLERANCES``, as far as it is known.
         effective_rank: ``exp`` of the entropy of the squared singular values; ``None`` without these.
         rtol: Relative tolerance that decided ``rank``.
+        largest: The largest singular value, within a factor of two where the method is ``"sketch"``.
         method: How the singular values were obtained, see `Spectrum`; ``"cholesky"`` or ``"sketch"`` where the rank
             was proved without these, see `lightning_basin.functional.proofs`.
     """
@@ -59,6 +60,7 @@ class GradientRank:
     at: Mapping[float, int]
     effective_rank: float | None
     rtol: float
+    largest: float
     method: RankMethod
 
 
@@ -190,6 +192,7 @@ def gradient_rank(spectrum: Spectrum, *, rtol: float | None = None) -> GradientR
         at={tolerance: numerical_rank(sigmas, rtol=tolerance) for tolerance in RANK_TOLERANCES},
         effective_rank=effective_rank(sigmas),
         rtol=decided_by,
+        largest=float(sigmas[0]) if sigmas.numel() else 0.0,
         method=spectrum.method,
     )
 
