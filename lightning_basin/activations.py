@@ -10,8 +10,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_basin.functional.duplicate_stream import DuplicateSearch
-from lightning_basin.functional.duplicates import class_means
-from lightning_basin.layers import AGREEMENT_RTOL, Network, Trace, TracedProbe
+from lightning_basin.functional.duplicates import are_same, class_means, duplicate_classes, largest_entry
+from lightning_basin.layers import AGREEMENT_RTOL, Network, Trace, TracedProbe, other_batches
+from lightning_basin.operations import Operations
 from lightning_basin.probe import Probe
 from lightning_basin.replica import isolated_evaluation
 
@@ -33,18 +34,26 @@ class LayerActivations:
     Attributes:
         entering: Everything that enters, flattened, shape ``(k, d)``; ``None`` where nothing that enters has one
             part per input.
+        scales: The largest magnitude in the tensor that each entry belongs to, shape ``(d,)``; 0 for integers, which
+            are compared exactly.
         leaving: Outputs with the units last, shape ``(k, positions, units)``; ``None`` likewise.
     """
 
     entering: Tensor | None
+    scales: Tensor | None
     leaving: Tensor | None
+
+    def classes(self, rtol: float) -> Tensor | None:
+        """See `duplicate_classes`; ``None`` where nothing that enters has one part per input."""
+        return None if self.entering is None else duplicate_classes(self.entering, rtol=rtol, scales=self.scales)
 
 
 def layer_activations(network: Network, probe: Probe, trace: Trace) -> dict[str, LayerActivations]:
     """What enters and leaves each called layer, input by input, in the order of first entry.
 
-    Which axis of a tensor counts the inputs is found by running single inputs: a tensor whose shape does not
-    grow with their number is shared, one whose rows agree is sliced, any other is collected input by input.
+    Which axis of a tensor counts the inputs is found by running other batches that together hold all of them: a tensor
+    whose rows are those of its inputs is sliced, one that stays as it is is shared, any other is collected from runs of
+    single inputs.
 
     Args:
         network: That was traced.
@@ -258,7 +267,7 @@ def streamed_classes(network: Network, probes: Iterable[Probe], *, rtol: float) 
     while unfinished:
         for activations in stream:
             for name, search in unfinished.items():
-                search.add(activations[name])
+                search.add(*activations[name])
         unfinished = {name: search for name, search in unfinished.items() if search.finish_pass()}
     return {name: search.classes for name, search in searches.items()}
 
@@ -274,14 +283,14 @@ class _ActivationStream:
             raise ValueError("there must be at least one input to look for duplicates in, got none")
         activations = self._evaluated(first.select([0]))
         self.names = list(activations)
-        self._chunk_size = max(2, _STREAMED // sum(tensor.numel() for tensor in activations.values()))
+        self._chunk_size = max(2, _STREAMED // sum(tensor.numel() for tensor, _ in activations.values()))
 
-    def __iter__(self) -> Iterator[dict[str | None, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str | None, tuple[Tensor, Tensor | None]]]:
         for probe in self._probes:
             for indices in torch.split(torch.arange(probe.size), self._chunk_size):
                 yield self._evaluated(probe.select(indices))
 
-    def _evaluated(self, probe: Probe) -> dict[str | None, Tensor]:
+    def _evaluated(self, probe: Probe) -> dict[str | None, tuple[Tensor, Tensor | None]]:
         size, device = probe.size, self._network.parameters()[0].device
         if size == 1:  # Beside itself: alone, an input does not show which axis counts the inputs.
             probe = probe.select([0, 0])
@@ -289,10 +298,10 @@ class _ActivationStream:
             probe = probe.to(device).double()
             trace = self._network.trace(probe)
             layers = layer_activations(self._network, probe, trace)
-        found: dict[str | None, Tensor] = {
-            name: layer.entering[:size] for name, layer in layers.items() if layer.entering is not None
+        found: dict[str | None, tuple[Tensor, Tensor | None]] = {
+            name: (layer.entering[:size], layer.scales) for name, layer in layers.items() if layer.entering is not None
         }
-        return found | {None: trace.outputs[:size].unsqueeze(-1).flatten(1)}
+        return found | {None: (trace.outputs[:size].unsqueeze(-1).flatten(1), None)}
 
 
 class _LayoutByExample:
@@ -302,14 +311,23 @@ class _LayoutByExample:
         self._network = network
         self._probe = probe
         self._trace = trace
-        self._ends = [self._single(0), self._single(probe.size - 1)]
+        self._others = self._other_batches()
         self._singles: list[Trace] | None = None
 
-    def _single(self, index: int) -> Trace | None:
+    def _other_batches(self) -> list[tuple[Tensor, Trace]]:
+        for batches in other_batches(self._probe.size) if self._probe.size > 1 else ():
+            found = [(indices, self._traced(indices)) for indices in batches]
+            if all(trace is not None for _, trace in found):
+                return [(indices, trace) for indices, trace in found if trace is not None]
+        return []
+
+    def _traced(self, indices: Sequence[int] | Tensor) -> Trace | None:
         try:
-            return self._network.trace(self._probe.select([index]))
-        except (RuntimeError, TypeError, ValueError, IndexError):  # Some modules cannot run a batch of one.
+            trace = self._network.trace(self._probe.select(indices))
+        except (RuntimeError, TypeError, ValueError, IndexError):  # Some modules cannot run so few.
             return None
+        trace.operations = Operations()  # What these hold is not needed.
+        return trace
 
     def activations(self) -> dict[str, LayerActivations]:
         found = {}
@@ -318,7 +336,8 @@ class _LayoutByExample:
             leaving = self._by_input(_leaving(name, self._trace), partial(_leaving, name))
             part = self._network.module.get_submodule(name)
             found[name] = LayerActivations(
-                entering=torch.cat([tensor.flatten(1) for tensor in entering], dim=1) if entering else None,
+                entering=torch.cat([_real(tensor).flatten(1) for tensor in entering], dim=1) if entering else None,
+                scales=torch.cat([_scales(tensor) for tensor in entering]) if entering else None,
                 leaving=_units_last(part, leaving),
             )
         return found
@@ -326,14 +345,16 @@ class _LayoutByExample:
     def _by_input(self, tensors: Sequence[Tensor], of: Callable[[Trace], list[Tensor]]) -> list[Tensor]:
         """The tensors that have a part per input, each as ``(k, rows, ...)``."""
         num_inputs = self._probe.size
-        tensors = [_real(tensor.detach()) for tensor in tensors]
-        first, last = self._ends
-        if num_inputs == 1 or first is None or last is None:
+        tensors = [_by_parts(tensor.detach()) for tensor in tensors]
+        if not self._others:
             kept = [tensor for tensor in tensors if tensor.ndim and tensor.shape[0] == num_inputs]
             return [tensor.unsqueeze(1) for tensor in kept]
-        singles = list(zip(of(first), of(last), strict=False))
-        if len(singles) == len(tensors):
-            layouts = [_layout(tensor, *ends, num_inputs) for tensor, ends in zip(tensors, singles, strict=True)]
+        others = [(indices, of(trace)) for indices, trace in self._others]
+        if all(len(found) == len(tensors) for _, found in others):
+            layouts = [
+                _layout(tensor, [(indices, found[place]) for indices, found in others], num_inputs)
+                for place, tensor in enumerate(tensors)
+            ]
             if None not in layouts:
                 rows = tuple(layout for layout in layouts if layout is not None)
                 return [
@@ -346,13 +367,13 @@ class _LayoutByExample:
     def _collected(self, of: Callable[[Trace], list[Tensor]]) -> list[Tensor]:
         """Tensors put together from runs of single inputs; none where these differ in shape."""
         if self._singles is None:
-            runs = [self._single(index) for index in range(self._probe.size)]
+            runs = [self._traced([index]) for index in range(self._probe.size)]
             self._singles = [run for run in runs if run is not None]
         shapes = {tuple(tensor.shape for tensor in of(run)) for run in self._singles}
         if len(shapes) != 1 or len(self._singles) < self._probe.size:
             return []
         columns = zip(*(of(run) for run in self._singles), strict=True)
-        return [torch.stack([_real(tensor) for tensor in column]) for column in columns]
+        return [torch.stack([_by_parts(tensor) for tensor in column]) for column in columns]
 
 
 def _entering(name: str, trace: Trace) -> list[Tensor]:
@@ -363,26 +384,46 @@ def _leaving(name: str, trace: Trace) -> list[Tensor]:
     return trace.leaving.get(name, [])
 
 
-def _layout(tensor: Tensor, first: Tensor, last: Tensor, num_inputs: int) -> int | None:
-    """Rows per input of a tensor, 0 where it does not grow with their number, ``None`` where they are not adjacent."""
-    first, last = _real(first), _real(last)
-    if tensor.shape == first.shape:
-        return 0
-    if not tensor.ndim or tensor.shape != (num_inputs * first.shape[0], *first.shape[1:]):
-        return None
-    rows = tensor.reshape(num_inputs, -1)
-    tolerance = AGREEMENT_RTOL * float(tensor.abs().max()) if tensor.numel() else 0.0
-    for found, alone in ((rows[0], first), (rows[-1], last)):
-        if bool(((found - alone.flatten()).abs() > tolerance).any()):
-            return None
-    return int(first.shape[0])
+def _layout(tensor: Tensor, others: Sequence[tuple[Tensor, Tensor]], num_inputs: int) -> int | None:
+    """Rows per input of a tensor, 0 where it is the same for all inputs, ``None`` where they are not adjacent.
+
+    Args:
+        tensor: Of all inputs.
+        others: Indices of the inputs of other batches, and the tensor in their place.
+        num_inputs: k.
+    """
+    numbers = _real(tensor)
+    tolerance = AGREEMENT_RTOL * largest_entry(numbers)
+
+    def agrees(expected: Tensor, found: Tensor) -> bool:
+        return expected.shape == found.shape and bool(
+            are_same(expected.reshape(1, -1), _real(found).reshape(1, -1), tolerance)
+        )
+
+    count = len(tensor) // num_inputs if tensor.ndim else 0
+    if count and len(tensor) == num_inputs * count:
+        by_input = numbers.reshape(num_inputs, count, *numbers.shape[1:])
+        if all(
+            agrees(by_input[indices.to(tensor.device)].flatten(0, 1), _by_parts(found)) for indices, found in others
+        ):
+            return count
+    return 0 if all(agrees(numbers, _by_parts(found)) for _, found in others) else None
+
+
+def _by_parts(tensor: Tensor) -> Tensor:
+    """A complex tensor as its real and imaginary parts, side by side; any other as it is."""
+    return torch.cat([tensor.real, tensor.imag], dim=-1) if tensor.is_complex() else tensor
 
 
 def _real(tensor: Tensor) -> Tensor:
     """The numbers of a tensor in float64; a complex one becomes its real and imaginary parts, side by side."""
-    if tensor.is_complex():
-        tensor = torch.cat([tensor.real, tensor.imag], dim=-1)
-    return tensor.to(torch.float64)
+    return _by_parts(tensor).to(torch.float64)
+
+
+def _scales(tensor: Tensor) -> Tensor:
+    """What each entry of an input's part is compared relative to: the largest of the tensor, 0 for integers."""
+    scale = largest_entry(_real(tensor)) if tensor.is_floating_point() else _real(tensor).new_zeros(())
+    return scale.expand(tensor[:1].numel())
 
 
 def _units_last(part: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
@@ -393,6 +434,6 @@ def _units_last(part: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
     for tensor in tensors:
         # Traced tensors carry one axis more, the rows per input; channels were second without it.
         axis = 2 - tensor.ndim if isinstance(part, _CHANNELS_SECOND) else -1
-        ordered = tensor.movedim(axis, -1)
+        ordered = _real(tensor).movedim(axis, -1)
         moved.append(ordered.reshape(tensor.shape[0], -1, ordered.shape[-1]))
     return torch.cat(moved, dim=1) if len({tensor.shape[-1] for tensor in moved}) == 1 else moved[0]

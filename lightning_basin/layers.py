@@ -188,6 +188,30 @@ class Network:
         return trace
 
 
+def other_batches(num_inputs: int) -> Iterator[list[Tensor]]:
+    """Batches in which every input has other company than in the whole, where its part of all results is the same.
+
+    Args:
+        num_inputs: k.
+
+    Yields:
+        Indices of two random halves; then, for modules that cannot run these, batches of all k in which each half is
+        replaced by inputs of the other. Of a single input only itself.
+    """
+    if num_inputs == 1:
+        yield [torch.zeros(1, dtype=torch.int64)]
+        return
+    order = torch.randperm(num_inputs, generator=Generator().manual_seed(0))
+    first, second = (half.sort().values for half in order.tensor_split(2))
+    yield [first, second]
+    replaced = []
+    for kept, others in ((first, second), (second, first)):
+        indices = torch.arange(num_inputs)
+        indices[others] = kept[torch.arange(others.numel()) % kept.numel()]
+        replaced.append(indices)
+    yield replaced
+
+
 def call_module(module: nn.Module, inputs: Any) -> Any:
     """Call a module on the inputs of a probe, unpacked as its ``forward`` takes them.
 

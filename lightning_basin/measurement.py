@@ -35,7 +35,16 @@ from lightning_basin.functional.hessian import NullSpace, softmax_jacobian
 from lightning_basin.functional.rank import GradientRank, Spectrum, check_rtol, gradient_rank
 from lightning_basin.functional.sketch import SpectrumAccumulator
 from lightning_basin.gradients import GROUP_ELEMENTS, layer_gradients
-from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace, TracedProbe, call_module
+from lightning_basin.layers import (
+    AGREEMENT_RTOL,
+    Layer,
+    ModuleBehavior,
+    Network,
+    Trace,
+    TracedProbe,
+    call_module,
+    other_batches,
+)
 from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.probe import Probe, float64_device, tensors_of
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
@@ -414,26 +423,40 @@ def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
     if not bool(outputs.isfinite().all()):
         count = int((~outputs.isfinite()).reshape(probe.size, -1).any(1).sum())
         raise ValueError(f"outputs must be finite, but are NaN or infinite on {count} of the {probe.size} inputs")
-    tolerance = 1e-9 * float(outputs.abs().max())
-    for index in {0, probe.size - 1}:
+    tolerance = AGREEMENT_RTOL * float(outputs.abs().max()) if outputs.numel() else 0.0
+    for batches in other_batches(probe.size):
         try:
             with torch.no_grad():
-                alone = network.outputs(probe.select([index]))
-        except (TypeError, ValueError):  # Some modules cannot run a batch of one.
-            return
-        if alone.shape[1:] != outputs.shape[1:] or float((alone[0] - outputs[index]).abs().max()) <= tolerance:
+                found = [network.outputs(probe.select(indices)) for indices in batches]
+        except (TypeError, ValueError):  # Some modules cannot run so few, nor a behavior that drops axes of length 1.
             continue
-        with torch.no_grad():
-            again = network.outputs(probe)
-        if float((again - outputs).abs().max()) > tolerance:
-            raise ValueError(
-                "outputs must be a function of the inputs, but two evaluations differ: the module draws random "
-                "numbers in evaluation mode; pass a behavior that does not"
-            )
+        changed = [
+            indices[int((other - outputs[indices]).abs().flatten(1).amax(1).argmax())]
+            for indices, other in zip(batches, found, strict=True)
+            if other.shape[1:] == outputs.shape[1:] and not _are_close(other, outputs[indices], tolerance)
+        ]
+        if changed:
+            _refuse_dependence(network, probe, outputs, int(changed[0]), tolerance)
+        return
+
+
+def _are_close(left: Tensor, right: Tensor, tolerance: float) -> bool:
+    return bool(((left - right).abs() <= tolerance).all())
+
+
+def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, index: int, tolerance: float) -> None:
+    """Say what outputs depend on beside their own input."""
+    with torch.no_grad():
+        again = network.outputs(probe)
+    if not _are_close(again, outputs, tolerance):
         raise ValueError(
-            f"each output must depend on its own input only, but the output on input {index} changes with the other "
-            f"inputs of the batch: the rank is then not defined input by input"
+            "outputs must be a function of the inputs, but two evaluations differ: the module draws random numbers in "
+            "evaluation mode, or keeps a state that changes; pass a behavior that does not"
         )
+    raise ValueError(
+        f"each output must depend on its own input only, but the output on input {index} changes with the other "
+        f"inputs of the batch: the rank is then not defined input by input"
+    )
 
 
 def _check_copy(module: nn.Module, result: Tensor, name: str) -> None:
@@ -640,9 +663,7 @@ def _measured_duplicates(evaluation: Evaluation, rtol: float, rank: GradientRank
     network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
     activations = layer_activations(network, probe, trace)
     classes: dict[str | None, Tensor] = {
-        name: duplicate_classes(layer.entering, rtol=rtol)
-        for name, layer in activations.items()
-        if layer.entering is not None
+        name: found for name, layer in activations.items() if (found := layer.classes(rtol)) is not None
     }
     layers = {name: _layer_duplicates(layer, classes.get(name), rtol) for name, layer in activations.items()}
     after_first = [layers[name] for name in list(activations)[trace.num_first :]]
@@ -702,7 +723,8 @@ def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations]
     candidates: list[tuple[str, Tensor]] = []
     for name, layer in activations.items():
         for rtol in (rank.rtol, 0.0):
-            classes = shared if layer.entering is None else duplicate_classes(layer.entering, rtol=rtol)
+            found = layer.classes(rtol)
+            classes = shared if found is None else found
             if not candidates or not torch.equal(classes, candidates[-1][1]) or candidates[-1][0] != name:
                 candidates.append((name, classes))
     num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
@@ -753,9 +775,10 @@ def _num_classes(classes: Tensor) -> int:
 
 def _layer_duplicates(layer: LayerActivations, classes: Tensor | None, rtol: float) -> dict[str, int]:
     counted = {}
-    if layer.entering is not None and classes is not None:
+    exact = layer.classes(0.0)
+    if classes is not None and exact is not None:
         counted["duplicated_activations"] = classes.numel() - _num_classes(classes)
-        counted["duplicated_activations_exact"] = duplicated_activations(layer.entering, rtol=0.0)
+        counted["duplicated_activations_exact"] = exact.numel() - _num_classes(exact)
     if layer.leaving is not None:
         counted["dead_units"] = dead_units(layer.leaving, rtol=rtol)
     return counted

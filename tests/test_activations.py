@@ -87,6 +87,44 @@ def test_a_layer_that_is_never_called_has_no_activation():
     assert set(activations_of(module, drawn(3, 2))) == {"used"}
 
 
+class Routed(nn.Module):
+    """A layer that sees only the tokens whose second feature is set: another number of each input's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.readout = nn.Linear(1, 3), nn.Linear(3, 1)
+
+    def forward(self, tokens):
+        chosen = tokens[..., 1] > 0
+        hidden = torch.zeros(*tokens.shape[:2], 3, dtype=tokens.dtype)
+        hidden[chosen] = self.inner(tokens[..., :1][chosen]).relu()
+        return self.readout(hidden).sum(1)
+
+
+def test_tokens_that_are_routed_are_no_activation_even_if_their_number_divides():
+    # 2, 1, 3 and 2 tokens are 2 for each of 4 inputs on average, and for the first and the last.
+    chosen = [[1.0, 2.0, 0.0], [1.0, 0.0, 0.0], [2.0, 5.0, 6.0], [7.0, 8.0, 0.0]]
+    tokens = torch.tensor([[[value, float(value != 0)] for value in row] for row in chosen], dtype=torch.float64)
+    assert activations_of(filled(Routed()), tokens)["inner"].entering is None
+
+
+def test_token_indices_are_compared_exactly_beside_small_weights():
+    bag = filled(nn.EmbeddingBag(100_000, 2, mode="sum"))
+    weights = torch.linspace(0.0, 0.5, 16, dtype=torch.float64).view(8, 2)
+    tokens = torch.tensor([[99_999, 5]]).repeat(8, 1)
+    record = measure_basin(Composed(lambda m, x, w: m.bag(x, per_sample_weights=w), bag=bag), (tokens, weights))
+    assert record.layers["bag"].duplicated_activations == 0
+
+
+def test_infinities_of_a_mask_do_not_make_inputs_look_the_same():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    encoder = filled(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
+    mask = torch.zeros(6, 5, dtype=torch.bool)
+    mask[3, 4] = mask[5, 3] = True
+    record = measure_basin(encoder, {"src": drawn(6, 5, 4), "src_key_padding_mask": mask})
+    assert record.layers["layers.0.self_attn"].duplicated_activations == 0
+
+
 # What crosses a layer.
 
 

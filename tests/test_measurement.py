@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lightning_basin import BasinRecord, measure_basin
+from lightning_basin import BasinRecord, measure_basin, verify_null_space
 from tests.exact import (
     Dual,
     ExactNetwork,
@@ -37,6 +38,7 @@ from tests.models import (
     sum_of_squares,
     with_integer_weights,
 )
+from tests.networks import Composed
 
 SEEDS = (0, 1, 2)
 every_case = pytest.mark.parametrize("seed", SEEDS)
@@ -1326,3 +1328,40 @@ def test_channels_are_the_units_of_a_prelu():
     with torch.no_grad():
         module[0].weight[1] = 0
     assert measure_basin(module, normal(5, 1, 3, 3)).layers["1"].dead_units == 1
+
+
+class Coupled(nn.Module):
+    """Outputs that depend on other inputs, in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.linear, self.norm, self.way = nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear(x)
+        if self.way == "batch statistics":
+            return self.norm(hidden)
+        if self.way == "inner inputs":
+            return torch.cat([hidden[:1], hidden[1:-1] + hidden[1:-1].roll(1, 0), hidden[-1:]])
+        if self.way == "batch size":
+            return hidden * len(x)
+        return hidden
+
+
+@pytest.mark.parametrize(
+    ("way", "num_inputs"),
+    [("batch statistics", 2), ("batch statistics", 3), ("batch statistics", 8), ("inner inputs", 8), ("batch size", 3)],
+)
+def test_outputs_that_depend_on_other_inputs_are_refused(way, num_inputs):
+    module, inputs = Coupled(way), normal(num_inputs, 3)
+    for refusing in (measure_basin, verify_null_space):
+        with pytest.raises(ValueError, match="each output must depend on its own input only"):
+            refusing(module, inputs)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_numbers_are_noticed_whichever_are_drawn(seed):
+    torch.manual_seed(seed)
+    module = Composed(lambda m, x: F.dropout(m.linear(x), 0.5, training=True), linear=nn.Linear(4, 1))
+    with pytest.raises(ValueError, match="draws random numbers in evaluation mode, or keeps a state"):
+        measure_basin(module, normal(16, 4))
