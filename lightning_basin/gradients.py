@@ -2,21 +2,24 @@
 
 The operations that use a layer's parameters say what its gradients are. Nothing is concluded from them alone: what
 every way gives must reproduce a random combination of all rows that plain autograd computes, else the next is taken.
+Where that combination is no larger than what rounding leaves of terms that cancel, the gradients are zero.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
+from lightning_basin.functional.duplicates import largest_entry
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
 from lightning_basin.functional.sketch import DenseGradients, LayerGradients, StackedGradients
 from lightning_basin.layers import AGREEMENT_RTOL, Layer, Network, Trace, TracedProbe
 from lightning_basin.operations import Leaving, ProductUse, Source, Use
 from lightning_basin.probe import tensors_of
+from lightning_basin.rounding import rounding_noise
 from lightning_basin.structured import (
     Cuts,
     InputAxis,
@@ -42,6 +45,8 @@ columns of its matrices at a time; or from dense rows by automatic differentiati
 GROUP_ELEMENTS = 2**27
 """Float64 numbers in the gradients, or their factors, that are held at once: 1 GiB."""
 
+_ROUNDING = 4  # times the root of the number of rows: rounding units by which sums over all rows may differ
+_NOISE_MARGIN = 8  # of a measured noise: three evaluations may by chance show so much less than there is
 _NUM_CHOICES = 3  # of inputs whose derivatives may tell where the inputs are; one does, unless a layer is dead
 
 
@@ -80,8 +85,8 @@ def layer_gradients(
     for layer, gradients in _structured_gradients(traced, check, max_elements):
         if gradients is None:
             waiting.append((layer, None))
-        elif check.passes(layer, gradients):
-            yield MeasuredGradients(layer, gradients, structured=True)
+        elif (measured := check.measured(layer, gradients, structured=True)) is not None:
+            yield measured
         else:
             waiting.append(
                 (layer, f"layer {layer.name!r} is measured row by row: its parameters are used in other ways")
@@ -94,27 +99,28 @@ def layer_gradients(
 
 
 class _AutogradCheck:
-    """One random combination of all rows of every layer's gradients, which each way must reproduce."""
+    """One random combination of all rows of every layer's gradients, which each way must reproduce.
+
+    What the operations that use a layer give may differ by rounding only, so that no use is missed, however weak.
+    """
 
     def __init__(self, traced: TracedProbe, generator: Generator) -> None:
         network = traced.network
         parameters = network.parameters()
         combined: list[Tensor | None] = [None] * len(parameters)
-        weights = []
+        self._traced = traced
+        self._drawn: list[Tensor] = []
         for trace in traced:
             outputs = network.rows(trace.outputs)
             drawn = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device)
-            weights.append(drawn.flatten())
+            self._drawn.append(drawn)
             if outputs.requires_grad:
                 found = torch.autograd.grad(outputs, parameters, drawn, retain_graph=True, allow_unused=True)
                 combined = [_sum(pair) for pair in zip(combined, found, strict=True)]
-        self._weights = torch.cat(weights)
+        self._weights = torch.cat([drawn.flatten() for drawn in self._drawn])
         names = [name for layer in network.layers for name in layer.parameters]
         self._expected = dict(zip(names, combined, strict=True))
         self._shapes = dict(zip(names, parameters, strict=True))
-        # What is below the rounding of the largest entry is nothing: a bias before a softmax has such gradients.
-        largest = [float(gradient.abs().max()) for gradient in combined if gradient is not None and gradient.numel()]
-        self._floor = 1e-14 * max(largest, default=0.0)
 
     @property
     def num_rows(self) -> int:
@@ -125,18 +131,71 @@ class _AutogradCheck:
         """Whether no output depends on the layer."""
         return all(self._expected[name] is None for name in layer.parameters)
 
-    def passes(self, layer: Layer, gradients: LayerGradients) -> bool:
-        """Whether gradients have the combination that autograd finds."""
-        found = gradients.combination(self._weights)
-        expected = []
-        scales = []
-        for name in layer.parameters:
-            wanted, size = self._expected[name], self._shapes[name].numel()
-            wanted = found.new_zeros(size) if wanted is None else wanted.flatten()
-            expected.append(wanted)
-            scales.append((AGREEMENT_RTOL * wanted.abs().max()).expand(size) if size else wanted)
-        difference = (found - torch.cat(expected)).abs()
-        return bool((difference <= torch.cat(scales) + self._floor).all())
+    def measured(
+        self, layer: Layer, gradients: LayerGradients, *, structured: bool, note: str | None = None
+    ) -> MeasuredGradients | None:
+        """Gradients that have the combination which autograd finds; zero ones if that is rounding; ``None`` for others.
+
+        Args:
+            layer: Whose they are.
+            gradients: To check.
+            structured: Whether they come from the operations that use the layer.
+            note: What a reader should know about them.
+        """
+        sizes = [self._shapes[name].numel() for name in layer.parameters]
+        found = torch.split(gradients.combination(self._weights), sizes)
+        pairs = list(zip(found, self._wanted(layer), strict=True))
+        differences = [largest_entry(combined - wanted) for combined, wanted in pairs]
+        scales = [largest_entry(wanted) for _, wanted in pairs]
+        rounding = _ROUNDING * len(self._weights) ** 0.5 * torch.finfo(torch.float64).eps
+        loosest = [AGREEMENT_RTOL * scale for scale in scales]
+        tolerances = [rounding * scale for scale in scales] if structured else loosest
+        if any(difference > tolerance for difference, tolerance in zip(differences, tolerances, strict=True)):
+            noise = [self._noise[name] for name in layer.parameters]
+            if _norm([wanted for _, wanted in pairs]) <= _NOISE_MARGIN * _norm(noise):
+                return MeasuredGradients(layer, _no_gradients(layer, self.num_rows), structured, _without_effect(layer))
+            noisy = [_NOISE_MARGIN * largest_entry(deviation) for deviation in noise]
+            # Rounding that spoils nine digits is not told from a formula that is wrong.
+            limits = map(min, noisy, loosest) if structured else noisy
+            tolerances = list(map(max, tolerances, limits))
+        agrees = all(difference <= tolerance for difference, tolerance in zip(differences, tolerances, strict=True))
+        return MeasuredGradients(layer, gradients, structured, note) if agrees else None
+
+    def _wanted(self, layer: Layer) -> list[Tensor]:
+        """The combination by each parameter, flattened."""
+        return [
+            (self._shapes[name].new_zeros(self._shapes[name].shape) if wanted is None else wanted).flatten()
+            for name in layer.parameters
+            for wanted in [self._expected[name]]
+        ]
+
+    @cached_property
+    def _noise(self) -> dict[str, Tensor]:
+        """How far rounding may have moved the combination, by the name of each parameter."""
+        return dict(zip(self._expected, rounding_noise(self._combined), strict=True))
+
+    def _combined(self) -> list[Tensor]:
+        network = self._traced.network
+        parameters = network.parameters()
+        combined = [torch.zeros_like(parameter) for parameter in parameters]
+        for (probe, _), drawn in zip(self._traced.chunks(), self._drawn, strict=True):
+            outputs = network.rows(network.outputs(probe))
+            if outputs.requires_grad:
+                found = torch.autograd.grad(outputs, parameters, drawn, materialize_grads=True)
+                combined = [total + gradient for total, gradient in zip(combined, found, strict=True)]
+        return combined
+
+
+def _without_effect(layer: Layer) -> str:
+    return f"layer {layer.name!r} has no effect: its gradients are the rounding of terms that cancel, and count as zero"
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.cat([tensor.flatten() for tensor in tensors]).norm())
+
+
+def _no_gradients(layer: Layer, num_rows: int) -> LayerGradients:
+    return StackedGradients((), (), num_rows=num_rows, num_columns=layer.num_parameters)
 
 
 def _sum(pair: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
@@ -158,8 +217,7 @@ def _structured_gradients(
         size = sizes[layer.name]
         method = size.method(max_elements)
         if check.is_unused(layer):
-            empty = StackedGradients((), (), num_rows=check.num_rows, num_columns=layer.num_parameters)
-            yield layer, empty
+            yield layer, _no_gradients(layer, check.num_rows)
         elif method == "factors":
             planned.append((layer, size.whole))
         elif method == "chunks":
@@ -446,8 +504,12 @@ def _dense_gradients(
             continue
         blocks = torch.split(matrix, [layer.num_parameters for layer in layers], dim=1)
         for layer, gradients in zip(layers, map(DenseGradients, blocks), strict=True):
-            if layer in pending and check.passes(layer, gradients):
-                yield MeasuredGradients(layer, gradients, structured=False, note=pending.pop(layer))
+            if layer not in pending:
+                continue
+            measured = check.measured(layer, gradients, structured=False, note=pending[layer])
+            if measured is not None:
+                del pending[layer]
+                yield measured
         if not pending:
             return
     raise RuntimeError(_disagreement([layer.name for layer in pending]))
@@ -502,13 +564,13 @@ def _dense_in_pieces(
         pieces = partial(_columns_by_row, traced, layer, outputs_of, width)
         gradients = PiecewiseGradients((), (), num_rows=check.num_rows, num_columns=layer.num_parameters, pieces=pieces)
         try:
-            agrees = check.passes(layer, gradients)
+            measured = check.measured(layer, gradients, structured=False, note=note)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):  # As above: a batch of one.
             if outputs_of is _outputs_of_batch:
                 raise
             continue
-        if agrees:
-            return MeasuredGradients(layer, gradients, structured=False, note=note)
+        if measured is not None:
+            return measured
     raise RuntimeError(_disagreement([layer.name]))
 
 
@@ -528,7 +590,10 @@ def _columns_by_row(
 
 
 def _disagreement(names: Sequence[str]) -> str:
-    return f"the gradients of layers {names} cannot be computed: two evaluations of them disagree"
+    return (
+        f"the gradients of layers {names} cannot be computed: two evaluations of them disagree; a hook on a tensor "
+        f"that changes gradients, or a backward pass that draws random numbers, has this effect"
+    )
 
 
 def _groups(items: Sequence[_Item], size_of: Callable[[_Item], int], max_size: int) -> Iterator[list[_Item]]:
