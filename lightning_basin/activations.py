@@ -173,11 +173,13 @@ def passage(
         signals are more than 2**24 numbers.
     """
     called = list(activations)
-    position = called.index(cut) if cut in called else 0
+    position = called.index(cut) if cut in called else 0  # Not where no input of a chunk enters it.
+    if position == 0 or not trace.outputs.requires_grad:
+        return None
     name = called[position - 1]
     left = trace.leaving.get(name, [])
     rows = network.rows(trace.outputs)
-    if position == 0 or len(left) != 1 or not left[0].requires_grad or rows.shape[1] * left[0].numel() > _SIGNALS:
+    if len(left) != 1 or not left[0].requires_grad or rows.shape[1] * left[0].numel() > _SIGNALS:
         return None
     part, arranged = network.module.get_submodule(name), activations[name].leaving
     if left[0].shape[:1] != (probe.size,):
@@ -238,7 +240,7 @@ def _linear_inputs(
         return None
     generator = Generator().manual_seed(0)
     weights = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)
-    (expected,) = torch.autograd.grad(rows, part.weight, weights, retain_graph=True)
+    (expected,) = torch.autograd.grad(rows, part.weight, weights, retain_graph=True, materialize_grads=True)
     inputs = _real(entering[0].detach())
     found = (weights.unsqueeze(2) * signals).sum(1).mT @ inputs
     if bool(((found - expected).abs() > AGREEMENT_RTOL * expected.abs().max()).any()):

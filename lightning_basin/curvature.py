@@ -453,6 +453,12 @@ class HessianProducts:
         """Refuse an operation of the network that can be differentiated only once, and does not say so."""
         gradients = self._gradients(self._chunks[0], of_residual=False)
         gradient = torch.cat([part.flatten() for part in gradients])
+        if len(self._chunks) > 1:  # These inputs may enter only some of the layers.
+            model = self._model(self._chunks[0], of_residual=False)
+            used: list[Tensor | None] = [None] * len(curved)
+            if model.requires_grad:
+                used = list(torch.autograd.grad(model, self._parameters, allow_unused=True))
+            curved = [is_curved and part is not None for is_curved, part in zip(curved, used, strict=True)]
         check_connected(gradient, self._parameters, curved)
 
     def _gradients(self, chunk: Tensor, *, of_residual: bool) -> list[Tensor]:

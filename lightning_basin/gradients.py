@@ -248,7 +248,7 @@ def _chunk_by_chunk(traced: TracedProbe, layer: Layer) -> DenseGradients | None:
         if found is None:
             return None
         num_rows = traced.network.rows(trace.outputs).numel()
-        rows.append(_from_uses(traced.network, layer, found, num_rows).rows())
+        rows.append(_from_uses(traced.network, layer, found, num_rows).rows().to(trace.outputs.device))
     return DenseGradients(torch.cat(rows))
 
 
@@ -455,7 +455,9 @@ def _derivatives(output: Tensor, places: Sequence[Leaving]) -> dict[int, Tensor]
     """Derivatives of a number by what left some operations, by the identity of the place."""
     edges = {id(leaving): leaving.edge for leaving in places if leaving.edge is not None}
     shapes = {id(leaving): leaving.shape for leaving in places}
-    found = torch.autograd.grad(output, list(edges.values()), retain_graph=True, allow_unused=True)
+    found: Sequence[Tensor | None] = [None] * len(edges)
+    if edges and output.requires_grad:  # Else no input of a chunk has entered the layers, or no parameter is used.
+        found = torch.autograd.grad(output, list(edges.values()), retain_graph=True, allow_unused=True)
     return {
         place: output.new_zeros(shapes[place]) if gradient is None else gradient
         for place, gradient in zip(edges, found, strict=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_basin import BasinRecord, measure_basin, verify_null_space
+from lightning_basin import BasinRecord, Probe, measure_basin, verify_null_space
+from lightning_basin.measurement import check_measurable
 from tests.exact import (
     Dual,
     ExactNetwork,
@@ -1365,3 +1366,35 @@ def test_random_numbers_are_noticed_whichever_are_drawn(seed):
     module = Composed(lambda m, x: F.dropout(m.linear(x), 0.5, training=True), linear=nn.Linear(4, 1))
     with pytest.raises(ValueError, match="draws random numbers in evaluation mode, or keeps a state"):
         measure_basin(module, normal(16, 4))
+
+
+class Experts(nn.Module):
+    """Each input goes to the expert of its largest feature; experts with no input are not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.shift = nn.ModuleList(nn.Linear(4, 2) for _ in range(3)), nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, :3].argmax(1)
+        outputs = torch.zeros(len(x), 2, dtype=x.dtype)
+        for index, expert in enumerate(self.experts):
+            members = (chosen == index).nonzero().squeeze(1)
+            if members.numel():
+                outputs = outputs.index_add(0, members, expert(x[members]))
+        return outputs + self.shift
+
+
+@pytest.mark.parametrize(("loss_fn", "memory_budget"), [(None, None), (None, 320_000), (nn.MSELoss(), 460_000)])
+def test_experts_that_are_not_called_in_a_chunk_add_nothing_there(loss_fn, memory_budget):
+    module, inputs, targets = Experts(), normal(24, 4), torch.zeros(24, 2)
+    inputs = inputs[inputs[:, :3].argmax(1).argsort()]
+    plan = check_measurable(module, Probe(inputs, targets), loss_fn=loss_fn, memory_budget=memory_budget)
+    assert (plan.chunk_size < 24) == (memory_budget is not None)
+    record = measure_basin(module, inputs, targets, loss_fn=loss_fn, hessian="bracket", memory_budget=memory_budget)
+    # [x, 1] has rank min(n, 5) for the n inputs of an expert, twice; the common shift is the sum of theirs.
+    counts = inputs[:, :3].argmax(1).bincount(minlength=3)
+    assert record.gradient_rank == 2 * int(counts.clamp(max=5).sum())
+    assert record.gradient_rank_bound >= record.gradient_rank
+    if loss_fn is not None:  # Outputs are linear in the parameters: H = 2 GᵀG / m.
+        assert record.hessian_nullity == record.gradient_nullity
