@@ -437,5 +437,5 @@ def _units_last(part: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
         # Traced tensors carry one axis more, the rows per input; channels were second without it.
         axis = 2 - tensor.ndim if isinstance(part, _CHANNELS_SECOND) else -1
         ordered = _real(tensor).movedim(axis, -1)
-        moved.append(ordered.reshape(tensor.shape[0], -1, ordered.shape[-1]))
+        moved.append(ordered.flatten(1, -2))
     return torch.cat(moved, dim=1) if len({tensor.shape[-1] for tensor in moved}) == 1 else moved[0]

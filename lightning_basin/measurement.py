@@ -1,5 +1,6 @@
 """One measurement: a module and a probe in, a record out. The only place where the quantities meet."""
 
+import numbers
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ from lightning_basin.layers import (
 from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.probe import Probe, float64_device, tensors_of
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
-from lightning_basin.replica import float64_replica, isolated_evaluation
+from lightning_basin.replica import float64_replica, isolated_evaluation, settle_embeddings
 from lightning_basin.rounding import rounding_noise
 from lightning_basin.training_set import as_probes
 
@@ -135,9 +136,9 @@ def measure_basin(
         step: Noted in the record.
 
     Raises:
-        TypeError: If there is no input tensor, the outputs are not a floating point tensor, or ``duplicates_over`` can
-            be iterated over only once.
-        ValueError: If there is nothing to measure (no trainable parameters, no inputs), outputs or loss are not
+        TypeError: If there is no input tensor, the outputs are not a floating point tensor, ``duplicates_over`` can be
+            iterated over only once, or an argument has another type.
+        ValueError: If there is nothing to measure (no trainable parameters, inputs or outputs), outputs or loss are not
             finite, targets are missing, inputs influence each other's outputs, or a value is out of range.
         MemoryBudgetError: A ValueError, if it cannot be cut to ``memory_budget``.
 
@@ -155,7 +156,9 @@ def measure_basin(
     """
     started = time.perf_counter()
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
-    _check_settings(probe, loss_fn, behavior, hessian, rtol, duplicate_rtol, max_outputs)
+    _check_settings(probe, loss_fn, behavior, hessian, rtol, duplicate_rtol, max_outputs, layers, memory_budget)
+    if not _is_number(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     training_set = None if duplicates_over is None else as_probes(duplicates_over)
     generator = Generator().manual_seed(seed)
 
@@ -240,7 +243,7 @@ def check_measurable(
         ValueError: See `measure_basin`.
         MemoryBudgetError: See `measure_basin`.
     """
-    _check_settings(probe, loss_fn, behavior, "auto", None, 0.0, max_outputs)
+    _check_settings(probe, loss_fn, behavior, "auto", None, 0.0, max_outputs, layers, memory_budget)
     with evaluated(module, probe, _loss_function(loss_fn), _outputs_of(behavior)) as evaluation:
         _selected_parts(evaluation.network.layers, layers)
         if not is_loss_given and evaluation.loss_fn is not None:
@@ -274,6 +277,8 @@ def _check_settings(
     rtol: float | None,
     duplicate_rtol: float,
     max_outputs: int | Literal["auto"] | None,
+    layers: LayerSelection,
+    memory_budget: int | None,
 ) -> None:
     if hessian is not False and hessian not in HESSIAN_MODES:
         raise ValueError(f"hessian must be one of {HESSIAN_MODES} or False, got {hessian!r}")
@@ -284,6 +289,7 @@ def _check_settings(
             f"behavior must be a function of module and inputs, 'outputs' or 'probabilities', got {behavior!r}"
         )
     check_rtol(rtol)
+    _check_types(duplicate_rtol, max_outputs, layers, memory_budget)
     if not 0.0 <= duplicate_rtol < 1.0:
         raise ValueError(f"duplicate_rtol must be inside [0, 1), got {duplicate_rtol}")
     if isinstance(max_outputs, str) and max_outputs != "auto":
@@ -292,6 +298,22 @@ def _check_settings(
         raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
     if callable(loss_fn) and probe.targets is None:
         raise ValueError("a loss_fn needs targets to compare the outputs with, got none: pass targets, or no loss_fn")
+
+
+def _check_types(duplicate_rtol: Any, max_outputs: Any, layers: Any, memory_budget: Any) -> None:
+    if not _is_number(duplicate_rtol, float):
+        raise TypeError(f"duplicate_rtol must be a number, got {duplicate_rtol!r}")
+    if not isinstance(max_outputs, str | None) and not _is_number(max_outputs, int):
+        raise TypeError(f"max_outputs must be an integer, 'auto' or None, got {max_outputs!r}")
+    if not isinstance(layers, Sequence) or not all(isinstance(name, str) for name in layers):
+        raise TypeError(f"layers must be 'auto', 'all' or a list of names of layers, got {layers!r}")
+    if memory_budget is not None and not _is_number(memory_budget, float):
+        raise TypeError(f"memory_budget must be a number of bytes or None, got {memory_budget!r}")
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    """Whether a value is an integer, or any real number where ``kind`` is ``float``; truth is no number."""
+    return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
 
 
 _NOISE_MARGIN = 32  # of what three evaluations show of the rounding of an output
@@ -394,11 +416,14 @@ def evaluated(
         behavior: See `measure_basin`.
         planned: Cuts the measurement to the memory that there is; ``None`` runs all inputs at once.
     """
+    if any(tensor.is_meta for tensor in tensors_of(probe.inputs)):
+        raise ValueError("inputs must hold numbers to be measured, got tensors on the device 'meta'")
     device = float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
     with isolated_evaluation(device):
         replica, loss_fn, behavior = float64_replica(module, loss_fn, behavior)
         network = Network(replica, behavior)
         probe = probe.to(device).double()
+        settle_embeddings(replica, lambda: network.outputs(probe))
         plan = None if planned is None else planned(network, *_few_traced(network, probe))
         traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size)
         trace = traced.whole
@@ -423,10 +448,12 @@ def _few_traced(network: Network, probe: Probe) -> tuple[Probe, Trace]:
 
 
 def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
+    if outputs.numel() == 0:
+        raise ValueError(f"the outputs must hold at least one number per input, got shape {tuple(outputs.shape)}")
     if not bool(outputs.isfinite().all()):
         count = int((~outputs.isfinite()).reshape(probe.size, -1).any(1).sum())
         raise ValueError(f"outputs must be finite, but are NaN or infinite on {count} of the {probe.size} inputs")
-    tolerance = AGREEMENT_RTOL * float(outputs.abs().max()) if outputs.numel() else 0.0
+    tolerance = AGREEMENT_RTOL * float(outputs.abs().max())
     for batches in other_batches(probe.size):
         try:
             with torch.no_grad():
@@ -552,6 +579,8 @@ def _selected_parts(layers: Sequence[Layer], selection: LayerSelection) -> tuple
     unknown = [name for name in names if name not in by_name]
     if unknown:
         raise ValueError(f"layers must be among {list(by_name)}, got {unknown}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"layers must be named once each, got {names}")
     parts = [_Part("layer", name, (by_name[name],)) for name in names]
     if selection == "auto":
         for block, members in layer_blocks(names).items():
@@ -726,11 +755,13 @@ def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations]
     shared = torch.zeros(probe.size, dtype=torch.int64)
     candidates: list[tuple[str, Tensor]] = []
     for name, layer in activations.items():
-        for rtol in (rank.rtol, 0.0):
-            found = layer.classes(rtol)
-            classes = shared if found is None else found
-            if not candidates or not torch.equal(classes, candidates[-1][1]) or candidates[-1][0] != name:
-                candidates.append((name, classes))
+        classes = layer.classes(rank.rtol)
+        candidates.append((name, shared if classes is None else classes))
+        # Where these are not the same enough, those that are equal may be.
+        if classes is not None and _num_classes(classes) < probe.size:
+            exact = layer.classes(0.0)
+            if exact is not None and not torch.equal(exact, classes):
+                candidates.append((name, exact))
     num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
     bound = gradient_rank_bound(num_parameters, num_outputs, [(0, probe.size)])
     for name, classes in sorted(candidates, key=lambda candidate: _num_classes(candidate[1])):

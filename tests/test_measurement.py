@@ -1398,3 +1398,72 @@ def test_experts_that_are_not_called_in_a_chunk_add_nothing_there(loss_fn, memor
     assert record.gradient_rank_bound >= record.gradient_rank
     if loss_fn is not None:  # Outputs are linear in the parameters: H = 2 GᵀG / m.
         assert record.hessian_nullity == record.gradient_nullity
+
+
+def test_gradients_scaled_by_frequency_are_measured_as_derivatives():
+    plain = Composed(
+        lambda m, x: m.readout(m.table(x).sum(1)).relu(), table=nn.Embedding(6, 2), readout=nn.Linear(2, 1)
+    )
+    tokens = torch.randint(0, 6, (40, 3), generator=torch.Generator().manual_seed(5))
+    expected = measure_basin(plain, tokens)
+    plain.table.scale_grad_by_freq = True
+    for memory_budget in (None, 250_000):
+        record = measure_basin(plain, tokens, memory_budget=memory_budget)
+        assert record.gradient_rank == expected.gradient_rank
+        assert record.gradient_effective_rank == pytest.approx(expected.gradient_effective_rank)
+
+
+def test_table_with_a_largest_norm_that_is_tied_to_the_output_head_is_measured():
+    module = Composed(lambda m, x: m.table(x).squeeze(1) @ m.table.weight.T, table=nn.Embedding(3, 2, max_norm=1.0))
+    with torch.no_grad():
+        module.table.weight.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.5], [1.0, 0.0]]))
+    record = measure_basin(module, torch.arange(3).unsqueeze(1))
+    # Outputs are the entries of W Wᵀ: symmetric, and of rank 2, which leaves 3 * 2 - 1 rotations of W.
+    assert record.gradient_rank == 6 - 1
+    assert record.notes == ()
+    assert module.table.weight[0].tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("spectrum", [True, False])
+@pytest.mark.parametrize(
+    ("module", "num_features", "rank"),
+    [
+        (nn.Linear(0, 2), 0, 2),
+        (Composed(lambda m, x: torch.cat([m.a(x), m.b(x)], dim=1), a=nn.Linear(4, 0), b=nn.Linear(4, 2)), 4, 2 * 5),
+        (nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 2)), 4, 2),
+    ],
+    ids=["no inputs", "no outputs of a layer", "nothing in between"],
+)
+def test_layers_without_entries_are_measured(module, num_features, rank, spectrum):
+    # [x, 1] of five inputs in general position has rank 5, and only the bias acts on nothing.
+    assert measure_basin(module, normal(5, num_features), spectrum=spectrum).gradient_rank == rank
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"layers": None}, TypeError, "layers must be 'auto', 'all' or a list of names of layers, got None"),
+        ({"layers": 5}, TypeError, "layers must be 'auto', 'all' or a list of names of layers, got 5"),
+        ({"layers": ["", ""]}, ValueError, r"layers must be named once each, got \['', ''\]"),
+        ({"rtol": "a"}, TypeError, "rtol must be a number or None, got 'a'"),
+        ({"duplicate_rtol": "a"}, TypeError, "duplicate_rtol must be a number, got 'a'"),
+        ({"memory_budget": "1GB"}, TypeError, "memory_budget must be a number of bytes or None, got '1GB'"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
+        ({"max_outputs": 2.5}, TypeError, "max_outputs must be an integer, 'auto' or None, got 2.5"),
+        ({"max_outputs": True}, TypeError, "max_outputs must be an integer, 'auto' or None, got True"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        measure_basin(nn.Linear(4, 2), torch.ones(5, 4), **arguments)
+
+
+def test_inputs_without_numbers_are_refused():
+    with pytest.raises(ValueError, match="inputs must hold numbers to be measured"):
+        measure_basin(nn.Linear(4, 2), torch.ones(5, 4, device="meta"))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_module_without_outputs_is_refused():
+    with pytest.raises(ValueError, match=r"outputs must hold at least one number per input, got shape \(5, 0\)"):
+        measure_basin(nn.Linear(4, 0), torch.ones(5, 4))

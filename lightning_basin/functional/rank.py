@@ -126,8 +126,11 @@ def check_rtol(rtol: float | None, name: str = "rtol") -> None:
     """Refuse a relative tolerance that cannot separate anything.
 
     Raises:
-        ValueError: If ``rtol`` is given and not inside ``(0, 1)``.
+        TypeError: If ``rtol`` is given and no number.
+        ValueError: If it is not inside ``(0, 1)``.
     """
+    if rtol is not None and not isinstance(rtol, int | float):
+        raise TypeError(f"{name} must be a number or None, got {rtol!r}")
     if rtol is not None and not 0.0 < rtol < 1.0:
         raise ValueError(f"{name} must be a relative tolerance inside (0, 1), got {rtol}")
 
