@@ -778,18 +778,19 @@ def _crossings(
     """How much rank lies before a layer, and how many classes of inputs cross it, as far as this explains the rank."""
     network, traced = evaluation.network, evaluation.traced
     used = [False] * len(network.parameters())
-    passages: list[Passage | None] = []
-    for probe, trace in traced.chunks():
+    for trace in traced:
         used = list(map(or_, used, parameters_before(network, trace, name)))
-        few = activations if traced.is_whole else layer_activations(network, probe, trace)
-        passages.append(passage(network, probe, trace, few, name))
     # Half of the tolerance is for B4, and as much again for what three combinations may miss.
     tolerance = rank.rtol * rank.largest / 4
-    crossings = []
+    if merging_error(traced, classes, used) > tolerance:
+        return []
     parameters = zip(network.parameters(), used, strict=True)
     num_before = sum(parameter.numel() for parameter, is_used in parameters if is_used)
-    if merging_error(traced, classes, used) <= tolerance:
-        crossings.append((num_before, _num_classes(classes)))
+    crossings = [(num_before, _num_classes(classes))]
+    passages: list[Passage | None] = []
+    for probe, trace in traced.chunks():
+        few = activations if traced.is_whole else layer_activations(network, probe, trace)
+        passages.append(passage(network, probe, trace, few, name))
     through = joined_passages(passages)
     if through is not None:
         # What the tighter bounds ask of a class: the same signals before the cut as well.

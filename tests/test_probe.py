@@ -188,5 +188,5 @@ def test_complex_numbers_are_not_cut_to_their_real_part():
 
 
 def test_sparse_tensors_are_refused():
-    with pytest.raises(ValueError, match="must be dense, got torch.sparse_coo: pass"):
+    with pytest.raises(ValueError, match=r"must be dense, got torch\.sparse_coo: pass"):
         Probe(torch.eye(4).to_sparse())
