@@ -1,4 +1,4 @@
-"""What enters and leaves each layer, input by input, and where that is all a network knows of its input."""
+"""What enters and leaves each layer, input by input, and what inputs that it merges have in common."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_basin.functional.duplicate_stream import DuplicateSearch
-from lightning_basin.layers import Network, Replacement, Trace, agreement_rtol, rounding_rtol
+from lightning_basin.functional.duplicates import are_same, class_means, duplicate_classes, largest_entry
+from lightning_basin.layers import Network, Trace, TracedProbe, agreement_rtol, other_batches
+from lightning_basin.operations import Operations
 from lightning_basin.probe import Probe
 from lightning_basin.replica import isolated_evaluation
 
@@ -19,6 +21,8 @@ _STREAMED = 2**25  # float64 numbers in the activations evaluated at once: 256 M
 _HELD = 2**26  # and in those that the searches of all layers hold to compare others with: 512 MiB
 
 _SIGNALS = 2**24  # float64 numbers in the signals of one layer: 128 MiB
+
+_NUM_COMBINATIONS = 3  # of all rows, that show whether merged inputs have the same gradients
 
 _CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU)
 
@@ -30,21 +34,26 @@ class LayerActivations:
     Attributes:
         entering: Everything that enters, flattened, shape ``(k, d)``; ``None`` where nothing that enters has one
             part per input.
+        scales: The largest magnitude in the tensor that each entry belongs to, shape ``(d,)``; 0 for integers, which
+            are compared exactly.
         leaving: Outputs with the units last, shape ``(k, positions, units)``; ``None`` likewise.
-        rows_per_input: For each tensor that enters, how many of its first-axis rows belong to one input; 0 where it is
-            shared by all. Empty where the rows of an input are not adjacent.
     """
 
     entering: Tensor | None
+    scales: Tensor | None
     leaving: Tensor | None
-    rows_per_input: tuple[int, ...]
+
+    def classes(self, rtol: float) -> Tensor | None:
+        """See `duplicate_classes`; ``None`` where nothing that enters has one part per input."""
+        return None if self.entering is None else duplicate_classes(self.entering, rtol=rtol, scales=self.scales)
 
 
 def layer_activations(network: Network, probe: Probe, trace: Trace) -> dict[str, LayerActivations]:
     """What enters and leaves each called layer, input by input, in the order of first entry.
 
-    Which axis of a tensor counts the inputs is found by running single inputs: a tensor whose shape does not
-    grow with their number is shared, one whose rows agree is sliced, any other is collected input by input.
+    Which axis of a tensor counts the inputs is found by running other batches that together hold all of them: a tensor
+    whose rows are those of its inputs is sliced, one that stays as it is is shared, any other is collected from runs of
+    single inputs.
 
     Args:
         network: That was traced.
@@ -61,9 +70,9 @@ def parameters_before(network: Network, trace: Trace, name: str) -> list[bool]:
     Args:
         network: That was traced.
         trace: Of the probe.
-        name: Of a layer that was called.
+        name: Of a layer; one that was not called, on these inputs, depends on none.
     """
-    attached = [tensor for tensor in trace.entering[name] if tensor.requires_grad]
+    attached = [tensor for tensor in trace.entering.get(name, []) if tensor.requires_grad]
     parameters = network.parameters()
     if not attached:
         return [False] * len(parameters)
@@ -72,41 +81,58 @@ def parameters_before(network: Network, trace: Trace, name: str) -> list[bool]:
     return [gradient is not None for gradient in gradients]
 
 
-def is_cut(
-    network: Network, probe: Probe, trace: Trace, name: str, layer: LayerActivations, before: Sequence[bool]
-) -> bool:
-    """Whether what enters a layer is all that crosses to what follows.
+def merging_error(
+    traced: TracedProbe, classes: Tensor, before: Sequence[bool], through: "Passage | None" = None
+) -> float:
+    """How far gradients are from being those of merged inputs: the norm of what tells inputs of one class apart.
 
-    Found by computing: where what enters a layer is rolled from each input to the next, and all outputs and
-    gradients with respect to later parameters roll along, nothing else about an input gets past the layer. A
-    branch beside a skip connection fails this, also one whose skip has weight zero: its gradient does not roll.
+    Behind a layer, inputs of a class must have the same gradients: what these deviate from their mean is an error of G.
+    So is what the signals before it deviate from theirs, times the derivatives by the parameters they act on. Where
+    the whole error is below a tolerance, replacing the gradients by their means moves no singular value past it (Weyl,
+    1912). Three random combinations of all rows see it, over all inputs at once: it takes a chance of one in a hundred
+    for each to see less than a hundredth.
 
     Args:
-        network: That was traced.
-        probe: The inputs.
-        trace: Of the probe.
-        name: Of the layer.
-        layer: Its activations.
-        before: Which parameters what enters depends on, from `parameters_before`.
+        traced: The network on the probe.
+        classes: First member of each input's class, shape ``(k,)``.
+        before: For each parameter whether its gradients are taken to differ within the classes.
+        through: What all parameters before act through; ``None`` where nothing is taken to be the same before.
+
+    Returns:
+        The largest norm over the combinations, of standard normal weights.
     """
-    called_once = len(trace.leaving.get(name, [])) == 1  # Later calls see the earlier ones already rolled.
-    if not layer.rows_per_input or not called_once:
-        return False
-    rolled = network.trace(probe, replace=Replacement(name, layer.rows_per_input)).outputs
-    tolerance = cut_rtol(network.dtype) * float(trace.outputs.detach().abs().max())
-    if float((rolled - trace.outputs.roll(1, 0)).detach().abs().max()) > tolerance:
-        return False
-    after = [parameter for parameter, used in zip(network.parameters(), before, strict=True) if not used]
-    return _gradients_roll(trace.outputs, rolled, after, rtol=cut_rtol(network.dtype))
+    network, generator = traced.network, Generator().manual_seed(0)
+    parameters = network.parameters()
+    apart = None if through is None else through.signals - class_means(through.signals, classes)
+    behind = [not used for used in before]
+    outputs = network.rows(traced.whole.outputs)
+    shape = (_NUM_COMBINATIONS, *outputs.shape)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(outputs.device)
+    within = [weights - class_means(weights, classes) for weights in drawn]
+    num_parameters = sum(parameter.numel() for parameter in parameters)
+    combined = [drawn.new_zeros(num_parameters) for _ in drawn]
+    for chunk in traced.chunks():
+        rows, part = network.rows(chunk.trace.outputs), chunk.indices.to(drawn.device)
+        for total, weights, deviations in zip(combined, drawn, within, strict=True):
+            total += _gradient(rows, parameters, deviations[part], behind)
+            if through is not None and apart is not None:
+                by_left = torch.einsum("kc,kcu->ku", weights[part], apart[part])
+                left = chunk.trace.leaving[through.name][0]
+                total += _gradient(left, parameters, by_left.view_as(left), before)
+    return max(float(total.norm()) for total in combined)
 
 
-def cut_rtol(dtype: torch.dtype) -> float:
-    """Within which fraction of the largest number what crosses a cut is the same.
-
-    Below what formulas agree to: a weak skip connection is not none, and inputs that differ little are not merged. Were
-    they taken for it, the bound on the rank could fall below the rank.
-    """
-    return max(1e-9, rounding_rtol(dtype))
+def _gradient(tensor: Tensor, parameters: Sequence[Tensor], weights: Tensor, wanted: Sequence[bool]) -> Tensor:
+    """Of a weighted sum by all parameters side by side; zero for those that are not wanted."""
+    chosen = [parameter for parameter, is_wanted in zip(parameters, wanted, strict=True) if is_wanted]
+    found = iter([parameter.new_zeros(()) for parameter in chosen])
+    if chosen and tensor.requires_grad:
+        weights = weights.to(tensor)
+        found = iter(torch.autograd.grad(tensor, chosen, weights, retain_graph=True, materialize_grads=True))
+    parts = zip(parameters, wanted, strict=True)
+    return torch.cat(
+        [(next(found) if used else parameter.new_zeros(())).expand_as(parameter).flatten() for parameter, used in parts]
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +140,13 @@ class Passage:
     """A layer that all parameters before a cut act through.
 
     Attributes:
+        name: Of the layer.
         signals: Derivative of each output by what leaves the layer, shape ``(k, c, units)``.
         inputs: What enters it, shape ``(k, features)``, where it is a linear layer and nothing else is trained before
             the cut; ``None`` otherwise.
     """
 
+    name: str
     signals: Tensor
     inputs: Tensor | None
 
@@ -136,18 +164,20 @@ def passage(
         probe: The inputs.
         trace: Of the probe.
         activations: Of the probe.
-        cut: Name of the layer whose input is all that crosses, as `is_cut` found it.
+        cut: Name of the layer whose input is all that crosses.
 
     Returns:
         ``None`` where there is no such layer, where what leaves it is not laid out input by input, and where its
         signals are more than 2**24 numbers.
     """
     called = list(activations)
-    position = called.index(cut)
+    position = called.index(cut) if cut in called else 0  # Not where no input of a chunk enters it.
+    if position == 0 or not trace.outputs.requires_grad:
+        return None
     name = called[position - 1]
     left = trace.leaving.get(name, [])
     rows = network.rows(trace.outputs)
-    if position == 0 or len(left) != 1 or not left[0].requires_grad or rows.shape[1] * left[0].numel() > _SIGNALS:
+    if len(left) != 1 or not left[0].requires_grad or rows.shape[1] * left[0].numel() > _SIGNALS:
         return None
     part, arranged = network.module.get_submodule(name), activations[name].leaving
     if left[0].shape[:1] != (probe.size,):
@@ -161,7 +191,7 @@ def passage(
         return None
     signals = torch.stack([_derivative(row.sum(), left[0]) for row in rows.unbind(1)], 1).flatten(2).to(torch.float64)
     inputs = _linear_inputs(part, trace.entering[name], before, rows, signals, rtol=agreement_rtol(network.dtype))
-    return Passage(signals, inputs)
+    return Passage(name, signals, inputs)
 
 
 def _derivative(output: Tensor, passed: Tensor) -> Tensor:
@@ -176,9 +206,10 @@ def joined_passages(chunks: Sequence[Passage | None]) -> Passage | None:
     if len(found) < len(chunks) or sum(chunk.signals.numel() for chunk in found) > _SIGNALS:
         return None
     inputs = [chunk.inputs for chunk in found if chunk.inputs is not None]
-    return Passage(
-        torch.cat([chunk.signals for chunk in found]), torch.cat(inputs) if len(inputs) == len(found) else None
-    )
+    if len({chunk.name for chunk in found}) != 1:
+        return None
+    signals = torch.cat([chunk.signals for chunk in found])
+    return Passage(found[0].name, signals, torch.cat(inputs) if len(inputs) == len(found) else None)
 
 
 def _reached_around(outputs: Tensor, passed: Tensor, parameters: Sequence[Tensor]) -> bool:
@@ -214,7 +245,7 @@ def _linear_inputs(
         return None
     generator = Generator().manual_seed(0)
     weights = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
-    (expected,) = torch.autograd.grad(rows, part.weight, weights, retain_graph=True)
+    (expected,) = torch.autograd.grad(rows, part.weight, weights, retain_graph=True, materialize_grads=True)
     inputs = _real(entering[0].detach())
     found = (weights.unsqueeze(2) * signals).sum(1).mT @ inputs
     if bool(((found - expected).abs() > rtol * expected.abs().max()).any()):
@@ -248,7 +279,7 @@ def streamed_classes(network: Network, probes: Iterable[Probe], *, rtol: float) 
     while unfinished:
         for activations in stream:
             for name, search in unfinished.items():
-                search.add(activations[name])
+                search.add(*activations[name])
         unfinished = {name: search for name, search in unfinished.items() if search.finish_pass()}
     return {name: search.classes for name, search in searches.items()}
 
@@ -264,14 +295,14 @@ class _ActivationStream:
             raise ValueError("there must be at least one input to look for duplicates in, got none")
         activations = self._evaluated(first.select([0]))
         self.names = list(activations)
-        self._chunk_size = max(2, _STREAMED // sum(tensor.numel() for tensor in activations.values()))
+        self._chunk_size = max(2, _STREAMED // sum(tensor.numel() for tensor, _ in activations.values()))
 
-    def __iter__(self) -> Iterator[dict[str | None, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str | None, tuple[Tensor, Tensor | None]]]:
         for probe in self._probes:
             for indices in torch.split(torch.arange(probe.size), self._chunk_size):
                 yield self._evaluated(probe.select(indices))
 
-    def _evaluated(self, probe: Probe) -> dict[str | None, Tensor]:
+    def _evaluated(self, probe: Probe) -> dict[str | None, tuple[Tensor, Tensor | None]]:
         size, device = probe.size, self._network.parameters()[0].device
         if size == 1:  # Beside itself: alone, an input does not show which axis counts the inputs.
             probe = probe.select([0, 0])
@@ -279,23 +310,10 @@ class _ActivationStream:
             probe = probe.to(device, self._network.dtype)
             trace = self._network.trace(probe)
             layers = layer_activations(self._network, probe, trace)
-        found: dict[str | None, Tensor] = {
-            name: layer.entering[:size] for name, layer in layers.items() if layer.entering is not None
+        found: dict[str | None, tuple[Tensor, Tensor | None]] = {
+            name: (layer.entering[:size], layer.scales) for name, layer in layers.items() if layer.entering is not None
         }
-        return found | {None: trace.outputs[:size].unsqueeze(-1).flatten(1)}
-
-
-def _gradients_roll(outputs: Tensor, rolled: Tensor, parameters: Sequence[Tensor], *, rtol: float) -> bool:
-    """Whether rolled outputs have the rolled gradients, seen in one random combination of the rows."""
-    if not parameters or not outputs.requires_grad or not rolled.requires_grad:
-        return True
-    generator = Generator().manual_seed(0)
-    weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-    expected = torch.autograd.grad(outputs, parameters, weights.roll(-1, 0), retain_graph=True, materialize_grads=True)
-    found = torch.autograd.grad(rolled, parameters, weights, materialize_grads=True)
-    tolerance = rtol * max(float(gradient.abs().max()) for gradient in expected)
-    pairs = zip(found, expected, strict=True)
-    return all(float((gradient - wanted).abs().max()) <= tolerance for gradient, wanted in pairs)
+        return found | {None: (trace.outputs[:size].unsqueeze(-1).flatten(1), None)}
 
 
 class _LayoutByExample:
@@ -305,65 +323,70 @@ class _LayoutByExample:
         self._network = network
         self._probe = probe
         self._trace = trace
-        self._ends = [self._single(0), self._single(probe.size - 1)]
+        self._others = self._other_batches()
         self._singles: list[Trace] | None = None
 
-    def _single(self, index: int) -> Trace | None:
+    def _other_batches(self) -> list[tuple[Tensor, Trace]]:
+        for batches in other_batches(self._probe.size) if self._probe.size > 1 else ():
+            found = [(indices, self._traced(indices)) for indices in batches]
+            if all(trace is not None for _, trace in found):
+                return [(indices, trace) for indices, trace in found if trace is not None]
+        return []
+
+    def _traced(self, indices: Sequence[int] | Tensor) -> Trace | None:
         try:
-            return self._network.trace(self._probe.select([index]))
-        except (RuntimeError, TypeError, ValueError, IndexError):  # Some modules cannot run a batch of one.
+            trace = self._network.trace(self._probe.select(indices))
+        except (RuntimeError, TypeError, ValueError, IndexError):  # Some modules cannot run so few.
             return None
+        trace.operations = Operations()  # What these hold is not needed.
+        return trace
 
     def activations(self) -> dict[str, LayerActivations]:
         found = {}
         for name, tensors in self._trace.entering.items():
-            entering, rows = self._by_input(tensors, partial(_entering, name))
-            leaving, _ = self._by_input(_leaving(name, self._trace), partial(_leaving, name))
+            entering = self._by_input(tensors, partial(_entering, name))
+            leaving = self._by_input(_leaving(name, self._trace), partial(_leaving, name))
             part = self._network.module.get_submodule(name)
             found[name] = LayerActivations(
-                entering=torch.cat([tensor.flatten(1) for tensor in entering], dim=1) if entering else None,
+                entering=torch.cat([_real(tensor).flatten(1) for tensor in entering], dim=1) if entering else None,
+                scales=torch.cat([_scales(tensor) for tensor in entering]) if entering else None,
                 leaving=_units_last(part, leaving),
-                rows_per_input=rows,
             )
         return found
 
-    def _by_input(
-        self, tensors: Sequence[Tensor], of: Callable[[Trace], list[Tensor]]
-    ) -> tuple[list[Tensor], tuple[int, ...]]:
-        """The tensors that have a part per input, each as ``(k, rows, ...)``, and how all are laid out."""
+    def _by_input(self, tensors: Sequence[Tensor], of: Callable[[Trace], list[Tensor]]) -> list[Tensor]:
+        """The tensors that have a part per input, each as ``(k, rows, ...)``."""
         num_inputs = self._probe.size
-        tensors = [_real(tensor.detach()) for tensor in tensors]
-        first, last = self._ends
-        if num_inputs == 1 or first is None or last is None:
+        tensors = [_by_parts(tensor.detach()) for tensor in tensors]
+        if not self._others:
             kept = [tensor for tensor in tensors if tensor.ndim and tensor.shape[0] == num_inputs]
-            adjacent = len(kept) == len(tensors)
-            return [tensor.unsqueeze(1) for tensor in kept], (1,) * len(tensors) if adjacent else ()
-        singles = list(zip(of(first), of(last), strict=False))
-        if len(singles) == len(tensors):
+            return [tensor.unsqueeze(1) for tensor in kept]
+        others = [(indices, of(trace)) for indices, trace in self._others]
+        if all(len(found) == len(tensors) for _, found in others):
             rtol = agreement_rtol(self._network.dtype)
             layouts = [
-                _layout(tensor, *ends, num_inputs, rtol=rtol) for tensor, ends in zip(tensors, singles, strict=True)
+                _layout(tensor, [(indices, found[place]) for indices, found in others], num_inputs, rtol=rtol)
+                for place, tensor in enumerate(tensors)
             ]
             if None not in layouts:
                 rows = tuple(layout for layout in layouts if layout is not None)
-                sliced = [
+                return [
                     tensor.reshape(num_inputs, count, *tensor.shape[1:])
                     for tensor, count in zip(tensors, rows, strict=True)
                     if count
                 ]
-                return sliced, rows
-        return self._collected(of), ()
+        return self._collected(of)
 
     def _collected(self, of: Callable[[Trace], list[Tensor]]) -> list[Tensor]:
         """Tensors put together from runs of single inputs; none where these differ in shape."""
         if self._singles is None:
-            runs = [self._single(index) for index in range(self._probe.size)]
+            runs = [self._traced([index]) for index in range(self._probe.size)]
             self._singles = [run for run in runs if run is not None]
         shapes = {tuple(tensor.shape for tensor in of(run)) for run in self._singles}
         if len(shapes) != 1 or len(self._singles) < self._probe.size:
             return []
         columns = zip(*(of(run) for run in self._singles), strict=True)
-        return [torch.stack([_real(tensor) for tensor in column]) for column in columns]
+        return [torch.stack([_by_parts(tensor) for tensor in column]) for column in columns]
 
 
 def _entering(name: str, trace: Trace) -> list[Tensor]:
@@ -374,26 +397,47 @@ def _leaving(name: str, trace: Trace) -> list[Tensor]:
     return trace.leaving.get(name, [])
 
 
-def _layout(tensor: Tensor, first: Tensor, last: Tensor, num_inputs: int, *, rtol: float) -> int | None:
-    """Rows per input of a tensor, 0 where it does not grow with their number, ``None`` where they are not adjacent."""
-    first, last = _real(first), _real(last)
-    if tensor.shape == first.shape:
-        return 0
-    if not tensor.ndim or tensor.shape != (num_inputs * first.shape[0], *first.shape[1:]):
-        return None
-    rows = tensor.reshape(num_inputs, -1)
-    tolerance = rtol * float(tensor.abs().max()) if tensor.numel() else 0.0
-    for found, alone in ((rows[0], first), (rows[-1], last)):
-        if bool(((found - alone.flatten()).abs() > tolerance).any()):
-            return None
-    return int(first.shape[0])
+def _layout(tensor: Tensor, others: Sequence[tuple[Tensor, Tensor]], num_inputs: int, *, rtol: float) -> int | None:
+    """Rows per input of a tensor, 0 where it is the same for all inputs, ``None`` where they are not adjacent.
+
+    Args:
+        tensor: Of all inputs.
+        others: Indices of the inputs of other batches, and the tensor in their place.
+        num_inputs: k.
+        rtol: To which two evaluations agree.
+    """
+    numbers = _real(tensor)
+    tolerance = rtol * largest_entry(numbers)
+
+    def agrees(expected: Tensor, found: Tensor) -> bool:
+        return expected.shape == found.shape and bool(
+            are_same(expected.reshape(1, -1), _real(found).reshape(1, -1), tolerance)
+        )
+
+    count = len(tensor) // num_inputs if tensor.ndim else 0
+    if count and len(tensor) == num_inputs * count:
+        by_input = numbers.reshape(num_inputs, count, *numbers.shape[1:])
+        if all(
+            agrees(by_input[indices.to(tensor.device)].flatten(0, 1), _by_parts(found)) for indices, found in others
+        ):
+            return count
+    return 0 if all(agrees(numbers, _by_parts(found)) for _, found in others) else None
+
+
+def _by_parts(tensor: Tensor) -> Tensor:
+    """A complex tensor as its real and imaginary parts, side by side; any other as it is."""
+    return torch.cat([tensor.real, tensor.imag], dim=-1) if tensor.is_complex() else tensor
 
 
 def _real(tensor: Tensor) -> Tensor:
     """The numbers of a tensor in float64; a complex one becomes its real and imaginary parts, side by side."""
-    if tensor.is_complex():
-        tensor = torch.cat([tensor.real, tensor.imag], dim=-1)
-    return tensor.to(torch.float64)
+    return _by_parts(tensor).to(torch.float64)
+
+
+def _scales(tensor: Tensor) -> Tensor:
+    """What each entry of an input's part is compared relative to: the largest of the tensor, 0 for integers."""
+    scale = largest_entry(_real(tensor)) if tensor.is_floating_point() else _real(tensor).new_zeros(())
+    return scale.expand(tensor[:1].numel())
 
 
 def _units_last(part: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
@@ -404,6 +448,6 @@ def _units_last(part: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
     for tensor in tensors:
         # Traced tensors carry one axis more, the rows per input; channels were second without it.
         axis = 2 - tensor.ndim if isinstance(part, _CHANNELS_SECOND) else -1
-        ordered = tensor.movedim(axis, -1)
-        moved.append(ordered.reshape(tensor.shape[0], -1, ordered.shape[-1]))
+        ordered = _real(tensor).movedim(axis, -1)
+        moved.append(ordered.flatten(1, -2))
     return torch.cat(moved, dim=1) if len({tensor.shape[-1] for tensor in moved}) == 1 else moved[0]

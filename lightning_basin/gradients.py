@@ -2,22 +2,25 @@
 
 The operations that use a layer's parameters say what its gradients are. Nothing is concluded from them alone: what
 every way gives must reproduce a random combination of all rows that plain autograd computes, else the next is taken.
+Where that combination is no larger than what rounding leaves of terms that cancel, the gradients are zero.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import Literal, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
+from lightning_basin.functional.duplicates import largest_entry
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
 from lightning_basin.functional.sketch import DenseGradients, LayerGradients, StackedGradients
-from lightning_basin.layers import Chunk, Layer, Network, Trace, TracedProbe, agreement_rtol, rounding_rtol
+from lightning_basin.layers import Chunk, Layer, Network, Trace, TracedProbe, agreement_rtol
 from lightning_basin.operations import Leaving, ProductUse, Source, Use
 from lightning_basin.probe import tensors_of
+from lightning_basin.rounding import rounding_noise
 from lightning_basin.structured import (
     Cuts,
     InputAxis,
@@ -43,6 +46,8 @@ columns of its matrices at a time; or from dense rows by automatic differentiati
 GROUP_ELEMENTS = 2**27
 """Float64 numbers in the gradients, or their factors, that are held at once: 1 GiB."""
 
+_ROUNDING = 4  # times the root of the number of rows: rounding units by which sums over all rows may differ
+_NOISE_MARGIN = 8  # of a measured noise: three evaluations may by chance show so much less than there is
 _NUM_CHOICES = 3  # of inputs whose derivatives may tell where the inputs are; one does, unless a layer is dead
 
 
@@ -81,8 +86,8 @@ def layer_gradients(
     for layer, gradients in _structured_gradients(traced, check, max_elements):
         if gradients is None:
             waiting.append((layer, None))
-        elif check.passes(layer, gradients):
-            yield MeasuredGradients(layer, gradients, structured=True)
+        elif (measured := check.measured(layer, gradients, structured=True)) is not None:
+            yield measured
         else:
             waiting.append(
                 (layer, f"layer {layer.name!r} is measured row by row: its parameters are used in other ways")
@@ -95,7 +100,10 @@ def layer_gradients(
 
 
 class _AutogradCheck:
-    """One random combination of all rows of every layer's gradients, which each way must reproduce."""
+    """One random combination of all rows of every layer's gradients, which each way must reproduce.
+
+    What the operations that use a layer give may differ by rounding only, so that no use is missed, however weak.
+    """
 
     def __init__(self, traced: TracedProbe, generator: Generator) -> None:
         network, outputs = traced.network, traced.network.rows(traced.whole.outputs)
@@ -106,14 +114,12 @@ class _AutogradCheck:
         combined: list[Tensor | None] = [None] * len(parameters)
         for found in traced.each(_combined_rows, weights):
             combined = [_sum(total, part) for total, part in zip(combined, found, strict=True)]
+        self._traced = traced
+        self._drawn = weights
         self._weights = weights.flatten()
         names = [name for layer in network.layers for name in layer.parameters]
         self._expected = dict(zip(names, combined, strict=True))
         self._shapes = dict(zip(names, parameters, strict=True))
-        # What is below the rounding of the largest entry is nothing: a bias before a softmax has such gradients.
-        largest = [float(gradient.abs().max()) for gradient in combined if gradient is not None and gradient.numel()]
-        self._floor = rounding_rtol(network.dtype) * max(largest, default=0.0)
-        self._rtol = agreement_rtol(network.dtype)
 
     @property
     def num_rows(self) -> int:
@@ -129,18 +135,75 @@ class _AutogradCheck:
         """Whether no output depends on the layer."""
         return all(self._expected[name] is None for name in layer.parameters)
 
-    def passes(self, layer: Layer, gradients: LayerGradients) -> bool:
-        """Whether gradients have the combination that autograd finds."""
-        found = gradients.combination(self._weights)
-        expected = []
-        scales = []
-        for name in layer.parameters:
-            wanted, size = self._expected[name], self._shapes[name].numel()
-            wanted = found.new_zeros(size) if wanted is None else wanted.flatten()
-            expected.append(wanted)
-            scales.append((self._rtol * wanted.abs().max()).expand(size) if size else wanted)
-        difference = (found - torch.cat(expected)).abs()
-        return bool((difference <= torch.cat(scales) + self._floor).all())
+    def measured(
+        self, layer: Layer, gradients: LayerGradients, *, structured: bool, note: str | None = None
+    ) -> MeasuredGradients | None:
+        """Gradients that have the combination which autograd finds; zero ones if that is rounding; ``None`` for others.
+
+        Args:
+            layer: Whose they are.
+            gradients: To check.
+            structured: Whether they come from the operations that use the layer.
+            note: What a reader should know about them.
+        """
+        dtype = self._traced.network.dtype
+        sizes = [self._shapes[name].numel() for name in layer.parameters]
+        found = torch.split(gradients.combination(self._weights), sizes)
+        pairs = list(zip(found, self._wanted(layer), strict=True))
+        differences = [largest_entry(combined - wanted) for combined, wanted in pairs]
+        scales = [largest_entry(wanted) for _, wanted in pairs]
+        rounding = _ROUNDING * len(self._weights) ** 0.5 * torch.finfo(dtype).eps
+        loosest = [agreement_rtol(dtype) * scale for scale in scales]
+        tolerances = [rounding * scale for scale in scales] if structured else loosest
+        if any(difference > tolerance for difference, tolerance in zip(differences, tolerances, strict=True)):
+            noise = [self._noise[name] for name in layer.parameters]
+            if _norm([wanted for _, wanted in pairs]) <= _NOISE_MARGIN * _norm(noise):
+                empty = _no_gradients(layer, self.num_rows, self.device)
+                return MeasuredGradients(layer, empty, structured, _without_effect(layer))
+            noisy = [_NOISE_MARGIN * largest_entry(deviation) for deviation in noise]
+            # Rounding that spoils nine digits is not told from a formula that is wrong.
+            limits = map(min, noisy, loosest) if structured else noisy
+            tolerances = list(map(max, tolerances, limits))
+        agrees = all(difference <= tolerance for difference, tolerance in zip(differences, tolerances, strict=True))
+        return MeasuredGradients(layer, gradients, structured, note) if agrees else None
+
+    def _wanted(self, layer: Layer) -> list[Tensor]:
+        """The combination by each parameter, flattened."""
+        return [
+            (self._weights.new_zeros(self._shapes[name].shape) if wanted is None else wanted).flatten()
+            for name in layer.parameters
+            for wanted in [self._expected[name]]
+        ]
+
+    @cached_property
+    def _noise(self) -> dict[str, Tensor]:
+        """How far rounding may have moved the combination, by the name of each parameter."""
+        noise = rounding_noise(self._combined, self._traced.network.dtype)
+        return dict(zip(self._expected, noise, strict=True))
+
+    def _combined(self) -> list[Tensor]:
+        network = self._traced.network
+        parameters = network.parameters()
+        combined = [self._weights.new_zeros(parameter.shape) for parameter in parameters]
+        for chunk in self._traced.chunks():
+            outputs = network.rows(network.outputs(chunk.probe))
+            if outputs.requires_grad:
+                weights = self._drawn[chunk.indices.to(self.device)].to(outputs)
+                found = torch.autograd.grad(outputs, parameters, weights, materialize_grads=True)
+                combined = [total + gradient for total, gradient in zip(combined, found, strict=True)]
+        return combined
+
+
+def _without_effect(layer: Layer) -> str:
+    return f"layer {layer.name!r} has no effect: its gradients are the rounding of terms that cancel, and count as zero"
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.cat([tensor.flatten() for tensor in tensors]).norm())
+
+
+def _no_gradients(layer: Layer, num_rows: int, device: torch.device) -> LayerGradients:
+    return StackedGradients((), (), num_rows=num_rows, num_columns=layer.num_parameters, device=device)
 
 
 def _combined_rows(network: Network, chunk: Chunk, weights: Tensor) -> list[Tensor | None]:
@@ -170,10 +233,7 @@ def _structured_gradients(
         size = sizes[layer.name]
         method = size.method(max_elements)
         if check.is_unused(layer):
-            empty = StackedGradients(
-                (), (), num_rows=check.num_rows, num_columns=layer.num_parameters, device=check.device
-            )
-            yield layer, empty
+            yield layer, _no_gradients(layer, check.num_rows, check.device)
         elif method == "factors":
             planned.append((layer, size.whole))
         elif method == "chunks":
@@ -471,7 +531,9 @@ def _derivatives(output: Tensor, places: Sequence[Leaving]) -> dict[int, Tensor]
     """Derivatives of a number by what left some operations, by the identity of the place."""
     edges = {id(leaving): leaving.edge for leaving in places if leaving.edge is not None}
     shapes = {id(leaving): leaving.shape for leaving in places}
-    found = torch.autograd.grad(output, list(edges.values()), retain_graph=True, allow_unused=True)
+    found: Sequence[Tensor | None] = [None] * len(edges)
+    if edges and output.requires_grad:  # Else no input of a chunk has entered the layers, or no parameter is used.
+        found = torch.autograd.grad(output, list(edges.values()), retain_graph=True, allow_unused=True)
     return {
         place: output.new_zeros(shapes[place]) if gradient is None else gradient
         for place, gradient in zip(edges, found, strict=True)
@@ -493,8 +555,12 @@ def _dense_gradients(
             continue
         blocks = torch.split(matrix, [layer.num_parameters for layer in layers], dim=1)
         for layer, gradients in zip(layers, map(DenseGradients, blocks), strict=True):
-            if layer in pending and check.passes(layer, gradients):
-                yield MeasuredGradients(layer, gradients, structured=False, note=pending.pop(layer))
+            if layer not in pending:
+                continue
+            measured = check.measured(layer, gradients, structured=False, note=pending[layer])
+            if measured is not None:
+                del pending[layer]
+                yield measured
         if not pending:
             return
     raise RuntimeError(_disagreement([layer.name for layer in pending]))
@@ -550,13 +616,13 @@ def _dense_in_pieces(
         pieces = partial(_columns_by_row, traced, layer, outputs_of, width)
         gradients = PiecewiseGradients((), (), num_rows=check.num_rows, num_columns=layer.num_parameters, pieces=pieces)
         try:
-            agrees = check.passes(layer, gradients)
+            measured = check.measured(layer, gradients, structured=False, note=note)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):  # As above: a batch of one.
             if outputs_of is _outputs_of_batch:
                 raise
             continue
-        if agrees:
-            return MeasuredGradients(layer, gradients, structured=False, note=note)
+        if measured is not None:
+            return measured
     raise RuntimeError(_disagreement([layer.name]))
 
 
@@ -591,7 +657,10 @@ def _some_columns(
 
 
 def _disagreement(names: Sequence[str]) -> str:
-    return f"the gradients of layers {names} cannot be computed: two evaluations of them disagree"
+    return (
+        f"the gradients of layers {names} cannot be computed: two evaluations of them disagree; a hook on a tensor "
+        f"that changes gradients, or a backward pass that draws random numbers, has this effect"
+    )
 
 
 def _groups(items: Sequence[_Item], size_of: Callable[[_Item], int], max_size: int) -> Iterator[list[_Item]]:

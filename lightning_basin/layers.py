@@ -197,44 +197,49 @@ class Network:
     def layers_run_by(self, function: Callable[[], Any]) -> list[str]:
         """Names of the layers that are called while a function runs."""
         trace = Trace(outputs=torch.empty(0))
-        with _recording(self, trace, None):
+        with _recording(self, trace):
             function()
         return list(trace.entering)
 
-    def trace(self, probe: Probe, *, replace: "Replacement | None" = None) -> Trace:
+    def trace(self, probe: Probe) -> Trace:
         """Run once and note what enters and leaves each layer, and which operations use its parameters.
 
         Args:
             probe: The inputs.
-            replace: Changes what enters one layer, at every call.
         """
         trace = Trace(outputs=torch.empty(0))
         trained = {name: self.named_parameters[name] for layer in self.layers for name in layer.parameters}
         constants = [*self.named_parameters.values(), *self.module.buffers()]
         with (
-            _recording(self, trace, replace),
+            _recording(self, trace),
             recorded_operations(trained, constants, num_inputs=probe.size) as trace.operations,
         ):
             trace.outputs = self.outputs(probe)
         return trace
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """Rolls what enters a layer by one input.
+def other_batches(num_inputs: int) -> Iterator[list[Tensor]]:
+    """Batches in which every input has other company than in the whole, where its part of all results is the same.
 
-    Attributes:
-        name: Of the layer.
-        rows_per_input: For each tensor that enters, how many rows along its first axis belong to one input.
+    Args:
+        num_inputs: k.
+
+    Yields:
+        Indices of two random halves; then, for modules that cannot run these, batches of all k in which each half is
+        replaced by inputs of the other. Of a single input only itself.
     """
-
-    name: str
-    rows_per_input: tuple[int, ...]
-
-    def __call__(self, arguments: Any) -> Any:
-        """The arguments of the layer's call with each input's part moved to the next input."""
-        rows = iter(self.rows_per_input)
-        return map_tensors(lambda tensor: tensor.roll(next(rows), 0), arguments)
+    if num_inputs == 1:
+        yield [torch.zeros(1, dtype=torch.int64)]
+        return
+    order = torch.randperm(num_inputs, generator=Generator().manual_seed(0))
+    first, second = (half.sort().values for half in order.tensor_split(2))
+    yield [first, second]
+    replaced = []
+    for kept, others in ((first, second), (second, first)):
+        indices = torch.arange(num_inputs)
+        indices[others] = kept[torch.arange(others.numel()) % kept.numel()]
+        replaced.append(indices)
+    yield replaced
 
 
 def call_module(module: nn.Module, inputs: Any) -> Any:
@@ -279,19 +284,16 @@ class _Behaving(nn.Module):
 
 
 @contextmanager
-def _recording(network: Network, trace: Trace, replace: Replacement | None) -> Iterator[None]:
+def _recording(network: Network, trace: Trace) -> Iterator[None]:
     """Hooks on every layer that fill a trace, gone afterwards."""
     handles = []
 
-    def enter(name: str) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            if replace is not None and replace.name == name:
-                args, kwargs = replace((args, kwargs))
+    def enter(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             if not trace.leaving:
                 trace.num_first += name not in trace.entering
             # Clones, here and below: what is done in place later cannot change what entered and left.
             trace.entering.setdefault(name, []).extend(tensor.clone() for tensor in tensors_of((args, kwargs)))
-            return args, kwargs
 
         return hook
 
@@ -369,16 +371,12 @@ class TracedProbe:
         self.kept: Any = None
         self._whole: Trace | None = None
 
-    def chunks(self, *, at_least: int = 1) -> Iterator[Chunk]:
-        """The inputs that are run at once, chunk by chunk.
-
-        Args:
-            at_least: Inputs in each chunk, even where memory asks for fewer.
-        """
+    def chunks(self) -> Iterator[Chunk]:
+        """The inputs that are run at once, chunk by chunk."""
         if self.is_whole:
             yield Chunk(self.network, self.indices, self.probe, self.whole)
             return
-        num_chunks = min(-(-self.probe.size // self.chunk_size), max(1, self.probe.size // at_least))
+        num_chunks = -(-self.probe.size // self.chunk_size)
         for chosen in torch.arange(self.probe.size).tensor_split(num_chunks):
             yield Chunk(self.network, self.indices[chosen], self.probe.select(chosen))
 

@@ -1,5 +1,6 @@
 """One measurement: a module and a probe in, a record out. The only place where the quantities meet."""
 
+import numbers
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +16,9 @@ from torch import Generator, Tensor, nn
 from lightning_basin.activations import (
     LayerActivations,
     Passage,
-    cut_rtol,
-    is_cut,
     joined_passages,
     layer_activations,
+    merging_error,
     parameters_before,
     passage,
     streamed_classes,
@@ -45,6 +45,7 @@ from lightning_basin.layers import (
     TracedProbe,
     agreement_rtol,
     call_module,
+    other_batches,
     rounding_rtol,
 )
 from lightning_basin.messages import MessageGroup
@@ -52,7 +53,8 @@ from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.probe import Probe, float64_device, tensors_of
 from lightning_basin.processes import Team, follow
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
-from lightning_basin.replica import isolated_evaluation, replicas
+from lightning_basin.replica import isolated_evaluation, replicas, settle_embeddings
+from lightning_basin.rounding import rounding_noise
 from lightning_basin.training_set import as_probes
 
 LossFunction = Callable[[Tensor, Any], Tensor]
@@ -154,9 +156,9 @@ def measure_basin(
         team: Processes that compute a share each, while they are in `follow_measurement`.
 
     Raises:
-        TypeError: If there is no input tensor, the outputs are not a floating point tensor, or ``duplicates_over`` can
-            be iterated over only once.
-        ValueError: If there is nothing to measure (no trainable parameters, no inputs), outputs or loss are not
+        TypeError: If there is no input tensor, the outputs are not a floating point tensor, ``duplicates_over`` can be
+            iterated over only once, or an argument has another type.
+        ValueError: If there is nothing to measure (no trainable parameters, inputs or outputs), outputs or loss are not
             finite, targets are missing, inputs influence each other's outputs, or a value is out of range.
         MemoryBudgetError: A ValueError, if it cannot be cut to ``memory_budget``.
 
@@ -174,7 +176,9 @@ def measure_basin(
     """
     started = time.perf_counter()
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
-    _check_settings(probe, loss_fn, behavior, hessian, rtol, duplicate_rtol, max_outputs, dtype)
+    _check_settings(probe, loss_fn, behavior, hessian, rtol, duplicate_rtol, max_outputs, layers, memory_budget, dtype)
+    if not _is_number(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     if dtype == "float32":
         duplicate_rtol = max(duplicate_rtol, rounding_rtol(torch.float32))
     training_set = None if duplicates_over is None else as_probes(duplicates_over)
@@ -220,7 +224,7 @@ def measure_basin(
         )
         null_spaces = _measured_hessian(curvature, spectra)
         resolution = ranks[parts[-1]].rtol
-        duplicates = _measured_duplicates(evaluation, duplicate_rtol, resolution)
+        duplicates = _measured_duplicates(evaluation, duplicate_rtol, ranks[parts[-1]])
     if dtype == "float32":
         notes.append(
             f"evaluated in float32: singular values below {resolution:.1e} of the largest count as zero, activations "
@@ -290,7 +294,7 @@ def check_measurable(
         ValueError: See `measure_basin`.
         MemoryBudgetError: See `measure_basin`.
     """
-    _check_settings(probe, loss_fn, behavior, "auto", None, 0.0, max_outputs, dtype)
+    _check_settings(probe, loss_fn, behavior, "auto", None, 0.0, max_outputs, layers, memory_budget, dtype)
     with evaluated(module, probe, _loss_function(loss_fn), _outputs_of(behavior), dtype=_DTYPES[dtype]) as evaluation:
         _selected_parts(evaluation.network.layers, layers)
         if not is_loss_given and evaluation.loss_fn is not None:
@@ -324,6 +328,8 @@ def _check_settings(
     rtol: float | None,
     duplicate_rtol: float,
     max_outputs: int | Literal["auto"] | None,
+    layers: LayerSelection,
+    memory_budget: int | None,
     dtype: Precision,
 ) -> None:
     if hessian is not False and hessian not in HESSIAN_MODES:
@@ -336,6 +342,7 @@ def _check_settings(
         )
     check_rtol(rtol)
     check_precision(dtype, hessian, rtol)
+    _check_types(duplicate_rtol, max_outputs, layers, memory_budget)
     if not 0.0 <= duplicate_rtol < 1.0:
         raise ValueError(f"duplicate_rtol must be inside [0, 1), got {duplicate_rtol}")
     if isinstance(max_outputs, str) and max_outputs != "auto":
@@ -367,6 +374,24 @@ def check_precision(dtype: Precision, hessian: HessianMode, rtol: float | None) 
             f"rtol must be at least {epsilon:.1e} with dtype='float32', whose rounding that is, got {rtol}"
         )
 
+
+def _check_types(duplicate_rtol: Any, max_outputs: Any, layers: Any, memory_budget: Any) -> None:
+    if not _is_number(duplicate_rtol, float):
+        raise TypeError(f"duplicate_rtol must be a number, got {duplicate_rtol!r}")
+    if not isinstance(max_outputs, str | None) and not _is_number(max_outputs, int):
+        raise TypeError(f"max_outputs must be an integer, 'auto' or None, got {max_outputs!r}")
+    if not isinstance(layers, Sequence) or not all(isinstance(name, str) for name in layers):
+        raise TypeError(f"layers must be 'auto', 'all' or a list of names of layers, got {layers!r}")
+    if memory_budget is not None and not _is_number(memory_budget, float):
+        raise TypeError(f"memory_budget must be a number of bytes or None, got {memory_budget!r}")
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    """Whether a value is an integer, or any real number where ``kind`` is ``float``; truth is no number."""
+    return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+
+
+_NOISE_MARGIN = 32  # of what three evaluations show of the rounding of an output
 
 Planner = Callable[[Network, Probe, Trace], MeasurementPlan]
 """From a network, some inputs and their trace to how all inputs are measured."""
@@ -471,11 +496,14 @@ def evaluated(
         dtype: Of the copy.
         team: Processes that get a share of the inputs each, where the module can run a few at a time.
     """
+    if any(tensor.is_meta for tensor in tensors_of(probe.inputs)):
+        raise ValueError("inputs must hold numbers to be measured, got tensors on the device 'meta'")
     device = _device(module)
     with isolated_evaluation(device, dtype):
         replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=dtype)
         network = Network(replica, behavior, dtype=dtype)
         probe = probe.to(device, dtype)
+        settle_embeddings(replica, lambda: network.outputs(probe))
         plan = None
         if planned is not None:
             few, trace_of_few = _few_traced(network, probe)
@@ -530,6 +558,7 @@ def _prepared_share(
 ) -> TracedProbe:
     """Some inputs of another process, run on a copy of the module here that has its parameters and buffers."""
     replica, behavior = replicas(module, behavior, dtype=dtype)
+    settle_embeddings(replica, lambda: None)  # Those of the other process are.
     own = dict(replica.named_parameters()) | dict(replica.named_buffers())
     if own.keys() != state.keys():
         raise ValueError(
@@ -566,29 +595,48 @@ def _few_traced(network: Network, probe: Probe) -> tuple[Probe, Trace]:
 
 
 def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
+    if outputs.numel() == 0:
+        raise ValueError(f"the outputs must hold at least one number per input, got shape {tuple(outputs.shape)}")
     if not bool(outputs.isfinite().all()):
         count = int((~outputs.isfinite()).reshape(probe.size, -1).any(1).sum())
         raise ValueError(f"outputs must be finite, but are NaN or infinite on {count} of the {probe.size} inputs")
     tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
-    for index in {0, probe.size - 1}:
+    for batches in other_batches(probe.size):
         try:
             with torch.no_grad():
-                alone = network.outputs(probe.select([index]))
-        except (TypeError, ValueError):  # Some modules cannot run a batch of one.
-            return
-        if alone.shape[1:] != outputs.shape[1:] or float((alone[0] - outputs[index]).abs().max()) <= tolerance:
+                found = [network.outputs(probe.select(indices)) for indices in batches]
+        except (TypeError, ValueError):  # Some modules cannot run so few, nor a behavior that drops axes of length 1.
             continue
-        with torch.no_grad():
-            again = network.outputs(probe)
-        if float((again - outputs).abs().max()) > tolerance:
-            raise ValueError(
-                "outputs must be a function of the inputs, but two evaluations differ: the module draws random "
-                "numbers in evaluation mode; pass a behavior that does not"
-            )
+        deviations = torch.zeros_like(outputs)
+        for indices, other in zip(batches, found, strict=True):
+            if other.shape[1:] == outputs.shape[1:]:
+                deviations[indices] = (other - outputs[indices]).abs().maximum(deviations[indices])
+        if not bool((deviations <= tolerance).all()):
+            _refuse_dependence(network, probe, outputs, deviations)
+        return
+
+
+def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviations: Tensor) -> None:
+    """Say what outputs depend on beside their own input, unless it is rounding that moves them."""
+    with torch.no_grad():
+        noise = rounding_noise(lambda: [network.outputs(probe)], network.dtype)[0]
+        again = network.outputs(probe)
+    # Of a single output three evaluations may show too little: then the others' tell.
+    limits = (_NOISE_MARGIN * noise.maximum(noise.mean())).clamp(
+        min=agreement_rtol(network.dtype) * float(outputs.abs().max())
+    )
+    index = int((deviations - limits).flatten(1).amax(1).argmax())
+    if bool((deviations <= limits).all()):
+        return
+    if not bool(((again - outputs).abs() <= limits).all()):
         raise ValueError(
-            f"each output must depend on its own input only, but the output on input {index} changes with the other "
-            f"inputs of the batch: the rank is then not defined input by input"
+            "outputs must be a function of the inputs, but two evaluations differ: the module draws random numbers in "
+            "evaluation mode, or keeps a state that changes; pass a behavior that does not"
         )
+    raise ValueError(
+        f"each output must depend on its own input only, but the output on input {index} changes with the other "
+        f"inputs of the batch: the rank is then not defined input by input"
+    )
 
 
 def _check_copy(module: nn.Module, result: Tensor, name: str) -> None:
@@ -680,6 +728,8 @@ def _selected_parts(layers: Sequence[Layer], selection: LayerSelection) -> tuple
     unknown = [name for name in names if name not in by_name]
     if unknown:
         raise ValueError(f"layers must be among {list(by_name)}, got {unknown}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"layers must be named once each, got {names}")
     parts = [_Part("layer", name, (by_name[name],)) for name in names]
     if selection == "auto":
         for block, members in layer_blocks(names).items():
@@ -800,13 +850,11 @@ class _Duplicates:
     rank_bound: int | None
 
 
-def _measured_duplicates(evaluation: Evaluation, rtol: float, bound_rtol: float) -> _Duplicates:
+def _measured_duplicates(evaluation: Evaluation, rtol: float, rank: GradientRank) -> _Duplicates:
     network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
     activations = layer_activations(network, probe, trace)
     classes: dict[str | None, Tensor] = {
-        name: duplicate_classes(layer.entering, rtol=rtol)
-        for name, layer in activations.items()
-        if layer.entering is not None
+        name: found for name, layer in activations.items() if (found := layer.classes(rtol)) is not None
     }
     layers = {name: _layer_duplicates(layer, classes.get(name), rtol) for name, layer in activations.items()}
     after_first = [layers[name] for name in list(activations)[trace.num_first :]]
@@ -822,7 +870,7 @@ def _measured_duplicates(evaluation: Evaluation, rtol: float, bound_rtol: float)
         "output_duplicated_activations_exact": duplicated_activations(outputs, rtol=0.0),
         "merged_inputs": _merged_inputs(classes | {None: output_classes}),
     }
-    return _Duplicates(layers=layers, network=totals, rank_bound=_rank_bound(evaluation, activations, bound_rtol))
+    return _Duplicates(layers=layers, network=totals, rank_bound=_rank_bound(evaluation, activations, rank))
 
 
 def _merged_inputs(classes: Mapping[str | None, Tensor]) -> tuple[MergedInput, ...]:
@@ -852,62 +900,66 @@ def _with_training_set(duplicates: _Duplicates, classes: Mapping[str | None, Ten
     return replace(duplicates, layers=layers, network={**duplicates.network, **totals})
 
 
-def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations], rtol: float) -> int | None:
-    """The tightest bound over all cuts; whether a layer is one is looked at only where it could lower the bound.
+def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations], rank: GradientRank) -> int | None:
+    """The tightest bound over all layers; each is looked at only where it could lower the bound.
 
     Args:
         evaluation: Of the probe.
         activations: Of the probe.
-        rtol: The tolerance that decides the rank: at a looser one the bound could fall below it.
+        rank: Of the network: the gradients of merged inputs may differ by less than decides it.
     """
-    network, probe, num_outputs = evaluation.network, evaluation.probe, evaluation.num_outputs
+    probe, num_outputs = evaluation.probe, evaluation.num_outputs
     # What all inputs share is the same for all.
     shared = torch.zeros(probe.size, dtype=torch.int64)
-    classes = {
-        name: shared if layer.entering is None else duplicate_classes(layer.entering, rtol=_class_rtol(network, rtol))
-        for name, layer in activations.items()
-    }
-    num_parameters = sum(layer.num_parameters for layer in network.layers)
+    candidates: list[tuple[str, Tensor]] = []
+    for name, layer in activations.items():
+        classes = layer.classes(rank.rtol)
+        candidates.append((name, shared if classes is None else classes))
+        # Where these are not the same enough, those that are equal may be.
+        if classes is not None and _num_classes(classes) < probe.size:
+            exact = layer.classes(0.0)
+            if exact is not None and not torch.equal(exact, classes):
+                candidates.append((name, exact))
+    num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
     bound = gradient_rank_bound(num_parameters, num_outputs, [(0, probe.size)])
-    for name in sorted(classes, key=lambda name: _num_classes(classes[name])):
-        if num_outputs * _num_classes(classes[name]) >= bound:
+    for name, classes in sorted(candidates, key=lambda candidate: _num_classes(candidate[1])):
+        if num_outputs * _num_classes(classes) >= bound:
             break
-        crossings = _crossings(evaluation, activations, name, classes[name], rtol)
+        crossings = _crossings(evaluation, activations, name, classes, rank)
         bound = gradient_rank_bound(bound, num_outputs, crossings)
     return bound
 
 
-def _class_rtol(network: Network, rtol: float) -> float:
-    """Below the tolerance that decides the rank, where that is coarse: a small difference may grow behind the cut."""
-    return min(rtol, cut_rtol(network.dtype))
-
-
 def _crossings(
-    evaluation: Evaluation, activations: dict[str, LayerActivations], name: str, classes: Tensor, rtol: float
+    evaluation: Evaluation, activations: dict[str, LayerActivations], name: str, classes: Tensor, rank: GradientRank
 ) -> list[tuple[int, int]]:
-    """For a layer that is a cut: how much rank lies before it, and how many classes of inputs cross it."""
-    network, used = evaluation.network, [False] * len(evaluation.network.parameters())
-    passages: list[Passage | None] = []
-    for chunk in evaluation.traced.chunks(at_least=2):  # A single input does not roll.
-        probe, trace = chunk.probe, chunk.trace
-        used = list(map(or_, used, parameters_before(network, trace, name)))
-        if not is_cut(network, probe, trace, name, activations[name], used):
-            return []
-        few = activations if evaluation.traced.is_whole else layer_activations(network, probe, trace)
-        passages.append(passage(network, probe, trace, few, name))
+    """How much rank lies before a layer, and how many classes of inputs cross it, as far as this explains the rank."""
+    network, traced = evaluation.network, evaluation.traced
+    used = [False] * len(network.parameters())
+    for chunk in traced.chunks():
+        used = list(map(or_, used, parameters_before(network, chunk.trace, name)))
+    # Half of the tolerance is for B4, and as much again for what three combinations may miss.
+    tolerance = rank.rtol * rank.largest / 4
+    if merging_error(traced, classes, used) > tolerance:
+        return []
     parameters = zip(network.parameters(), used, strict=True)
     num_before = sum(parameter.numel() for parameter, is_used in parameters if is_used)
     crossings = [(num_before, _num_classes(classes))]
+    passages: list[Passage | None] = []
+    for chunk in traced.chunks():
+        few = activations if traced.is_whole else layer_activations(network, chunk.probe, chunk.trace)
+        passages.append(passage(network, chunk.probe, chunk.trace, few, name))
     through = joined_passages(passages)
     if through is not None:
         # What the tighter bounds ask of a class: the same signals before the cut as well.
-        alike = duplicate_classes(through.signals.flatten(1), rtol=_class_rtol(network, rtol))
+        alike = duplicate_classes(through.signals.flatten(1), rtol=rank.rtol)
         classes = duplicate_classes(torch.stack([classes, alike], dim=1), rtol=0.0)
         directions = merged_directions(classes, through.signals)
         if through.inputs is not None:
-            linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rtol)
+            linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rank.rtol)
             directions = min(directions, linear)
-        crossings.append((min(num_before, directions), _num_classes(classes)))
+        if directions < num_before and merging_error(traced, classes, used, through) <= tolerance:
+            crossings.append((directions, _num_classes(classes)))
     return crossings
 
 
@@ -917,9 +969,10 @@ def _num_classes(classes: Tensor) -> int:
 
 def _layer_duplicates(layer: LayerActivations, classes: Tensor | None, rtol: float) -> dict[str, int]:
     counted = {}
-    if layer.entering is not None and classes is not None:
+    exact = layer.classes(0.0)
+    if classes is not None and exact is not None:
         counted["duplicated_activations"] = classes.numel() - _num_classes(classes)
-        counted["duplicated_activations_exact"] = duplicated_activations(layer.entering, rtol=0.0)
+        counted["duplicated_activations_exact"] = exact.numel() - _num_classes(exact)
     if layer.leaving is not None:
         counted["dead_units"] = dead_units(layer.leaving, rtol=rtol)
     return counted

@@ -99,7 +99,23 @@ def replicas(module: nn.Module, *callables: Any, dtype: torch.dtype = torch.floa
             _uncompile_methods(part, memo)
             if isinstance(part, nn.Embedding | nn.EmbeddingBag):
                 part.sparse = False  # Sparse gradients save time in training, and do not fit into a matrix.
+                part.scale_grad_by_freq = False  # That is a step size for each row, and no derivative.
     return tuple(copies)
+
+
+def settle_embeddings(module: nn.Module, run: Callable[[], Any]) -> None:
+    """Let embeddings with ``max_norm``, which shorten each row when they look it up, do so once and never again.
+
+    Args:
+        module: A copy, which is changed.
+        run: Runs it on all inputs.
+    """
+    parts = [part for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
+    if any(part.max_norm is not None for part in parts):
+        with torch.no_grad():
+            run()
+        for part in parts:
+            part.max_norm = None
 
 
 def _owner(item: Any) -> nn.Module | None:

@@ -32,9 +32,10 @@ class InputAxis:
     def split(self, tensor: Tensor, num_inputs: int) -> Tensor:
         """The axis in front, as ``(k, n / k, ...)``."""
         moved = tensor.movedim(self.axis, 0)
+        count = moved.shape[0] // num_inputs
         if self.adjacent:
-            return moved.reshape(num_inputs, -1, *moved.shape[1:])
-        return moved.reshape(-1, num_inputs, *moved.shape[1:]).transpose(0, 1)
+            return moved.reshape(num_inputs, count, *moved.shape[1:])
+        return moved.reshape(count, num_inputs, *moved.shape[1:]).transpose(0, 1)
 
 
 def possible_input_axes(use: Use, signal: Tensor, chosen: Tensor) -> list[InputAxis]:
@@ -69,18 +70,17 @@ def signal_of_inputs(use: Use, signal: Tensor, layout: InputAxis, num_inputs: in
     """Derivatives input by input in float64: ``(k, t, d_out)`` for a product, ``(k, n)`` by the n used entries else."""
     signal = signal.to(torch.float64)  # Before anything is added up.
     if isinstance(use, ProductUse):
-        found = layout.split(use.signals(signal), num_inputs)
-        return found.reshape(num_inputs, -1, found.shape[-1])
+        return layout.split(use.signals(signal), num_inputs).flatten(1, -2)
     contributions = layout.split(use.contributions(signal), num_inputs)
     used = use.positions.movedim(layout.axis, 0)  # Of length 1 there.
     repeated = [axis for axis in range(1, contributions.ndim) if used.shape[axis - 1] == 1]
-    return contributions.sum(repeated).reshape(num_inputs, -1) if repeated else contributions.reshape(num_inputs, -1)
+    summed = contributions.sum(repeated) if repeated else contributions
+    return summed.unsqueeze(-1).flatten(1)
 
 
 def activations_of_inputs(use: ProductUse, layout: InputAxis, num_inputs: int) -> Tensor:
     """What is multiplied, input by input, in float64, shape ``(k, t, d_in)``."""
-    found = layout.split(use.activations().to(torch.float64), num_inputs)
-    return found.reshape(num_inputs, -1, found.shape[-1])
+    return layout.split(use.activations().to(torch.float64), num_inputs).flatten(1, -2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -131,10 +131,21 @@ def test_a_pass_with_another_number_of_inputs_is_refused(number):
         streamed_duplicate_classes(lambda: [next(passes)])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_are_refused(value):
-    with pytest.raises(ValueError, match="activations must be finite"):
-        DuplicateSearch().add(torch.tensor([[1.0, value]]))
+@pytest.mark.parametrize("chunk", [1, 2, 6])
+def test_infinities_are_compared_exactly(chunk):
+    infinite, nan = float("inf"), float("nan")
+    rows = torch.tensor([[1.0, infinite], [2.0, -infinite], [1.0, infinite], [1.0, -infinite], [1.0, nan], [1.0, nan]])
+    assert streamed(rows, chunk).tolist() == [0, 1, 0, 3, 4, 5]
+
+
+def test_scales_are_the_largest_of_all_chunks():
+    rows = torch.tensor([[1.0, 5e6], [1.0 + 1e-7, 5e6 + 1], [9.0, 0.0]], dtype=torch.float64)
+    search = DuplicateSearch()
+    for _ in range(2):
+        for row, scale in zip(rows, ([0.0, 5e6], [0.0, 0.0], [9.0, 0.0]), strict=True):
+            search.add(row.unsqueeze(0), torch.tensor(scale))
+        search.finish_pass()
+    assert search.classes.tolist() == [0, 0, 2]
 
 
 def test_activations_of_another_length_are_refused():

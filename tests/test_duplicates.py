@@ -248,3 +248,27 @@ def test_without_merged_inputs_there_are_no_directions_inside_the_classes():
     classes, signals = torch.arange(3), torch.ones(3, 1, 2)
     assert merged_directions(classes, signals) == 0
     assert merged_linear_directions(classes, signals, torch.ones(3, 2), rtol=1e-12) == 0
+
+
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1e-6])
+def test_infinities_are_compared_exactly_and_have_no_part_in_the_scale(rtol):
+    rows = torch.tensor([[1.0, -INFINITE], [2.0, -INFINITE], [1.0, -INFINITE], [1.0, INFINITE], [1.0, 0.0]])
+    assert duplicate_classes(rows, rtol=rtol).tolist() == [0, 1, 0, 3, 4]
+
+
+def test_what_is_no_number_is_different_from_everything():
+    rows = torch.tensor([[1.0], [float("nan")], [1.0], [float("nan")]])
+    assert duplicate_classes(rows).tolist() == [0, 1, 0, 3]
+
+
+def test_each_entry_may_have_a_scale_of_its_own():
+    rows = torch.tensor([[1e7, 0.5], [1e7, 0.5 + 1e-7], [1e7 - 1, 0.5], [1e7, 0.4]], dtype=torch.float64)
+    assert duplicate_classes(rows).tolist() == [0, 0, 0, 0]
+    assert duplicate_classes(rows, scales=torch.tensor([0.0, 0.5])).tolist() == [0, 0, 2, 3]
+
+
+def test_units_that_are_infinite_on_every_input_are_dead_and_no_others():
+    assert dead_units(torch.tensor([[1.0, -INFINITE], [2.0, -INFINITE]])) == 1

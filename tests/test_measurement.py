@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lightning_basin import BasinRecord, measure_basin
+from lightning_basin import BasinRecord, Probe, measure_basin, verify_null_space
+from lightning_basin.measurement import check_measurable
 from tests.exact import (
     Dual,
     ExactNetwork,
@@ -37,6 +39,7 @@ from tests.models import (
     sum_of_squares,
     with_integer_weights,
 )
+from tests.networks import Composed
 
 SEEDS = (0, 1, 2)
 every_case = pytest.mark.parametrize("seed", SEEDS)
@@ -1326,3 +1329,141 @@ def test_channels_are_the_units_of_a_prelu():
     with torch.no_grad():
         module[0].weight[1] = 0
     assert measure_basin(module, normal(5, 1, 3, 3)).layers["1"].dead_units == 1
+
+
+class Coupled(nn.Module):
+    """Outputs that depend on other inputs, in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.linear, self.norm, self.way = nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear(x)
+        if self.way == "batch statistics":
+            return self.norm(hidden)
+        if self.way == "inner inputs":
+            return torch.cat([hidden[:1], hidden[1:-1] + hidden[1:-1].roll(1, 0), hidden[-1:]])
+        if self.way == "batch size":
+            return hidden * len(x)
+        return hidden
+
+
+@pytest.mark.parametrize(
+    ("way", "num_inputs"),
+    [("batch statistics", 2), ("batch statistics", 3), ("batch statistics", 8), ("inner inputs", 8), ("batch size", 3)],
+)
+def test_outputs_that_depend_on_other_inputs_are_refused(way, num_inputs):
+    module, inputs = Coupled(way), normal(num_inputs, 3)
+    for refusing in (measure_basin, verify_null_space):
+        with pytest.raises(ValueError, match="each output must depend on its own input only"):
+            refusing(module, inputs)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_numbers_are_noticed_whichever_are_drawn(seed):
+    torch.manual_seed(seed)
+    module = Composed(lambda m, x: F.dropout(m.linear(x), 0.5, training=True), linear=nn.Linear(4, 1))
+    with pytest.raises(ValueError, match="draws random numbers in evaluation mode, or keeps a state"):
+        measure_basin(module, normal(16, 4))
+
+
+class Experts(nn.Module):
+    """Each input goes to the expert of its largest feature; experts with no input are not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.shift = nn.ModuleList(nn.Linear(4, 2) for _ in range(3)), nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, :3].argmax(1)
+        outputs = torch.zeros(len(x), 2, dtype=x.dtype)
+        for index, expert in enumerate(self.experts):
+            members = (chosen == index).nonzero().squeeze(1)
+            if members.numel():
+                outputs = outputs.index_add(0, members, expert(x[members]))
+        return outputs + self.shift
+
+
+@pytest.mark.parametrize(("loss_fn", "memory_budget"), [(None, None), (None, 320_000), (nn.MSELoss(), 460_000)])
+def test_experts_that_are_not_called_in_a_chunk_add_nothing_there(loss_fn, memory_budget):
+    module, inputs, targets = Experts(), normal(24, 4), torch.zeros(24, 2)
+    inputs = inputs[inputs[:, :3].argmax(1).argsort()]
+    plan = check_measurable(module, Probe(inputs, targets), loss_fn=loss_fn, memory_budget=memory_budget)
+    assert (plan.chunk_size < 24) == (memory_budget is not None)
+    record = measure_basin(module, inputs, targets, loss_fn=loss_fn, hessian="bracket", memory_budget=memory_budget)
+    # [x, 1] has rank min(n, 5) for the n inputs of an expert, twice; the common shift is the sum of theirs.
+    counts = inputs[:, :3].argmax(1).bincount(minlength=3)
+    assert record.gradient_rank == 2 * int(counts.clamp(max=5).sum())
+    assert record.gradient_rank_bound >= record.gradient_rank
+    if loss_fn is not None:  # Outputs are linear in the parameters: H = 2 GᵀG / m.
+        assert record.hessian_nullity == record.gradient_nullity
+
+
+def test_gradients_scaled_by_frequency_are_measured_as_derivatives():
+    plain = Composed(
+        lambda m, x: m.readout(m.table(x).sum(1)).relu(), table=nn.Embedding(6, 2), readout=nn.Linear(2, 1)
+    )
+    tokens = torch.randint(0, 6, (40, 3), generator=torch.Generator().manual_seed(5))
+    expected = measure_basin(plain, tokens)
+    plain.table.scale_grad_by_freq = True
+    for memory_budget in (None, 250_000):
+        record = measure_basin(plain, tokens, memory_budget=memory_budget)
+        assert record.gradient_rank == expected.gradient_rank
+        assert record.gradient_effective_rank == pytest.approx(expected.gradient_effective_rank)
+
+
+def test_table_with_a_largest_norm_that_is_tied_to_the_output_head_is_measured():
+    module = Composed(lambda m, x: m.table(x).squeeze(1) @ m.table.weight.T, table=nn.Embedding(3, 2, max_norm=1.0))
+    with torch.no_grad():
+        module.table.weight.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.5], [1.0, 0.0]]))
+    record = measure_basin(module, torch.arange(3).unsqueeze(1))
+    # Outputs are the entries of W Wᵀ: symmetric, and of rank 2, which leaves 3 * 2 - 1 rotations of W.
+    assert record.gradient_rank == 6 - 1
+    assert record.notes == ()
+    assert module.table.weight[0].tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("spectrum", [True, False])
+@pytest.mark.parametrize(
+    ("module", "num_features", "rank"),
+    [
+        (nn.Linear(0, 2), 0, 2),
+        (Composed(lambda m, x: torch.cat([m.a(x), m.b(x)], dim=1), a=nn.Linear(4, 0), b=nn.Linear(4, 2)), 4, 2 * 5),
+        (nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 2)), 4, 2),
+    ],
+    ids=["no inputs", "no outputs of a layer", "nothing in between"],
+)
+def test_layers_without_entries_are_measured(module, num_features, rank, spectrum):
+    # [x, 1] of five inputs in general position has rank 5, and only the bias acts on nothing.
+    assert measure_basin(module, normal(5, num_features), spectrum=spectrum).gradient_rank == rank
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"layers": None}, TypeError, "layers must be 'auto', 'all' or a list of names of layers, got None"),
+        ({"layers": 5}, TypeError, "layers must be 'auto', 'all' or a list of names of layers, got 5"),
+        ({"layers": ["", ""]}, ValueError, r"layers must be named once each, got \['', ''\]"),
+        ({"rtol": "a"}, TypeError, "rtol must be a number or None, got 'a'"),
+        ({"duplicate_rtol": "a"}, TypeError, "duplicate_rtol must be a number, got 'a'"),
+        ({"memory_budget": "1GB"}, TypeError, "memory_budget must be a number of bytes or None, got '1GB'"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
+        ({"max_outputs": 2.5}, TypeError, "max_outputs must be an integer, 'auto' or None, got 2.5"),
+        ({"max_outputs": True}, TypeError, "max_outputs must be an integer, 'auto' or None, got True"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        measure_basin(nn.Linear(4, 2), torch.ones(5, 4), **arguments)
+
+
+def test_inputs_without_numbers_are_refused():
+    with pytest.raises(ValueError, match="inputs must hold numbers to be measured"):
+        measure_basin(nn.Linear(4, 2), torch.ones(5, 4, device="meta"))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_module_without_outputs_is_refused():
+    with pytest.raises(ValueError, match=r"outputs must hold at least one number per input, got shape \(5, 0\)"):
+        measure_basin(nn.Linear(4, 0), torch.ones(5, 4))

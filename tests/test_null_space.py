@@ -114,3 +114,11 @@ def test_same_seed_gives_the_same_directions():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         verify_null_space(nn.Linear(2, 1), torch.zeros(3, 2), **settings)
+
+
+def test_direction_that_is_free_everywhere_has_converged():
+    # Three inputs see three of the six directions of each output: the others change nothing, however far.
+    verification = verify_null_space(nn.Linear(5, 2), torch.randn(3, 5, generator=torch.Generator().manual_seed(0)))
+    assert verification.nullity == 2 * (6 - 3)
+    assert verification.converged
+    assert verification.surviving_fraction == pytest.approx(1.0)

@@ -7,9 +7,12 @@ from torch import Tensor
 
 from lightning_basin.functional.duplicates import (
     activation_rows,
+    are_same,
     check_duplicate_rtol,
     joined_classes,
     largest_distances,
+    largest_entry,
+    projections,
     random_directions,
 )
 
@@ -57,7 +60,8 @@ class DuplicateSearch:
         self._directions: Tensor | None = None
         self._found: list[Tensor] = []  # positions along the directions, until the first pass is over
         self._positions: Tensor | None = None
-        self._largest = 0.0
+        self._largest = torch.empty(0)  # magnitude of each entry
+        self._scales = torch.empty(0)
         self._num_seen = 0
         self._num_passes = 0
         self._windows = torch.empty(0)
@@ -68,30 +72,30 @@ class DuplicateSearch:
         self.classes = torch.empty(0, dtype=torch.int64)
         """For each input the smallest index of its class, int64 on the CPU; right once no pass is needed any more."""
 
-    def add(self, activations: Tensor) -> None:
+    def add(self, activations: Tensor, scales: Tensor | None = None) -> None:
         """Look at the next inputs of a pass.
 
         Args:
             activations: One row per input, shape ``(chunk, d)``; further axes are flattened.
+            scales: See `duplicate_classes`, as far as these inputs show them: the largest of all chunks count.
 
         Raises:
-            ValueError: If they are not finite, have another length than those before, or are not those of the first
-                pass.
+            ValueError: If they have another length than those before, or are not those of the first pass.
         """
         rows = activation_rows(activations)
         if self._directions is None:
             self._directions = random_directions(rows.shape[1], _NUM_DIRECTIONS).to(rows.device)
+            self._largest, self._scales = rows.new_zeros(2, rows.shape[1])
         if rows.shape[1] != self._directions.shape[0]:
             raise ValueError(
                 f"all inputs must have activations of one length, got {rows.shape[1]} after {self._directions.shape[0]}"
             )
-        positions = (rows @ self._directions).cpu()
+        positions = projections(rows, self._directions).cpu()
         if self._positions is None:
-            if not bool(rows.isfinite().all()):
-                raise ValueError("activations must be finite, but some are NaN or infinite")
             self._found.append(positions)
             if rows.numel():
-                self._largest = max(self._largest, float(rows.abs().max()))
+                self._largest = self._largest.maximum(rows.abs().where(rows.isfinite(), 0.0).amax(0))
+                self._scales = self._scales.maximum(largest_entry(rows) if scales is None else scales.to(rows))
         else:
             self._check_repeated(positions, self._positions[self._num_seen : self._num_seen + rows.shape[0]])
             self._compare(rows)
@@ -121,14 +125,14 @@ class DuplicateSearch:
         self.classes = torch.arange(num_inputs)
         self._compared = torch.zeros(num_inputs, dtype=torch.bool)
         if self._directions is not None:
-            tolerance = self._rtol * self._largest
-            self._windows = largest_distances(self._directions, tolerance=tolerance, largest=self._largest).cpu()
+            tolerances = self._rtol * self._scales
+            self._windows = largest_distances(self._directions, tolerances=tolerances, largest=self._largest).cpu()
             if self._directions.shape[0] == 0:  # Activations without entries are all the same.
                 self.classes.zero_()
 
     def _check_repeated(self, positions: Tensor, before: Tensor) -> None:
         assert self._directions is not None
-        scale = self._directions.abs().sum(0).cpu() * self._largest
+        scale = (self._largest @ self._directions.abs()).cpu()
         if positions.shape != before.shape or bool(((positions - before).abs() > self._repeated_rtol * scale).any()):
             raise ValueError(
                 "each pass must give the same inputs in the same order, but the activations of two passes differ"
@@ -215,8 +219,8 @@ class DuplicateSearch:
         places, held = places[apart], held[apart]
         if places.numel() == 0:
             return places
-        differences = (rows[places.to(rows.device)] - self._held_rows[held.to(rows.device)]).abs().amax(1)
-        same = (differences <= self._rtol * self._largest).cpu()
+        left, right = rows[places.to(rows.device)], self._held_rows[held.to(rows.device)]
+        same = are_same(left, right, self._rtol * self._scales).cpu()
         places, held = places[same], held[same]
         self.classes = joined_classes(self.classes, self._held[held], indices[places])
         return places

@@ -6,16 +6,17 @@ import torch
 from torch import Generator, Tensor
 
 
-def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6) -> Tensor:
+def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6, scales: Tensor | None = None) -> Tensor:
     """For each input the first input whose activation is the same, transitively.
 
     Two activations are the same when ``max|a_i - a_j| <= rtol * max|a|``, the last maximum over all inputs. Sorted
     along a random direction, only neighbours within the tolerance are compared: O(k d + k log k) where few inputs
-    merge.
+    merge. Infinities are compared exactly and have no part in the maximum; NaN is different from everything.
 
     Args:
         activations: One row per input, shape ``(k, d)``; further axes are flattened.
         rtol: Relative to the largest entry; 0 asks for equality.
+        scales: What the tolerance of each entry is relative to instead, shape ``(d,)``; 0 asks for its equality.
 
     Returns:
         Smallest index of each input's class, int64, shape ``(k,)``.
@@ -32,11 +33,18 @@ def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6) -> Tensor:
     num_inputs = rows.shape[0]
     if num_inputs == 0 or rows.shape[1] == 0:
         return torch.zeros(num_inputs, dtype=torch.int64)
+    scales = largest_entry(rows).expand(rows.shape[1]) if scales is None else scales.to(rows)
+    has_nan = rows.isnan().any(1)
+    if bool(has_nan.any()):
+        known = (~has_nan).nonzero().squeeze(1).cpu()
+        classes = torch.arange(num_inputs)
+        classes[known] = known[duplicate_classes(rows[~has_nan], rtol=rtol, scales=scales)]
+        return classes
     # Bitwise equal rows first, by sorting: large classes then cost nothing below.
     rows, members = torch.unique(rows, dim=0, return_inverse=True)
     labels = torch.arange(rows.shape[0], device=rows.device)
     if rtol > 0.0 and rows.shape[0] > 1:
-        labels = _merged(rows, tolerance=rtol * float(rows.abs().max()))
+        labels = _merged(rows, rtol * scales)
     return _first_members(labels[members]).cpu()
 
 
@@ -57,12 +65,29 @@ def activation_rows(activations: Tensor) -> Tensor:
     return activations.detach().unsqueeze(-1).flatten(1).to(torch.float64)
 
 
-def _merged(rows: Tensor, *, tolerance: float) -> Tensor:
-    """Label of each row's class under the transitive closure of ``max|difference| <= tolerance``."""
+def largest_entry(rows: Tensor) -> Tensor:
+    """The largest magnitude among finite entries, shape ``()``."""
+    return rows.abs().where(rows.isfinite(), 0.0).amax() if rows.numel() else rows.new_zeros(())
+
+
+def are_same(left: Tensor, right: Tensor, tolerances: Tensor) -> Tensor:
+    """Which pairs of rows, shape ``(n, d)``, differ in no entry by more than its tolerance, shape ``(d,)``."""
+    # Equality, too: the difference of two equal infinities is no number.
+    return (((left - right).abs() <= tolerances) | (left == right)).all(1)
+
+
+def projections(rows: Tensor, directions: Tensor) -> Tensor:
+    """Where rows lie along some directions; infinite entries, which are compared exactly, count as zero."""
+    return rows.where(rows.isfinite(), 0.0) @ directions
+
+
+def _merged(rows: Tensor, tolerances: Tensor) -> Tensor:
+    """Label of each row's class under the transitive closure of ``|difference| <= tolerances``."""
     num_rows = rows.shape[0]
     directions = random_directions(rows.shape[1], 1).to(rows.device)
-    position, order = (rows @ directions).squeeze(1).sort()
-    window = float(largest_distances(directions, tolerance=tolerance, largest=float(rows.abs().max())))
+    position, order = projections(rows, directions).squeeze(1).sort()
+    largest = rows.abs().where(rows.isfinite(), 0.0).amax(0)
+    window = float(largest_distances(directions, tolerances=tolerances, largest=largest))
     ordered = rows[order]
     labels = torch.arange(num_rows, device=rows.device)
     for offset in range(1, num_rows):
@@ -70,7 +95,7 @@ def _merged(rows: Tensor, *, tolerance: float) -> Tensor:
         if near.numel() == 0:
             break
         near = near[labels[near] != labels[near + offset]]
-        same = (ordered[near] - ordered[near + offset]).abs().amax(1) <= tolerance
+        same = are_same(ordered[near], ordered[near + offset], tolerances)
         labels = joined_classes(labels, near[same], near[same] + offset)
     merged = torch.empty_like(labels)
     merged[order] = labels
@@ -82,16 +107,16 @@ def random_directions(width: int, count: int) -> Tensor:
     return torch.randn(count, width, generator=Generator().manual_seed(0), dtype=torch.float64).mT
 
 
-def largest_distances(directions: Tensor, *, tolerance: float, largest: float) -> Tensor:
+def largest_distances(directions: Tensor, *, tolerances: Tensor, largest: Tensor) -> Tensor:
     """How far apart two rows within the tolerance can lie along each direction, rounding included.
 
     Args:
         directions: As columns, shape ``(d, directions)``.
-        tolerance: Largest difference of any entry.
-        largest: Magnitude of any entry.
+        tolerances: Largest difference of each entry, shape ``(d,)``.
+        largest: Magnitude of each entry, shape ``(d,)``.
     """
     rounding = 4 * directions.shape[0] * torch.finfo(torch.float64).eps * largest
-    return directions.abs().sum(0) * (tolerance + rounding)
+    return (tolerances + rounding) @ directions.abs()
 
 
 def joined_classes(classes: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -115,6 +140,23 @@ def joined_classes(classes: Tensor, left: Tensor, right: Tensor) -> Tensor:
         classes = classes.scatter_reduce(0, higher, lower, "amin")
         while not torch.equal(classes, classes[classes]):
             classes = classes[classes]
+
+
+def class_means(values: Tensor, classes: Tensor) -> Tensor:
+    """Each input's values replaced by their mean over its class.
+
+    Args:
+        values: Shape ``(k, ...)``.
+        classes: First member of each input's class, shape ``(k,)``.
+
+    Example:
+        >>> class_means(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
+        tensor([2., 2., 2.])
+    """
+    classes = classes.to(values.device)
+    sums = torch.zeros_like(values).index_add_(0, classes, values)[classes]
+    counts = classes.bincount(minlength=classes.numel())[classes]
+    return sums / counts.view(-1, *(1,) * (values.ndim - 1))
 
 
 def _first_members(labels: Tensor) -> Tensor:
@@ -157,8 +199,9 @@ def dead_units(outputs: Tensor, *, rtol: float = 1e-6) -> int:
     rows = outputs.detach().flatten(1, -2) if outputs.ndim > 2 else outputs.detach().unsqueeze(1)
     if rows.numel() == 0:
         return 0
-    spread = (rows.amax(0) - rows.amin(0)).amax(0)
-    return int((spread <= rtol * rows.abs().max()).sum())
+    smallest, largest = rows.amin(0), rows.amax(0)
+    constant = (largest - smallest <= rtol * largest_entry(rows)) | (largest == smallest)
+    return int(constant.all(0).sum())
 
 
 def gradient_rank_bound(num_parameters: int, num_outputs: int, cuts: Iterable[tuple[int, int]]) -> int:

@@ -79,6 +79,8 @@ def gradient_rows(outputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         tensor([[4., 0.],
                 [0., 6.]])
     """
+    if not outputs.requires_grad:  # Of inputs on which no parameter is used.
+        return outputs.new_zeros(outputs.numel(), sum(parameter.numel() for parameter in parameters))
     rows = []
     for output in outputs.flatten():
         gradients = torch.autograd.grad(output, parameters, retain_graph=True, materialize_grads=True)

@@ -56,7 +56,8 @@ def surviving_fraction(
         max_iterations: Of the projection.
 
     Returns:
-        The fraction, and what is left of the change of the outputs, relative to the one that the step made.
+        The fraction, and what is left of the change of the outputs beyond their rounding, relative to the one that the
+        step made.
 
     Example:
         Along a circle, and off the crossing of two lines:
@@ -73,7 +74,8 @@ def surviving_fraction(
     moved = parameters + step * direction
     residual = outputs(moved) - target
     change = float(residual.norm())
-    goal = max(_CONVERGED * change, 64 * torch.finfo(target.dtype).eps * float(target.norm()))
+    rounding = 64 * torch.finfo(target.dtype).eps * float(target.norm())
+    goal = max(_CONVERGED * change, rounding)
     for _ in range(max_iterations):
         size = float(residual.norm())
         if size <= goal:
@@ -92,5 +94,7 @@ def surviving_fraction(
         if float(trial_residual.norm()) >= size:
             break
         moved, residual = trial, trial_residual
-    left = float(residual.norm()) / change if change > 0 else 0.0
+    # Along a direction that is free everywhere the step itself has changed nothing but rounding.
+    size = float(residual.norm())
+    left = size / change if size > rounding else 0.0
     return float((moved - parameters) @ direction) / step, left

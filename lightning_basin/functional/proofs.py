@@ -72,6 +72,7 @@ def full_rank_of_gram(gram: Tensor, *, rtol: float, epsilon: float = EPSILON) ->
         at={tolerance: num_rows for tolerance in RANK_TOLERANCES if tolerance <= resolution},
         effective_rank=None,
         rtol=rtol,
+        largest=largest,
         method="cholesky",
     )
 
@@ -114,6 +115,7 @@ def rank_of_sketch(sketch: Tensor, *, rtol: float, epsilon: float = EPSILON) -> 
         at={tolerance: count for tolerance, count in at.items() if count is not None},
         effective_rank=None,
         rtol=rtol,
+        largest=float(spectrum[0]),
         method="sketch",
     )
 

@@ -56,6 +56,7 @@ class GradientRank:
         at: The rank at each of ``RANK_TOLERANCES``, as far as it is known and above rounding.
         effective_rank: ``exp`` of the entropy of the squared singular values; ``None`` without these.
         rtol: Relative tolerance that decided ``rank``.
+        largest: The largest singular value, within a factor of two where the method is ``"sketch"``.
         method: How the singular values were obtained, see `Spectrum`; ``"cholesky"`` or ``"sketch"`` where the rank
             was proved without these, see `lightning_basin.functional.proofs`.
     """
@@ -65,6 +66,7 @@ class GradientRank:
     at: Mapping[float, int]
     effective_rank: float | None
     rtol: float
+    largest: float
     method: RankMethod
 
 
@@ -148,8 +150,11 @@ def check_rtol(rtol: float | None, name: str = "rtol") -> None:
     """Refuse a relative tolerance that cannot separate anything.
 
     Raises:
-        ValueError: If ``rtol`` is given and not inside ``(0, 1)``.
+        TypeError: If ``rtol`` is given and no number.
+        ValueError: If it is not inside ``(0, 1)``.
     """
+    if rtol is not None and not isinstance(rtol, int | float):
+        raise TypeError(f"{name} must be a number or None, got {rtol!r}")
     if rtol is not None and not 0.0 < rtol < 1.0:
         raise ValueError(f"{name} must be a relative tolerance inside (0, 1), got {rtol}")
 
@@ -218,6 +223,7 @@ def gradient_rank(spectrum: Spectrum, *, rtol: float | None = None) -> GradientR
         },
         effective_rank=effective_rank(sigmas),
         rtol=decided_by,
+        largest=float(sigmas[0]) if sigmas.numel() else 0.0,
         method=spectrum.method,
     )
 
