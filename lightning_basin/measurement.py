@@ -798,7 +798,10 @@ def _crossings(
         classes = duplicate_classes(torch.stack([classes, alike], dim=1), rtol=0.0)
         directions = merged_directions(classes, through.signals)
         if through.inputs is not None:
-            linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rank.rtol)
+            # B4 takes its tolerance from the largest row; probabilities have smaller gradients than the outputs.
+            largest_row = float((through.signals.norm(dim=2).amax(1) * through.inputs.norm(dim=1)).max())
+            rtol = rank.rtol * min(1.0, rank.largest / largest_row) if largest_row > 0.0 else rank.rtol
+            linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rtol)
             directions = min(directions, linear)
         if directions < num_before and merging_error(traced, classes, used, through) <= tolerance:
             crossings.append((directions, _num_classes(classes)))
