@@ -471,19 +471,21 @@ def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
 
 def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviations: Tensor) -> None:
     """Say what outputs depend on beside their own input, unless it is rounding that moves them."""
+    tolerance = AGREEMENT_RTOL * float(outputs.abs().max())
     with torch.no_grad():
-        noise = rounding_noise(lambda: [network.outputs(probe)])[0]
         again = network.outputs(probe)
-    # Of a single output three evaluations may show too little: then the others' tell.
-    limits = (_NOISE_MARGIN * noise.maximum(noise.mean())).clamp(min=AGREEMENT_RTOL * float(outputs.abs().max()))
-    index = int((deviations - limits).flatten(1).amax(1).argmax())
-    if bool((deviations <= limits).all()):
-        return
-    if not bool(((again - outputs).abs() <= limits).all()):
+    if not bool(((again - outputs).abs() <= tolerance).all()):
         raise ValueError(
             "outputs must be a function of the inputs, but two evaluations differ: the module draws random numbers in "
             "evaluation mode, or keeps a state that changes; pass a behavior that does not"
         )
+    with torch.no_grad():
+        noise = rounding_noise(lambda: [network.outputs(probe)])[0]
+    # Of a single output three evaluations may show too little: then the others' tell.
+    limits = (_NOISE_MARGIN * noise.maximum(noise.mean())).clamp(min=tolerance)
+    index = int((deviations - limits).flatten(1).amax(1).argmax())
+    if bool((deviations <= limits).all()):
+        return
     raise ValueError(
         f"each output must depend on its own input only, but the output on input {index} changes with the other "
         f"inputs of the batch: the rank is then not defined input by input"
