@@ -618,21 +618,21 @@ def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
 
 def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviations: Tensor) -> None:
     """Say what outputs depend on beside their own input, unless it is rounding that moves them."""
+    tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
     with torch.no_grad():
-        noise = rounding_noise(lambda: [network.outputs(probe)], network.dtype)[0]
         again = network.outputs(probe)
-    # Of a single output three evaluations may show too little: then the others' tell.
-    limits = (_NOISE_MARGIN * noise.maximum(noise.mean())).clamp(
-        min=agreement_rtol(network.dtype) * float(outputs.abs().max())
-    )
-    index = int((deviations - limits).flatten(1).amax(1).argmax())
-    if bool((deviations <= limits).all()):
-        return
-    if not bool(((again - outputs).abs() <= limits).all()):
+    if not bool(((again - outputs).abs() <= tolerance).all()):
         raise ValueError(
             "outputs must be a function of the inputs, but two evaluations differ: the module draws random numbers in "
             "evaluation mode, or keeps a state that changes; pass a behavior that does not"
         )
+    with torch.no_grad():
+        noise = rounding_noise(lambda: [network.outputs(probe)], network.dtype)[0]
+    # Of a single output three evaluations may show too little: then the others' tell.
+    limits = (_NOISE_MARGIN * noise.maximum(noise.mean())).clamp(min=tolerance)
+    index = int((deviations - limits).flatten(1).amax(1).argmax())
+    if bool((deviations <= limits).all()):
+        return
     raise ValueError(
         f"each output must depend on its own input only, but the output on input {index} changes with the other "
         f"inputs of the batch: the rank is then not defined input by input"
@@ -956,7 +956,10 @@ def _crossings(
         classes = duplicate_classes(torch.stack([classes, alike], dim=1), rtol=0.0)
         directions = merged_directions(classes, through.signals)
         if through.inputs is not None:
-            linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rank.rtol)
+            # B4 takes its tolerance from the largest row; probabilities have smaller gradients than the outputs.
+            largest_row = float((through.signals.norm(dim=2).amax(1) * through.inputs.norm(dim=1)).max())
+            rtol = rank.rtol * min(1.0, rank.largest / largest_row) if largest_row > 0.0 else rank.rtol
+            linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rtol)
             directions = min(directions, linear)
         if directions < num_before and merging_error(traced, classes, used, through) <= tolerance:
             crossings.append((directions, _num_classes(classes)))

@@ -15,6 +15,12 @@ _ENLARGED = 2.0**12
 
 _NUM_EVALUATIONS = 3
 
+_COMPARISONS = {
+    *(torch.ops.aten.eq, torch.ops.aten.ne, torch.ops.aten.lt, torch.ops.aten.le, torch.ops.aten.gt, torch.ops.aten.ge),
+    *(torch.ops.aten.equal, torch.ops.aten.isnan, torch.ops.aten._local_scalar_dense),
+}
+"""Do not round; a number is equal to itself, as many modules make sure."""
+
 
 def rounding_noise(evaluate: Callable[[], Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
     """How far the rounding of all operations may have moved some results, by Monte Carlo arithmetic (Parker, 1997).
@@ -49,6 +55,8 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func.overloadpacket in _COMPARISONS:
+            return func(*args, **(kwargs or {}))
         aliased = [argument.alias_info is not None for argument in func._schema.arguments]
         # Views stay views, and what is written to is read again by others.
         args = tuple(

@@ -138,3 +138,9 @@ def test_coupling_is_not_taken_for_cancellation():
     )
     with pytest.raises(ValueError, match="each output must depend on its own input only"):
         measure_basin(module, drawn(8, 2, 3) * 100 + 1.7e9)
+
+
+def test_numbers_stay_equal_to_themselves():
+    number = torch.tensor([1.5], dtype=torch.float64)
+    (noise,) = rounding_noise(lambda: [(number == number).double()], torch.float64)
+    assert float(noise) == 0.0
