@@ -3,6 +3,7 @@
 import csv
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -66,18 +67,31 @@ def kept_by_mlflow(logger, key):
 
 
 def kept_by_wandb(logger, key):
-    from wandb.proto import wandb_internal_pb2
-
     logger.experiment.finish()
     (path,) = Path(logger.save_dir).glob("wandb/offline-run-*/run-*.wandb")
     kept = []
-    for content in log_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(content)
+    for record in wandb_records(path):
         row = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         if key in row:
             kept.append((row["trainer/global_step"], row[key]))
     return kept
+
+
+def wandb_records(path):
+    """All records of a run; its own process may write the last ones after `finish` has returned."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    patience = time.monotonic() + 60
+    while True:
+        try:
+            records = list(map(wandb_internal_pb2.Record.FromString, log_records(path.read_bytes())))
+        except (DecodeError, struct.error):  # Half of a record.
+            records = []
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        assert time.monotonic() < patience, "wandb has not finished its file"
+        time.sleep(0.1)
 
 
 def log_records(content):
