@@ -39,7 +39,7 @@ from lightning_basin.layers import Layer, ModuleBehavior, Network, Trace, Traced
 from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.probe import Probe, float64_device, tensors_of
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
-from lightning_basin.replica import float64_replica, isolated_evaluation
+from lightning_basin.replica import at_rest, float64_replica, isolated_evaluation
 from lightning_basin.training_set import as_probes
 
 LossFunction = Callable[[Tensor, Any], Tensor]
@@ -383,7 +383,7 @@ def evaluated(
         planned: Cuts the measurement to the memory that there is; ``None`` runs all inputs at once.
     """
     device = float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
-    with isolated_evaluation(device):
+    with isolated_evaluation(device), at_rest(module):
         replica, loss_fn, behavior = float64_replica(module, loss_fn, behavior)
         network = Network(replica, behavior)
         probe = probe.to(device).double()
@@ -437,16 +437,15 @@ def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
 
 
 def _check_copy(module: nn.Module, result: Tensor, name: str) -> None:
-    """A closure over the user's module would be evaluated on other parameters than those of the copy."""
+    """What finds the user's module where no copy leads would be evaluated on other parameters than the copy's."""
     originals = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not originals or not result.requires_grad:
         return
     used = torch.autograd.grad(result.sum(), originals, retain_graph=True, allow_unused=True)
     if any(gradient is not None for gradient in used):
         raise ValueError(
-            f"a copy of the module is measured, but its parameters themselves are used: a lambda or weak reference in "
-            f"the module, or the {name}, holds on to them; use the module that is passed in, and methods in place of "
-            f"lambdas"
+            f"a copy of the module is measured, but its parameters themselves are used: the module, or the {name}, "
+            f"finds them in a global variable or through the trainer; use the module that is passed in"
         )
 
 

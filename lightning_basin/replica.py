@@ -5,25 +5,25 @@ buffers, metrics and train flags of the original cannot change, whatever happens
 weights are the same: float64 holds every float32, float16 and bfloat16 exactly.
 """
 
-import copy
 import inspect
 import random
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from lightning_basin.copying import DeepCopier, parts_of
 from lightning_basin.probe import as_float64, map_tensors, tensors_of
 
 _LOW_PRECISION = {
@@ -39,15 +39,12 @@ _LOW_PRECISION_CASTS = {
     Tensor.cfloat: Tensor.cdouble,  # type: ignore[attr-defined]  # not in the stubs of torch 2.13
 }
 _LOW_PRECISION_TENSOR = re.compile(r"torch\.(cuda\.)?(Float|Half|BFloat16)Tensor")
-_MODULE_ATTRIBUTES = vars(nn.Module()).keys()
 
 
 def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
     """Deep copies in float64 and evaluation mode, sharing nothing that a forward pass could change.
 
-    Tied parameters stay tied, and callables that are modules, or methods of ``module``, follow the copy. An attribute
-    that cannot be copied (a lock, an open file) is shared. A compiled module or method is replaced by its original, and
-    backward hooks are left out: they change what training does with gradients, not what the module computes.
+    Tied parameters stay tied, and what ``module`` and the callables hold of each other is the copy's; see `DeepCopier`.
 
     Args:
         module: Stays as it is.
@@ -58,7 +55,7 @@ def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
 
     Raises:
         ValueError: If a parameter has no shape yet because the module is lazily built.
-        TypeError: If a trainable parameter is complex, or a part of the module is scripted.
+        TypeError: If a trainable parameter is complex, or a part of the module is scripted or cannot be copied.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -74,24 +71,31 @@ def float64_replica(module: nn.Module, *callables: Any) -> tuple[Any, ...]:
                 f"{type(module).__name__} holds a scripted module, which cannot be looked into: pass the one "
                 f"it was scripted from"
             )
-    memo: dict[int, Any] = {}
     for part in modules:
-        _remember_tensors(part, memo)
-        _remember_hooks(part, modules, memo)
-    for part in reversed(modules):
-        if isinstance(part, torch._dynamo.OptimizedModule):
-            memo[id(part)] = _deep_copy(part._orig_mod, modules, memo)
-    copies = [_deep_copy(module, modules, memo)]
-    copies += [_deep_copy(item, modules, memo) if _owner(item) is not None else item for item in callables]
+        _check_parameters(part)
+    copier = DeepCopier()
+    copies = [copier.copy(item) for item in (module, *callables)]
+    originals = {id(part) for owner in owners for part in parts_of(owner)}
     for replica in map(_owner, copies):
-        if replica is None:  # Not by truth: a module may have a length, and that be 0.
-            continue
-        replica.eval()
-        for part in replica.modules():
-            _uncompile_methods(part, memo)
-            if isinstance(part, nn.Embedding | nn.EmbeddingBag):
-                part.sparse = False  # Sparse gradients save time in training, and do not fit into a matrix.
+        if replica is not None:  # Not by truth: a module may have a length, and that be 0.
+            _prepare(replica, originals)
+    inside = {id(part) for part in copies[0].modules()}
+    outside = [item for item in copier.weakly_held if id(item) not in inside]
+    if outside:  # Nothing else holds these.
+        vars(copies[0])["_weakly_held"] = outside
     return tuple(copies)
+
+
+def _prepare(replica: nn.Module, originals: Collection[int]) -> None:
+    """Make sure that a copy shares nothing with its original, and let it evaluate."""
+    for part in parts_of(replica):
+        if id(part) in originals:
+            shared = f"tensor of shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            raise TypeError(f"{type(replica).__name__} must be copied, but a copy of it shares its {shared}")
+    replica.eval()
+    for module in replica.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # Sparse gradients save time in training, and do not fit into a matrix.
 
 
 def _owner(item: Any) -> nn.Module | None:
@@ -102,76 +106,37 @@ def _owner(item: Any) -> nn.Module | None:
     return item if isinstance(item, nn.Module) else None
 
 
-def _remember_tensors(part: nn.Module, memo: dict[int, Any]) -> None:
-    """Decide what every tensor of a module becomes in its copy, before the copy is made."""
+def _check_parameters(part: nn.Module) -> None:
     for name, parameter in part.named_parameters(recurse=False):
         if is_lazy(parameter):
             raise ValueError(f"parameter {name!r} has no shape yet: run one forward pass before measuring")
         if parameter.requires_grad and parameter.is_complex():
             raise TypeError(f"trainable parameters must be real, but {name!r} is complex: split it into two real ones")
-        if id(parameter) not in memo:
-            value = as_float64(parameter.detach().clone())
-            memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-    for attribute in vars(part).values():
-        for tensor in _plain_tensors(attribute):
-            # Also saves cached activations, which cannot be deep-copied while they carry a graph.
-            memo.setdefault(id(tensor), as_float64(tensor.detach().clone()))
 
 
-def _plain_tensors(attribute: Any) -> Iterator[Tensor]:
-    if isinstance(attribute, Tensor):
-        if not is_lazy(attribute):
-            yield attribute
-    elif isinstance(attribute, Mapping):
-        for item in attribute.values():
-            yield from _plain_tensors(item)
-    elif isinstance(attribute, list | tuple | set):
-        for item in attribute:
-            yield from _plain_tensors(item)
+@contextmanager
+def at_rest(module: nn.Module) -> Iterator[None]:
+    """Refuse that a module, or a part of it, is run by this thread: a copy of it is.
 
+    Args:
+        module: Found by what runs inside in a place to which the copy was not followed, a global variable say.
+    """
+    names = {id(part): name for name, part in module.named_modules()}
+    thread = threading.get_ident()
 
-def _remember_hooks(part: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> None:
-    """Share hooks, except methods of the network itself: what they belong to may hold anything, a trainer too."""
-    inside = {id(module) for module in modules}
-    for hooks in (part._forward_hooks, part._forward_pre_hooks):
-        for hook in hooks.values():
-            if not (inspect.ismethod(hook) and id(hook.__self__) in inside):
-                memo[id(hook)] = hook
-    for backward_hooks in (part._backward_hooks, part._backward_pre_hooks):
-        memo[id(backward_hooks)] = OrderedDict()
-    compiled_call = vars(part).get("_compiled_call_impl")
-    if compiled_call is not None:  # Set by Module.compile(); it would run the original.
-        memo[id(compiled_call)] = None
+    def refuse(part: nn.Module, _: Any) -> None:
+        if id(part) in names and threading.get_ident() == thread:
+            name = names[id(part)]
+            raise ValueError(
+                f"a copy of the module is measured, but {f'its part {name!r}' if name else 'the module'} itself is "
+                f"run, found in a global variable or through the trainer: use the module that is passed in"
+            )
 
-
-def _uncompile_methods(replica: nn.Module, memo: dict[int, Any]) -> None:
-    """Give a copy its own methods in place of compiled ones, as in ``self.forward = torch.compile(self.forward)``."""
-    for name, attribute in list(vars(replica).items()):
-        original = getattr(attribute, "_torchdynamo_orig_callable", None)
-        if inspect.ismethod(original):  # It would run the module that was copied.
-            vars(replica)[name] = MethodType(original.__func__, memo.get(id(original.__self__), original.__self__))
-
-
-def _deep_copy(item: Any, modules: list[nn.Module], memo: dict[int, Any]) -> Any:
+    handle = register_module_forward_pre_hook(refuse)
     try:
-        attempt = dict(memo)
-        duplicate = copy.deepcopy(item, attempt)
-    except Exception:  # Whatever an attribute of the user's raises when it is copied: share it.
-        for part in modules:
-            for name, attribute in vars(part).items():
-                # Never what every module has: a shared dict of hooks would put ours on the original.
-                if name not in _MODULE_ATTRIBUTES and id(attribute) not in memo:
-                    _share_if_not_copyable(attribute, memo)
-        return copy.deepcopy(item, memo)
-    memo.update(attempt)
-    return duplicate
-
-
-def _share_if_not_copyable(attribute: Any, memo: dict[int, Any]) -> None:
-    try:
-        copy.deepcopy(attribute, dict(memo))
-    except Exception:
-        memo[id(attribute)] = attribute
+        yield
+    finally:
+        handle.remove()
 
 
 _MAY_ASK = frozenset([torch.dtype, str, type(torch.FloatTensor)])  # Types of arguments that can ask for a precision.

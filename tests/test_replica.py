@@ -302,12 +302,12 @@ class Watcher:
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
-def test_a_hook_of_an_outside_object_does_not_copy_the_object(register):
+def test_a_hook_of_an_outside_object_is_one_of_its_copy(register):
     module, watcher = nn.Sequential(nn.Linear(1, 1)), Watcher()
     getattr(module[0], register)(watcher.note)
     (replica,) = float64_replica(module)
     replica(torch.ones(1, 1, dtype=torch.float64))
-    assert watcher.calls == 1
+    assert watcher.calls == 0
 
 
 def test_a_hook_that_changes_the_output_acts_on_the_replica_too():
