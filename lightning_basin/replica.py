@@ -142,11 +142,15 @@ def at_rest(module: nn.Module) -> Iterator[None]:
 _MAY_ASK = frozenset([torch.dtype, str, type(torch.FloatTensor)])  # Types of arguments that can ask for a precision.
 
 
+_DRAWN = frozenset([torch.rand, torch.randn, torch.normal])
+
+
 class _Float64Mode(TorchFunctionMode):
-    """Turns requests for a lower precision, by dtype or by method, into requests for float64.
+    """Turns requests for a lower precision, by dtype, by method or by default, into requests for float64.
 
     Attention and normalisation layers often ask for float32 by name (``softmax(..., dtype=torch.float32)``); the
-    rounding of that one line would fill the null space.
+    rounding of that one line would fill the null space. The default dtype itself stays as it is: it is that of all
+    threads of the process, in some of which a run may be making its batches.
     """
 
     def __torch_function__(
@@ -156,14 +160,42 @@ class _Float64Mode(TorchFunctionMode):
         # Most calls ask for nothing: thousands of them are in each measurement.
         raised = args if _MAY_ASK.isdisjoint(map(type, args)) else tuple(_raised(argument) for argument in args)
         named = {name: _raised(argument) for name, argument in kwargs.items()} if kwargs else {}
+        if func in _DRAWN and named.get("dtype") is None and not tensors_of((raised, named)):
+            named["dtype"] = torch.float64  # Before the call: a second one would draw other numbers.
         try:
-            return func(*raised, **named)
+            result = func(*raised, **named)
         except RuntimeError:
             # A constant of the module that the copy did not reach, mixed with float64: the same numbers in float64.
             tensors = tensors_of((raised, named))
             if not any(tensor.dtype in _LOW_PRECISION and not tensor.requires_grad for tensor in tensors):
                 raise
             return func(*map_tensors(_raised_constant, raised), **map_tensors(_raised_constant, named))
+        if isinstance(result, Tensor) and result.dtype in _LOW_PRECISION:
+            return _without_default(func, raised, named, result)
+        return result
+
+
+def _without_default(func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any], result: Tensor) -> Tensor:
+    """What a function returns that made low precision out of none, as ``zeros(2)`` and ``arange(2) / 2`` do."""
+    tensors = tensors_of((args, named))
+    if any(tensor.dtype in _LOW_PRECISION for tensor in tensors):
+        return result
+    dtype = _LOW_PRECISION[result.dtype]
+    attempts = [(args, {**named, "dtype": dtype})]
+    if tensors:  # Integers have the default dtype as soon as they are divided, say.
+        attempts.insert(0, (map_tensors(_as_real, args), map_tensors(_as_real, named)))
+    for arguments, keywords in attempts:
+        try:
+            found = func(*arguments, **keywords)
+        except (TypeError, ValueError, RuntimeError):  # A function without dtype, or of integers only.
+            continue
+        if isinstance(found, Tensor) and found.dtype == dtype:
+            return found
+    return result.to(dtype)
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.double()
 
 
 def _raised_constant(tensor: Tensor) -> Tensor:
@@ -187,14 +219,20 @@ class _NoCheckpoint:
         return function(*args)
 
 
+def _no_checkpoint(*_: Any, **__: Any) -> Iterator[None]:
+    """Takes the place of what runs around the function of any other checkpoint: everything is kept."""
+    yield
+
+
 @contextmanager
 def isolated_evaluation(device: torch.device) -> Iterator[None]:
     """Evaluate in float64 with gradients, and put every global state back, also when the body raises.
 
     Inside: gradients on, inference mode, autocast, anomaly detection and compilation off, the mathematical attention
-    kernel (others have no second derivative), no cuDNN and no reentrant checkpoints, float64 as default dtype and in
-    place of every lower precision.
-    Afterwards: the random states of Python, NumPy, torch and ``device`` are as before.
+    kernel (others have no second derivative), no cuDNN and no checkpoints, float64 by default and in place of every
+    lower precision.
+    Afterwards: the random states of Python, NumPy, torch and ``device`` are as before. These belong to the process, so
+    that what another thread draws from them meanwhile is drawn again.
 
     Args:
         device: Where the evaluation runs.
@@ -214,13 +252,15 @@ def isolated_evaluation(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # The recurrent kernels of cuDNN hide their products and have no second derivative; reentrant checkpoints hide
-        # all of their graph from `torch.autograd.grad`.
+        # all of their graph from `torch.autograd.grad`, others run again in a backward pass, where no mode is.
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.callback(setattr, checkpoint, "CheckpointFunction", checkpoint.CheckpointFunction)
         checkpoint.CheckpointFunction = _NoCheckpoint  # type: ignore[misc,assignment]
+        generator = checkpoint._checkpoint_without_reentrant_generator
+        stack.callback(setattr, checkpoint, "_checkpoint_without_reentrant_generator", generator)
+        checkpoint._checkpoint_without_reentrant_generator = _no_checkpoint
         stack.callback(torch.backends.mha.set_fastpath_enabled, attention_fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.set_default_dtype, default_dtype)
-        torch.set_default_dtype(torch.float64)
+        stack.callback(torch.set_default_dtype, default_dtype)  # A module may set it.
         stack.enter_context(_Float64Mode())
         yield
