@@ -33,7 +33,7 @@ from lightning_basin.probe import Probe, ProbeCollector
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import float64_replica
 from lightning_basin.state import fingerprint, probe_state
-from lightning_basin.subject import LOSS_ATTRIBUTES, found_loss, quiet_behavior, whole_training_set
+from lightning_basin.subject import LOSS_ATTRIBUTES, found_loss, quiet_behavior, quiet_loss, whole_training_set
 
 _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "seed")  # Change the numbers, not only which there are.
 
@@ -422,7 +422,7 @@ class BasinMonitor(Callback):
         except MemoryBudgetError as error:  # The measurements will say so; training goes on.
             self._say(f"BasinMonitor will not be able to measure: {error}", warn=True)
             return
-        loss_fn = self._loss_fn(pl_module)
+        loss_fn = quiet_loss(self._loss_fn(pl_module), trainer)
         if loss_fn is None:
             self._say(
                 f"Loss and Hessian are not measured: {type(pl_module).__name__} has no callable "
@@ -537,7 +537,7 @@ class BasinMonitor(Callback):
                 record = measure_basin(
                     module,
                     self._probe,
-                    loss_fn=self._loss_fn(module),
+                    loss_fn=quiet_loss(self._loss_fn(module), trainer),
                     behavior=quiet_behavior(self.behavior, trainer),
                     layers=self.layers,
                     hessian=self.hessian,

@@ -10,7 +10,8 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -239,17 +240,59 @@ class WeakParent(Eventful):
         return self.head_calls
 
 
+class LogsPast(Eventful):
+    """Logs without asking Lightning, and sets what it likes in the trainer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted = None
+
+    def forward(self, inputs):
+        self.logger.log_metrics({"entering": float(inputs.mean())}, step=self.global_step)
+        self.trainer.loggers[0].experiment.log_metrics({"entered": 1.0}, step=self.global_step)
+        self.trainer.forward_passes = getattr(self.trainer, "forward_passes", 0) + 1
+        assert isinstance(self.logger, CSVLogger)
+        assert isinstance(self.trainer, Trainer)
+        return super().forward(inputs)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        rows = self.logger.experiment.metrics
+        self.noted = self.trainer.forward_passes, [row for row in rows if {"entering", "entered"} & set(row)]
+
+
+class WithCallback(Eventful):
+    """Has a callback with a hook that logs."""
+
+    def configure_callbacks(self):
+        return [LogsFeatures()]
+
+
+class LogsFeatures(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        self.num_features = 0
+        pl_module.hidden.register_forward_hook(self.hook)
+
+    def hook(self, module, args, output):
+        self.num_features += 1
+        self.log("features", output.mean())
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        pl_module.noted = self.num_features
+
+
 HOLDING = [
     *(KeepsInNamespace, CountsUnderLock, LossObject, LossMethod, LossPartial, HoldsItself, HiddenTeacher),
-    *(OutsideHook, HooksOfItself, Lambdas, WeakParent),
+    *(OutsideHook, HooksOfItself, Lambdas, WeakParent, LogsPast, WithCallback),
 ]
 
 
 @pytest.mark.parametrize("make_module", HOLDING)
 def test_training_is_the_same_whatever_a_module_holds(tmp_path, make_module):
     monitor = BasinMonitor(probe=20, every_n_train_steps=3)
-    alone = witnessed(tmp_path, make_module=make_module, max_epochs=1)
-    watched = witnessed(tmp_path, monitor, make_module=make_module, max_epochs=1)
+    alone, watched = (
+        witnessed(tmp_path, *monitors, make_module=make_module, max_epochs=1, logger=CSVLogger(tmp_path / name))
+        for name, monitors in (("alone", []), ("watched", [monitor]))
+    )
     assert watched == alone
     assert steps(monitor) == [0, 3, 6]
     assert monitor.records[-1].loss is not None
