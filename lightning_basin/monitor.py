@@ -23,7 +23,7 @@ from lightning_basin.arguments import check_arguments
 from lightning_basin.curvature import HessianMode
 from lightning_basin.gathering import GatheredModule
 from lightning_basin.history import HistoryFile
-from lightning_basin.loggers import batches_that_stepped, log_scalars
+from lightning_basin.loggers import batches_that_stepped, log_scalars, set_callback_metrics
 from lightning_basin.measurement import Probabilities, check_measurable, measure_basin
 from lightning_basin.monitored import Cadence, misunderstandings
 from lightning_basin.null_space import verify_null_space as verified_null_space
@@ -238,6 +238,10 @@ class BasinMonitor(Callback):
         is_first_zero = record.step is not None and record.step == self.zero_loss_step
         return record.scalars(self.prefix) | (self._zero_loss_scalar() if is_first_zero else {})
 
+    def monitored(self, record: BasinRecord) -> dict[str, float]:
+        """What callbacks find: the step of zero loss stays, so that a strict EarlyStopping does not miss it."""
+        return self.logged(record) | self._zero_loss_scalar()
+
     def row(self, record: BasinRecord) -> dict[str, float]:
         """The same as a row of a table, which begins with the step."""
         return ({} if record.step is None else {"step": record.step}) | self.logged(record)
@@ -255,6 +259,13 @@ class BasinMonitor(Callback):
                 f"BasinMonitor needs the Trainer of the `lightning` package, got {type(trainer).__module__}."
                 f"{type(trainer).__name__}. HINT: `from lightning.pytorch import Trainer`"
             )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+        self._listeners = [  # A run that raised leaves its own behind.
+            listener
+            for listener in self._listeners
+            if not isinstance(owner := getattr(listener, "__self__", None), Callback)
+            or any(owner is callback for callback in callbacks)
+        ]
         self._gathered = None
         if _cannot_be_gathered(trainer.strategy):
             raise MisconfigurationException(
@@ -283,7 +294,7 @@ class BasinMonitor(Callback):
         if trainer.global_step == 0:
             self._reset()
         elif self.records:  # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
-            trainer.callback_metrics.update(_metrics(self._monitored(self.records[-1])))
+            set_callback_metrics(trainer, self.monitored(self.records[-1]), self.logs)
         self._start_history(trainer)
         self._warn_of_misunderstandings(trainer)
 
@@ -451,6 +462,11 @@ class BasinMonitor(Callback):
                 warn=True,
             )
 
+    @property
+    def _layers(self) -> Literal["auto", "all"] | Sequence[str]:
+        """Curves that began as those of layers stay so, where freed layers make them more than 32."""
+        return "all" if self.layers == "auto" and self.records and not self.records[0].blocks else self.layers
+
     def _loss_fn(self, pl_module: nn.Module) -> Callable[..., Any] | Literal["behavioral"] | None:
         if self.loss_fn is not None or self._leave_out_loss:
             return self.loss_fn
@@ -499,7 +515,7 @@ class BasinMonitor(Callback):
             self._count_failure(trainer)
             return
         self._keep(record)
-        trainer.callback_metrics.update(_metrics(self._monitored(record)))
+        set_callback_metrics(trainer, self.monitored(record), self.logs)
         self._publish(trainer, record, log_step)
         for listener in self._listeners:
             listener(trainer, record)
@@ -539,7 +555,7 @@ class BasinMonitor(Callback):
                     self._probe,
                     loss_fn=quiet_loss(self._loss_fn(module), trainer),
                     behavior=quiet_behavior(self.behavior, trainer),
-                    layers=self.layers,
+                    layers=self._layers,
                     hessian=self.hessian,
                     rtol=self.rtol,
                     duplicate_rtol=self.duplicate_rtol,
@@ -620,10 +636,6 @@ class BasinMonitor(Callback):
         # A loss that goes below zero has no minimum there: its sign is no sign of a perfect fit.
         is_zero = record.loss is not None and abs(record.loss) <= self.zero_loss_threshold
         return self._num_zero_losses + 1 if is_zero else 0
-
-    def _monitored(self, record: BasinRecord) -> dict[str, float]:
-        """What callbacks find: the step of zero loss stays, so that a strict EarlyStopping does not miss it."""
-        return self.logged(record) | self._zero_loss_scalar()
 
     def _zero_loss_scalar(self) -> dict[str, float]:
         return {} if self.zero_loss_step is None else {f"{self.prefix}/zero_loss_step": float(self.zero_loss_step)}
@@ -775,11 +787,6 @@ def _renews_batch_statistics(trainer: Trainer) -> bool:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
     averaging = (callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging))
     return any(0 <= callback.swa_end < trainer.current_epoch for callback in averaging)
-
-
-def _metrics(scalars: Mapping[str, float]) -> dict[str, Tensor]:
-    # Early stopping squeezes what it finds; float64 keeps large integers.
-    return {key: torch.tensor(value, dtype=torch.float64) for key, value in scalars.items()}
 
 
 def _probabilities(outputs: Callable[[nn.Module, Any], Tensor], module: nn.Module, inputs: Any) -> Tensor:

@@ -23,6 +23,7 @@ from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchmetrics import MeanMetric
 
 from lightning_basin import BasinMonitor, Probe, RankEarlyStopping, measure_basin
 from tests.training import (
@@ -460,6 +461,53 @@ def test_training_loss_in_callback_metrics_is_the_last_one_of_training(tmp_path)
     with_monitor.fit(Regressor(), loader())
     without.fit(Regressor(), loader())
     assert with_monitor.callback_metrics["train_loss"] == without.callback_metrics["train_loss"]
+
+
+class CountsLate(Regressor):
+    """Adds to its mean at the very end of an epoch, after the callbacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanMetric()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.mean.update(loss.detach())
+        self.log("mean", self.mean, on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_epoch_end(self):
+        self.mean.update(100.0)
+
+
+def test_metrics_of_the_module_are_computed_when_lightning_computes_them(tmp_path):
+    with_monitor, without = make_trainer(tmp_path, BasinMonitor(probe=20)), make_trainer(tmp_path)
+    with_monitor.fit(CountsLate(), loader())
+    without.fit(CountsLate(), loader())
+    assert with_monitor.callback_metrics["mean"] == without.callback_metrics["mean"]
+
+
+class Thawing(Regressor):
+    """Thirty-three layers, frozen but for the last during the first epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Linear(3, 3) for _ in range(33))).requires_grad_(requires_grad=False)
+
+    def forward(self, inputs):
+        return super().forward(self.body(inputs))
+
+    def on_train_epoch_start(self):
+        self.body.requires_grad_(self.current_epoch > 0)
+
+
+def test_layers_that_are_freed_do_not_rename_the_curves_of_others(tmp_path):
+    monitor = BasinMonitor(probe=5, hessian=False)
+    make_trainer(tmp_path, monitor).fit(Thawing(), loader())
+    first, last = (monitor.logged(record) for record in (monitor.records[0], monitor.records[-1]))
+    assert "basin_layer_gradient_rank/body.32" in last
+    assert {key for key in first if "_layer_" in key} < last.keys()
+    assert not [key for key in last if "_block_" in key]
 
 
 def served(port: int, path: str):
