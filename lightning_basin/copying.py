@@ -124,15 +124,15 @@ class DeepCopier:
         if hasattr(type(item), "__deepcopy__"):
             try:
                 return item.__deepcopy__(self._memo)
-            except (MemoryError, RecursionError, torch.OutOfMemoryError):
-                raise
-            except Exception:  # Whatever an object raises that was not made for it: it may still have a state to copy.
+            except Exception as error:  # Whatever an object raises: it may still have a state to copy.
+                if _is_of_the_machine(error):
+                    raise
                 self._forget(size)
         try:
             return self._reconstructed(item)
-        except (MemoryError, RecursionError, torch.OutOfMemoryError):
-            raise
-        except Exception:  # There is no way to copy it.
+        except Exception as error:  # There is no way to copy it.
+            if _is_of_the_machine(error):
+                raise
             self._forget(size)
             return item
 
@@ -274,6 +274,25 @@ _SPECIAL: Mapping[type, Any] = {
     weakref.WeakValueDictionary: DeepCopier._weak_mapping,
     weakref.WeakSet: DeepCopier._weak_set,
 }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out; on the CPU, torch has no type of its own for that (torch 2.13).
+
+    Example:
+        >>> is_out_of_memory(MemoryError())
+        True
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    return is_out_of_memory(error) or isinstance(error, RecursionError)
 
 
 def _copied_tensor(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_basin.arguments import as_builtin
 from lightning_basin.monitor import BasinMonitor
 from lightning_basin.record import BasinRecord
 
@@ -72,7 +73,7 @@ class RankEarlyStopping(EarlyStopping):
         super().__init__(
             monitor=monitor,
             min_delta=min_delta,
-            patience=patience,
+            patience=as_builtin(patience),
             verbose=verbose,
             mode=mode,
             strict=strict,

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from lightning_basin.copying import is_out_of_memory
 from lightning_basin.operations import Operations, recorded_operations
 from lightning_basin.probe import Probe, map_tensors, tensors_of
 
@@ -114,9 +115,9 @@ class Network:
         try:
             # A copy: a module may write to its input.
             outputs = self._behavior(self.module, map_tensors(Tensor.clone, probe.inputs))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"calling the module on the inputs failed with {type(error).__name__}: {error}; {hint}"
             ) from error

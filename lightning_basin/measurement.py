@@ -22,6 +22,7 @@ from lightning_basin.activations import (
     passage,
     streamed_classes,
 )
+from lightning_basin.copying import is_out_of_memory
 from lightning_basin.curvature import HESSIAN_MODES, MAX_DENSE_PARAMETERS, HessianMeasurement, HessianMode
 from lightning_basin.functional.duplicates import (
     dead_units,
@@ -470,6 +471,8 @@ def _checked_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tenso
     try:
         loss = _loss_of_equal_shapes(loss_fn, outputs, targets)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise TypeError(
             f"loss_fn must take the outputs, shape {tuple(outputs.shape)}, and the targets of the probe, but failed "
             f"with {type(error).__name__}: {error}"

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
@@ -19,7 +18,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_basin.arguments import check_arguments
+from lightning_basin.arguments import as_builtin, check_arguments
+from lightning_basin.copying import is_out_of_memory
 from lightning_basin.curvature import HessianMode
 from lightning_basin.gathering import GatheredModule
 from lightning_basin.history import HistoryFile
@@ -132,7 +132,7 @@ class BasinMonitor(Callback):
         prefix: str = "basin",
     ) -> None:
         super().__init__()
-        self._probe, self._probe_size = _probe_or_size(probe)
+        self._probe, self._probe_size = _probe_or_size(as_builtin(probe))
         self._explicit_probe = self._probe is not None
         self.loss_fn = loss_fn
         self.behavior = behavior
@@ -157,6 +157,7 @@ class BasinMonitor(Callback):
         self.history = history
         self.on_other_probe = on_other_probe
         self.prefix = prefix
+        vars(self).update({name: as_builtin(value) for name, value in vars(self).items()})
         check_arguments(vars(self))
         self.records: list[BasinRecord] = []
         """Every record of the run, oldest first."""
@@ -398,7 +399,7 @@ class BasinMonitor(Callback):
             self._say(f"The probe has {self._probe.size} inputs, not {self._probe_size}: {error}", warn=True)
         except Exception as error:  # Not the configuration. The measurements will say whether they succeed.
             name = type(trainer.lightning_module).__name__
-            rank_zero_warn(f"BasinMonitor could not check {name}. {type(error).__name__}: {error}")
+            rank_zero_warn(f"BasinMonitor could not check {name}. {type(error).__name__}: {error}{_memory_hint(error)}")
         return None
 
     def _refuse_another_probe(self) -> None:
@@ -567,11 +568,9 @@ class BasinMonitor(Callback):
                     step=step,
                 )
         except Exception as error:  # A measurement must never end a training run.
-            is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
             rank_zero_warn(
                 f"BasinMonitor could not measure at step {step}{_goes_on(trainer)}. "
-                f"{type(error).__name__}: {error}"
-                + (". HINT: pass a smaller BasinMonitor(probe=...)" if is_memory else "")
+                f"{type(error).__name__}: {error}{_memory_hint(error)}"
             )
             return None
         return self._verified(trainer, module, record)
@@ -768,6 +767,10 @@ def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
 
 def _described(probe_size: int) -> str:
     return f"probe={probe_size}" if probe_size else "a given batch"
+
+
+def _memory_hint(error: Exception) -> str:
+    return ". HINT: pass a smaller BasinMonitor(probe=...)" if is_out_of_memory(error) else ""
 
 
 def _goes_on(trainer: Trainer | None) -> str:

@@ -13,6 +13,7 @@ import urllib.request
 from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -780,6 +781,28 @@ def test_monitor_gives_up_after_some_failures_in_a_row_and_says_so_once(tmp_path
     assert monitor.records == []
 
 
+CANNOT_ALLOCATE = (
+    "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+)
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), RuntimeError(CANNOT_ALLOCATE)])
+@pytest.mark.parametrize("where", ["behavior", "loss_fn"])
+def test_memory_that_runs_out_at_the_first_check_does_not_end_the_run(tmp_path, error, where):
+    def fail(*_):
+        raise error
+
+    module, monitor = Regressor(), BasinMonitor(probe=20, **{where: fail})
+    with pytest.warns(UserWarning, match="HINT: pass a smaller BasinMonitor") as warned:
+        make_trainer(tmp_path, monitor, max_epochs=1).fit(module, loader())
+    said = [str(warning.message).partition(".")[0] for warning in warned if "HINT" in str(warning.message)]
+    assert said[:2] == [
+        "BasinMonitor could not check Regressor",
+        "BasinMonitor could not measure at step 0, training goes on",
+    ]
+    assert module.num_training_steps == 3
+
+
 def test_monitor_that_may_fail_keeps_trying(tmp_path):
     monitor = BasinMonitor(probe=20, behavior=always_failing(RuntimeError("no")), max_failures=None)
     with pytest.warns(UserWarning, match="could not measure") as warned:
@@ -1182,6 +1205,37 @@ def test_checkpoint_loads_with_weights_only(tmp_path, explicit):
     checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
     (state,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("BasinMonitor"))
     assert [record["step"] for record in state["records"]] == [0, 3, 6]
+
+
+class Image(torch.Tensor):
+    """A tensor of another package."""
+
+
+NUMBERS = {
+    "rtol": np.float64(1e-12),
+    "seed": np.int64(3),
+    "max_outputs": np.int64(2),
+    "duplicate_rtol": np.float32(1e-6),
+}
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_numbers_of_numpy_and_tensors_of_other_packages_do_not_spoil_a_checkpoint(tmp_path, explicit):
+    inputs, targets = regression_data(20).tensors
+    probe = (inputs.as_subclass(Image), targets) if explicit else np.int64(20)
+
+    def monitor():
+        return BasinMonitor(probe, batch_fn=lambda batch: (batch[0].as_subclass(Image), batch[1]), **NUMBERS)
+
+    def fit(monitor, max_epochs, **options):
+        trainer = make_trainer(tmp_path, monitor, RankEarlyStopping(patience=np.int64(9)), max_epochs=max_epochs)
+        trainer.fit(Regressor(), repeated_loader(), **options)
+        return trainer
+
+    fit(monitor(), 1).save_checkpoint(tmp_path / "run.ckpt")
+    resumed = monitor()
+    fit(resumed, 2, ckpt_path=tmp_path / "run.ckpt")
+    assert steps(resumed) == [0, 4, 8]
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
