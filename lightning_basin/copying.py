@@ -56,7 +56,7 @@ class DeepCopier:
 
     Example:
         >>> calls = []
-        >>> note = DeepCopier().copy(lambda item: calls.append(item))
+        >>> note = DeepCopier().copy(calls.append)
         >>> note(1), calls
         (None, [])
     """

@@ -564,6 +564,7 @@ def test_training_is_bit_identical_with_a_behavior_that_draws_random_numbers(tmp
 
 
 EVALUATIONS = Counter()
+"""What a copy of a behavior counts in as well: the variables that a function closes over are copied."""
 """How often modules below were called in evaluation mode: copies of a module share nothing but this."""
 
 
@@ -643,12 +644,12 @@ def test_measurement_is_tried_again_after_one_that_failed(tmp_path, failing_call
 
 
 def test_failed_baseline_is_followed_by_the_next_measurement(tmp_path):
-    calls = Counter()
+    EVALUATIONS.clear()
 
     def behavior(module, inputs):
-        calls[len(inputs)] += 1
-        if calls[20] == 1:  # The check before training has seen the first batch of 10 only.
-            calls[20] += 1
+        EVALUATIONS[len(inputs)] += 1
+        if EVALUATIONS[20] == 1:  # The check before training has seen the first batch of 10 only.
+            EVALUATIONS[20] += 1
             raise RuntimeError("not yet")
         return module(inputs)
 
@@ -660,11 +661,11 @@ def test_failed_baseline_is_followed_by_the_next_measurement(tmp_path):
 
 
 def test_baseline_is_dated_by_its_weights_when_the_first_check_ran_out_of_memory(tmp_path):
-    calls = Counter()
+    EVALUATIONS.clear()
 
     def behavior(module, inputs):
-        calls["behavior"] += 1
-        if calls["behavior"] == 1:
+        EVALUATIONS["behavior"] += 1
+        if EVALUATIONS["behavior"] == 1:
             raise torch.OutOfMemoryError("another process holds the memory")
         return module(inputs)
 
@@ -905,15 +906,17 @@ def test_skipped_steps_survive_resuming(tmp_path):
     assert (steps(monitor), monitor.skipped_steps) == ([0, 9], [3, 6])
 
 
+SAID = {}
+
+
 def test_a_long_measurement_is_announced_while_it_runs(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("lightning_basin.overhead.LONG_SECONDS", 0.01)
     begun = "Measuring basin at step 0 is taking more than 0.01 s"
-    calls = Counter()
+    monkeypatch.setitem(SAID, "messages", caplog)
 
     def behavior(module, inputs):
-        calls["all"] += 1
         deadline = time.monotonic() + 60
-        while len(inputs) == 15 and begun not in caplog.messages and time.monotonic() < deadline:
+        while len(inputs) == 15 and begun not in SAID["messages"].messages and time.monotonic() < deadline:
             time.sleep(0.001)  # The check before training has seen the first batch of 10 only.
         return module(inputs)
 
