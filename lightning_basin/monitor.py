@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import ref
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -170,6 +171,7 @@ class BasinMonitor(Callback):
         self._overhead: OverheadLimit | None = None
         self._measured_step: int | None = None
         self._seen_step = 0
+        self._resumed_step: int | None = None  # Until the first batch has come by.
         self._collector = self._new_collector()
         self._initial: tuple[nn.Module, int, int] | None = None  # for the baseline: its step and x axis beside it
         self._gathered: GatheredModule | None = None  # where a strategy shards the module
@@ -178,6 +180,8 @@ class BasinMonitor(Callback):
         self._history_file: HistoryFile | None = None
         self._said: set[str] = set()
         self._loads_state = True
+        self._is_loaded = False  # For the fit that begins.
+        self._fitted: Callable[[], nn.Module | None] = _nothing
         self._expected_probe: str | None = None  # The fingerprint of the one to be taken again on resuming.
         self._is_probe_refused = False
         self._listeners: list[Callable[[Trainer, BasinRecord], None]] = []
@@ -292,7 +296,11 @@ class BasinMonitor(Callback):
         self._whole_training_set(trainer)
         self._num_failures = 0
         self._overhead = None if self.max_overhead is None else OverheadLimit(self.max_overhead)
-        if trainer.global_step == 0:
+        # What was measured goes on only where the same module is trained further, or a checkpoint held it.
+        goes_on = self._is_loaded or (self._fitted() is pl_module)
+        self._resumed_step = trainer.global_step if self._is_loaded else None
+        self._is_loaded, self._fitted = False, ref(pl_module)
+        if trainer.global_step == 0 or not goes_on:
             self._reset()
         elif self.records:  # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
             set_callback_metrics(trainer, self.monitored(self.records[-1]), self.logs)
@@ -301,7 +309,10 @@ class BasinMonitor(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        resumed_step, self._resumed_step = self._resumed_step, None
         if self._probe is not None and self._measured_step is not None:
+            if resumed_step == trainer.global_step != self._measured_step and self._is_overdue(trainer, batch_idx):
+                self._measure(trainer, pl_module, resumed_step, batches_that_stepped(trainer) - 1)
             return
         is_first, self._is_checked = not self._is_checked, True
         # Rank zero decides for all: batches may differ in size from process to process.
@@ -334,9 +345,7 @@ class BasinMonitor(Callback):
             self._probe = trainer.strategy.broadcast(self._probe, 0)
             self._refuse_another_probe()
             self._measure_baseline(trainer, pl_module)
-        interval = self._epochs_after_zero_loss
-        if interval is None and self.every_n_train_steps is None:
-            interval = self.every_n_epochs
+        interval = self._epochs_between
         if interval is None or (trainer.current_epoch + 1) % interval != 0:
             return
         if trainer.global_step != self._measured_step:
@@ -350,6 +359,22 @@ class BasinMonitor(Callback):
                 f"BasinMonitor(max_overhead={self.max_overhead:g}) skipped {len(self.skipped_steps)} of {num_due} "
                 f"measurements, see skipped_steps"
             )
+
+    def _is_overdue(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Whether a resumed run begins where a measurement was interrupted, or left out."""
+        # lightning 2.6 does not call the end of an epoch again whose last batch was the last thing before saving.
+        assert self._measured_step is not None
+        interval = self._epochs_between
+        if interval is not None:
+            return batch_idx == 0 and trainer.current_epoch % interval == 0
+        assert self.every_n_train_steps is not None
+        return trainer.global_step // self.every_n_train_steps > self._measured_step // self.every_n_train_steps
+
+    @property
+    def _epochs_between(self) -> int | None:
+        if self._epochs_after_zero_loss is None and self.every_n_train_steps is None:
+            return self.every_n_epochs
+        return self._epochs_after_zero_loss
 
     @property
     def _epochs_after_zero_loss(self) -> int | None:
@@ -498,28 +523,34 @@ class BasinMonitor(Callback):
         whole: Callable[[], nn.Module] | None = None,
     ) -> None:
         """Measure a module as it is now, or the one that ``whole`` gives."""
-        self._measured_step = step
-        has_probe = self._probe is not None and not self._is_probe_refused  # None: resumed, and no batch has come by.
-        if self._has_given_up or not has_probe:
-            return
-        if _renews_batch_statistics(trainer):
-            return
-        if self._skips(trainer):
-            self.skipped_steps.append(step)
-            self._say(f"BasinMonitor(max_overhead={self.max_overhead:g}) skips measurements")
-            return
-        if whole is None:
-            whole = self._whole(pl_module)
-        record = self._timed(trainer, whole, step) if trainer.is_global_zero else None
-        record = trainer.strategy.broadcast(record, 0)
+        record = self._measured(trainer, pl_module, step, whole)
+        self._measured_step = step  # Not before: an interrupted measurement is one that a resumed run has to make.
         if record is None:
-            self._count_failure(trainer)
             return
         self._keep(record)
         set_callback_metrics(trainer, self.monitored(record), self.logs)
         self._publish(trainer, record, log_step)
         for listener in self._listeners:
             listener(trainer, record)
+
+    def _measured(
+        self, trainer: Trainer, pl_module: nn.Module, step: int, whole: Callable[[], nn.Module] | None
+    ) -> BasinRecord | None:
+        """The record, the same on all processes, where one is due and can be made."""
+        has_probe = self._probe is not None and not self._is_probe_refused  # None: resumed, and no batch has come by.
+        if self._has_given_up or not has_probe or _renews_batch_statistics(trainer):
+            return None
+        if self._skips(trainer):
+            self.skipped_steps.append(step)
+            self._say(f"BasinMonitor(max_overhead={self.max_overhead:g}) skips measurements")
+            return None
+        if whole is None:
+            whole = self._whole(pl_module)
+        record = self._timed(trainer, whole, step) if trainer.is_global_zero else None
+        record = trainer.strategy.broadcast(record, 0)
+        if record is None:
+            self._count_failure(trainer)
+        return record
 
     def _skips(self, trainer: Trainer) -> bool:
         """Whether measuring now would take too long; rank zero decides for all, by its own clock."""
@@ -700,6 +731,7 @@ class BasinMonitor(Callback):
         if not self._loads_state:
             return
         self._load_probe(state_dict)
+        self._is_loaded = True
         for name, before in state_dict["settings"].items():
             if before != getattr(self, name):
                 self._say(
@@ -743,7 +775,7 @@ class BasinMonitor(Callback):
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
         dropped = ("log", "log_dict", "_initial", "_gathered")
         kept = {name: value for name, value in vars(self).items() if name not in dropped}
-        return kept | {"_initial": None, "_gathered": None}
+        return kept | {"_initial": None, "_gathered": None, "_fitted": _nothing}  # A weak reference has none.
 
 
 def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
@@ -767,6 +799,10 @@ def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
 
 def _described(probe_size: int) -> str:
     return f"probe={probe_size}" if probe_size else "a given batch"
+
+
+def _nothing() -> None:
+    """A reference to no module."""
 
 
 def _memory_hint(error: Exception) -> str:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -1162,7 +1162,6 @@ def uninterrupted_and_resumed(root, kind, **options):
             "3 epochs": {"every_n_epochs": 3},
         }.items()
         for kind in KINDS
-        if (kind, cadence) != ("last batch", "epochs")
     ],
 )
 def test_resumed_run_has_the_records_of_an_uninterrupted_one(tmp_path, kind, options):
@@ -1172,11 +1171,49 @@ def test_resumed_run_has_the_records_of_an_uninterrupted_one(tmp_path, kind, opt
     torch.testing.assert_close(resumed.probe.inputs, uninterrupted.probe.inputs, rtol=0, atol=0)
 
 
-def test_run_resumed_from_a_last_batch_lacks_only_the_epoch_end_that_lightning_leaves_out(tmp_path):
-    # lightning 2.6 does not call on_train_epoch_end for an epoch whose last batch was the last thing before saving.
-    uninterrupted, resumed = uninterrupted_and_resumed(tmp_path, "last batch")
-    expected = [record for record in uninterrupted.records if record.step != 8]
-    assert timeless(resumed.records) == timeless(expected)
+class Interrupted(Regressor):
+    """Somebody presses Ctrl-C while it is measured as it was after eight steps."""
+
+    at: int | None = 8
+
+    def forward(self, inputs):
+        if not self.training and self._trainer is not None and self.trainer.global_step == self.at:
+            raise KeyboardInterrupt
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"every_n_train_steps": 4}])
+def test_a_measurement_that_was_interrupted_is_made_when_the_run_is_resumed(tmp_path, options):
+    saving = OnExceptionCheckpoint(tmp_path)
+    trainer = make_trainer(tmp_path, BasinMonitor(probe=20, **options), saving, max_epochs=4, enable_checkpointing=True)
+    with pytest.raises(SystemExit):
+        trainer.fit(Interrupted(), repeated_loader())
+    resumed, module = BasinMonitor(probe=20, **options), Interrupted()
+    module.at = None
+    trainer = make_trainer(tmp_path, resumed, max_epochs=4)
+    trainer.fit(module, repeated_loader(), ckpt_path=tmp_path / "on_exception.ckpt")
+    assert steps(resumed) == [0, 4, 8, 12, 16]
+
+
+def test_a_run_resumed_without_a_state_of_the_monitor_forgets_the_run_before(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.fit(Regressor(), repeated_loader())
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    monitor = BasinMonitor(probe=20)
+    make_trainer(tmp_path, monitor).fit(Regressor(), loader())
+    make_trainer(tmp_path, monitor, max_epochs=3).fit(Regressor(), repeated_loader(), ckpt_path=tmp_path / "other.ckpt")
+    assert steps(monitor) == [8, 12]
+
+
+def test_a_trainer_that_goes_on_keeps_the_records_and_forgets_them_for_another_module(tmp_path):
+    module, monitor = Regressor(), BasinMonitor(probe=20)
+    trainer = make_trainer(tmp_path, monitor, max_epochs=1)
+    found = []
+    for fitted in (module, module, Regressor()):
+        trainer.fit(fitted, repeated_loader())
+        found.append(steps(monitor))
+        trainer.fit_loop.max_epochs += 1
+    assert found == [[0, 4], [0, 4, 8], [8, 12]]
 
 
 def test_run_resumed_before_the_probe_was_full_still_has_a_baseline(tmp_path):
