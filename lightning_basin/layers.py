@@ -157,7 +157,12 @@ class Network:
             probe: Gives the structure of the inputs.
             tensors: In place of those of the probe, any number of inputs.
             parameters: By full name.
+
+        Raises:
+            ValueError: If the probe holds other things than tensors for each input, and fewer inputs are asked for.
         """
+        if tensors[0].shape[0] != probe.size and probe.has_columns:
+            raise ValueError("inputs with lists of other things than tensors must be run together")
         remaining = iter(tensors)
         inputs = map_tensors(lambda _: next(remaining).clone(), probe.inputs)
         renamed = {f"module.{name}": value for name, value in parameters.items()}

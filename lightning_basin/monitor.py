@@ -36,6 +36,10 @@ from lightning_basin.replica import float64_replica
 from lightning_basin.state import fingerprint, probe_state
 from lightning_basin.subject import LOSS_ATTRIBUTES, found_loss, quiet_behavior, quiet_loss, whole_training_set
 
+_PAIR_HINT = (
+    ". The behavior got the first part of the batch, which is a pair of inputs and targets. HINT: where it takes the "
+    "whole batch, pass BasinMonitor(batch_fn=lambda batch: (batch, None))"
+)
 _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "seed")  # Change the numbers, not only which there are.
 
 
@@ -62,7 +66,8 @@ class BasinMonitor(Callback):
         behavior: From the module and the inputs to the outputs whose gradients count, one row per input. ``None`` or
             ``"outputs"`` calls the module, ``"probabilities"`` takes the softmax over the second axis of that.
         batch_fn: From a training batch to a pair of inputs and targets (``None`` for no targets). ``None``
-            takes a pair as it is, and a tensor as inputs without targets.
+            takes a pair as it is, and a tensor, or with a function as ``behavior`` anything else, as inputs without
+            targets.
         every_n_epochs: Measure at the end of every n-th epoch.
         every_n_train_steps: Measure every n optimizer steps instead.
         every_n_epochs_after_zero_loss: The cadence after the loss has reached zero; ``None`` keeps the one before.
@@ -419,7 +424,9 @@ class BasinMonitor(Callback):
                     self._initial = (initial, trainer.global_step, batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
             if whole is not None:
-                return str(error)
+                is_pair = callable(self.behavior) and self.batch_fn is None and not self._explicit_probe
+                is_pair = is_pair and isinstance(batch, tuple | list) and len(batch) == 2  # noqa: PLR2004
+                return f"{error}{_PAIR_HINT if is_pair else ''}"
             self._probe = self._collector.probe()
             self._say(f"The probe has {self._probe.size} inputs, not {self._probe_size}: {error}", warn=True)
         except Exception as error:  # Not the configuration. The measurements will say whether they succeed.

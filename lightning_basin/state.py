@@ -38,7 +38,6 @@ def fingerprint(probe: Probe) -> str:
     """
     digest = hashlib.sha256()
     for tensor in tensors_of((probe.inputs, probe.targets)):
-        tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())

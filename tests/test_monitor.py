@@ -782,6 +782,34 @@ def test_monitor_gives_up_after_some_failures_in_a_row_and_says_so_once(tmp_path
     assert monitor.records == []
 
 
+def test_a_behavior_that_wants_the_whole_pair_is_told_of_batch_fn(tmp_path):
+    monitor = BasinMonitor(probe=20, behavior=lambda module, batch: module(batch["inputs"]))
+    with pytest.raises(
+        MisconfigurationException, match=r"first part of the batch.*HINT: .*batch_fn=lambda batch: \(batch"
+    ):
+        make_trainer(tmp_path, monitor).fit(Regressor(), loader())
+
+
+class Reads(Regressor):
+    """Takes the lengths of words for inputs."""
+
+    def forward(self, batch):
+        return super().forward(torch.tensor([[len(word), 1.0, 2.0] for word in batch["words"]]))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self(batch), batch["targets"])
+
+
+def test_words_of_several_batches_are_measured_together(tmp_path):
+    _, targets = regression_data(20).tensors
+    rows = [{"words": "a" * index, "targets": target} for index, target in enumerate(targets)]
+    monitor = BasinMonitor(probe=15, behavior=lambda module, batch: module(batch))
+    make_trainer(tmp_path, monitor).fit(Reads(), DataLoader(rows, 5))
+    assert steps(monitor) == [0, 4, 8]
+    assert monitor.probe.inputs["words"] == ["a" * index for index in range(15)]
+    assert monitor.records[0].num_inputs == 15
+
+
 CANNOT_ALLOCATE = (
     "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 )
