@@ -23,7 +23,7 @@ from lightning_basin.arguments import as_builtin, check_arguments
 from lightning_basin.copying import is_out_of_memory
 from lightning_basin.curvature import HessianMode
 from lightning_basin.gathering import GatheredModule
-from lightning_basin.history import HistoryFile
+from lightning_basin.history import HistoryFile, unused
 from lightning_basin.loggers import batches_that_stepped, log_scalars, set_callback_metrics
 from lightning_basin.measurement import Probabilities, check_measurable, measure_basin
 from lightning_basin.monitored import Cadence, misunderstandings
@@ -94,7 +94,8 @@ class BasinMonitor(Callback):
         max_overhead: Measure less often where measuring would take more than this share of the wall time of the fit.
             Which measurements are skipped then depends on the speed of the machine.
         max_failures: Stop measuring after so many failures in a row; ``None`` tries again every time.
-        history: Also write every measurement to ``<prefix>.csv`` or ``<prefix>.jsonl`` in the log directory.
+        history: Also write every measurement to ``<prefix>.csv`` or ``<prefix>.jsonl`` in the log directory, or to
+            ``<prefix>-1.csv`` where another run has left one.
         on_other_probe: Whether to ``"raise"`` on resuming with another ``probe`` than that of the run so far, whose
             curves would mean something else from there on; or to ``"replace"`` it.
         prefix: First part of every key; two monitors in one trainer need two.
@@ -183,6 +184,7 @@ class BasinMonitor(Callback):
         self._is_checked = False
         self._leave_out_loss = False
         self._history_file: HistoryFile | None = None
+        self._history_path: str | None = None  # Of the run, which goes on with it when it is resumed.
         self._said: set[str] = set()
         self._loads_state = True
         self._is_loaded = False  # For the fit that begins.
@@ -397,6 +399,7 @@ class BasinMonitor(Callback):
         self._initial = None
         self._is_checked = False
         self._leave_out_loss = False
+        self._history_path = None
         self._collector = self._new_collector()
         if not self._explicit_probe:
             self._probe = None
@@ -690,8 +693,19 @@ class BasinMonitor(Callback):
         if self.history is None or fast_dev_run:
             return
         folder = trainer.log_dir or trainer.default_root_dir  # Asked for on all processes: it is a broadcast.
-        if trainer.is_global_zero:
-            self._history_file = HistoryFile(Path(folder) / f"{tag(self.prefix)}.{self.history}")
+        if "://" in folder:
+            self._say(
+                f"`BasinMonitor(history={self.history!r})` writes to a local disk, and is left out in {folder}. HINT: "
+                f"pass a local default_root_dir, or a logger",
+                warn=True,
+            )
+        elif trainer.is_global_zero:
+            path = Path(folder) / f"{tag(self.prefix)}.{self.history}"
+            own = None if self._history_path is None else Path(self._history_path)
+            # One that an earlier run has left is not written over.
+            path = own if own is not None and own.parent == path.parent and own.suffix == path.suffix else unused(path)
+            self._history_path = str(path)
+            self._history_file = HistoryFile(path)
             self._write_history(lambda file: file.write(map(self.row, self.records)))
 
     def _write_history(self, write: Callable[[HistoryFile], None]) -> None:
@@ -726,6 +740,7 @@ class BasinMonitor(Callback):
             "num_zero_losses": self._num_zero_losses,
             "skipped_steps": list(self.skipped_steps),
             "leave_out_loss": self._leave_out_loss,
+            "history_path": self._history_path,
         }
 
     @override
@@ -752,6 +767,7 @@ class BasinMonitor(Callback):
         self._num_zero_losses = state_dict["num_zero_losses"]
         self.skipped_steps = list(state_dict["skipped_steps"])
         self._leave_out_loss = state_dict["leave_out_loss"]
+        self._history_path = state_dict["history_path"]
 
     def _load_probe(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with the probe of the run so far, or refuse another one."""

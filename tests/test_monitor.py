@@ -1148,6 +1148,33 @@ def test_zero_loss_survives_resuming(tmp_path):
     assert trainer.callback_metrics["basin/zero_loss_step"] == 3.0
 
 
+@pytest.mark.parametrize("history", ["csv", "jsonl"])
+def test_a_second_run_leaves_the_table_of_the_first_and_a_resumed_one_goes_on_with_its_own(tmp_path, history):
+    def fit(max_epochs, **options):
+        trainer = make_trainer(tmp_path, BasinMonitor(probe=20, history=history), max_epochs=max_epochs)
+        trainer.fit(Regressor(), repeated_loader(), **options)
+        return trainer
+
+    def rows(name):
+        return len((tmp_path / f"{name}.{history}").read_text().splitlines()) - (history == "csv")
+
+    fit(1)
+    fit(2).save_checkpoint(tmp_path / "second.ckpt")
+    assert (rows("basin"), rows("basin-1")) == (2, 3)
+    fit(3, ckpt_path=tmp_path / "second.ckpt")
+    assert (rows("basin"), rows("basin-1")) == (2, 4)
+    assert not (tmp_path / f"basin-2.{history}").exists()
+
+
+def test_a_table_is_left_out_where_the_root_is_no_local_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monitor = BasinMonitor(probe=20, history="csv")
+    with pytest.warns(UserWarning, match=r"writes to a local disk, and is left out in memory://runs"):
+        make_trainer("memory://runs", monitor).fit(Regressor(), loader())
+    assert steps(monitor) == [0, 3, 6]
+    assert list(tmp_path.iterdir()) == []
+
+
 # -------------------------------------------------------------------------------------------------------- resume
 
 
