@@ -3,14 +3,17 @@
 import argparse
 import ast
 import importlib
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_basin.monitor import BasinMonitor
 from lightning_basin.offline import measure_checkpoints
+from lightning_basin.probe import Probe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,17 +22,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Of the command line; ``None`` takes those of the process.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     functions = {"loss_fn": options.loss_fn, "behavior": options.behavior, "probe": options.probe}
     given = {name: value for name, value in functions.items() if value is not None}
-    measure_checkpoints(
-        options.checkpoints,
-        options.module,
-        BasinMonitor(**given, **dict(options.set)),
-        log_dir=options.log_dir,
-        device=options.device,
-        weights_only=not options.trust,
-    )
+    settings = dict(options.set)
+    if both := given.keys() & settings.keys():
+        parser.error(f"argument --set: {sorted(both)} must be given once, but came as options too")
+    if unknown := settings.keys() - inspect.signature(BasinMonitor).parameters.keys():
+        parser.error(f"argument --set: {sorted(unknown)} must be arguments of BasinMonitor")
+    try:
+        measure_checkpoints(
+            options.checkpoints,
+            options.module,
+            BasinMonitor(**given, **settings),
+            log_dir=options.log_dir,
+            device=options.device,
+            weights_only=not options.trust,
+        )
+    except (MisconfigurationException, FileNotFoundError, TypeError, RuntimeError) as error:
+        parser.error(" ".join(str(error).split()))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,12 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set",
         nargs="*",
+        action="extend",
         default=[],
         type=_setting,
         metavar="ARGUMENT=VALUE",
         help="any other argument of BasinMonitor, for example hessian=False prefix=held_out",
     )
-    parser.add_argument("--device", default="cpu", help="where to measure (default: %(default)s)")
+    parser.add_argument("--device", type=_device, default="cpu", help="where to measure (default: %(default)s)")
     parser.add_argument("--trust", action="store_true", help="also read checkpoints that bring code along, and run it")
     return parser
 
@@ -80,9 +93,27 @@ def _imported(reference: str) -> Any:
 
 
 def _probe(reference: str) -> Any:
-    if Path(reference).is_file():
-        return torch.load(reference, weights_only=True)
-    return _imported(reference)()
+    if not Path(reference).is_file():
+        if ":" not in reference:
+            raise argparse.ArgumentTypeError(f"there is no file {reference!r}, and it is no PACKAGE.MODULE:NAME")
+        return _imported(reference)()
+    try:
+        probe = torch.load(reference, weights_only=True)
+    except Exception as error:  # Whatever torch raises for a file that is none of its own.
+        raise argparse.ArgumentTypeError(f"{reference} must be a file of torch.save((inputs, targets))") from error
+    if not isinstance(probe, Probe | tuple | list):
+        kind = type(probe).__name__
+        raise argparse.ArgumentTypeError(f"{reference} must hold a pair of inputs and targets, got {kind}")
+    return probe
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} must be a device of this machine. {error}") from error
+    return device
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_basin.curvature import HESSIAN_MODES
@@ -26,6 +27,16 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         check_precision(arguments["dtype"], arguments["hessian"], arguments["rtol"])
     except ValueError as error:
         raise MisconfigurationException(f"`BasinMonitor(dtype={arguments['dtype']!r})`: {error}") from error
+
+
+def as_builtin(value: Any) -> Any:
+    """A number of NumPy as one of Python, which a checkpoint may hold; anything else as it is.
+
+    Example:
+        >>> as_builtin(np.int64(3))
+        3
+    """
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _at_least_one(value: Any) -> bool:

@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_basin.arguments import as_builtin
 from lightning_basin.monitor import BasinMonitor
 from lightning_basin.record import BasinRecord
 
@@ -72,7 +73,7 @@ class RankEarlyStopping(EarlyStopping):
         super().__init__(
             monitor=monitor,
             min_delta=min_delta,
-            patience=patience,
+            patience=as_builtin(patience),
             verbose=verbose,
             mode=mode,
             strict=strict,
@@ -106,13 +107,34 @@ class RankEarlyStopping(EarlyStopping):
 
     def on_measurement(self, trainer: Trainer, record: BasinRecord) -> None:
         """Take the newest measurement into account, and stop training if it is the last straw."""
-        if self.after_zero_loss and (self._basin_monitor is None or self._basin_monitor.zero_loss_step is None):
+        basin_monitor = self._basin_monitor
+        assert basin_monitor is not None, "set up before it listens"
+        if self.after_zero_loss and basin_monitor.zero_loss_step is None:
             return
+        values = basin_monitor.monitored(record)
+        if self.monitor not in values and any(
+            self.monitor in basin_monitor.logged(one) for one in basin_monitor.records
+        ):
+            return  # Not every measurement has a spectrum, say: this one says nothing of the quantity.
         stopped_before = self.stopping_reason_message
-        self._run_early_stopping_check(trainer)
+        self._check(trainer, {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()})
         reason = self.stopping_reason_message
         if reason is not None and reason != stopped_before and not self.verbose:
             rank_zero_info(reason)
+
+    def _check(self, trainer: Trainer, values: dict[str, Tensor]) -> None:
+        """As the base class does it, on values of a record: those of the trainer may be of an earlier one."""
+        is_fast: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+        if is_fast or not self._validate_condition_metric(values):
+            return
+        should_stop, reason = self._evaluate_stopping_criteria(values[self.monitor])
+        should_stop = trainer.strategy.reduce_boolean_decision(should_stop, all=False)
+        trainer.should_stop = trainer.should_stop or should_stop
+        if should_stop:
+            self.stopped_epoch = trainer.current_epoch
+            self.stopping_reason_message = reason
+        if reason and self.verbose:
+            self._log_info(trainer, reason, self.log_rank_zero_only)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,7 +3,19 @@
 import csv
 import json
 from collections.abc import Iterable, Mapping
+from itertools import chain, count
 from pathlib import Path
+
+
+def unused(path: Path) -> Path:
+    """The path, or where a file is there already, one with the first number behind its name that is free.
+
+    Example:
+        >>> unused(Path("no_such_folder/basin.csv")).name
+        'basin.csv'
+    """
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in count(1))
+    return next(candidate for candidate in chain([path], numbered) if not candidate.is_file())
 
 
 class HistoryFile:

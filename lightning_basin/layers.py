@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from lightning_basin.copying import is_out_of_memory
 from lightning_basin.functional.rank import Spectrum
 from lightning_basin.functional.sketch import SpectrumAccumulator
 from lightning_basin.operations import Operations, recorded_operations
@@ -144,9 +145,9 @@ class Network:
         try:
             # A copy: a module may write to its input.
             outputs = self._behavior(self.module, map_tensors(Tensor.clone, probe.inputs))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"calling the module on the inputs failed with {type(error).__name__}: {error}; {hint}"
             ) from error
@@ -186,7 +187,12 @@ class Network:
             probe: Gives the structure of the inputs.
             tensors: In place of those of the probe, any number of inputs.
             parameters: By full name.
+
+        Raises:
+            ValueError: If the probe holds other things than tensors for each input, and fewer inputs are asked for.
         """
+        if tensors[0].shape[0] != probe.size and probe.has_columns:
+            raise ValueError("inputs with lists of other things than tensors must be run together")
         remaining = iter(tensors)
         inputs = map_tensors(lambda _: next(remaining).clone(), probe.inputs)
         renamed = {f"module.{name}": value for name, value in parameters.items()}

@@ -1,8 +1,10 @@
 """Where measured values go: every logger, under names that it takes, at the step of Lightning's own curves."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger
 
@@ -40,6 +42,26 @@ def _accepted(logger: Logger, scalars: Mapping[str, float]) -> list[dict[str, fl
         return [dict(scalars)]
     named = [(_REFUSED_BY_MLFLOW.sub("_", key), value) for key, value in scalars.items()]
     return [dict(named[start : start + _MLFLOW_BATCH]) for start in range(0, len(named), _MLFLOW_BATCH)]
+
+
+def set_callback_metrics(trainer: Trainer, scalars: Mapping[str, float], is_ours: Callable[[str], bool]) -> None:
+    """Put values where callbacks find them, in place of all that stand there under keys of the same kind.
+
+    A value that is not among the new ones stays where something monitors it: a strict ``EarlyStopping`` raises without.
+
+    Args:
+        trainer: Its own values are not looked at: reading ``callback_metrics`` would compute its metrics, too early.
+        scalars: By key.
+        is_ours: Whether a key is one of this kind.
+    """
+    metrics = getattr(trainer._logger_connector, "_callback_metrics", None)  # As of lightning 2.4 - 2.6.
+    metrics = trainer.callback_metrics if metrics is None else metrics
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+    monitored = {getattr(monitoring, "monitor", None) for monitoring in (*callbacks, *trainer.lr_scheduler_configs)}
+    for key in [key for key in metrics if is_ours(key) and key not in scalars and key not in monitored]:
+        del metrics[key]
+    # Early stopping squeezes what it finds; float64 keeps large integers.
+    metrics.update({key: torch.tensor(value, dtype=torch.float64) for key, value in scalars.items()})
 
 
 def batches_that_stepped(trainer: Trainer) -> int:

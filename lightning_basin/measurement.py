@@ -23,6 +23,7 @@ from lightning_basin.activations import (
     passage,
     streamed_classes,
 )
+from lightning_basin.copying import is_out_of_memory
 from lightning_basin.curvature import HESSIAN_MODES, MAX_DENSE_PARAMETERS, HessianMeasurement, HessianMode
 from lightning_basin.functional.duplicates import (
     dead_units,
@@ -53,7 +54,7 @@ from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.probe import Probe, float64_device, tensors_of
 from lightning_basin.processes import Team, follow
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
-from lightning_basin.replica import isolated_evaluation, replicas, settle_embeddings
+from lightning_basin.replica import at_rest, isolated_evaluation, replicas, settle_embeddings
 from lightning_basin.rounding import rounding_noise
 from lightning_basin.training_set import as_probes
 
@@ -254,7 +255,7 @@ def follow_measurement(
         dtype: See `measure_basin`.
     """
     device = _device(module)
-    with isolated_evaluation(device, _DTYPES[dtype]):
+    with isolated_evaluation(device, _DTYPES[dtype]), at_rest(module):
         follow(group, partial(_prepared_share, module, _outputs_of(behavior), _DTYPES[dtype]))
 
 
@@ -499,7 +500,7 @@ def evaluated(
     if any(tensor.is_meta for tensor in tensors_of(probe.inputs)):
         raise ValueError("inputs must hold numbers to be measured, got tensors on the device 'meta'")
     device = _device(module)
-    with isolated_evaluation(device, dtype):
+    with isolated_evaluation(device, dtype), at_rest(module):
         replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=dtype)
         network = Network(replica, behavior, dtype=dtype)
         probe = probe.to(device, dtype)
@@ -640,16 +641,15 @@ def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviatio
 
 
 def _check_copy(module: nn.Module, result: Tensor, name: str) -> None:
-    """A closure over the user's module would be evaluated on other parameters than those of the copy."""
+    """What finds the user's module where no copy leads would be evaluated on other parameters than the copy's."""
     originals = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not originals or not result.requires_grad:
         return
     used = torch.autograd.grad(result.sum(), originals, retain_graph=True, allow_unused=True)
     if any(gradient is not None for gradient in used):
         raise ValueError(
-            f"a copy of the module is measured, but its parameters themselves are used: a lambda or weak reference in "
-            f"the module, or the {name}, holds on to them; use the module that is passed in, and methods in place of "
-            f"lambdas"
+            f"a copy of the module is measured, but its parameters themselves are used: the module, or the {name}, "
+            f"finds them in a global variable or through the trainer; use the module that is passed in"
         )
 
 
@@ -674,6 +674,8 @@ def _checked_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tenso
     try:
         loss = _loss_of_equal_shapes(loss_fn, outputs, targets)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise TypeError(
             f"loss_fn must take the outputs, shape {tuple(outputs.shape)}, and the targets of the probe, but failed "
             f"with {type(error).__name__}: {error}"

@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import ref
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
@@ -19,11 +19,12 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_basin.arguments import check_arguments
+from lightning_basin.arguments import as_builtin, check_arguments
+from lightning_basin.copying import is_out_of_memory
 from lightning_basin.curvature import HessianMode
 from lightning_basin.gathering import GatheredModule
-from lightning_basin.history import HistoryFile
-from lightning_basin.loggers import batches_that_stepped, log_scalars
+from lightning_basin.history import HistoryFile, unused
+from lightning_basin.loggers import batches_that_stepped, log_scalars, set_callback_metrics
 from lightning_basin.measurement import Precision, Probabilities, check_measurable, follow_measurement, measure_basin
 from lightning_basin.messages import MessageGroup, close_group, message_group
 from lightning_basin.monitored import Cadence, misunderstandings
@@ -35,10 +36,15 @@ from lightning_basin.processes import Team, leading
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import replicas
 from lightning_basin.state import fingerprint, probe_state
-from lightning_basin.subject import LOSS_ATTRIBUTES, found_loss, quiet_behavior, whole_training_set
+from lightning_basin.subject import LOSS_ATTRIBUTES, found_loss, quiet_behavior, quiet_loss, whole_training_set
 
 _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
 """They change the numbers, not only which there are."""
+
+_PAIR_HINT = (
+    ". The behavior got the first part of the batch, which is a pair of inputs and targets. HINT: where it takes the "
+    "whole batch, pass BasinMonitor(batch_fn=lambda batch: (batch, None))"
+)
 
 
 class BasinMonitor(Callback):
@@ -64,7 +70,8 @@ class BasinMonitor(Callback):
         behavior: From the module and the inputs to the outputs whose gradients count, one row per input. ``None`` or
             ``"outputs"`` calls the module, ``"probabilities"`` takes the softmax over the second axis of that.
         batch_fn: From a training batch to a pair of inputs and targets (``None`` for no targets). ``None``
-            takes a pair as it is, and a tensor as inputs without targets.
+            takes a pair as it is, and a tensor, or with a function as ``behavior`` anything else, as inputs without
+            targets.
         every_n_epochs: Measure at the end of every n-th epoch.
         every_n_train_steps: Measure every n optimizer steps instead.
         every_n_epochs_after_zero_loss: The cadence after the loss has reached zero; ``None`` keeps the one before.
@@ -93,7 +100,8 @@ class BasinMonitor(Callback):
         max_overhead: Measure less often where measuring would take more than this share of the wall time of the fit.
             Which measurements are skipped then depends on the speed of the machine.
         max_failures: Stop measuring after so many failures in a row; ``None`` tries again every time.
-        history: Also write every measurement to ``<prefix>.csv`` or ``<prefix>.jsonl`` in the log directory.
+        history: Also write every measurement to ``<prefix>.csv`` or ``<prefix>.jsonl`` in the log directory, or to
+            ``<prefix>-1.csv`` where another run has left one.
         on_other_probe: Whether to ``"raise"`` on resuming with another ``probe`` than that of the run so far, whose
             curves would mean something else from there on; or to ``"replace"`` it.
         prefix: First part of every key; two monitors in one trainer need two.
@@ -138,7 +146,7 @@ class BasinMonitor(Callback):
         prefix: str = "basin",
     ) -> None:
         super().__init__()
-        self._probe, self._probe_size = _probe_or_size(probe)
+        self._probe, self._probe_size = _probe_or_size(as_builtin(probe))
         self._explicit_probe = self._probe is not None
         self.loss_fn = loss_fn
         self.behavior = behavior
@@ -164,6 +172,7 @@ class BasinMonitor(Callback):
         self.history = history
         self.on_other_probe = on_other_probe
         self.prefix = prefix
+        vars(self).update({name: as_builtin(value) for name, value in vars(self).items()})
         check_arguments(vars(self))
         self.records: list[BasinRecord] = []
         """Every record of the run, oldest first."""
@@ -176,6 +185,7 @@ class BasinMonitor(Callback):
         self._overhead: OverheadLimit | None = None
         self._measured_step: int | None = None
         self._seen_step = 0
+        self._resumed_step: int | None = None  # Until the first batch has come by.
         self._collector = self._new_collector()
         self._initial: tuple[nn.Module, int, int] | None = None  # for the baseline: its step and x axis beside it
         self._gathered: GatheredModule | None = None  # where a strategy shards the module
@@ -183,8 +193,11 @@ class BasinMonitor(Callback):
         self._is_checked = False
         self._leave_out_loss = False
         self._history_file: HistoryFile | None = None
+        self._history_path: str | None = None  # Of the run, which goes on with it when it is resumed.
         self._said: set[str] = set()
         self._loads_state = True
+        self._is_loaded = False  # For the fit that begins.
+        self._fitted: Callable[[], nn.Module | None] = _nothing
         self._expected_probe: str | None = None  # The fingerprint of the one to be taken again on resuming.
         self._is_probe_refused = False
         self._listeners: list[Callable[[Trainer, BasinRecord], None]] = []
@@ -246,6 +259,10 @@ class BasinMonitor(Callback):
         is_first_zero = record.step is not None and record.step == self.zero_loss_step
         return record.scalars(self.prefix) | (self._zero_loss_scalar() if is_first_zero else {})
 
+    def monitored(self, record: BasinRecord) -> dict[str, float]:
+        """What callbacks find: the step of zero loss stays, so that a strict EarlyStopping does not miss it."""
+        return self.logged(record) | self._zero_loss_scalar()
+
     def row(self, record: BasinRecord) -> dict[str, float]:
         """The same as a row of a table, which begins with the step."""
         return ({} if record.step is None else {"step": record.step}) | self.logged(record)
@@ -263,6 +280,13 @@ class BasinMonitor(Callback):
                 f"BasinMonitor needs the Trainer of the `lightning` package, got {type(trainer).__module__}."
                 f"{type(trainer).__name__}. HINT: `from lightning.pytorch import Trainer`"
             )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+        self._listeners = [  # A run that raised leaves its own behind.
+            listener
+            for listener in self._listeners
+            if not isinstance(owner := getattr(listener, "__self__", None), Callback)
+            or any(owner is callback for callback in callbacks)
+        ]
         self._gathered = None
         if _cannot_be_gathered(trainer.strategy):
             raise MisconfigurationException(
@@ -292,16 +316,23 @@ class BasinMonitor(Callback):
         self._whole_training_set(trainer)
         self._num_failures = 0
         self._overhead = None if self.max_overhead is None else OverheadLimit(self.max_overhead)
-        if trainer.global_step == 0:
+        # What was measured goes on only where the same module is trained further, or a checkpoint held it.
+        goes_on = self._is_loaded or (self._fitted() is pl_module)
+        self._resumed_step = trainer.global_step if self._is_loaded else None
+        self._is_loaded, self._fitted = False, ref(pl_module)
+        if trainer.global_step == 0 or not goes_on:
             self._reset()
         elif self.records:  # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
-            trainer.callback_metrics.update(_metrics(self._monitored(self.records[-1])))
+            set_callback_metrics(trainer, self.monitored(self.records[-1]), self.logs)
         self._start_history(trainer)
         self._warn_of_misunderstandings(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        resumed_step, self._resumed_step = self._resumed_step, None
         if self._probe is not None and self._measured_step is not None:
+            if resumed_step == trainer.global_step != self._measured_step and self._is_overdue(trainer, batch_idx):
+                self._measure(trainer, pl_module, resumed_step, batches_that_stepped(trainer) - 1)
             return
         is_first, self._is_checked = not self._is_checked, True
         # Rank zero decides for all: batches may differ in size from process to process.
@@ -334,9 +365,7 @@ class BasinMonitor(Callback):
             self._probe = trainer.strategy.broadcast(self._probe, 0)
             self._refuse_another_probe()
             self._measure_baseline(trainer, pl_module)
-        interval = self._epochs_after_zero_loss
-        if interval is None and self.every_n_train_steps is None:
-            interval = self.every_n_epochs
+        interval = self._epochs_between
         if interval is None or (trainer.current_epoch + 1) % interval != 0:
             return
         if trainer.global_step != self._measured_step:
@@ -350,6 +379,22 @@ class BasinMonitor(Callback):
                 f"BasinMonitor(max_overhead={self.max_overhead:g}) skipped {len(self.skipped_steps)} of {num_due} "
                 f"measurements, see skipped_steps"
             )
+
+    def _is_overdue(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Whether a resumed run begins where a measurement was interrupted, or left out."""
+        # lightning 2.6 does not call the end of an epoch again whose last batch was the last thing before saving.
+        assert self._measured_step is not None
+        interval = self._epochs_between
+        if interval is not None:
+            return batch_idx == 0 and trainer.current_epoch % interval == 0
+        assert self.every_n_train_steps is not None
+        return trainer.global_step // self.every_n_train_steps > self._measured_step // self.every_n_train_steps
+
+    @property
+    def _epochs_between(self) -> int | None:
+        if self._epochs_after_zero_loss is None and self.every_n_train_steps is None:
+            return self.every_n_epochs
+        return self._epochs_after_zero_loss
 
     @property
     def _epochs_after_zero_loss(self) -> int | None:
@@ -367,6 +412,7 @@ class BasinMonitor(Callback):
         self._initial = None
         self._is_checked = False
         self._leave_out_loss = False
+        self._history_path = None
         self._collector = self._new_collector()
         if not self._explicit_probe:
             self._probe = None
@@ -394,12 +440,14 @@ class BasinMonitor(Callback):
                     self._initial = (initial, trainer.global_step, batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
             if whole is not None:
-                return str(error)
+                is_pair = callable(self.behavior) and self.batch_fn is None and not self._explicit_probe
+                is_pair = is_pair and isinstance(batch, tuple | list) and len(batch) == 2  # noqa: PLR2004
+                return f"{error}{_PAIR_HINT if is_pair else ''}"
             self._probe = self._collector.probe()
             self._say(f"The probe has {self._probe.size} inputs, not {self._probe_size}: {error}", warn=True)
         except Exception as error:  # Not the configuration. The measurements will say whether they succeed.
             name = type(trainer.lightning_module).__name__
-            rank_zero_warn(f"BasinMonitor could not check {name}. {type(error).__name__}: {error}")
+            rank_zero_warn(f"BasinMonitor could not check {name}. {type(error).__name__}: {error}{_memory_hint(error)}")
         return None
 
     def _refuse_another_probe(self) -> None:
@@ -435,7 +483,7 @@ class BasinMonitor(Callback):
         except MemoryBudgetError as error:  # The measurements will say so; training goes on.
             self._say(f"BasinMonitor will not be able to measure: {error}", warn=True)
             return
-        loss_fn = self._loss_fn(pl_module)
+        loss_fn = quiet_loss(self._loss_fn(pl_module), trainer)
         if loss_fn is None:
             self._say(
                 f"Loss and Hessian are not measured: {type(pl_module).__name__} has no callable "
@@ -464,6 +512,11 @@ class BasinMonitor(Callback):
                 f"HINT: pass BasinMonitor(loss_fn=...)",
                 warn=True,
             )
+
+    @property
+    def _layers(self) -> Literal["auto", "all"] | Sequence[str]:
+        """Curves that began as those of layers stay so, where freed layers make them more than 32."""
+        return "all" if self.layers == "auto" and self.records and not self.records[0].blocks else self.layers
 
     def _loss_fn(self, pl_module: nn.Module) -> Callable[..., Any] | Literal["behavioral"] | None:
         if self.loss_fn is not None or self._leave_out_loss:
@@ -495,16 +548,27 @@ class BasinMonitor(Callback):
         whole: Callable[[], nn.Module] | None = None,
     ) -> None:
         """Measure a module as it is now, or the one that ``whole`` gives."""
-        self._measured_step = step
+        record = self._measured(trainer, pl_module, step, whole)
+        self._measured_step = step  # Not before: an interrupted measurement is one that a resumed run has to make.
+        if record is None:
+            return
+        self._keep(record)
+        set_callback_metrics(trainer, self.monitored(record), self.logs)
+        self._publish(trainer, record, log_step)
+        for listener in self._listeners:
+            listener(trainer, record)
+
+    def _measured(
+        self, trainer: Trainer, pl_module: nn.Module, step: int, whole: Callable[[], nn.Module] | None
+    ) -> BasinRecord | None:
+        """The record, the same on all processes, where one is due and can be made."""
         has_probe = self._probe is not None and not self._is_probe_refused  # None: resumed, and no batch has come by.
-        if self._has_given_up or not has_probe:
-            return
-        if _renews_batch_statistics(trainer):
-            return
+        if self._has_given_up or not has_probe or _renews_batch_statistics(trainer):
+            return None
         if self._skips(trainer):
             self.skipped_steps.append(step)
             self._say(f"BasinMonitor(max_overhead={self.max_overhead:g}) skips measurements")
-            return
+            return None
         if whole is None:
             whole = self._whole(pl_module)
         record = None
@@ -516,12 +580,7 @@ class BasinMonitor(Callback):
         record = trainer.strategy.broadcast(record, 0)
         if record is None:
             self._count_failure(trainer)
-            return
-        self._keep(record)
-        trainer.callback_metrics.update(_metrics(self._monitored(record)))
-        self._publish(trainer, record, log_step)
-        for listener in self._listeners:
-            listener(trainer, record)
+        return record
 
     def _skips(self, trainer: Trainer) -> bool:
         """Whether measuring now would take too long; rank zero decides for all, by its own clock."""
@@ -560,9 +619,9 @@ class BasinMonitor(Callback):
                 record = measure_basin(
                     module,
                     self._probe,
-                    loss_fn=self._loss_fn(module),
+                    loss_fn=quiet_loss(self._loss_fn(module), trainer),
                     behavior=quiet_behavior(self.behavior, trainer),
-                    layers=self.layers,
+                    layers=self._layers,
                     hessian=self.hessian,
                     rtol=self.rtol,
                     duplicate_rtol=self.duplicate_rtol,
@@ -576,11 +635,9 @@ class BasinMonitor(Callback):
                     team=team,
                 )
         except Exception as error:  # A measurement must never end a training run.
-            is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
             rank_zero_warn(
                 f"BasinMonitor could not measure at step {step}{_goes_on(trainer)}. "
-                f"{type(error).__name__}: {error}"
-                + (". HINT: pass a smaller BasinMonitor(probe=...)" if is_memory else "")
+                f"{type(error).__name__}: {error}{_memory_hint(error)}"
             )
             return None
         return self._verified(trainer, module, record)
@@ -646,10 +703,6 @@ class BasinMonitor(Callback):
         is_zero = record.loss is not None and abs(record.loss) <= self.zero_loss_threshold
         return self._num_zero_losses + 1 if is_zero else 0
 
-    def _monitored(self, record: BasinRecord) -> dict[str, float]:
-        """What callbacks find: the step of zero loss stays, so that a strict EarlyStopping does not miss it."""
-        return self.logged(record) | self._zero_loss_scalar()
-
     def _zero_loss_scalar(self) -> dict[str, float]:
         return {} if self.zero_loss_step is None else {f"{self.prefix}/zero_loss_step": float(self.zero_loss_step)}
 
@@ -666,8 +719,19 @@ class BasinMonitor(Callback):
         if self.history is None or fast_dev_run:
             return
         folder = trainer.log_dir or trainer.default_root_dir  # Asked for on all processes: it is a broadcast.
-        if trainer.is_global_zero:
-            self._history_file = HistoryFile(Path(folder) / f"{tag(self.prefix)}.{self.history}")
+        if "://" in folder:
+            self._say(
+                f"`BasinMonitor(history={self.history!r})` writes to a local disk, and is left out in {folder}. HINT: "
+                f"pass a local default_root_dir, or a logger",
+                warn=True,
+            )
+        elif trainer.is_global_zero:
+            path = Path(folder) / f"{tag(self.prefix)}.{self.history}"
+            own = None if self._history_path is None else Path(self._history_path)
+            # One that an earlier run has left is not written over.
+            path = own if own is not None and own.parent == path.parent and own.suffix == path.suffix else unused(path)
+            self._history_path = str(path)
+            self._history_file = HistoryFile(path)
             self._write_history(lambda file: file.write(map(self.row, self.records)))
 
     def _write_history(self, write: Callable[[HistoryFile], None]) -> None:
@@ -702,6 +766,7 @@ class BasinMonitor(Callback):
             "num_zero_losses": self._num_zero_losses,
             "skipped_steps": list(self.skipped_steps),
             "leave_out_loss": self._leave_out_loss,
+            "history_path": self._history_path,
         }
 
     @override
@@ -714,6 +779,7 @@ class BasinMonitor(Callback):
         if not self._loads_state:
             return
         self._load_probe(state_dict)
+        self._is_loaded = True
         for name, before in state_dict["settings"].items():
             if before != getattr(self, name):
                 self._say(
@@ -727,6 +793,7 @@ class BasinMonitor(Callback):
         self._num_zero_losses = state_dict["num_zero_losses"]
         self.skipped_steps = list(state_dict["skipped_steps"])
         self._leave_out_loss = state_dict["leave_out_loss"]
+        self._history_path = state_dict["history_path"]
 
     def _load_probe(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with the probe of the run so far, or refuse another one."""
@@ -757,7 +824,8 @@ class BasinMonitor(Callback):
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
         dropped = ("log", "log_dict", "_initial", "_gathered", "_group")
         kept = {name: value for name, value in vars(self).items() if name not in dropped}
-        return kept | {"_initial": None, "_gathered": None, "_group": None}
+        # A weak reference has no state.
+        return kept | {"_initial": None, "_gathered": None, "_group": None, "_fitted": _nothing}
 
 
 def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
@@ -783,6 +851,14 @@ def _described(probe_size: int) -> str:
     return f"probe={probe_size}" if probe_size else "a given batch"
 
 
+def _nothing() -> None:
+    """A reference to no module."""
+
+
+def _memory_hint(error: Exception) -> str:
+    return ". HINT: pass a smaller BasinMonitor(probe=...)" if is_out_of_memory(error) else ""
+
+
 def _goes_on(trainer: Trainer | None) -> str:
     return "" if trainer is None else ", training goes on"
 
@@ -806,11 +882,6 @@ def _renews_batch_statistics(trainer: Trainer) -> bool:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
     averaging = (callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging))
     return any(0 <= callback.swa_end < trainer.current_epoch for callback in averaging)
-
-
-def _metrics(scalars: Mapping[str, float]) -> dict[str, Tensor]:
-    # Early stopping squeezes what it finds; float64 keeps large integers.
-    return {key: torch.tensor(value, dtype=torch.float64) for key, value in scalars.items()}
 
 
 def _probabilities(outputs: Callable[[nn.Module, Any], Tensor], module: nn.Module, inputs: Any) -> Tensor:

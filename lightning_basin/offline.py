@@ -101,11 +101,27 @@ def _found(checkpoints: Paths, state_key: str, *, weights_only: bool) -> list[_C
     if not paths:
         raise FileNotFoundError(f"checkpoints must be files of Lightning, or directories with *.ckpt, got {given}")
     by_step: dict[int, _Checkpoint] = {}
+    left_out: dict[int, list[Path]] = {}
     for checkpoint in _readable(paths, state_key, weights_only=weights_only):
-        by_step.setdefault(checkpoint.step, checkpoint)
+        if by_step.setdefault(checkpoint.step, checkpoint) is not checkpoint:
+            left_out.setdefault(checkpoint.step, []).append(checkpoint.path)
+    for line in _of_other_folders(by_step, left_out):
+        rank_zero_warn(line)
     if not by_step:
         raise FileNotFoundError(f"none of {len(paths)} checkpoints can be read, {paths[0]} is the first")
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _of_other_folders(by_step: Mapping[int, _Checkpoint], left_out: Mapping[int, list[Path]]) -> Iterator[str]:
+    """What was passed over and stands elsewhere: it may be of another run. ``last.ckpt`` beside it is the same."""
+    for step in sorted(left_out):
+        taken = by_step[step].path
+        others = [str(path) for path in left_out[step] if path.parent != taken.parent]
+        if others:
+            yield (
+                f"Of step {step}, {taken} is measured, and {', '.join(others)} left out. HINT: pass the folder of one "
+                f"run alone"
+            )
 
 
 def _paths(path: Path) -> Iterator[Path]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
+from torch import nn
 
+from lightning_basin.copying import tensors_held_by
 from lightning_basin.curvature import LAYER_PRODUCTS, NETWORK_PRODUCTS, HessianLimits
 from lightning_basin.gradients import GROUP_ELEMENTS, GradientMethod, LayerSize, layer_sizes
 from lightning_basin.layers import Network, Trace
@@ -88,6 +90,23 @@ def available_memory(device: torch.device) -> int:
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
+def copied_bytes(module: nn.Module) -> int:
+    """Bytes of the tensors of a module, registered or not, that are no trainable parameters.
+
+    Example:
+        >>> module = nn.Linear(1, 1)
+        >>> module.table = torch.zeros(5, dtype=torch.float64)
+        >>> copied_bytes(module)
+        40
+    """
+    held = {id(tensor): tensor for part in module.modules() for tensor in tensors_held_by(vars(part))}
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in held.values()
+        if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad)
+    )
+
+
 def plan_measurement(
     network: Network,
     probe: Probe,
@@ -119,19 +138,21 @@ def plan_measurement(
         MemoryBudgetError: If it does not fit, however it is cut.
     """
     device = trace.outputs.device
-    budget = int(_FREE_FRACTION * available_memory(device)) if memory_budget is None else memory_budget
+    copied = copied_bytes(network.module)
+    # What is free was looked at after the copy was made.
+    budget = int(_FREE_FRACTION * available_memory(device)) + copied if memory_budget is None else memory_budget
     num_rows = num_inputs * num_outputs
     num_parameters = sum(layer.num_parameters for layer in network.layers)
     fixed = _NUMBER * ((_DECOMPOSITION + 3 * num_blocks) * num_rows**2 + 5 * num_parameters)
-    fixed += min(_TEMPORARIES, budget // 8)
+    fixed += copied + min(_TEMPORARIES, budget // 8)
     fixed += _NUMBER * (_READOUT * with_readout + _OUTPUT_CURVATURE * with_hessian) * num_rows**2
     if with_dense_hessian:
         fixed += _NUMBER * (6 * num_parameters**2 + 3 * num_rows * num_parameters)
     if fixed > budget:
         raise MemoryBudgetError(
             f"a measurement must fit into memory_budget, {_gib(budget)}, but the decomposition of {num_rows} rows by "
-            f"{num_parameters} parameters needs {_gib(fixed)}: take a smaller probe, fewer outputs (max_outputs), "
-            f"or a larger memory_budget"
+            f"{num_parameters} parameters{_beside(copied)} needs {_gib(fixed)}: take a smaller probe, fewer outputs "
+            f"(max_outputs), or a larger memory_budget"
         )
     sizes = layer_sizes(network, trace, num_inputs=num_inputs, num_outputs=num_outputs)
     copies = _COPIES + with_readout + with_hessian  # Rows are combined once more, for each.
@@ -171,6 +192,10 @@ def plan_measurement(
         + (_hessian_operations(trace, probe.size, num_inputs, num_parameters, is_dense=with_dense_hessian))
         * with_hessian,
     )
+
+
+def _beside(num_bytes: int) -> str:
+    return f", beside {_gib(num_bytes)} of other tensors of the module," if num_bytes >= 2**20 else ""
 
 
 def _numbers_beside_the_graph(sizes: Iterable[LayerSize], group: int) -> int:

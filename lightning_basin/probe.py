@@ -18,7 +18,8 @@ class Probe:
 
     Attributes:
         inputs: What the module is called with: a tensor, or a (nested) tuple, list or dict with tensors in it. Every
-            tensor has the k inputs along its first axis.
+            tensor has the k inputs along its first axis, and is dense. A list or tuple of k other things (words, say)
+            has one for each input; anything else is the same for all.
         targets: In the same form, or ``None``.
 
     Raises:
@@ -41,8 +42,11 @@ class Probe:
                 f"got {type(self.inputs).__name__}"
             )
         for tensor in tensors + tensors_of(self.targets):
-            if tensor.layout is not torch.strided:
-                raise ValueError(f"all tensors of a probe must be dense, got {tensor.layout}: pass tensor.to_dense()")
+            if tensor.layout != torch.strided:
+                raise ValueError(
+                    f"all tensors of a probe must be dense, got {tensor.layout}: pass tensor.to_dense(), by batch_fn "
+                    f"in a run, and a behavior that makes of it what the module takes"
+                )
         lengths = {tensor.shape[0] if tensor.ndim else None for tensor in tensors + tensors_of(self.targets)}
         if len(lengths) > 1 or None in lengths:
             shapes = [tuple(tensor.shape) for tensor in tensors + tensors_of(self.targets)]
@@ -77,14 +81,17 @@ class Probe:
             raise ValueError(f"probe must hold at least 1 input, got {size}")
         if not batches:
             raise ValueError("a probe needs at least one batch to take its inputs from, got none")
+        marked = [_with_columns(batch) for batch in batches]
+        if len({len(_parts(batch)) for batch in marked}) > 1:  # A list that has the length of one batch by chance.
+            marked = list(batches)
         try:
-            columns = zip(*(tensors_of(batch) for batch in batches), strict=True)
-            joined = iter([torch.cat(column)[:size] for column in columns])
-        except (RuntimeError, ValueError) as error:
+            columns = zip(*map(_parts, marked), strict=True)
+            joined = iter([_joined(column, size) for column in columns])
+        except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(
                 f"batches must have tensors of the same structure and shapes to be joined: {error}"
             ) from error
-        inputs, targets = map_tensors(lambda _: next(joined), batches[0])
+        inputs, targets = _map_parts(lambda _: next(joined), marked[0])
         return cls(inputs, targets)
 
     @property
@@ -95,7 +102,19 @@ class Probe:
     def select(self, indices: Sequence[int] | Tensor) -> "Probe":
         """The probe of some of the inputs."""
         chosen = torch.as_tensor(indices)
-        return Probe(*map_tensors(lambda tensor: tensor[chosen.to(tensor.device)], (self.inputs, self.targets)))
+
+        def select(part: "Tensor | _Column") -> Any:
+            if isinstance(part, Tensor):
+                return part[chosen.to(part.device)]
+            return type(part.items)([part.items[index] for index in chosen.tolist()])
+
+        return Probe(*_map_parts(select, _with_columns((self.inputs, self.targets))))
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether there is a list or tuple of other things than tensors, with one for each input."""
+        marked = _with_columns((self.inputs, self.targets))
+        return any(isinstance(part, _Column) for part in _parts(marked))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Probe":
         """The probe on another device, as by `torch.nn.Module.to`: ``dtype`` is for floating point tensors only."""
@@ -218,6 +237,48 @@ def tensors_of(collection: Any) -> list[Tensor]:
     else:
         return []
     return [tensor for item in items for tensor in tensors_of(item)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Column:
+    """A list or tuple with something for each input."""
+
+    items: Any
+
+
+def _with_columns(batch: Any) -> Any:
+    """The same nested collection with every list or tuple that has something for each input marked as such."""
+    tensors = tensors_of(batch)
+    size = tensors[0].shape[0] if tensors and tensors[0].ndim else None
+
+    def mark(sequence: Any) -> Any:
+        if len(sequence) == size and type(sequence) in (list, tuple) and not tensors_of(sequence):
+            return _Column(sequence)
+        items = [marked(item) for item in sequence]
+        return type(sequence)(*items) if hasattr(sequence, "_fields") else type(sequence)(items)
+
+    def marked(collection: Any) -> Any:
+        return apply_to_collection(collection, (list, tuple), mark)
+
+    return tuple(map(marked, batch))
+
+
+def _parts(marked: Any) -> list[Any]:
+    """Tensors and columns, in the order of `_map_parts`."""
+    found: list[Any] = []
+    _map_parts(found.append, marked)
+    return found
+
+
+def _map_parts(function: Callable[[Any], Any], marked: Any) -> Any:
+    return apply_to_collection(marked, (Tensor, _Column), function)
+
+
+def _joined(parts: Sequence[Any], size: int) -> Any:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))[:size]
+    kind = type(parts[0].items)
+    return kind(item for part in parts for item in part.items)[:size]
 
 
 def map_tensors(function: Callable[[Tensor], Any], collection: Any) -> Any:

@@ -5,25 +5,25 @@ buffers, metrics and train flags of the original cannot change, whatever happens
 weights are the same: float64 holds every float32, float16 and bfloat16 exactly.
 """
 
-import copy
 import inspect
 import random
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from lightning_basin.copying import DeepCopier, parts_of
 from lightning_basin.probe import as_dtype, map_tensors, tensors_of
 
 _RAISED: Mapping[torch.dtype, Mapping[torch.dtype, torch.dtype]] = {
@@ -46,15 +46,13 @@ _RAISED_CASTS: Mapping[torch.dtype, Mapping[Callable[..., Any], Callable[..., An
 }
 _TENSOR_TYPE = re.compile(r"torch\.(?:cuda\.)?(Float|Half|BFloat16)Tensor")
 _TENSOR_TYPES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16}
-_MODULE_ATTRIBUTES = vars(nn.Module()).keys()
+_DRAWN = frozenset([torch.rand, torch.randn, torch.normal])
 
 
 def replicas(module: nn.Module, *callables: Any, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
     """Deep copies in float64 or float32 and evaluation mode, sharing nothing that a forward pass could change.
 
-    Tied parameters stay tied, and callables that are modules, or methods of ``module``, follow the copy. An attribute
-    that cannot be copied (a lock, an open file) is shared. A compiled module or method is replaced by its original, and
-    backward hooks are left out: they change what training does with gradients, not what the module computes.
+    Tied parameters stay tied, and what ``module`` and the callables hold of each other is the copy's; see `DeepCopier`.
 
     Args:
         module: Stays as it is.
@@ -66,7 +64,7 @@ def replicas(module: nn.Module, *callables: Any, dtype: torch.dtype = torch.floa
 
     Raises:
         ValueError: If a parameter has no shape yet because the module is lazily built.
-        TypeError: If a trainable parameter is complex, or a part of the module is scripted.
+        TypeError: If a trainable parameter is complex, or a part of the module is scripted or cannot be copied.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -82,25 +80,32 @@ def replicas(module: nn.Module, *callables: Any, dtype: torch.dtype = torch.floa
                 f"{type(module).__name__} holds a scripted module, which cannot be looked into: pass the one "
                 f"it was scripted from"
             )
-    memo: dict[int, Any] = {}
     for part in modules:
-        _remember_tensors(part, memo, dtype)
-        _remember_hooks(part, modules, memo)
-    for part in reversed(modules):
-        if isinstance(part, torch._dynamo.OptimizedModule):
-            memo[id(part)] = _deep_copy(part._orig_mod, modules, memo)
-    copies = [_deep_copy(module, modules, memo)]
-    copies += [_deep_copy(item, modules, memo) if _owner(item) is not None else item for item in callables]
+        _check_parameters(part)
+    copier = DeepCopier(dtype)
+    copies = [copier.copy(item) for item in (module, *callables)]
+    originals = {id(part) for owner in owners for part in parts_of(owner)}
     for replica in map(_owner, copies):
-        if replica is None:  # Not by truth: a module may have a length, and that be 0.
-            continue
-        replica.eval()
-        for part in replica.modules():
-            _uncompile_methods(part, memo)
-            if isinstance(part, nn.Embedding | nn.EmbeddingBag):
-                part.sparse = False  # Sparse gradients save time in training, and do not fit into a matrix.
-                part.scale_grad_by_freq = False  # That is a step size for each row, and no derivative.
+        if replica is not None:  # Not by truth: a module may have a length, and that be 0.
+            _prepare(replica, originals)
+    inside = {id(part) for part in copies[0].modules()}
+    outside = [item for item in copier.weakly_held if id(item) not in inside]
+    if outside:  # Nothing else holds these.
+        vars(copies[0])["_weakly_held"] = outside
     return tuple(copies)
+
+
+def _prepare(replica: nn.Module, originals: Collection[int]) -> None:
+    """Make sure that a copy shares nothing with its original, and let it evaluate."""
+    for part in parts_of(replica):
+        if id(part) in originals:
+            shared = f"tensor of shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            raise TypeError(f"{type(replica).__name__} must be copied, but a copy of it shares its {shared}")
+    replica.eval()
+    for module in replica.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # Sparse gradients save time in training, and do not fit into a matrix.
+            module.scale_grad_by_freq = False  # That is a step size for each row, and no derivative.
 
 
 def settle_embeddings(module: nn.Module, run: Callable[[], Any]) -> None:
@@ -126,86 +131,48 @@ def _owner(item: Any) -> nn.Module | None:
     return item if isinstance(item, nn.Module) else None
 
 
-def _remember_tensors(part: nn.Module, memo: dict[int, Any], dtype: torch.dtype) -> None:
-    """Decide what every tensor of a module becomes in its copy, before the copy is made."""
+def _check_parameters(part: nn.Module) -> None:
     for name, parameter in part.named_parameters(recurse=False):
         if is_lazy(parameter):
             raise ValueError(f"parameter {name!r} has no shape yet: run one forward pass before measuring")
         if parameter.requires_grad and parameter.is_complex():
             raise TypeError(f"trainable parameters must be real, but {name!r} is complex: split it into two real ones")
-        if id(parameter) not in memo:
-            value = as_dtype(parameter.detach().clone(), dtype)
-            memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-    for attribute in vars(part).values():
-        for tensor in _plain_tensors(attribute):
-            # Also saves cached activations, which cannot be deep-copied while they carry a graph.
-            memo.setdefault(id(tensor), as_dtype(tensor.detach().clone(), dtype))
 
 
-def _plain_tensors(attribute: Any) -> Iterator[Tensor]:
-    if isinstance(attribute, Tensor):
-        if not is_lazy(attribute):
-            yield attribute
-    elif isinstance(attribute, Mapping):
-        for item in attribute.values():
-            yield from _plain_tensors(item)
-    elif isinstance(attribute, list | tuple | set):
-        for item in attribute:
-            yield from _plain_tensors(item)
+@contextmanager
+def at_rest(module: nn.Module) -> Iterator[None]:
+    """Refuse that a module, or a part of it, is run by this thread: a copy of it is.
 
+    Args:
+        module: Found by what runs inside in a place to which the copy was not followed, a global variable say.
+    """
+    names = {id(part): name for name, part in module.named_modules()}
+    thread = threading.get_ident()
 
-def _remember_hooks(part: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> None:
-    """Share hooks, except methods of the network itself: what they belong to may hold anything, a trainer too."""
-    inside = {id(module) for module in modules}
-    for hooks in (part._forward_hooks, part._forward_pre_hooks):
-        for hook in hooks.values():
-            if not (inspect.ismethod(hook) and id(hook.__self__) in inside):
-                memo[id(hook)] = hook
-    for backward_hooks in (part._backward_hooks, part._backward_pre_hooks):
-        memo[id(backward_hooks)] = OrderedDict()
-    compiled_call = vars(part).get("_compiled_call_impl")
-    if compiled_call is not None:  # Set by Module.compile(); it would run the original.
-        memo[id(compiled_call)] = None
+    def refuse(part: nn.Module, _: Any) -> None:
+        if id(part) in names and threading.get_ident() == thread:
+            name = names[id(part)]
+            raise ValueError(
+                f"a copy of the module is measured, but {f'its part {name!r}' if name else 'the module'} itself is "
+                f"run, found in a global variable or through the trainer: use the module that is passed in"
+            )
 
-
-def _uncompile_methods(replica: nn.Module, memo: dict[int, Any]) -> None:
-    """Give a copy its own methods in place of compiled ones, as in ``self.forward = torch.compile(self.forward)``."""
-    for name, attribute in list(vars(replica).items()):
-        original = getattr(attribute, "_torchdynamo_orig_callable", None)
-        if inspect.ismethod(original):  # It would run the module that was copied.
-            vars(replica)[name] = MethodType(original.__func__, memo.get(id(original.__self__), original.__self__))
-
-
-def _deep_copy(item: Any, modules: list[nn.Module], memo: dict[int, Any]) -> Any:
+    handle = register_module_forward_pre_hook(refuse)
     try:
-        attempt = dict(memo)
-        duplicate = copy.deepcopy(item, attempt)
-    except Exception:  # Whatever an attribute of the user's raises when it is copied: share it.
-        for part in modules:
-            for name, attribute in vars(part).items():
-                # Never what every module has: a shared dict of hooks would put ours on the original.
-                if name not in _MODULE_ATTRIBUTES and id(attribute) not in memo:
-                    _share_if_not_copyable(attribute, memo)
-        return copy.deepcopy(item, memo)
-    memo.update(attempt)
-    return duplicate
-
-
-def _share_if_not_copyable(attribute: Any, memo: dict[int, Any]) -> None:
-    try:
-        copy.deepcopy(attribute, dict(memo))
-    except Exception:
-        memo[id(attribute)] = attribute
+        yield
+    finally:
+        handle.remove()
 
 
 _MAY_ASK = frozenset([torch.dtype, str, type(torch.FloatTensor)])  # Types of arguments that can ask for a precision.
 
 
 class _RaisedPrecision(TorchFunctionMode):
-    """Turns requests for a precision below that of the evaluation, by dtype or by method, into requests for the latter.
+    """Turns requests for a precision below that of the evaluation, by dtype, by method or by default, into such for it.
 
     Attention and normalisation layers often ask for float32 by name (``softmax(..., dtype=torch.float32)``); the
-    rounding of that one line would fill the null space.
+    rounding of that one line would fill the null space. The default dtype itself stays as it is: it is that of all
+    threads of the process, in some of which a run may be making its batches.
 
     Args:
         dtype: Of the evaluation.
@@ -230,8 +197,11 @@ class _RaisedPrecision(TorchFunctionMode):
         # Most calls ask for nothing: thousands of them are in each measurement.
         raised = args if _MAY_ASK.isdisjoint(map(type, args)) else tuple(map(self._raised, args))
         named = {name: self._raised(argument) for name, argument in kwargs.items()} if kwargs else {}
+        has_dtype = named.get("dtype") is not None or any(isinstance(argument, torch.dtype) for argument in raised)
+        if func in _DRAWN and not has_dtype and not tensors_of((raised, named)):
+            named["dtype"] = self._dtype  # Before the call: a second one would draw other numbers.
         try:
-            return func(*raised, **named)
+            result = func(*raised, **named)
         except RuntimeError:
             # A constant of the module that the copy did not reach, of lower precision: the same numbers in that of the
             # evaluation.
@@ -239,6 +209,40 @@ class _RaisedPrecision(TorchFunctionMode):
             if not any(tensor.dtype in self._raised_dtypes and not tensor.requires_grad for tensor in tensors):
                 raise
             return func(*map_tensors(self._raised_constant, raised), **map_tensors(self._raised_constant, named))
+        if isinstance(result, Tensor) and (result.dtype in self._raised_dtypes or self._is_default(result, has_dtype)):
+            return self._without_default(func, raised, named, result)
+        return result
+
+    def _is_default(self, result: Tensor, has_dtype: bool) -> bool:  # noqa: FBT001 - whether it was asked for
+        """Whether a number is more precise than the evaluation, because the process has such a default."""
+        return (
+            result.dtype == torch.float64 != self._dtype
+            and not has_dtype
+            and torch.get_default_dtype() == torch.float64
+        )
+
+    def _without_default(
+        self, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any], result: Tensor
+    ) -> Tensor:
+        """What a function returns that takes its precision from no argument, as ``zeros(2)`` and ``arange(2) / 2``."""
+        tensors = tensors_of((args, named))
+        if any(tensor.dtype == result.dtype for tensor in tensors):
+            return result
+        dtype = self._raised_dtypes.get(result.dtype, self._dtype)
+        attempts = [(args, {**named, "dtype": dtype})]
+        if tensors:  # Integers have the default dtype as soon as they are divided, say.
+            attempts.insert(0, (map_tensors(self._as_real, args), map_tensors(self._as_real, named)))
+        for arguments, keywords in attempts:
+            try:
+                found = func(*arguments, **keywords)
+            except (TypeError, ValueError, RuntimeError):  # A function without dtype, or of integers only.
+                continue
+            if isinstance(found, Tensor) and found.dtype == dtype:
+                return found
+        return result.to(dtype)
+
+    def _as_real(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(self._dtype)
 
     def _raised_constant(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.requires_grad else as_dtype(tensor, self._dtype)
@@ -259,6 +263,11 @@ class _NoCheckpoint:
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:  # noqa: FBT001  # as in torch
         return function(*args)
+
+
+def _no_checkpoint(*_: Any, **__: Any) -> Iterator[None]:
+    """Takes the place of what runs around the function of any other checkpoint: everything is kept."""
+    yield
 
 
 @contextmanager
@@ -286,9 +295,10 @@ def isolated_evaluation(device: torch.device, dtype: torch.dtype = torch.float64
     """Evaluate in float64 or float32 with gradients, and put every global state back, also when the body raises.
 
     Inside: gradients on, inference mode, autocast, anomaly detection and compilation off, the mathematical attention
-    kernel (others have no second derivative), no cuDNN and no reentrant checkpoints, ``dtype`` as default dtype and in
-    place of every lower precision, which holds inside of matrix products too.
-    Afterwards: the random states of Python, NumPy, torch and ``device`` are as before.
+    kernel (others have no second derivative), no cuDNN and no checkpoints, ``dtype`` by default and in place of every
+    lower precision, which holds inside of matrix products too.
+    Afterwards: the random states of Python, NumPy, torch and ``device`` are as before. These belong to the process, so
+    that what another thread draws from them meanwhile is drawn again.
 
     Args:
         device: Where the evaluation runs.
@@ -309,14 +319,16 @@ def isolated_evaluation(device: torch.device, dtype: torch.dtype = torch.float64
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # The recurrent kernels of cuDNN hide their products and have no second derivative; reentrant checkpoints hide
-        # all of their graph from `torch.autograd.grad`.
+        # all of their graph from `torch.autograd.grad`, others run again in a backward pass, where no mode is.
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.callback(setattr, checkpoint, "CheckpointFunction", checkpoint.CheckpointFunction)
         checkpoint.CheckpointFunction = _NoCheckpoint  # type: ignore[misc,assignment]
+        generator = checkpoint._checkpoint_without_reentrant_generator
+        stack.callback(setattr, checkpoint, "_checkpoint_without_reentrant_generator", generator)
+        checkpoint._checkpoint_without_reentrant_generator = _no_checkpoint
         stack.callback(torch.backends.mha.set_fastpath_enabled, attention_fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.set_default_dtype, default_dtype)
-        torch.set_default_dtype(dtype)
+        stack.callback(torch.set_default_dtype, default_dtype)  # A module may set it.
         if dtype == torch.float32:
             stack.enter_context(_plain_float32())
         stack.enter_context(_RaisedPrecision(dtype))

@@ -23,7 +23,7 @@ def probe_state(probe: Probe) -> dict[str, Any] | None:
     state = {"inputs": probe.inputs, "targets": probe.targets}
     if not _is_plain(state):
         return None
-    copied: dict[str, Any] = map_tensors(lambda tensor: tensor.cpu().clone(), state)
+    copied: dict[str, Any] = map_tensors(_plain, state)
     return copied
 
 
@@ -38,16 +38,19 @@ def fingerprint(probe: Probe) -> str:
     """
     digest = hashlib.sha256()
     for tensor in tensors_of((probe.inputs, probe.targets)):
-        tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.cpu().clone().as_subclass(Tensor)
+
+
 def _is_plain(collection: Any) -> bool:
-    if type(collection) is dict:
-        return all(isinstance(key, str | int) and _is_plain(item) for key, item in collection.items())
+    if type(collection) is dict:  # By exact types, here and below: a checkpoint cannot hold a subclass.
+        return all(type(key) in (str, int) and _is_plain(item) for key, item in collection.items())
     if type(collection) in (tuple, list):
         return all(_is_plain(item) for item in collection)
-    return collection is None or isinstance(collection, Tensor | str | int | float | bool)
+    return isinstance(collection, Tensor) or type(collection) in (type(None), str, int, float, bool)

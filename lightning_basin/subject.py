@@ -1,11 +1,16 @@
 """What a measurement looks at: the outputs, the loss and the training set of a module, inside a fit or outside."""
 
-from collections.abc import Callable, Iterable
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,7 +39,7 @@ def found_loss(module: nn.Module) -> Callable[..., Any] | None:
 def quiet_behavior(
     behavior: Callable[..., Any] | Literal["outputs", "probabilities"] | None, trainer: Trainer | None
 ) -> Behavior:
-    """The behavior, on a copy that still finds its trainer but logs nothing.
+    """The behavior, on a copy that still finds its trainer and loggers but logs nothing, and waits for nobody.
 
     Args:
         behavior: As `BasinMonitor` takes it.
@@ -43,15 +48,108 @@ def quiet_behavior(
     call = behavior if callable(behavior) else call_module
 
     def outputs(module: nn.Module, inputs: Any) -> Any:
-        if isinstance(module, LightningModule):
-            if trainer is not None:
-                module.trainer = trainer
-            vars(module).update(log=_ignore, log_dict=_ignore)
-            if trainer is not None and trainer.world_size > 1:
-                vars(module).update(all_gather=_refuse_to_gather)
-        return call(module, inputs)
+        for part in module.modules():
+            if isinstance(part, LightningModule) and vars(part).get("log") is not _ignore:
+                _silence(part, trainer)
+        with _collectives_refused(trainer):
+            return call(module, inputs)
 
     return Probabilities(outputs) if behavior == "probabilities" else outputs
+
+
+def quiet_loss(loss_fn: Any, trainer: Trainer | None) -> Any:
+    """A loss that waits for nobody; anything else than a function stays as it is.
+
+    Args:
+        loss_fn: As `measure_basin` takes it.
+        trainer: ``None`` outside of a fit.
+    """
+    if trainer is None or trainer.world_size == 1 or not callable(loss_fn):
+        return loss_fn
+
+    def loss(outputs: Any, targets: Any) -> Any:
+        with _collectives_refused(trainer):
+            return loss_fn(outputs, targets)
+
+    return loss
+
+
+def _silence(module: LightningModule, trainer: Trainer | None) -> None:
+    """Let a copy log nothing, by itself, through its trainer or by a callback of which it has a hook."""
+    vars(module).update(log=_ignore, log_dict=_ignore)
+    for part in module.modules():
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Callback):
+                vars(owner).update(log=_ignore, log_dict=_ignore)
+    if trainer is not None:
+        module._trainer = _QuietTrainer(trainer)  # type: ignore[assignment]  # all that a copy asks of a trainer
+        if trainer.world_size > 1:
+            vars(module).update(all_gather=partial(_refuse_to_wait, "all_gather"))
+
+
+class _QuietTrainer:
+    """A trainer as a copy finds it: what is asked of it is the run's, what is set in it or logged reaches nobody."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._run = trainer
+        self.loggers = [_QuietLogger(logger) for logger in trainer.loggers]
+        self.logger = self.loggers[0] if self.loggers else None
+
+    @property
+    def __class__(self) -> Any:  # For `isinstance`.
+        return type(self._run)
+
+    @__class__.setter
+    def __class__(self, _: Any) -> None:
+        raise TypeError("a trainer keeps its class")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_run"], name)
+
+
+class _QuietLogger:
+    """A logger with the places and names of another one, that does nothing."""
+
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
+        self.experiment = _Nothing()
+
+    @property
+    def __class__(self) -> Any:  # For `isinstance`.
+        return type(self._logger)
+
+    @__class__.setter
+    def __class__(self, _: Any) -> None:
+        raise TypeError("a logger keeps its class")
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(vars(self)["_logger"], name)
+        return _ignore if callable(value) else value
+
+
+class _Nothing:
+    """Takes whatever is done with the object behind a logger."""
+
+    def __getattr__(self, name: str) -> "_Nothing":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> "_Nothing":
+        return self
+
+    def __getitem__(self, _: Any) -> "_Nothing":
+        return self
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        """Nothing is kept."""
+
+    def __enter__(self) -> "_Nothing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was opened."""
 
 
 def whole_training_set(
@@ -99,8 +197,37 @@ def _ignore(*_: Any, **__: Any) -> None:
     """Takes the place of a method that would log."""
 
 
-def _refuse_to_gather(*_: Any, **__: Any) -> None:
-    """Takes the place of a method that would wait for the other processes, which run other inputs, or none."""
+def _refuse_to_wait(name: str, *_: Any, **__: Any) -> None:
+    """Takes the place of what would wait for the other processes, which are not at the same place."""
     raise RuntimeError(
-        "each process measures apart, and `all_gather` would wait for the others: pass a behavior without it"
+        f"each process measures apart, and `{name}` would wait for the others: pass a behavior without it"
     )
+
+
+_WAITS = re.compile("gather|reduce|broadcast|scatter|all_?to_?all|barrier|send|recv")
+
+
+@contextmanager
+def _collectives_refused(trainer: Trainer | None) -> Iterator[None]:
+    """Refuse, in this thread, whatever waits for other processes: all of it goes through a process group."""
+    if trainer is None or trainer.world_size == 1 or not torch.distributed.is_available():
+        yield
+        return
+    thread, group = threading.get_ident(), torch.distributed.ProcessGroup
+    methods = {name: method for name, method in vars(group).items() if _WAITS.search(name) and callable(method)}
+
+    def refusing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def refused(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                _refuse_to_wait(name)
+            return method(*args, **kwargs)
+
+        return refused
+
+    try:
+        for name in methods:
+            setattr(group, name, refusing(name, getattr(group, name)))
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(group, name, method)

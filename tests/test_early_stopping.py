@@ -292,6 +292,42 @@ def test_without_zero_loss_training_is_not_stopped_after_it(tmp_path):
     assert trainer.current_epoch == 20
 
 
+RARE = {"every_n_train_steps": 1, "verify_null_space": 4}
+"""Whether null directions survive is known at every fourth measurement."""
+
+
+def test_measurements_without_the_quantity_say_nothing_of_it(tmp_path):
+    trainer, monitor = stop_on(tmp_path, RankEarlyStopping("basin/surviving_fraction", patience=2), monitor=RARE)
+    assert [record.surviving_fraction for record in monitor.records[:5]] == [1.0, None, None, None, 1.0]
+    assert trainer.global_step == 8
+
+
+def test_a_value_that_was_not_measured_leaves_the_callback_metrics(tmp_path):
+    trainer, _ = stop_on(tmp_path, RankEarlyStopping(patience=9), max_epochs=2, monitor=RARE)
+    assert "basin/gradient_rank" in trainer.callback_metrics
+    assert "basin/surviving_fraction" not in trainer.callback_metrics
+
+
+def test_strict_early_stopping_of_lightning_keeps_the_last_value_of_what_it_monitors(tmp_path):
+    trainer, _ = stop_on(tmp_path, EarlyStopping("basin/surviving_fraction", patience=9), max_epochs=2, monitor=RARE)
+    assert trainer.current_epoch == 2
+    assert float(trainer.callback_metrics["basin/surviving_fraction"]) == 1.0
+
+
+class Fails(Scripted):
+    def training_step(self, batch, batch_idx):
+        raise KeyError("a mistake of its own")
+
+
+def test_a_run_that_raised_leaves_no_early_stopping_behind(tmp_path):
+    monitor = BasinMonitor(probe=8, hessian=False)
+    with pytest.raises(KeyError, match="a mistake of its own"):
+        make_trainer(tmp_path, monitor, RankEarlyStopping(patience=2)).fit(Fails(), scripted_loader())
+    trainer = make_trainer(tmp_path, monitor, max_epochs=5)
+    trainer.fit(Scripted(), scripted_loader())
+    assert trainer.current_epoch == 5
+
+
 def test_any_quantity_can_be_looked_at(tmp_path):
     stopping = RankEarlyStopping("basin_layer_gradient_nullity/root", mode="max", stopping_threshold=3.5, patience=9)
     trainer, _ = stop_on(tmp_path, stopping, (6, 5, 4, 3, 2, 1))

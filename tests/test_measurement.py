@@ -1180,19 +1180,54 @@ class HoldsItself(nn.Module):
         return self.encode(inputs)
 
 
-def test_a_module_that_holds_a_function_of_itself_is_refused():
-    with pytest.raises(ValueError, match="a copy of the module is measured, but its parameters themselves are used"):
-        measure_basin(HoldsItself(), normal(5, 3).double())
+def test_a_function_of_itself_that_a_module_holds_is_that_of_the_copy():
+    # Two units, each with a bias and weights of three inputs in general position.
+    record = measure_basin(HoldsItself(), normal(5, 3).double())
+    assert record.gradient_rank == 8
 
 
-def test_a_loss_that_closes_over_the_parameters_is_refused():
+def test_a_loss_that_closes_over_the_module_gets_the_copy():
     module = nn.Linear(3, 2, dtype=torch.float64)
+    inputs, targets = normal(5, 3).double(), normal(5, 2).double()
 
     def penalised(outputs, targets):
         return (outputs - targets).square().sum() + sum(p.square().sum() for p in module.parameters())
 
-    with pytest.raises(ValueError, match="the loss_fn, holds on to them"):
-        measure_basin(module, normal(5, 3).double(), normal(5, 2).double(), loss_fn=penalised)
+    record = measure_basin(module, inputs, targets, loss_fn=penalised, hessian="dense")
+    assert record.loss == pytest.approx(float(penalised(module(inputs), targets)), rel=1e-12)
+
+
+KEPT: dict[str, nn.Module] = {}
+
+
+def kept_behavior(module, inputs):
+    return KEPT["module"](inputs)
+
+
+def kept_parameters(module, inputs):
+    return nn.functional.linear(inputs, KEPT["module"].weight)
+
+
+def test_a_behavior_that_runs_the_module_itself_is_refused(monkeypatch):
+    module = nn.Sequential(nn.Linear(3, 2, dtype=torch.float64))
+    monkeypatch.setitem(KEPT, "module", module[0])
+    with pytest.raises(ValueError, match="a copy of the module is measured, but its part '0' itself is run"):
+        measure_basin(module, normal(5, 3).double(), behavior=kept_behavior)
+
+
+def test_a_behavior_that_uses_the_parameters_themselves_is_refused(monkeypatch):
+    module = nn.Linear(3, 2, dtype=torch.float64)
+    monkeypatch.setitem(KEPT, "module", module)
+    with pytest.raises(ValueError, match="but its parameters themselves are used: the module, or the behavior, finds"):
+        measure_basin(module, normal(5, 3).double(), behavior=kept_parameters)
+
+
+def test_a_module_can_run_again_after_a_measurement(monkeypatch):
+    module = nn.Linear(3, 2, dtype=torch.float64)
+    monkeypatch.setitem(KEPT, "module", module)
+    with pytest.raises(ValueError, match="the module itself is run"):
+        measure_basin(module, normal(5, 3).double(), behavior=kept_behavior)
+    assert module(normal(5, 3).double()).shape == (5, 2)
 
 
 def test_rank_bound_is_not_below_the_rank_where_one_feature_is_huge():

@@ -13,16 +13,18 @@ import urllib.request
 from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchmetrics import MeanMetric
 
 from lightning_basin import BasinMonitor, Probe, RankEarlyStopping, measure_basin
 from tests.training import (
@@ -462,6 +464,53 @@ def test_training_loss_in_callback_metrics_is_the_last_one_of_training(tmp_path)
     assert with_monitor.callback_metrics["train_loss"] == without.callback_metrics["train_loss"]
 
 
+class CountsLate(Regressor):
+    """Adds to its mean at the very end of an epoch, after the callbacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanMetric()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.mean.update(loss.detach())
+        self.log("mean", self.mean, on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_epoch_end(self):
+        self.mean.update(100.0)
+
+
+def test_metrics_of_the_module_are_computed_when_lightning_computes_them(tmp_path):
+    with_monitor, without = make_trainer(tmp_path, BasinMonitor(probe=20)), make_trainer(tmp_path)
+    with_monitor.fit(CountsLate(), loader())
+    without.fit(CountsLate(), loader())
+    assert with_monitor.callback_metrics["mean"] == without.callback_metrics["mean"]
+
+
+class Thawing(Regressor):
+    """Thirty-three layers, frozen but for the last during the first epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Linear(3, 3) for _ in range(33))).requires_grad_(requires_grad=False)
+
+    def forward(self, inputs):
+        return super().forward(self.body(inputs))
+
+    def on_train_epoch_start(self):
+        self.body.requires_grad_(self.current_epoch > 0)
+
+
+def test_layers_that_are_freed_do_not_rename_the_curves_of_others(tmp_path):
+    monitor = BasinMonitor(probe=5, hessian=False)
+    make_trainer(tmp_path, monitor).fit(Thawing(), loader())
+    first, last = (monitor.logged(record) for record in (monitor.records[0], monitor.records[-1]))
+    assert "basin_layer_gradient_rank/body.32" in last
+    assert {key for key in first if "_layer_" in key} < last.keys()
+    assert not [key for key in last if "_block_" in key]
+
+
 def served(port: int, path: str):
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
         return json.load(answer)
@@ -515,6 +564,7 @@ def test_training_is_bit_identical_with_a_behavior_that_draws_random_numbers(tmp
 
 
 EVALUATIONS = Counter()
+"""What a copy of a behavior counts in as well: the variables that a function closes over are copied."""
 """How often modules below were called in evaluation mode: copies of a module share nothing but this."""
 
 
@@ -594,12 +644,12 @@ def test_measurement_is_tried_again_after_one_that_failed(tmp_path, failing_call
 
 
 def test_failed_baseline_is_followed_by_the_next_measurement(tmp_path):
-    calls = Counter()
+    EVALUATIONS.clear()
 
     def behavior(module, inputs):
-        calls[len(inputs)] += 1
-        if calls[20] == 1:  # The check before training has seen the first batch of 10 only.
-            calls[20] += 1
+        EVALUATIONS[len(inputs)] += 1
+        if EVALUATIONS[20] == 1:  # The check before training has seen the first batch of 10 only.
+            EVALUATIONS[20] += 1
             raise RuntimeError("not yet")
         return module(inputs)
 
@@ -611,11 +661,11 @@ def test_failed_baseline_is_followed_by_the_next_measurement(tmp_path):
 
 
 def test_baseline_is_dated_by_its_weights_when_the_first_check_ran_out_of_memory(tmp_path):
-    calls = Counter()
+    EVALUATIONS.clear()
 
     def behavior(module, inputs):
-        calls["behavior"] += 1
-        if calls["behavior"] == 1:
+        EVALUATIONS["behavior"] += 1
+        if EVALUATIONS["behavior"] == 1:
             raise torch.OutOfMemoryError("another process holds the memory")
         return module(inputs)
 
@@ -732,6 +782,56 @@ def test_monitor_gives_up_after_some_failures_in_a_row_and_says_so_once(tmp_path
     assert monitor.records == []
 
 
+def test_a_behavior_that_wants_the_whole_pair_is_told_of_batch_fn(tmp_path):
+    monitor = BasinMonitor(probe=20, behavior=lambda module, batch: module(batch["inputs"]))
+    with pytest.raises(
+        MisconfigurationException, match=r"first part of the batch.*HINT: .*batch_fn=lambda batch: \(batch"
+    ):
+        make_trainer(tmp_path, monitor).fit(Regressor(), loader())
+
+
+class Reads(Regressor):
+    """Takes the lengths of words for inputs."""
+
+    def forward(self, batch):
+        return super().forward(torch.tensor([[len(word), 1.0, 2.0] for word in batch["words"]]))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self(batch), batch["targets"])
+
+
+def test_words_of_several_batches_are_measured_together(tmp_path):
+    _, targets = regression_data(20).tensors
+    rows = [{"words": "a" * index, "targets": target} for index, target in enumerate(targets)]
+    monitor = BasinMonitor(probe=15, behavior=lambda module, batch: module(batch))
+    make_trainer(tmp_path, monitor).fit(Reads(), DataLoader(rows, 5))
+    assert steps(monitor) == [0, 4, 8]
+    assert monitor.probe.inputs["words"] == ["a" * index for index in range(15)]
+    assert monitor.records[0].num_inputs == 15
+
+
+CANNOT_ALLOCATE = (
+    "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+)
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), RuntimeError(CANNOT_ALLOCATE)])
+@pytest.mark.parametrize("where", ["behavior", "loss_fn"])
+def test_memory_that_runs_out_at_the_first_check_does_not_end_the_run(tmp_path, error, where):
+    def fail(*_):
+        raise error
+
+    module, monitor = Regressor(), BasinMonitor(probe=20, **{where: fail})
+    with pytest.warns(UserWarning, match="HINT: pass a smaller BasinMonitor") as warned:
+        make_trainer(tmp_path, monitor, max_epochs=1).fit(module, loader())
+    said = [str(warning.message).partition(".")[0] for warning in warned if "HINT" in str(warning.message)]
+    assert said[:2] == [
+        "BasinMonitor could not check Regressor",
+        "BasinMonitor could not measure at step 0, training goes on",
+    ]
+    assert module.num_training_steps == 3
+
+
 def test_monitor_that_may_fail_keeps_trying(tmp_path):
     monitor = BasinMonitor(probe=20, behavior=always_failing(RuntimeError("no")), max_failures=None)
     with pytest.warns(UserWarning, match="could not measure") as warned:
@@ -834,15 +934,17 @@ def test_skipped_steps_survive_resuming(tmp_path):
     assert (steps(monitor), monitor.skipped_steps) == ([0, 9], [3, 6])
 
 
+SAID = {}
+
+
 def test_a_long_measurement_is_announced_while_it_runs(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("lightning_basin.overhead.LONG_SECONDS", 0.01)
     begun = "Measuring basin at step 0 is taking more than 0.01 s"
-    calls = Counter()
+    monkeypatch.setitem(SAID, "messages", caplog)
 
     def behavior(module, inputs):
-        calls["all"] += 1
         deadline = time.monotonic() + 60
-        while len(inputs) == 15 and begun not in caplog.messages and time.monotonic() < deadline:
+        while len(inputs) == 15 and begun not in SAID["messages"].messages and time.monotonic() < deadline:
             time.sleep(0.001)  # The check before training has seen the first batch of 10 only.
         return module(inputs)
 
@@ -1046,6 +1148,33 @@ def test_zero_loss_survives_resuming(tmp_path):
     assert trainer.callback_metrics["basin/zero_loss_step"] == 3.0
 
 
+@pytest.mark.parametrize("history", ["csv", "jsonl"])
+def test_a_second_run_leaves_the_table_of_the_first_and_a_resumed_one_goes_on_with_its_own(tmp_path, history):
+    def fit(max_epochs, **options):
+        trainer = make_trainer(tmp_path, BasinMonitor(probe=20, history=history), max_epochs=max_epochs)
+        trainer.fit(Regressor(), repeated_loader(), **options)
+        return trainer
+
+    def rows(name):
+        return len((tmp_path / f"{name}.{history}").read_text().splitlines()) - (history == "csv")
+
+    fit(1)
+    fit(2).save_checkpoint(tmp_path / "second.ckpt")
+    assert (rows("basin"), rows("basin-1")) == (2, 3)
+    fit(3, ckpt_path=tmp_path / "second.ckpt")
+    assert (rows("basin"), rows("basin-1")) == (2, 4)
+    assert not (tmp_path / f"basin-2.{history}").exists()
+
+
+def test_a_table_is_left_out_where_the_root_is_no_local_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monitor = BasinMonitor(probe=20, history="csv")
+    with pytest.warns(UserWarning, match=r"writes to a local disk, and is left out in memory://runs"):
+        make_trainer("memory://runs", monitor).fit(Regressor(), loader())
+    assert steps(monitor) == [0, 3, 6]
+    assert list(tmp_path.iterdir()) == []
+
+
 # -------------------------------------------------------------------------------------------------------- resume
 
 
@@ -1088,7 +1217,6 @@ def uninterrupted_and_resumed(root, kind, **options):
             "3 epochs": {"every_n_epochs": 3},
         }.items()
         for kind in KINDS
-        if (kind, cadence) != ("last batch", "epochs")
     ],
 )
 def test_resumed_run_has_the_records_of_an_uninterrupted_one(tmp_path, kind, options):
@@ -1098,11 +1226,49 @@ def test_resumed_run_has_the_records_of_an_uninterrupted_one(tmp_path, kind, opt
     torch.testing.assert_close(resumed.probe.inputs, uninterrupted.probe.inputs, rtol=0, atol=0)
 
 
-def test_run_resumed_from_a_last_batch_lacks_only_the_epoch_end_that_lightning_leaves_out(tmp_path):
-    # lightning 2.6 does not call on_train_epoch_end for an epoch whose last batch was the last thing before saving.
-    uninterrupted, resumed = uninterrupted_and_resumed(tmp_path, "last batch")
-    expected = [record for record in uninterrupted.records if record.step != 8]
-    assert timeless(resumed.records) == timeless(expected)
+class Interrupted(Regressor):
+    """Somebody presses Ctrl-C while it is measured as it was after eight steps."""
+
+    at: int | None = 8
+
+    def forward(self, inputs):
+        if not self.training and self._trainer is not None and self.trainer.global_step == self.at:
+            raise KeyboardInterrupt
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"every_n_train_steps": 4}])
+def test_a_measurement_that_was_interrupted_is_made_when_the_run_is_resumed(tmp_path, options):
+    saving = OnExceptionCheckpoint(tmp_path)
+    trainer = make_trainer(tmp_path, BasinMonitor(probe=20, **options), saving, max_epochs=4, enable_checkpointing=True)
+    with pytest.raises(SystemExit):
+        trainer.fit(Interrupted(), repeated_loader())
+    resumed, module = BasinMonitor(probe=20, **options), Interrupted()
+    module.at = None
+    trainer = make_trainer(tmp_path, resumed, max_epochs=4)
+    trainer.fit(module, repeated_loader(), ckpt_path=tmp_path / "on_exception.ckpt")
+    assert steps(resumed) == [0, 4, 8, 12, 16]
+
+
+def test_a_run_resumed_without_a_state_of_the_monitor_forgets_the_run_before(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.fit(Regressor(), repeated_loader())
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    monitor = BasinMonitor(probe=20)
+    make_trainer(tmp_path, monitor).fit(Regressor(), loader())
+    make_trainer(tmp_path, monitor, max_epochs=3).fit(Regressor(), repeated_loader(), ckpt_path=tmp_path / "other.ckpt")
+    assert steps(monitor) == [8, 12]
+
+
+def test_a_trainer_that_goes_on_keeps_the_records_and_forgets_them_for_another_module(tmp_path):
+    module, monitor = Regressor(), BasinMonitor(probe=20)
+    trainer = make_trainer(tmp_path, monitor, max_epochs=1)
+    found = []
+    for fitted in (module, module, Regressor()):
+        trainer.fit(fitted, repeated_loader())
+        found.append(steps(monitor))
+        trainer.fit_loop.max_epochs += 1
+    assert found == [[0, 4], [0, 4, 8], [8, 12]]
 
 
 def test_run_resumed_before_the_probe_was_full_still_has_a_baseline(tmp_path):
@@ -1134,6 +1300,37 @@ def test_checkpoint_loads_with_weights_only(tmp_path, explicit):
     checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
     (state,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("BasinMonitor"))
     assert [record["step"] for record in state["records"]] == [0, 3, 6]
+
+
+class Image(torch.Tensor):
+    """A tensor of another package."""
+
+
+NUMBERS = {
+    "rtol": np.float64(1e-12),
+    "seed": np.int64(3),
+    "max_outputs": np.int64(2),
+    "duplicate_rtol": np.float32(1e-6),
+}
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_numbers_of_numpy_and_tensors_of_other_packages_do_not_spoil_a_checkpoint(tmp_path, explicit):
+    inputs, targets = regression_data(20).tensors
+    probe = (inputs.as_subclass(Image), targets) if explicit else np.int64(20)
+
+    def monitor():
+        return BasinMonitor(probe, batch_fn=lambda batch: (batch[0].as_subclass(Image), batch[1]), **NUMBERS)
+
+    def fit(monitor, max_epochs, **options):
+        trainer = make_trainer(tmp_path, monitor, RankEarlyStopping(patience=np.int64(9)), max_epochs=max_epochs)
+        trainer.fit(Regressor(), repeated_loader(), **options)
+        return trainer
+
+    fit(monitor(), 1).save_checkpoint(tmp_path / "run.ckpt")
+    resumed = monitor()
+    fit(resumed, 2, ckpt_path=tmp_path / "run.ckpt")
+    assert steps(resumed) == [0, 4, 8]
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])

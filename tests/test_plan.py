@@ -231,6 +231,14 @@ def test_a_penalty_on_parameters_does_not_add_up_over_chunks():
     assert "takes a memory_budget that holds all inputs at once" in record.notes[0]
 
 
+def test_tensors_that_a_module_holds_count_in_the_budget():
+    module = convolutional()
+    module.tables = [torch.zeros(2**24)]  # 128 MiB in float64.
+    with pytest.raises(MemoryBudgetError, match=r"beside 0\.12 GiB of other tensors of the module, needs"):
+        measure_basin(module, images(48), memory_budget=112 * MEBIBYTE)
+    assert check_measurable(module, Probe(images(48)), memory_budget=1024 * MEBIBYTE).memory_bytes > 2**27
+
+
 @pytest.mark.parametrize(
     ("mebibytes", "message"),
     [(1, "the decomposition of 96 rows by"), (8, "take a smaller probe")],

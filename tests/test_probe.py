@@ -194,6 +194,29 @@ def test_complex_numbers_are_not_cut_to_their_real_part():
     assert as_dtype(number, torch.float64).tolist() == [1 + 2j]
 
 
-def test_sparse_tensors_are_refused():
-    with pytest.raises(ValueError, match=r"must be dense, got torch\.sparse_coo: pass"):
-        Probe(torch.eye(4).to_sparse())
+BATCHES = [({"text": ["a", "b"], "x": torch.zeros(2), "names": ("u", "v", "w")}, torch.zeros(2)) for _ in range(2)]
+
+
+def test_lists_with_one_word_for_each_input_are_joined_and_cut_like_tensors():
+    probe = Probe.from_batches(BATCHES, 3)
+    assert (probe.inputs["text"], probe.inputs["names"]) == (["a", "b", "a"], ("u", "v", "w"))
+
+
+def test_lists_with_one_word_for_each_input_are_selected_like_tensors():
+    probe = Probe({"text": ("a", "b", "c"), "x": torch.arange(3), "nested": [torch.arange(3), ["d", "e", "f"]]})
+    chosen = probe.select([2, 0]).inputs
+    assert (chosen["text"], chosen["nested"][1]) == (("c", "a"), ["f", "d"])
+
+
+def test_a_list_that_has_the_length_of_one_batch_by_chance_stays():
+    batches = [({"x": torch.zeros(size), "names": ["u", "v"]}, None) for size in (3, 2)]
+    assert Probe.from_batches(batches, 5).inputs["names"] == ["u", "v"]
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_tensors_are_refused(make):
+    with pytest.raises(
+        ValueError, match=r"all tensors of a probe must be dense, got torch.sparse_\w+: pass tensor.to_d"
+    ):
+        Probe(make(torch.eye(3)))

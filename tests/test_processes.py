@@ -273,10 +273,41 @@ class Gathering(Eventful):
         return super().forward(inputs)
 
 
+class Reducing(Eventful):
+    """The same without Lightning, which has no part in it."""
+
+    def forward(self, inputs):
+        torch.distributed.all_reduce(inputs.detach().mean())
+        return super().forward(inputs)
+
+
 def gathering(rank, root):
-    with pytest.raises(MisconfigurationException) as raised:
-        fit(root, BasinMonitor(probe=10), module=Gathering())
-    return str(raised.value)
+    messages = []
+    for module in (Gathering(), Reducing()):
+        with pytest.raises(MisconfigurationException) as raised:
+            fit(root, BasinMonitor(probe=10), module=module)
+        messages.append(str(raised.value))
+    return messages
+
+
+class GatheringLoss(nn.MSELoss):
+    """Compares with the outputs on all processes."""
+
+    def forward(self, outputs, targets):
+        everywhere = [torch.zeros_like(outputs) for _ in range(2)]
+        torch.distributed.all_gather(everywhere, outputs.detach().contiguous())
+        return super().forward(outputs, targets)
+
+
+def gathering_loss(rank, root):
+    """A loss that was found, and not given, is left out."""
+    module, monitor = Eventful(), BasinMonitor(probe=10)
+    module.loss_fn = GatheringLoss()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(root, monitor, module=module)
+    said = [str(warning.message) for warning in caught if "Loss and Hessian" in str(warning.message)]
+    return {"steps": steps(monitor), "losses": [record.loss for record in monitor.records], "said": said}
 
 
 def never_full(rank, root):
@@ -441,7 +472,7 @@ def fits(tmp_path_factory):
             "limited",
         ),
     )
-    of_waiting, of_shards = ("uneven", "never_full", "gathering"), ("sharded", "resumed", "refused")
+    of_waiting, of_shards = ("uneven", "never_full", "gathering", "gathering_loss"), ("sharded", "resumed", "refused")
     scenarios = of_metrics + of_whole_modules + of_waiting + of_shards
     return run_processes(tmp_path_factory.mktemp("fits"), *scenarios)
 
@@ -610,7 +641,16 @@ def test_processes_whose_probes_do_not_fill_at_once_do_not_wait_for_each_other(f
 
 
 def test_module_that_asks_other_processes_is_refused_and_does_not_wait_for_them(fits):
-    assert all("`all_gather` would wait for the others: pass a behavior" in process["gathering"] for process in fits)
+    for messages in (process["gathering"] for process in fits):
+        assert "`all_gather` would wait for the others: pass a behavior" in messages[0]
+        assert "`allreduce` would wait for the others: pass a behavior" in messages[1]
+
+
+def test_a_loss_that_asks_other_processes_is_left_out_and_does_not_wait_for_them(fits):
+    first, second = (process["gathering_loss"] for process in fits)
+    assert first["steps"] == second["steps"] == [0, 4, 8]
+    assert first["losses"] == [None] * 3
+    assert "`allgather` would wait for the others" in first["said"][0]
 
 
 def test_metrics_are_synchronized_over_processes_with_uneven_rows(fits):

@@ -44,10 +44,6 @@ def test_fingerprint_of_any_dtype(dtype):
     assert fingerprint(Probe(ones)) != fingerprint(Probe(zero))
 
 
-def test_fingerprint_of_sparse_inputs_is_that_of_their_entries():
-    assert fingerprint(Probe(torch.eye(3).to_sparse())) == fingerprint(Probe(torch.eye(3)))
-
-
 def test_fingerprint_of_a_conjugate_view_is_that_of_its_numbers():
     numbers = torch.tensor([1 + 2j, 3 - 1j])
     assert fingerprint(Probe(numbers.conj())) == fingerprint(Probe(torch.tensor([1 - 2j, 3 + 1j])))

@@ -289,7 +289,9 @@ class Witness(Callback):
             "loader": None if self.generator is None else self.generator.get_state(),
             "train flags": {name: part.training for name, part in pl_module.named_modules()},
             "gradients": {name: parameter.grad for name, parameter in pl_module.named_parameters()},
-            "attributes": [getattr(pl_module, name, None) for name in ("num_calls", "calls", "last_activation")],
+            "attributes": [
+                getattr(pl_module, name, None) for name in ("num_calls", "calls", "last_activation", "noted")
+            ],
             "metric": dict(pl_module.mean_output.metric_state),
             "metric updates": pl_module.mean_output.update_count,
             "batch": batch,
