@@ -416,8 +416,11 @@ def evaluated(
         behavior: See `measure_basin`.
         planned: Cuts the measurement to the memory that there is; ``None`` runs all inputs at once.
     """
-    if any(tensor.is_meta for tensor in tensors_of(probe.inputs)):
-        raise ValueError("inputs must hold numbers to be measured, got tensors on the device 'meta'")
+    for tensor in tensors_of(probe.inputs):
+        if tensor.is_meta:
+            raise ValueError("inputs must hold numbers to be measured, got a tensor on the device 'meta'")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"inputs must be dense to be measured, got {tensor.layout}: pass inputs.to_dense()")
     device = float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
     with isolated_evaluation(device):
         replica, loss_fn, behavior = float64_replica(module, loss_fn, behavior)

@@ -23,7 +23,7 @@ class Probe:
 
     Raises:
         TypeError: If there is no tensor among the inputs.
-        ValueError: If the probe is empty, its tensors differ in the length of their first axis, or one is not dense.
+        ValueError: If the probe is empty, or its tensors differ in the length of their first axis.
 
     Example:
         >>> Probe(torch.zeros(8, 2), torch.zeros(8)).size
@@ -40,9 +40,6 @@ class Probe:
                 f"the inputs of a probe must be a tensor or a tuple, list or dict with tensors in it, "
                 f"got {type(self.inputs).__name__}"
             )
-        for tensor in tensors + tensors_of(self.targets):
-            if tensor.layout is not torch.strided:
-                raise ValueError(f"all tensors of a probe must be dense, got {tensor.layout}: pass tensor.to_dense()")
         lengths = {tensor.shape[0] if tensor.ndim else None for tensor in tensors + tensors_of(self.targets)}
         if len(lengths) > 1 or None in lengths:
             shapes = [tuple(tensor.shape) for tensor in tensors + tensors_of(self.targets)]

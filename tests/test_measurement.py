@@ -1458,9 +1458,11 @@ def test_arguments_of_another_type_are_refused(arguments, error, message):
         measure_basin(nn.Linear(4, 2), torch.ones(5, 4), **arguments)
 
 
-def test_inputs_without_numbers_are_refused():
+def test_inputs_without_numbers_or_axes_are_refused():
     with pytest.raises(ValueError, match="inputs must hold numbers to be measured"):
         measure_basin(nn.Linear(4, 2), torch.ones(5, 4, device="meta"))
+    with pytest.raises(ValueError, match=r"inputs must be dense to be measured, got torch\.sparse_coo"):
+        measure_basin(nn.Linear(4, 2), torch.eye(4).to_sparse())
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

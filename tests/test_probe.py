@@ -185,8 +185,3 @@ def test_map_tensors_makes_new_containers():
 def test_complex_numbers_are_not_cut_to_their_real_part():
     number = torch.tensor([1 + 2j])
     assert as_float64(number).tolist() == [1 + 2j]
-
-
-def test_sparse_tensors_are_refused():
-    with pytest.raises(ValueError, match=r"must be dense, got torch\.sparse_coo: pass"):
-        Probe(torch.eye(4).to_sparse())
