@@ -24,7 +24,7 @@ class Probe:
 
     Raises:
         TypeError: If there is no tensor among the inputs.
-        ValueError: If the probe is empty, its tensors differ in the length of their first axis, or one is not dense.
+        ValueError: If the probe is empty, or its tensors differ in the length of their first axis.
 
     Example:
         >>> Probe(torch.zeros(8, 2), torch.zeros(8)).size
