@@ -24,6 +24,8 @@ _SIGNALS = 2**24  # float64 numbers in the signals of one layer: 128 MiB
 
 _NUM_COMBINATIONS = 3  # of all rows, that show whether merged inputs have the same gradients
 
+_CANNOT_RUN = (RuntimeError, TypeError, ValueError, IndexError)  # so few inputs: some modules raise one of these
+
 _CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU)
 
 
@@ -327,17 +329,18 @@ class _LayoutByExample:
         self._singles: list[Trace] | None = None
 
     def _other_batches(self) -> list[tuple[Tensor, Trace]]:
+        problem: Exception | None = None
         for batches in other_batches(self._probe.size) if self._probe.size > 1 else ():
-            found = [(indices, self._traced(indices)) for indices in batches]
-            if all(trace is not None for _, trace in found):
-                return [(indices, trace) for indices, trace in found if trace is not None]
+            try:
+                return [(indices, self._traced(indices)) for indices in batches]
+            except _CANNOT_RUN as error:
+                problem = error
+        if problem is not None:
+            raise problem
         return []
 
-    def _traced(self, indices: Sequence[int] | Tensor) -> Trace | None:
-        try:
-            trace = self._network.trace(self._probe.select(indices))
-        except (RuntimeError, TypeError, ValueError, IndexError):  # Some modules cannot run so few.
-            return None
+    def _traced(self, indices: Sequence[int] | Tensor) -> Trace:
+        trace = self._network.trace(self._probe.select(indices))
         trace.operations = Operations()  # What these hold is not needed.
         return trace
 
@@ -380,8 +383,10 @@ class _LayoutByExample:
     def _collected(self, of: Callable[[Trace], list[Tensor]]) -> list[Tensor]:
         """Tensors put together from runs of single inputs; none where these differ in shape."""
         if self._singles is None:
-            runs = [self._traced([index]) for index in range(self._probe.size)]
-            self._singles = [run for run in runs if run is not None]
+            try:
+                self._singles = [self._traced([index]) for index in range(self._probe.size)]
+            except _CANNOT_RUN:
+                self._singles = []
         shapes = {tuple(tensor.shape for tensor in of(run)) for run in self._singles}
         if len(shapes) != 1 or len(self._singles) < self._probe.size:
             return []

@@ -602,11 +602,13 @@ def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
         count = int((~outputs.isfinite()).reshape(probe.size, -1).any(1).sum())
         raise ValueError(f"outputs must be finite, but are NaN or infinite on {count} of the {probe.size} inputs")
     tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
+    problem: Exception | None = None
     for batches in other_batches(probe.size):
         try:
             with torch.no_grad():
                 found = [network.outputs(probe.select(indices)) for indices in batches]
-        except (TypeError, ValueError):  # Some modules cannot run so few, nor a behavior that drops axes of length 1.
+        except (TypeError, ValueError) as error:  # Some modules cannot run so few: all of them they can.
+            problem = error
             continue
         deviations = torch.zeros_like(outputs)
         for indices, other in zip(batches, found, strict=True):
@@ -615,6 +617,8 @@ def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
         if not bool((deviations <= tolerance).all()):
             _refuse_dependence(network, probe, outputs, deviations)
         return
+    if problem is not None:
+        raise problem
 
 
 def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviations: Tensor) -> None:

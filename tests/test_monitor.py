@@ -564,7 +564,6 @@ def test_training_is_bit_identical_with_a_behavior_that_draws_random_numbers(tmp
 
 
 EVALUATIONS = Counter()
-"""What a copy of a behavior counts in as well: the variables that a function closes over are copied."""
 """How often modules below were called in evaluation mode: copies of a module share nothing but this."""
 
 
