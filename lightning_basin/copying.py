@@ -298,7 +298,9 @@ def _is_of_the_machine(error: Exception) -> bool:
 def _copied_tensor(tensor: Tensor) -> Tensor:
     if is_lazy(tensor):
         return copy.deepcopy(tensor)
-    value = as_float64(tensor.detach().clone())
+    detached = tensor.detach()
+    value = as_float64(detached)
+    value = detached.clone() if value is detached else value
     return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
