@@ -329,15 +329,15 @@ class _LayoutByExample:
         self._singles: list[Trace] | None = None
 
     def _other_batches(self) -> list[tuple[Tensor, Trace]]:
-        problem: Exception | None = None
-        for batches in other_batches(self._probe.size) if self._probe.size > 1 else ():
+        if self._probe.size == 1:
+            return []
+        *few, all_of_them = other_batches(self._probe.size)
+        for batches in few:
             try:
                 return [(indices, self._traced(indices)) for indices in batches]
-            except _CANNOT_RUN as error:
-                problem = error
-        if problem is not None:
-            raise problem
-        return []
+            except _CANNOT_RUN:  # So few.
+                continue
+        return [(indices, self._traced(indices)) for indices in all_of_them]
 
     def _traced(self, indices: Sequence[int] | Tensor) -> Trace:
         trace = self._network.trace(self._probe.select(indices))

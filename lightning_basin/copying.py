@@ -102,7 +102,9 @@ class DeepCopier:
     def _tensor(self, item: Tensor) -> Tensor:
         if is_lazy(item):
             return copy.deepcopy(item)
-        value = as_dtype(item.detach().clone(), self._dtype)
+        detached = item.detach()
+        value = as_dtype(detached, self._dtype)
+        value = detached.clone() if value is detached else value
         return nn.Parameter(value, requires_grad=item.requires_grad) if isinstance(item, nn.Parameter) else value
 
     def _module(self, item: nn.Module) -> nn.Module:

@@ -447,7 +447,7 @@ class BasinMonitor(Callback):
             self._say(f"The probe has {self._probe.size} inputs, not {self._probe_size}: {error}", warn=True)
         except Exception as error:  # Not the configuration. The measurements will say whether they succeed.
             name = type(trainer.lightning_module).__name__
-            rank_zero_warn(f"BasinMonitor could not check {name}. {type(error).__name__}: {error}{_memory_hint(error)}")
+            _warn(f"BasinMonitor could not check {name}. {type(error).__name__}: {error}{_memory_hint(error)}")
         return None
 
     def _refuse_another_probe(self) -> None:
@@ -635,7 +635,7 @@ class BasinMonitor(Callback):
                     team=team,
                 )
         except Exception as error:  # A measurement must never end a training run.
-            rank_zero_warn(
+            _warn(
                 f"BasinMonitor could not measure at step {step}{_goes_on(trainer)}. "
                 f"{type(error).__name__}: {error}{_memory_hint(error)}"
             )
@@ -680,7 +680,7 @@ class BasinMonitor(Callback):
     def _count_failure(self, trainer: Trainer | None) -> None:
         self._num_failures += 1
         if self._has_given_up:
-            rank_zero_warn(
+            _warn(
                 f"BasinMonitor stops measuring after {self._num_failures} failures in a row{_goes_on(trainer)}. "
                 f"HINT: BasinMonitor(max_failures=None) keeps trying"
             )
@@ -744,7 +744,7 @@ class BasinMonitor(Callback):
     def _say(self, message: str, *, warn: bool = False) -> None:
         if message not in self._said:
             self._said.add(message)
-            (rank_zero_warn if warn else rank_zero_info)(message)
+            (_warn if warn else rank_zero_info)(message)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -849,6 +849,14 @@ def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
 
 def _described(probe_size: int) -> str:
     return f"probe={probe_size}" if probe_size else "a given batch"
+
+
+def _warn(message: str) -> None:
+    """Warn; where a filter makes errors of warnings, say it in another way: a measurement must never end a run."""
+    try:
+        rank_zero_warn(message)
+    except Warning:
+        rank_zero_info(message)
 
 
 def _nothing() -> None:

@@ -809,6 +809,18 @@ def test_words_of_several_batches_are_measured_together(tmp_path):
     assert monitor.records[0].num_inputs == 15
 
 
+@pytest.mark.filterwarnings("error:BasinMonitor", "error:Loss and Hessian")
+def test_a_filter_that_makes_errors_of_warnings_ends_no_run(tmp_path, caplog):
+    module, monitor = Unmeasurable(), BasinMonitor(probe=20, behavior=always_failing(RuntimeError("out of order")))
+    with caplog.at_level("INFO"):
+        make_trainer(tmp_path, monitor).fit(module, loader(60, 10))
+    assert module.num_training_steps == 12
+    said = [
+        message for message in caplog.messages if message.startswith(("BasinMonitor could not", "Loss and Hessian"))
+    ]
+    assert len(said) == 4
+
+
 CANNOT_ALLOCATE = (
     "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 )
