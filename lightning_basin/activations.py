@@ -331,13 +331,11 @@ class _LayoutByExample:
     def _other_batches(self) -> list[tuple[Tensor, Trace]]:
         if self._probe.size == 1:
             return []
-        *few, all_of_them = other_batches(self._probe.size)
-        for batches in few:
-            try:
-                return [(indices, self._traced(indices)) for indices in batches]
-            except _CANNOT_RUN:  # So few.
-                continue
-        return [(indices, self._traced(indices)) for indices in all_of_them]
+        halves, all_of_them = other_batches(self._probe.size)
+        try:
+            return [(indices, self._traced(indices)) for indices in halves]
+        except _CANNOT_RUN:  # So few.
+            return [(indices, self._traced(indices)) for indices in all_of_them]
 
     def _traced(self, indices: Sequence[int] | Tensor) -> Trace:
         trace = self._network.trace(self._probe.select(indices))

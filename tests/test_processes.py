@@ -349,8 +349,8 @@ def teams(rank, root):
 OF_THREE = ("buffers of their own", "five inputs", "a convolution", "many units, coupled", "many rows")
 
 
-class UnreadableError(Exception):
-    """Can be pickled, and not be read again: that takes two arguments."""
+class UnreadableError(MemoryError):
+    """Ends a copy, as one of the machine; it can be pickled, and not be read again: that takes two arguments."""
 
     def __init__(self, what, where) -> None:
         super().__init__(f"{what} on {where}")
