@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from lightning_basin.functional.duplicates import largest_entry
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
 from lightning_basin.functional.sketch import DenseGradients, LayerGradients, StackedGradients
-from lightning_basin.layers import Chunk, Layer, Network, Trace, TracedProbe, agreement_rtol
+from lightning_basin.layers import Chunk, Layer, Network, Trace, TracedProbe, agreement_rtol, rounding_rtol
 from lightning_basin.operations import Leaving, ProductUse, Source, Use
 from lightning_basin.probe import tensors_of
 from lightning_basin.rounding import rounding_noise
@@ -48,6 +48,7 @@ GROUP_ELEMENTS = 2**27
 
 _ROUNDING = 4  # times the root of the number of rows: rounding units by which sums over all rows may differ
 _NOISE_MARGIN = 8  # of a measured noise: three evaluations may by chance show so much less than there is
+_CLEAR_RTOL = 1e-3  # of a combination: what rounding of its terms can be where it is clearly not all of it
 _NUM_CHOICES = 3  # of inputs whose derivatives may tell where the inputs are; one does, unless a layer is dead
 
 
@@ -155,7 +156,14 @@ class _AutogradCheck:
         rounding = _ROUNDING * len(self._weights) ** 0.5 * torch.finfo(dtype).eps
         loosest = [agreement_rtol(dtype) * scale for scale in scales]
         tolerances = [rounding * scale for scale in scales] if structured else loosest
-        if any(difference > tolerance for difference, tolerance in zip(differences, tolerances, strict=True)):
+        is_close = _none_exceeds(differences, tolerances)
+        if not is_close and structured:  # Terms may cancel in a parameter, as in the bias of a key before a softmax.
+            terms = torch.split(gradients.magnitudes().combination(self._weights.abs()), sizes)
+            roundings = [rounding_rtol(dtype) * largest_entry(magnitudes) for magnitudes in terms]
+            is_close = _none_exceeds(differences, list(map(max, tolerances, roundings)))
+            # What is no more than rounding as a whole is nothing.
+            is_close &= rounding_rtol(dtype) * _norm(terms) <= _CLEAR_RTOL * _norm([wanted for _, wanted in pairs])
+        if not is_close:
             noise = [self._noise[name] for name in layer.parameters]
             if _norm([wanted for _, wanted in pairs]) <= _NOISE_MARGIN * _norm(noise):
                 empty = _no_gradients(layer, self.num_rows, self.device)
@@ -163,9 +171,8 @@ class _AutogradCheck:
             noisy = [_NOISE_MARGIN * largest_entry(deviation) for deviation in noise]
             # Rounding that spoils nine digits is not told from a formula that is wrong.
             limits = map(min, noisy, loosest) if structured else noisy
-            tolerances = list(map(max, tolerances, limits))
-        agrees = all(difference <= tolerance for difference, tolerance in zip(differences, tolerances, strict=True))
-        return MeasuredGradients(layer, gradients, structured, note) if agrees else None
+            is_close = _none_exceeds(differences, list(map(max, tolerances, limits)))
+        return MeasuredGradients(layer, gradients, structured, note) if is_close else None
 
     def _wanted(self, layer: Layer) -> list[Tensor]:
         """The combination by each parameter, flattened."""
@@ -192,6 +199,10 @@ class _AutogradCheck:
                 found = torch.autograd.grad(outputs, parameters, weights, materialize_grads=True)
                 combined = [total + gradient for total, gradient in zip(combined, found, strict=True)]
         return combined
+
+
+def _none_exceeds(values: Sequence[Tensor], limits: Sequence[Tensor]) -> bool:
+    return all(bool(value <= limit) for value, limit in zip(values, limits, strict=True))
 
 
 def _without_effect(layer: Layer) -> str:

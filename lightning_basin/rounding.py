@@ -15,6 +15,8 @@ _ENLARGED = 2.0**12
 
 _NUM_EVALUATIONS = 3
 
+_NUM_DRAWN = 2**20  # random factors
+
 _COMPARISONS = {
     *(torch.ops.aten.eq, torch.ops.aten.ne, torch.ops.aten.lt, torch.ops.aten.le, torch.ops.aten.gt, torch.ops.aten.ge),
     *(torch.ops.aten.equal, torch.ops.aten.isnan, torch.ops.aten._local_scalar_dense),
@@ -50,7 +52,9 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2
     def __init__(self, generator: Generator, perturbation: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._generator = generator
-        self._perturbation = perturbation
+        drawn = torch.rand(_NUM_DRAWN, generator=generator, dtype=torch.float64)
+        # Uniform, with the variance of a standard error of the same size.
+        self._factors = 1 + math.sqrt(12) * perturbation * (drawn - 0.5)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -68,6 +72,8 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2
     def _moved(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
-        drawn = torch.rand(tensor.shape, generator=self._generator, dtype=torch.float64)
-        # Uniform, with the variance of a standard error of the same size.
-        return tensor * (1 + math.sqrt(12) * self._perturbation * (drawn - 0.5)).to(tensor)
+        # Some of the same factors every time, as drawing takes longer than computing: from another place on.
+        start = int(torch.randint(_NUM_DRAWN, (), generator=self._generator))
+        count = -(-(start + tensor.numel()) // _NUM_DRAWN)
+        factors = self._factors.repeat(count) if count > 1 else self._factors
+        return tensor * factors[start : start + tensor.numel()].view(tensor.shape).to(tensor)

@@ -268,6 +268,10 @@ class PiecewiseGradients(StackedGradients):
         """``weights @ rows()`` without the rows; shapes ``(m,)`` and ``(N,)``."""
         return self._sum(lambda piece: piece.combination(weights))
 
+    def magnitudes(self) -> "PiecewiseGradients":
+        """With the magnitude of every term of every piece."""
+        return replace(self, pieces=lambda: (piece.magnitudes() for piece in self.pieces()))
+
     def weighted(self, blocks: Tensor) -> "PiecewiseGradients":
         """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
         return replace(

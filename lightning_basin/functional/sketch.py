@@ -142,6 +142,10 @@ class KhatriRaoGradients:
         signals = torch.einsum("kj,kjto->kto", weights.view(k, c), self.output_gradients)
         return torch.einsum("kto,ktd->od", signals, self.activations).flatten()
 
+    def magnitudes(self) -> "KhatriRaoGradients":
+        """With the magnitude of every term in place of the term: bounds what may cancel in their sums."""
+        return replace(self, activations=self.activations.abs(), output_gradients=self.output_gradients.abs())
+
     def weighted(self, blocks: Tensor) -> "KhatriRaoGradients | DenseGradients":
         """Rows combined within each input, ``weighted_rows(rows(), blocks)``, by combining their factors.
 
@@ -218,6 +222,10 @@ class DenseGradients:
         """``weights @ rows()``; shapes ``(m,)`` and ``(N,)``."""
         return weights @ self.matrix
 
+    def magnitudes(self) -> "DenseGradients":
+        """With the magnitude of every entry."""
+        return DenseGradients(self.matrix.abs())
+
     def weighted(self, blocks: Tensor) -> "DenseGradients":
         """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
         return DenseGradients(weighted_rows(self.matrix, blocks))
@@ -282,6 +290,10 @@ class StackedGradients:
         for part, columns in zip(self.parts, self.columns, strict=True):
             combination[columns] = part.combination(weights)
         return combination
+
+    def magnitudes(self) -> "StackedGradients":
+        """With the magnitude of every term of every part."""
+        return replace(self, parts=tuple(part.magnitudes() for part in self.parts))
 
     def _zeros(self, *shape: int) -> Tensor:
         device = self.columns[0].device if self.columns else self.device
