@@ -188,7 +188,7 @@ class HessianMeasurement(Generic[Part]):
             return None
         if not is_open or multiple is None or not self._is_squared_error or not null_space.residual:
             return None
-        loss = self._loss * (smallest / (2 * null_space.residual)) ** 2  # What is below is independent of the scale.
+        loss = self._loss * (smallest / (2 * null_space.residual)) ** 2
         rounding = 0.5 * multiple * float((EPSILON * self._trace.outputs.detach()).square().sum())
         return loss * self._scale if loss > rounding else 0.0
 

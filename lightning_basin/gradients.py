@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from lightning_basin.functional.duplicates import largest_entry
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
 from lightning_basin.functional.sketch import DenseGradients, LayerGradients, StackedGradients
-from lightning_basin.layers import Chunk, Layer, Network, Trace, TracedProbe, agreement_rtol, rounding_rtol
+from lightning_basin.layers import Chunk, Layer, Network, Trace, TracedProbe, agreement_rtol
 from lightning_basin.operations import Leaving, ProductUse, Source, Use
 from lightning_basin.probe import tensors_of
 from lightning_basin.rounding import rounding_noise
@@ -46,7 +46,7 @@ columns of its matrices at a time; or from dense rows by automatic differentiati
 GROUP_ELEMENTS = 2**27
 """Float64 numbers in the gradients, or their factors, that are held at once: 1 GiB."""
 
-_ROUNDING = 4  # times the root of the number of rows: rounding units by which sums over all rows may differ
+_ROUNDING = 4  # rounding units, times the root of the number of rows: by so much sums over all rows may differ
 _NOISE_MARGIN = 8  # of a measured noise: three evaluations may by chance show so much less than there is
 _CLEAR_RTOL = 1e-3  # of a combination: what rounding of its terms can be where it is clearly not all of it
 _NUM_CHOICES = 3  # of inputs whose derivatives may tell where the inputs are; one does, unless a layer is dead
@@ -158,11 +158,12 @@ class _AutogradCheck:
         tolerances = [rounding * scale for scale in scales] if structured else loosest
         is_close = _none_exceeds(differences, tolerances)
         if not is_close and structured:  # Terms may cancel in a parameter, as in the bias of a key before a softmax.
+            unit = _ROUNDING * torch.finfo(dtype).eps
             terms = torch.split(gradients.magnitudes().combination(self._weights.abs()), sizes)
-            roundings = [rounding_rtol(dtype) * largest_entry(magnitudes) for magnitudes in terms]
+            roundings = [unit * largest_entry(magnitudes) for magnitudes in terms]
             is_close = _none_exceeds(differences, list(map(max, tolerances, roundings)))
             # What is no more than rounding as a whole is nothing.
-            is_close &= rounding_rtol(dtype) * _norm(terms) <= _CLEAR_RTOL * _norm([wanted for _, wanted in pairs])
+            is_close &= unit * _norm(terms) <= _CLEAR_RTOL * _norm([wanted for _, wanted in pairs])
         if not is_close:
             noise = [self._noise[name] for name in layer.parameters]
             if _norm([wanted for _, wanted in pairs]) <= _NOISE_MARGIN * _norm(noise):

@@ -88,43 +88,42 @@ def _silence(module: LightningModule, trainer: Trainer | None) -> None:
             vars(module).update(all_gather=partial(_refuse_to_wait, "all_gather"))
 
 
-class _QuietTrainer:
+class _StandIn:
+    """Has the attributes of another object, and its class for `isinstance`; what is set in it does not reach that."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._original)
+
+    @__class__.setter
+    def __class__(self, _: Any) -> None:
+        raise TypeError("what stands in for another object keeps its class")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_original"], name)
+
+
+class _QuietTrainer(_StandIn):
     """A trainer as a copy finds it: what is asked of it is the run's, what is set in it or logged reaches nobody."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._run = trainer
+        super().__init__(trainer)
         self.loggers = [_QuietLogger(logger) for logger in trainer.loggers]
         self.logger = self.loggers[0] if self.loggers else None
 
-    @property
-    def __class__(self) -> Any:  # For `isinstance`.
-        return type(self._run)
 
-    @__class__.setter
-    def __class__(self, _: Any) -> None:
-        raise TypeError("a trainer keeps its class")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_run"], name)
-
-
-class _QuietLogger:
+class _QuietLogger(_StandIn):
     """A logger with the places and names of another one, that does nothing."""
 
     def __init__(self, logger: Logger) -> None:
-        self._logger = logger
+        super().__init__(logger)
         self.experiment = _Nothing()
 
-    @property
-    def __class__(self) -> Any:  # For `isinstance`.
-        return type(self._logger)
-
-    @__class__.setter
-    def __class__(self, _: Any) -> None:
-        raise TypeError("a logger keeps its class")
-
     def __getattr__(self, name: str) -> Any:
-        value = getattr(vars(self)["_logger"], name)
+        value = super().__getattr__(name)
         return _ignore if callable(value) else value
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_basin import measure_basin
+from lightning_basin import gradients, measure_basin
 from lightning_basin.rounding import rounding_noise
 from tests.networks import Composed, drawn, filled
 
@@ -89,6 +89,29 @@ def test_layer_whose_effect_a_normalisation_takes_away(module):
         assert measure_basin(module, inputs).layers["0"].gradient_rank == 0
     else:  # Beside the normalised copies, which are zero, the number itself passes: [x, 1] has rank 6.
         assert measure_basin(module, inputs).layers["0"].gradient_rank == 6
+
+
+def normalised(m, x):
+    return m.head(F.layer_norm(m.inner(x).squeeze(2), (5,), eps=0.0))
+
+
+def test_layer_whose_products_cancel_over_positions_has_rank_zero():
+    # A normalisation over the positions takes away both the factor and the shift that are common to all of them.
+    module = filled(Composed(normalised, inner=nn.Linear(1, 1), head=nn.Linear(5, 2)))
+    record = measure_basin(module, drawn(10, 5, 1))
+    assert record.layers["inner"].gradient_rank == 0
+    assert record.gradient_rank == record.layers["head"].gradient_rank
+
+
+def test_a_bias_whose_terms_cancel_beside_weights_whose_terms_do_not_needs_no_other_evaluation(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("rounding is bounded by the magnitudes of the terms")
+
+    monkeypatch.setattr(gradients, "rounding_noise", refuse)
+    record = measure_basin(attending(), drawn(10, 5, 8))
+    # Each of 10 inputs mixes 5 values with weights that sum to one, so that keys move it along 4 directions.
+    assert record.layers["key"].gradient_rank == 40
+    assert not record.notes
 
 
 # A use that is seen by nobody.
