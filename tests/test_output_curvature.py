@@ -45,6 +45,17 @@ def test_no_other_loss_is_taken_for_a_softmax_where_one_output_leads(loss_fn, nu
     assert (record.hessian_nullity, record.gauss_newton_nullity, record.hessian_certified) == (nullity, nullity, True)
 
 
+@pytest.mark.parametrize("lead", [0.0, 10.0, 40.0])
+def test_a_softmax_of_another_temperature_keeps_its_own_curvature(lead):
+    # 4 e^(-2d) / (1 + e^(-2d))² by the difference d of the outputs, and both weights and biases move it: 4 times that.
+    module, inputs = linear([[0.0], [0.0]], [lead, 0.0])[0], torch.ones(1, 1, dtype=torch.float64)
+    record = measure_basin(
+        module, inputs, torch.zeros(1), loss_fn=lambda f, _: F.softplus(2 * (f[:, 1] - f[:, 0])).sum()
+    )
+    expected = 16 * mpmath.exp(-2 * lead) / (1 + mpmath.exp(-2 * lead)) ** 2
+    assert record.hessian_largest == pytest.approx(float(expected), rel=1e-9)
+
+
 # At 55 the rows of the softmax are 1e-12 of the others: seen at a tolerance of 5e-15.
 @pytest.mark.parametrize("lead", [0.0, 14.0, 40.0, 55.0])
 def test_a_softmax_over_some_of_the_outputs_has_one_rank_less_than_these(lead):
