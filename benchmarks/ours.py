@@ -7,14 +7,13 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Stages, Way
 from lightning_basin import measure_basin
-from lightning_basin.gradients import layer_gradients
+from lightning_basin.functional.gram import GramMatrix
+from lightning_basin.gradients import AutogradCheck, layer_gradients
 from lightning_basin.measurement import evaluated
 from lightning_basin.probe import Probe
 
 RANKS = "lightning_basin"
 SPECTRA = "lightning_basin, with all singular values"
-
-_BLOCK_ROWS = 256
 
 
 def ranks(module: nn.Module, inputs: Tensor) -> Stages:
@@ -45,25 +44,17 @@ def gram(module: nn.Module, inputs: Tensor) -> Stages:
     products = 0.0
     with evaluated(module, Probe(inputs), None, None) as evaluation:
         yield "copy", None
-        total = inputs.new_zeros(evaluation.num_rows, evaluation.num_rows, dtype=torch.float64)
-        for measured in layer_gradients(evaluation.traced, generator=torch.Generator().manual_seed(0)):
+        total = GramMatrix(evaluation.num_rows)
+        check = AutogradCheck(evaluation.traced, torch.Generator().manual_seed(0))
+        for measured in layer_gradients(evaluation.traced, check):
             started = time.perf_counter()
-            measured.gradients.add_lower_gram(total)
+            measured.gradients.add_gram(total)
             products += time.perf_counter() - started
     started = time.perf_counter()
-    _mirror(total)
+    gram = total.whole()
     products += time.perf_counter() - started
-    yield "gram", total  # Out here, where float32 is what it is called.
+    yield "gram", gram  # Out here, where float32 is what it is called.
     yield "products", {"seconds": products}
-
-
-def _mirror(lower: Tensor) -> None:
-    """Fill the upper half of a symmetric matrix."""
-    for block in torch.arange(len(lower)).split(_BLOCK_ROWS):
-        rows = slice(int(block[0]), int(block[-1]) + 1)
-        lower[: rows.start, rows] = lower[rows, : rows.start].mT
-        diagonal = lower[rows, rows]
-        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).mT)
 
 
 def spectra(module: nn.Module, inputs: Tensor) -> Stages:

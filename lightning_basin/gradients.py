@@ -70,21 +70,26 @@ class MeasuredGradients:
 
 
 def layer_gradients(
-    traced: TracedProbe, *, generator: Generator, max_elements: int = GROUP_ELEMENTS
+    traced: TracedProbe,
+    check: "AutogradCheck",
+    *,
+    layers: Sequence[Layer] | None = None,
+    max_elements: int = GROUP_ELEMENTS,
 ) -> Iterator[MeasuredGradients]:
     """Behavioral gradients of each layer in turn, checked against autograd.
 
     Args:
         traced: The network on the probe.
-        generator: On the CPU; for the check's random combination of all rows.
+        check: Of this network and probe.
+        layers: Whose; ``None`` means all.
         max_elements: Numbers that may be held at once, in factors or in dense rows.
 
     Raises:
         RuntimeError: If no way of computing a layer's gradients agrees with autograd.
     """
-    check = _AutogradCheck(traced, generator)
+    layers = traced.network.layers if layers is None else layers
     waiting: list[tuple[Layer, str | None]] = []
-    for layer, gradients in _structured_gradients(traced, check, max_elements):
+    for layer, gradients in _structured_gradients(traced, check, layers, max_elements):
         if gradients is None:
             waiting.append((layer, None))
         elif (measured := check.measured(layer, gradients, structured=True)) is not None:
@@ -100,10 +105,14 @@ def layer_gradients(
             yield _dense_in_pieces(traced, *group[0], check, max_elements)
 
 
-class _AutogradCheck:
+class AutogradCheck:
     """One random combination of all rows of every layer's gradients, which each way must reproduce.
 
     What the operations that use a layer give may differ by rounding only, so that no use is missed, however weak.
+
+    Args:
+        traced: The network on the probe.
+        generator: On the CPU; for the combination, with standard normal weights.
     """
 
     def __init__(self, traced: TracedProbe, generator: Generator) -> None:
@@ -131,6 +140,12 @@ class _AutogradCheck:
     def device(self) -> torch.device:
         """Where the gradients are."""
         return self._weights.device
+
+    def norm(self, layers: Iterable[Layer]) -> float:
+        """Of the combination by the parameters of some layers; its mean square is that of the Frobenius norm."""
+        found = [self._expected[name] for layer in layers for name in layer.parameters]
+        norms = [combined.norm() for combined in found if combined is not None]
+        return float(torch.stack(norms).norm()) if norms else 0.0
 
     def is_unused(self, layer: Layer) -> bool:
         """Whether no output depends on the layer."""
@@ -235,13 +250,13 @@ def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 
 def _structured_gradients(
-    traced: TracedProbe, check: _AutogradCheck, max_elements: int
+    traced: TracedProbe, check: AutogradCheck, layers: Sequence[Layer], max_elements: int
 ) -> Iterator[tuple[Layer, LayerGradients | None]]:
     """Gradients of layers whose uses are known, from one backward pass for each output; ``None`` for other layers."""
     network, num_inputs = traced.network, traced.probe.size
     sizes = layer_sizes(network, _first_trace(traced), num_inputs=num_inputs, num_outputs=check.num_rows // num_inputs)
     planned = []
-    for layer in network.layers:
+    for layer in layers:
         size = sizes[layer.name]
         method = size.method(max_elements)
         if check.is_unused(layer):
@@ -251,13 +266,12 @@ def _structured_gradients(
         elif method == "chunks":
             yield layer, _chunk_by_chunk(traced, layer)
         elif method == "pieces":
-            yield layer, _in_pieces(traced, layer, size.uses.cuts(max_elements), check.num_rows)
+            yield layer, _in_pieces(traced, layer, size.uses.cuts(max_elements), check)
         else:
             yield layer, None
     for group in _groups(planned, lambda item: item[1], max_elements):
-        layers = [layer for layer, _ in group]
-        measured = _measured_uses(traced, {layer: Cuts() for layer in layers}, 0)
-        for layer in layers:
+        measured = _measured_uses(traced, {layer: Cuts() for layer, _ in group}, 0)
+        for layer, _ in group:
             found = measured.pop(layer)
             yield layer, None if found is None else _from_uses(network, layer, found, check.num_rows)
 
@@ -281,7 +295,7 @@ def _rows_from_uses(network: Network, chunk: Chunk, layer: Layer) -> Tensor | No
     return None if found is None else _from_uses(network, layer, found, num_rows).rows()
 
 
-def _in_pieces(traced: TracedProbe, layer: Layer, cuts: Cuts, num_rows: int) -> LayerGradients | None:
+def _in_pieces(traced: TracedProbe, layer: Layer, cuts: Cuts, check: AutogradCheck) -> LayerGradients | None:
     """Gradients whose factors cannot all be held; ``None`` where what chunks of inputs use does not fit together."""
     first = _uses_by_layer(traced.network, _first_trace(traced))[layer]
     if any(entries != _used_entries(first.values()) for entries in traced.each(_entries_told_apart, layer)):
@@ -294,9 +308,11 @@ def _in_pieces(traced: TracedProbe, layer: Layer, cuts: Cuts, num_rows: int) -> 
             found = _measured_uses(traced, {layer: cuts}, number)[layer]
             if found is None:
                 raise RuntimeError(f"two evaluations of layer {layer.name!r} use its parameters differently")
-            yield _from_uses(traced.network, layer, found, num_rows)
+            yield _from_uses(traced.network, layer, found, check.num_rows)
 
-    return PiecewiseGradients((), (), num_rows=num_rows, num_columns=layer.num_parameters, pieces=pieces)
+    return PiecewiseGradients(
+        (), (), num_rows=check.num_rows, num_columns=layer.num_parameters, device=check.device, pieces=pieces
+    )
 
 
 def _entries_told_apart(network: Network, chunk: Chunk, layer: Layer) -> list[bytes] | None:
@@ -553,7 +569,7 @@ def _derivatives(output: Tensor, places: Sequence[Leaving]) -> dict[int, Tensor]
 
 
 def _dense_gradients(
-    traced: TracedProbe, group: Sequence[tuple[Layer, str | None]], check: _AutogradCheck
+    traced: TracedProbe, group: Sequence[tuple[Layer, str | None]], check: AutogradCheck
 ) -> Iterator[MeasuredGradients]:
     layers = [layer for layer, _ in group]
     pending = dict(group)
@@ -620,13 +636,15 @@ _ROUTES: Sequence[Callable[[Network, Chunk, Sequence[Layer]], Tensor]] = (
 
 
 def _dense_in_pieces(
-    traced: TracedProbe, layer: Layer, note: str | None, check: _AutogradCheck, max_elements: int
+    traced: TracedProbe, layer: Layer, note: str | None, check: AutogradCheck, max_elements: int
 ) -> MeasuredGradients:
     """Some columns at a time, where not all of them can be held."""
     width = max(1, max_elements // (2 * check.num_rows))
     for outputs_of in (_outputs_one_by_one, _outputs_of_batch):
         pieces = partial(_columns_by_row, traced, layer, outputs_of, width)
-        gradients = PiecewiseGradients((), (), num_rows=check.num_rows, num_columns=layer.num_parameters, pieces=pieces)
+        gradients = PiecewiseGradients(
+            (), (), num_rows=check.num_rows, num_columns=layer.num_parameters, device=check.device, pieces=pieces
+        )
         try:
             measured = check.measured(layer, gradients, structured=False, note=note)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):  # As above: a batch of one.
@@ -649,6 +667,7 @@ def _columns_by_row(
             (columns,),
             num_rows=len(rows),
             num_columns=layer.num_parameters,
+            device=rows.device,
         )
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from operator import or_
 from typing import Any, Literal
 
@@ -35,9 +35,8 @@ from lightning_basin.functional.duplicates import (
 )
 from lightning_basin.functional.hessian import NullSpace
 from lightning_basin.functional.output_curvature import softmax_jacobian
-from lightning_basin.functional.rank import GradientRank, Spectrum, check_rtol, gradient_rank
-from lightning_basin.functional.sketch import SpectrumAccumulator
-from lightning_basin.gradients import GROUP_ELEMENTS, layer_gradients
+from lightning_basin.functional.rank import GradientRank, Spectrum, check_rtol
+from lightning_basin.gradients import GROUP_ELEMENTS, AutogradCheck, layer_gradients
 from lightning_basin.layers import (
     Layer,
     ModuleBehavior,
@@ -53,6 +52,7 @@ from lightning_basin.messages import MessageGroup
 from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.probe import Probe, float64_device, tensors_of
 from lightning_basin.processes import Team, follow
+from lightning_basin.ranks import Part, RankMeasurement
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
 from lightning_basin.replica import at_rest, isolated_evaluation, replicas, settle_embeddings
 from lightning_basin.rounding import rounding_noise
@@ -713,20 +713,7 @@ def _loss_of_equal_shapes(loss_fn: LossFunction, outputs: Tensor, targets: Any) 
             raise TypeError(f"targets must have the shape of the outputs, got {shapes}. {warning}") from warning
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Layers that are reported together: a single one, a block, or the network."""
-
-    kind: Literal["layer", "block", "network"]
-    name: str
-    layers: tuple[Layer, ...]
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(layer.num_parameters for layer in self.layers)
-
-
-def _selected_parts(layers: Sequence[Layer], selection: LayerSelection) -> tuple[_Part, ...]:
+def _selected_parts(layers: Sequence[Layer], selection: LayerSelection) -> tuple[Part, ...]:
     by_name = {layer.name: layer for layer in layers}
     if isinstance(selection, str) and selection not in ("auto", "all"):
         raise ValueError(f"layers must be 'auto', 'all' or a list of names of layers, got {selection!r}")
@@ -736,76 +723,60 @@ def _selected_parts(layers: Sequence[Layer], selection: LayerSelection) -> tuple
         raise ValueError(f"layers must be among {list(by_name)}, got {unknown}")
     if len(set(names)) < len(names):
         raise ValueError(f"layers must be named once each, got {names}")
-    parts = [_Part("layer", name, (by_name[name],)) for name in names]
+    parts = [Part("layer", name, (by_name[name],)) for name in names]
     if selection == "auto":
         for block, members in layer_blocks(names).items():
-            parts.append(_Part("block", block, tuple(by_name[name] for name in members)))
-    return (*parts, _Part("network", "", tuple(layers)))
+            parts.append(Part("block", block, tuple(by_name[name] for name in members)))
+    return (*parts, Part("network", "", tuple(layers)))
 
 
 def _measured_gradients(
     evaluation: Evaluation,
-    parts: Sequence[_Part],
+    parts: Sequence[Part],
     rtol: float | None,
     generator: Generator,
     readout: Tensor | None,
-    curvature: HessianMeasurement[_Part] | None,
+    curvature: HessianMeasurement[Part] | None,
     *,
     spectrum: bool,
     notes: list[str],
-) -> tuple[dict[_Part, GradientRank], dict[_Part, Spectrum]]:
+) -> tuple[dict[Part, GradientRank], dict[Part, Spectrum]]:
     """Ranks of the behavioral gradients of each part; and singular values, unless neither they nor these are wanted."""
     max_elements = GROUP_ELEMENTS if evaluation.plan is None else evaluation.plan.group_elements
-    waiting = {
-        part: SpectrumAccumulator(
-            evaluation.num_rows,
-            part.num_parameters,
-            generator,
-            max_waiting=max_elements // 2,
-            epsilon=torch.finfo(evaluation.network.dtype).eps,
-        )
-        for part in parts
-    }
-    ranks: dict[_Part, GradientRank] = {}
-    spectra: dict[_Part, Callable[[], Spectrum]] = {}
-
-    def judge(part: _Part) -> None:
-        accumulator = waiting.pop(part)
-        proved = None if spectrum or curvature is not None else accumulator.proved_rank(rtol=rtol)
-        if proved is None:
-            spectra[part] = evaluation.traced.started(accumulator)
-        else:
-            ranks[part] = proved
-
-    for measured in layer_gradients(evaluation.traced, generator=generator, max_elements=max_elements):
+    check = AutogradCheck(evaluation.traced, generator)
+    measurement = RankMeasurement(
+        parts,
+        evaluation.traced,
+        check,
+        rtol=rtol,
+        generator=generator,
+        max_waiting=max_elements // 2,
+        needs_spectra=spectrum or curvature is not None,
+        is_plain=readout is None,
+    )
+    measurement.try_last_layers(max_elements=max_elements)
+    if measurement.is_complete:
+        return measurement.finished()
+    for measured in layer_gradients(evaluation.traced, check, max_elements=max_elements):
         gradients = measured.gradients if readout is None else measured.gradients.weighted(readout)
-        concerned = [part for part in parts if measured.layer in part.layers]
-        gram = cache(partial(getattr, gradients, "gram")) if len(concerned) > 1 else None
-        for part in concerned:
-            waiting[part].add(gradients, gram)
-            if part.kind == "layer":  # Complete: judge it now and free its memory.
-                judge(part)
+        measurement.add(measured.layer, gradients)
         if curvature is not None:
             curvature.add(measured.layer, measured.gradients)
         if measured.note is not None:
             notes.append(measured.note)
-    for part in list(waiting):
-        judge(part)
-    found = {part: finished() for part, finished in spectra.items()}
-    ranks |= {part: gradient_rank(singular_values, rtol=rtol) for part, singular_values in found.items()}
-    return {part: ranks[part] for part in parts}, found
+    return measurement.finished()
 
 
 def _curvature(
     evaluation: Evaluation,
-    parts: Sequence[_Part],
+    parts: Sequence[Part],
     hessian: HessianMode,
     rtol: float | None,
     seed: int,
     *,
     is_plain: bool,
     notes: list[str],
-) -> HessianMeasurement[_Part] | None:
+) -> HessianMeasurement[Part] | None:
     """What will measure the Hessian; ``None`` where there is nothing to look at."""
     if evaluation.loss_fn is None or hessian is False:
         return None
@@ -835,8 +806,8 @@ def _curvature(
 
 
 def _measured_hessian(
-    curvature: HessianMeasurement[_Part] | None, spectra: Mapping[_Part, Spectrum]
-) -> dict[_Part, NullSpace]:
+    curvature: HessianMeasurement[Part] | None, spectra: Mapping[Part, Spectrum]
+) -> dict[Part, NullSpace]:
     """Null spaces of the diagonal block of each part; empty where there is no Hessian to look at."""
     if curvature is None:
         return {}
@@ -928,6 +899,8 @@ def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations]
                 candidates.append((name, exact))
     num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
     bound = gradient_rank_bound(num_parameters, num_outputs, [(0, probe.size)])
+    if rank.rank == bound:  # And none is below the rank.
+        return bound
     for name, classes in sorted(candidates, key=lambda candidate: _num_classes(candidate[1])):
         if num_outputs * _num_classes(classes) >= bound:
             break
@@ -989,12 +962,12 @@ def _layer_duplicates(layer: LayerActivations, classes: Tensor | None, rtol: flo
 
 def _assembled(
     evaluation: Evaluation,
-    ranks: Mapping[_Part, GradientRank],
-    null_spaces: Mapping[_Part, NullSpace],
+    ranks: Mapping[Part, GradientRank],
+    null_spaces: Mapping[Part, NullSpace],
     duplicates: _Duplicates,
-    curvature: HessianMeasurement[_Part] | None,
+    curvature: HessianMeasurement[Part] | None,
 ) -> BasinRecord:
-    def quantities(part: _Part) -> dict[str, Any]:
+    def quantities(part: Part) -> dict[str, Any]:
         rank, null_space = ranks[part], null_spaces.get(part)
         found: dict[str, Any] = {
             "num_parameters": part.num_parameters,

@@ -10,8 +10,15 @@ from operator import is_
 import torch
 from torch import Generator, Tensor
 
+from lightning_basin.functional.gram import GramMatrix
 from lightning_basin.functional.jacobian import vector_jacobian_products
-from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients, LayerGradients, StackedGradients
+from lightning_basin.functional.sketch import (
+    DenseGradients,
+    KhatriRaoGradients,
+    LayerGradients,
+    StackedGradients,
+    stacked,
+)
 from lightning_basin.operations import ElementwiseUse, ProductUse, Source, Use
 
 _Block = tuple[Tensor, KhatriRaoGradients | DenseGradients]  # columns, and the gradients by them
@@ -166,7 +173,8 @@ def gradients_from_uses(
             starts[identity] = sum(sizes[: list(parameters).index(source.name)])
     direct = _with_biases([slot for slot in slots if slot.source.name is not None])
     blocks += [(slot.columns(starts), slot.gradients()) for slot in direct]
-    return _side_by_side(blocks, num_rows, sum(sizes))
+    device = next(iter(parameters.values())).device
+    return _side_by_side(blocks, num_rows, sum(sizes), device)
 
 
 def _slots(used: Sequence[MeasuredUse]) -> list[_Slot]:
@@ -199,7 +207,7 @@ def _through(source: Source, slots: Sequence[_Slot], parameters: Mapping[str, Te
     return [(torch.arange(products.shape[1], device=products.device), DenseGradients(products))]
 
 
-def _side_by_side(blocks: Sequence[_Block], num_rows: int, num_columns: int) -> LayerGradients:
+def _side_by_side(blocks: Sequence[_Block], num_rows: int, num_columns: int, device: torch.device) -> LayerGradients:
     """Blocks of different columns stay apart; where they overlap they are added up."""
     if _are_disjoint([columns for columns, _ in blocks], num_columns):
         return StackedGradients(
@@ -207,6 +215,7 @@ def _side_by_side(blocks: Sequence[_Block], num_rows: int, num_columns: int) -> 
             columns=tuple(columns for columns, _ in blocks),
             num_rows=num_rows,
             num_columns=num_columns,
+            device=device,
         )
     return DenseGradients(_summed(blocks, num_rows, num_columns))
 
@@ -251,14 +260,22 @@ class PiecewiseGradients(StackedGradients):
         return self._sum(lambda piece: piece.rows())
 
     @property
-    def gram(self) -> Tensor:
-        """Products of all pairs of rows, shape ``(m, m)``; computed anew at each access."""
-        return self._sum(lambda piece: piece.gram)
+    def gram_work(self) -> float:
+        """Operations that the Gram matrix takes, about."""
+        return float(self.num_rows) ** 2 * self.num_columns
 
-    def add_lower_gram(self, gram: Tensor) -> None:
-        """Add the products of each row with those before it to a matrix whose upper half is nobody's concern."""
+    def add_gram(self, gram: GramMatrix) -> None:
+        """Add the products of all pairs of rows."""
         for piece in self.pieces():
-            piece.add_lower_gram(gram)
+            piece.add_gram(gram)
+
+    def narrowed(self, num_columns: int, generator: Generator) -> StackedGradients:
+        """Each piece narrowed by its share of the columns, which can be held; see `KhatriRaoGradients.narrowed`."""
+        parts: list[KhatriRaoGradients | DenseGradients] = []
+        for piece in self.pieces():
+            narrow = piece.narrowed(num_columns, generator)
+            parts += narrow.parts if isinstance(narrow, StackedGradients) else [narrow]
+        return stacked(parts, self.num_rows, self.device)
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
         """The sum of the sketches of the pieces, shape ``(m, num_columns)``."""

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lightning_basin.gradients import GROUP_ELEMENTS, layer_gradients
+from lightning_basin.gradients import GROUP_ELEMENTS, AutogradCheck, layer_gradients
 from lightning_basin.layers import TracedProbe
 
 
@@ -47,11 +47,9 @@ def sequences(flatten):
 
 
 def measured(network, probe, chunk_size=None, max_elements=GROUP_ELEMENTS):
-    found = layer_gradients(
-        TracedProbe(network, probe, chunk_size=chunk_size),
-        generator=torch.Generator().manual_seed(0),
-        max_elements=max_elements,
-    )
+    traced = TracedProbe(network, probe, chunk_size=chunk_size)
+    check = AutogradCheck(traced, torch.Generator().manual_seed(0))
+    found = layer_gradients(traced, check, max_elements=max_elements)
     return {gradients.layer.name: gradients for gradients in found}
 
 

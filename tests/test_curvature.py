@@ -349,7 +349,13 @@ def test_a_sketch_does_not_overstate_singular_values_by_more_than_the_certificat
 def test_weighted_gradients_are_the_weighted_rows():
     factored = KhatriRaoGradients(drawn(4, 2, 5), drawn(4, 3, 2, 6, seed=1))
     columns = torch.randperm(40, generator=torch.Generator().manual_seed(5)).split([30, 7, 3])[:2]  # Three are zero.
-    stacked = StackedGradients((factored, DenseGradients(drawn(12, 7, seed=2))), columns, num_rows=12, num_columns=40)
+    stacked = StackedGradients(
+        (factored, DenseGradients(drawn(12, 7, seed=2))),
+        columns,
+        num_rows=12,
+        num_columns=40,
+        device=torch.device("cpu"),
+    )
     for blocks in (drawn(4, 2, 3, seed=3), drawn(1, 12, 12, seed=4)):
         expected = torch.block_diag(*blocks).numpy() @ stacked.rows().numpy()
         torch.testing.assert_close(stacked.weighted(blocks).rows(), torch.from_numpy(expected))

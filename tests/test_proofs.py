@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_basin.functional.proofs import OVERSAMPLING, full_rank_of_gram, rank_of_sketch
-from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients
+from lightning_basin.functional.proofs import (
+    OVERSAMPLING,
+    independent_rows,
+    rank_of_sketch,
+    smallest_singular_values,
+)
+from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients, gram_of
 
 
 def orthonormal(rows, columns, generator):
@@ -23,26 +28,103 @@ def sketched(gradients, *, seed=0):
     return gradients.sketch(math.ceil(OVERSAMPLING * fewer), torch.Generator().manual_seed(seed))
 
 
+def independent(matrix, **options):
+    return independent_rows(gram_of(DenseGradients(matrix)), **options)
+
+
 @pytest.mark.parametrize("smallest", [1e-1, 1e-4, 1e-6])
-def test_full_rank_is_proved_with_its_gap(smallest):
-    values = np.geomspace(1.0, smallest, 40)
-    matrix = with_singular_values(40, 90, values, seed=0)
-    proved = full_rank_of_gram(matrix @ matrix.mT, rtol=1e-12)
-    assert (proved.rank, proved.method, proved.effective_rank) == (40, "cholesky", None)
-    # The Gram matrix holds smallest**2 to eps, and powers converge from below and above: two digits are promised.
-    assert proved.gap == pytest.approx(math.log10(smallest / 2.0**-52), abs=0.1)
+@pytest.mark.parametrize("size", [40, 300])
+def test_full_rank_is_proved_with_its_gap(size, smallest):
+    matrix = with_singular_values(size, 2 * size, np.geomspace(1.0, smallest, size), seed=0)
+    found = independent(matrix)
+    assert found.least < smallest
+    # Powers converge from below.
+    assert 0.9 < found.largest <= 1.0 + 1e-12
+    assert 1.0 - 1e-3 < found.smallest / smallest < 1.3
+    proved = found.rank(rtol=1e-12)
+    assert (proved.rank, proved.method, proved.effective_rank) == (size, "cholesky", None)
+    # The Gram matrix holds smallest**2 to eps.
+    assert proved.gap == pytest.approx(math.log10(smallest / 2.0**-52), abs=0.2)
+    assert set(proved.at) == {1e-12, 1e-8}
 
 
 @pytest.mark.parametrize("smallest", [3e-8, 1e-10, 1e-14, 0.0])
-def test_what_the_gram_matrix_cannot_resolve_is_never_called_full(smallest):
-    values = np.append(np.geomspace(1.0, 1e-3, 39), smallest)
+@pytest.mark.parametrize("size", [40, 200])
+def test_what_the_gram_matrix_cannot_resolve_is_never_called_full(size, smallest):
+    values = np.append(np.geomspace(1.0, 1e-3, size - 1), smallest)
     for seed in range(20):
-        matrix = with_singular_values(40, 90, values, seed=seed)
-        assert full_rank_of_gram(matrix @ matrix.mT, rtol=1e-12) is None
+        assert independent(with_singular_values(size, 2 * size, values, seed=seed)) is None
+
+
+@pytest.mark.parametrize(("resolution", "is_proved"), [(1e-5, True), (1e-3, False)])
+def test_a_coarser_resolution_is_asked_of_every_singular_value(resolution, is_proved):
+    matrix = with_singular_values(40, 90, np.geomspace(1.0, 1e-4, 40), seed=0)
+    assert (independent(matrix, resolution=resolution) is not None) == is_proved
 
 
 def test_the_zero_matrix_is_not_of_full_rank():
-    assert full_rank_of_gram(torch.zeros(3, 3, dtype=torch.float64), rtol=1e-12) is None
+    assert independent(torch.zeros(3, 3, dtype=torch.float64)) is None
+
+
+def test_independence_in_some_columns_counts_where_the_others_are_not_too_large():
+    found = independent(with_singular_values(40, 90, np.geomspace(1.0, 1e-3, 40), seed=0))
+    # The least is shown to be above 1e-7 or so: a norm of 1e5 then leaves open what 1e-12 of it hides.
+    assert found.rank(rtol=1e-12, norm=10.0).rank == 40
+    assert found.rank(rtol=1e-12, norm=1e5) is None
+    # What is said of the whole is on the safe side.
+    alone, among_others = found.rank(rtol=1e-12), found.rank(rtol=1e-12, norm=10.0)
+    assert among_others.gap == pytest.approx(alone.gap - 1, abs=0.1)
+    assert set(among_others.at) == {1e-12}
+
+
+# The smallest singular values alone.
+
+SPECTRA = {
+    "zeros after a gap": np.append(np.geomspace(1.0, 1e-3, 260), np.zeros(40)),
+    "zeros after a smaller gap": np.append(np.geomspace(1.0, 1e-6, 260), np.zeros(40)),
+    "hardly resolved before zeros": np.append(np.geomspace(1.0, 3e-7, 260), np.zeros(40)),
+    "one": np.append(np.geomspace(1.0, 1e-5, 299), 1e-12),
+    "several": np.concatenate([np.geomspace(1.0, 1e-4, 294), [1e-8, 1e-9, 1e-11, 1e-12, 1e-13, 0.0]]),
+    "no gap at the resolution": np.append(np.geomspace(1.0, 1e-5, 280), np.geomspace(1e-6, 1e-13, 20)),
+    "full": np.geomspace(1.0, 1e-4, 300),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(300, 300), (300, 375), (375, 300), (300, 3000)])
+def test_the_smallest_singular_values_are_found_without_squaring(spectrum, shape):
+    values = SPECTRA[spectrum]
+    matrix = with_singular_values(*shape, values, seed=4)
+    found = smallest_singular_values(matrix)
+    exact = torch.linalg.svdvals(matrix).numpy()
+    is_small = found.spectrum.numpy() < found.least
+    assert is_small.sum() >= (values < 1e-7).sum()
+    # All others are above, and those told apart are exact to what a decomposition leaves.
+    assert exact[~is_small].min() > found.least
+    np.testing.assert_allclose(found.spectrum.numpy()[is_small], exact[is_small], rtol=1e-3, atol=5e-15)
+    assert found.spectrum.numpy()[~is_small][-1] == pytest.approx(exact[~is_small].min(), rel=0.2)
+    assert 0.9 < float(found.spectrum[0]) <= 1 + 1e-12
+
+
+def test_many_small_singular_values_are_left_to_a_decomposition():
+    values = np.append(np.geomspace(1.0, 1e-3, 100), np.zeros(200))
+    assert smallest_singular_values(with_singular_values(300, 400, values, seed=0)) is None
+    assert smallest_singular_values(torch.zeros(300, 300, dtype=torch.float64)) is None
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_wrong_rank_in_large_spectra(seed):
+    generator = np.random.default_rng(seed)
+    rank = int(generator.integers(220, 301))
+    values = 10.0 ** -generator.uniform(0, generator.uniform(1, 12), 300)
+    values[rank:] *= 10.0 ** -generator.uniform(2, 14)
+    values = np.sort(values)[::-1] / values.max()
+    rtol = 10.0 ** -generator.uniform(8, 12)
+    matrix = with_singular_values(300, 700, values, seed=seed)
+    found = rank_of_sketch(sketched(DenseGradients(matrix), seed=seed), rtol=rtol)
+    if found is not None:
+        assert found.rank == (values > rtol).sum()
+        assert all(count == (values > tolerance).sum() for tolerance, count in found.at.items())
 
 
 # Any rank by a narrow sketch.

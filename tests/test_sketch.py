@@ -17,6 +17,8 @@ from lightning_basin.functional.sketch import (
     SpectrumAccumulator,
     StackedGradients,
     gradient_spectrum,
+    gram_of,
+    rows_independent_in_few_columns,
     sketched_spectrum,
 )
 
@@ -364,13 +366,13 @@ def test_wide_matrices_of_full_rank_are_judged_by_the_gram_matrix():
 def test_large_gram_matrices_are_symmetric_products(k, c, t):
     parts = (khatri_rao(k=k, c=c, t=t), DenseGradients(drawn(k * c, 5)))
     columns = (torch.arange(10), torch.arange(10, 15))
-    stacked = StackedGradients(parts, columns, num_rows=k * c, num_columns=15)
+    stacked = StackedGradients(parts, columns, num_rows=k * c, num_columns=15, device=torch.device("cpu"))
     for gradients in (*parts, stacked):
         rows = gradients.rows().numpy()
         np.testing.assert_allclose(gradients.gram.numpy(), rows @ rows.T, rtol=1e-12, atol=1e-12)
     accumulator = SpectrumAccumulator(k * c, 30, generator_of(0))
     accumulator.add(stacked)
-    accumulator.add(stacked, lambda: stacked.gram)
+    accumulator.add(stacked, lambda: gram_of(stacked))
     assert accumulator.proved_rank() is None or accumulator.proved_rank().rank == 15
 
 
@@ -453,22 +455,101 @@ def test_a_spectrum_of_nothing_is_refused(num_columns):
 
 @pytest.mark.parametrize(("num_rows", "num_columns"), [(200, 90000), (100, 900), (400, 600), (600, 400)])
 @pytest.mark.parametrize("deficit", [0, 1, 30])
-def test_the_rank_that_is_proved_is_that_of_the_spectrum(num_rows, num_columns, deficit):
+@pytest.mark.parametrize("is_postponed", [False, True])
+def test_the_rank_that_is_proved_is_that_of_the_spectrum(num_rows, num_columns, deficit, is_postponed):
     size = min(num_rows, num_columns)
     values = np.append(np.geomspace(1.0, 1e-3, size - deficit), np.full(deficit, 0.0))
     matrix = with_singular_values(size, max(num_rows, num_columns), values, seed=1)
-    accumulator = SpectrumAccumulator(num_rows, num_columns, generator_of(0))
+    accumulator = SpectrumAccumulator(num_rows, num_columns, generator_of(0), is_postponed=is_postponed)
     accumulator.add(DenseGradients(matrix if num_rows == size else matrix.mT.contiguous()))
     proved, spectrum = accumulator.proved_rank(), accumulator.spectrum()
     assert gradient_rank(spectrum).rank == size - deficit
     is_tiny = num_rows == 100  # Where singular values are as fast.
-    assert proved is None if is_tiny else proved.method == ("sketch" if deficit else "cholesky")
+    # Without a Gram matrix of the rows, a sketch shows full rank as well.
+    method = "sketch" if deficit or (is_postponed and num_rows < num_columns) else "cholesky"
+    assert proved is None if is_tiny else proved.method == method
     assert proved is None or (proved.rank, proved.rtol) == (size - deficit, spectrum.rtol)
 
 
-def test_a_rank_is_proved_from_sketches_that_could_not_wait():
+@pytest.mark.parametrize("is_postponed", [False, True])
+def test_a_rank_is_proved_from_sketches_that_could_not_wait(is_postponed):
     matrix = with_singular_values(300, 40000, np.append(np.ones(250), np.zeros(50)), seed=2)
-    accumulator = SpectrumAccumulator(300, 40000, generator_of(0), max_waiting=300 * 15000)
+    accumulator = SpectrumAccumulator(300, 40000, generator_of(0), max_waiting=300 * 15000, is_postponed=is_postponed)
     for block in matrix.split(10000, dim=1):
         accumulator.add(DenseGradients(block))
     assert accumulator.proved_rank().rank == gradient_rank(accumulator.spectrum()).rank == 250
+
+
+# Independent rows in few columns.
+
+
+def narrow_parts():
+    return {
+        "sequence": khatri_rao(k=6, c=4, t=9, d_in=40, d_out=30),
+        "single": khatri_rao(k=6, c=4, t=1, d_in=40, d_out=30),
+        "dense": DenseGradients(drawn(24, 1201)),
+    }
+
+
+@pytest.mark.parametrize("kind", narrow_parts())
+def test_few_columns_are_the_whole_times_orthonormal_vectors(kind):
+    gradients = narrow_parts()[kind]
+    narrow = gradients.narrowed(48, generator_of(0))
+    assert 48 <= narrow.num_columns < gradients.num_columns
+    assert narrow.gram_work < gradients.gram_work / 2
+    # narrow = rows @ S: S from as many rows of a full set, and at right angles.
+    left_out = gradients.gram - narrow.gram
+    assert float(torch.linalg.eigvalsh(left_out).min()) > -1e-9
+    assert int((torch.linalg.eigvalsh(narrow.gram) > 1e-9).sum()) == 24
+
+
+@pytest.mark.parametrize("kind", narrow_parts())
+def test_narrowed_gradients_mix_columns_as_one_orthonormal_matrix(kind):
+    """Narrowing is linear in the rows: what it makes of the unit matrix is the matrix it multiplies by."""
+    if kind == "dense":
+        mixing = DenseGradients(torch.eye(100, dtype=torch.float64)).narrowed(8, generator_of(1)).matrix[:96]
+    else:
+        # One input whose only activations and signals are unit vectors gives the units of the matrix.
+        d_in, d_out = 6, 5
+        activations = torch.eye(d_in, dtype=torch.float64).repeat_interleave(d_out, 0).view(d_in * d_out, 1, d_in)
+        signals = torch.eye(d_out, dtype=torch.float64).repeat(d_in, 1).view(d_in * d_out, 1, 1, d_out)
+        if kind == "sequence":  # A position without effect.
+            activations, signals = (torch.cat([part, torch.zeros_like(part)], -2) for part in (activations, signals))
+        mixing = KhatriRaoGradients(activations, signals).narrowed(8, generator_of(1)).rows()
+    torch.testing.assert_close(mixing.mT @ mixing, torch.eye(mixing.shape[1], dtype=torch.float64))
+
+
+def test_independent_rows_are_found_in_few_columns_of_each_part():
+    parts = narrow_parts()
+    columns = torch.split(torch.arange(2431), [1230, 1201])
+    stacked = StackedGradients(
+        (parts["sequence"], parts["dense"]), columns, num_rows=24, num_columns=2431, device=torch.device("cpu")
+    )
+    for gradients in (*parts.values(), stacked):
+        found = rows_independent_in_few_columns(gradients, generator_of(0))
+        exact = torch.linalg.svdvals(gradients.rows())
+        assert found.num_rows == 24
+        assert found.least < found.smallest < float(exact[-1]) < float(exact[0])
+        assert found.largest < float(exact[0])
+
+
+def test_rows_that_depend_on_each_other_are_not_independent_in_few_columns():
+    whole = narrow_parts()["sequence"]
+    activations, signals = whole.activations.clone(), whole.output_gradients.clone()
+    activations[-1], signals[-1] = activations[0], signals[0]
+    assert rows_independent_in_few_columns(KhatriRaoGradients(activations, signals), generator_of(0)) is None
+
+
+def test_few_columns_are_not_looked_at_where_all_cost_no_more():
+    assert rows_independent_in_few_columns(DenseGradients(drawn(24, 60)), generator_of(0)) is None
+
+
+def test_a_kronecker_product_shows_independent_rows_by_its_factors():
+    activations = drawn(30, 40).view(30, 1, 40)
+    signals = drawn(4, 6).view(1, 4, 1, 6).expand(30, 4, 1, 6)
+    found = rows_independent_in_few_columns(KhatriRaoGradients(activations, signals), generator_of(0))
+    exact = torch.linalg.svdvals(KhatriRaoGradients(activations, signals).rows())
+    assert found.least < found.smallest == pytest.approx(float(exact[-1]), rel=1e-9)
+    assert found.largest == pytest.approx(float(exact[0]), rel=1e-9)
+    activations = torch.cat([activations[:-1], activations[:1]])
+    assert rows_independent_in_few_columns(KhatriRaoGradients(activations, signals), generator_of(0)) is None

@@ -8,13 +8,14 @@ sums over layers. Axis letters: k inputs, c outputs per input, m = k * c rows, t
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
 
+from lightning_basin.functional.gram import GramMatrix
 from lightning_basin.functional.jacobian import weighted_rows
-from lightning_basin.functional.proofs import OVERSAMPLING, full_rank_of_gram, rank_of_sketch
+from lightning_basin.functional.proofs import OVERSAMPLING, IndependentRows, independent_rows, rank_of_sketch
 from lightning_basin.functional.rank import (
     EPSILON,
     GRAM_RESOLUTION,
@@ -27,12 +28,12 @@ from lightning_basin.functional.rank import (
     singular_values,
 )
 
-_GRAM_BLOCKS = 8  # in which the lower half of a Gram matrix is computed: 9/16 of all products
-_LEAST_BLOCK_ROWS = 64  # of one: fewer are slower, row for row
 _CHUNK_ELEMENTS = 2**22  # float64 numbers in a temporary: 32 MiB
 _WAITING_ELEMENTS = 2**26  # and in the matrices or factors that wait for their sketch: 512 MiB
 _DENSE_ELEMENTS = 2e7  # entries of a matrix that is decomposed as it stands: 160 MB
 _TINY_WORK = 2e7  # min(rows, columns)**2 * max(rows, columns) up to which singular values take milliseconds
+_FEW_COLUMNS = 2  # times as many as rows: singular values then shrink little more than the norm does
+_MUCH_LESS = 2.0  # times the operations
 _DENSE_WORK = 2e9  # and rows**2 * columns, the cost of its triangular factor: about 0.1 s
 
 
@@ -67,6 +68,11 @@ class KhatriRaoGradients:
         """Numbers that are held."""
         return self.activations.numel() + self.output_gradients.numel()
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.activations.device
+
     def rows(self) -> Tensor:
         """The gradients themselves, shape ``(m, d_out * d_in)``."""
         k, c, t, d_out = self.output_gradients.shape
@@ -75,29 +81,48 @@ class KhatriRaoGradients:
 
     @property
     def gram(self) -> Tensor:
-        r"""Products of all pairs of rows, shape ``(m, m)``; computed anew at each access.
+        """Products of all pairs of rows, shape ``(m, m)``; computed anew at each access."""
+        return gram_of(self).whole()
+
+    @property
+    def gram_work(self) -> float:
+        """Operations that the Gram matrix takes, about."""
+        k, c, t, d_out = self.output_gradients.shape
+        by_pair = d_out if t == 1 else self.num_columns
+        return (k * c) ** 2 * by_pair + (0.0 if t == 1 else 2.0 * k * c * t * self.num_columns)
+
+    def add_gram(self, gram: GramMatrix) -> None:
+        r"""Add the products of all pairs of rows.
 
         With one position, :math:`G G^T = (A A^T \otimes 1 1^T) \circ B B^T`, which never forms a row.
         """
-        return _symmetric(self.activations.new_zeros(self.num_rows, self.num_rows), self.add_lower_gram)
-
-    def add_lower_gram(self, gram: Tensor) -> None:
-        """Add the products of each row with those before it to a matrix whose upper half is nobody's concern."""
         k, c, t, d_out = self.output_gradients.shape
         if t == 1:
-            signals = self.output_gradients.reshape(k * c, d_out)
             activations = self.activations.reshape(k, -1)
-            products = activations @ activations.mT
-            for rows in _blocks(k, _block_rows(k * c) // c):
-                stop = rows.stop * c
-                part = (signals[rows.start * c : stop] @ signals[:stop].mT).view(-1, c, rows.stop, c)
-                below = gram[rows.start * c : stop, :stop].view(-1, c, rows.stop, c)
-                below.addcmul_(part, products[rows, None, : rows.stop, None])
+            gram.add_scaled_products(self.output_gradients.reshape(k * c, d_out), activations @ activations.mT)
             return
         units = max(1, _CHUNK_ELEMENTS // max(1, k * c * self.activations.shape[-1]))
         for start in range(0, d_out, units):
             chosen = self.output_gradients[..., start : start + units].transpose(2, 3).reshape(k, -1, t)
-            _add_lower_products(gram, (chosen @ self.activations).reshape(k * c, -1))
+            gram.add_products((chosen @ self.activations).reshape(k * c, -1))
+
+    def narrowed(self, num_columns: int, generator: Generator) -> "KhatriRaoGradients":
+        """Times random orthonormal vectors, Kronecker products of such: ``num_columns`` of them, or hardly more.
+
+        Rows that are independent then are so in the whole, whose singular values are no smaller (Weyl, 1912).
+        """
+        k, c, t, d_out = self.output_gradients.shape
+        d_in = self.activations.shape[-1]
+        share = math.sqrt(min(1.0, num_columns / max(1, self.num_columns)))
+        if t == 1:  # What enters costs nothing; the c rows of an input need as many directions of what leaves.
+            from_inputs, from_outputs = d_in, max(c, math.ceil(num_columns / max(1, min(k, d_in))))
+        else:
+            from_inputs, from_outputs = math.ceil(d_in * share), math.ceil(d_out * share)
+        return replace(
+            self,
+            activations=_mixed(self.activations, from_inputs, generator),
+            output_gradients=_mixed(self.output_gradients, from_outputs, generator),
+        )
 
     def kronecker_spectrum(self) -> Tensor | None:
         r"""Singular values where all inputs have the same derivatives, as for a linear layer at the end.
@@ -184,6 +209,11 @@ class DenseGradients:
         """Numbers that are held."""
         return self.matrix.numel()
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.matrix.device
+
     def rows(self) -> Tensor:
         """The matrix, shape ``(m, N)``."""
         return self.matrix
@@ -191,11 +221,28 @@ class DenseGradients:
     @property
     def gram(self) -> Tensor:
         """Products of all pairs of rows, shape ``(m, m)``; computed anew at each access."""
-        return _symmetric(self.matrix.new_zeros(self.num_rows, self.num_rows), self.add_lower_gram)
+        return gram_of(self).whole()
 
-    def add_lower_gram(self, gram: Tensor) -> None:
-        """Add the products of each row with those before it to a matrix whose upper half is nobody's concern."""
-        _add_lower_products(gram, self.matrix)
+    @property
+    def gram_work(self) -> float:
+        """Operations that the Gram matrix takes, about."""
+        return float(self.num_rows) ** 2 * self.num_columns
+
+    def add_gram(self, gram: GramMatrix) -> None:
+        """Add the products of all pairs of rows."""
+        gram.add_products(self.matrix)
+
+    def narrowed(self, num_columns: int, generator: Generator) -> "DenseGradients":
+        """Times random orthonormal vectors, each of which mixes columns of its own; see `KhatriRaoGradients.narrowed`.
+
+        The last columns, fewer than ``num_columns``, may be left out.
+        """
+        mixed = self.num_columns // max(1, num_columns)
+        if mixed <= 1:
+            return self
+        drawn = _gaussian(mixed, num_columns, generator, like=self.matrix)
+        columns = self.matrix[:, : mixed * num_columns].reshape(-1, mixed, num_columns)
+        return DenseGradients(torch.einsum("mgs,gs->ms", columns, drawn / drawn.norm(dim=0)))
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
         """The matrix times a subsampled random Fourier transform, shape ``(m, num_columns)``.
@@ -240,14 +287,14 @@ class StackedGradients:
         columns: For each part where its columns stand; columns of no part are zero.
         num_rows: m.
         num_columns: N.
-        device: Where they are, for those without parts.
+        device: Where they are.
     """
 
     parts: "tuple[KhatriRaoGradients | DenseGradients, ...]"
     columns: tuple[Tensor, ...]
     num_rows: int
     num_columns: int
-    device: torch.device = field(default=torch.device("cpu"), kw_only=True)
+    device: torch.device
 
     @property
     def num_elements(self) -> int:
@@ -264,12 +311,23 @@ class StackedGradients:
     @property
     def gram(self) -> Tensor:
         """Products of all pairs of rows, shape ``(m, m)``; computed anew at each access."""
-        return _symmetric(self._zeros(self.num_rows, self.num_rows), self.add_lower_gram)
+        return gram_of(self).whole()
 
-    def add_lower_gram(self, gram: Tensor) -> None:
-        """Add the products of each row with those before it to a matrix whose upper half is nobody's concern."""
+    @property
+    def gram_work(self) -> float:
+        """Operations that the Gram matrix takes, about."""
+        return sum(part.gram_work for part in self.parts)
+
+    def add_gram(self, gram: GramMatrix) -> None:
+        """Add the products of all pairs of rows."""
         for part in self.parts:
-            part.add_lower_gram(gram)
+            part.add_gram(gram)
+
+    def narrowed(self, num_columns: int, generator: Generator) -> "StackedGradients":
+        """Each part narrowed by its share of the columns; see `KhatriRaoGradients.narrowed`."""
+        share = min(1.0, num_columns / max(1, self.num_columns))
+        parts = [part.narrowed(math.ceil(part.num_columns * share), generator) for part in self.parts]
+        return stacked(parts, self.num_rows, self.device)
 
     def kronecker_spectrum(self) -> Tensor | None:
         """See `KhatriRaoGradients.kronecker_spectrum`; ``None`` where there are other parts."""
@@ -296,8 +354,7 @@ class StackedGradients:
         return replace(self, parts=tuple(part.magnitudes() for part in self.parts))
 
     def _zeros(self, *shape: int) -> Tensor:
-        device = self.columns[0].device if self.columns else self.device
-        return torch.zeros(shape, dtype=torch.float64, device=device)
+        return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def weighted(self, blocks: Tensor) -> "StackedGradients":
         """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
@@ -308,28 +365,38 @@ class StackedGradients:
 LayerGradients = KhatriRaoGradients | DenseGradients | StackedGradients
 
 
-def _symmetric(gram: Tensor, add_lower: Callable[[Tensor], None]) -> Tensor:
-    """A Gram matrix of which only the lower half is computed: half the operations."""
-    add_lower(gram)
-    return _mirrored(gram)
+def rows_independent_in_few_columns(gradients: LayerGradients, generator: Generator) -> IndependentRows | None:
+    """Prove that all rows are independent, where this takes much less than their Gram matrix.
+
+    Args:
+        gradients: Of at least as many columns as rows.
+        generator: On the CPU; for random vectors.
+
+    Returns:
+        ``None`` where that is not so, or not cheaper.
+    """
+    if not isinstance(gradients, DenseGradients) and (spectrum := gradients.kronecker_spectrum()) is not None:
+        smallest, largest = float(spectrum[-1]), float(spectrum[0])
+        is_clear = smallest > GRAM_RESOLUTION * largest
+        return IndependentRows(gradients.num_rows, smallest / 2, smallest, largest) if is_clear else None
+    narrow = gradients.narrowed(_FEW_COLUMNS * gradients.num_rows, generator)
+    return independent_rows(gram_of(narrow)) if _MUCH_LESS * narrow.gram_work < gradients.gram_work else None
 
 
-def _mirrored(gram: Tensor) -> Tensor:
-    """The matrix, its lower half copied over the upper one."""
-    for rows in _blocks(len(gram), _block_rows(len(gram))):
-        gram[: rows.start, rows] = gram[rows, : rows.start].mT
-        lower = gram[rows, rows].tril()
-        gram[rows, rows] = lower + lower.tril(-1).mT
+def gram_of(gradients: LayerGradients) -> GramMatrix:
+    """Products of all pairs of rows, of which the lower half is computed."""
+    gram = GramMatrix(gradients.num_rows, gradients.device)
+    gradients.add_gram(gram)
     return gram
 
 
-def _add_lower_products(gram: Tensor, matrix: Tensor) -> None:
-    for rows in _blocks(len(matrix), _block_rows(len(matrix))):
-        gram[rows, : rows.stop].addmm_(matrix[rows], matrix[: rows.stop].mT)
-
-
-def _block_rows(num_rows: int) -> int:
-    return max(_LEAST_BLOCK_ROWS, math.ceil(num_rows / _GRAM_BLOCKS))
+def stacked(
+    parts: Sequence[KhatriRaoGradients | DenseGradients], num_rows: int, device: torch.device
+) -> StackedGradients:
+    """Parts side by side, in their order."""
+    widths = [part.num_columns for part in parts]
+    columns = torch.split(torch.arange(sum(widths), device=device), widths)
+    return StackedGradients(tuple(parts), tuple(columns), num_rows=num_rows, num_columns=sum(widths), device=device)
 
 
 def _blocks(length: int, size: int) -> Iterator[slice]:
@@ -349,6 +416,7 @@ class SpectrumAccumulator:
         generator: On the CPU; the source of the sketch's random vectors.
         max_waiting: Numbers that may be held of matrices that wait for their sketch.
         epsilon: Rounding of the numbers in the matrices, where these were evaluated in a lower precision than float64.
+        is_postponed: Whether Gram matrices are formed only when the spectrum is asked for, as it may not be.
 
     Attributes:
         is_tiny: Whether the spectrum takes milliseconds.
@@ -362,8 +430,10 @@ class SpectrumAccumulator:
         *,
         max_waiting: int = _WAITING_ELEMENTS,
         epsilon: float = EPSILON,
+        is_postponed: bool = False,
     ) -> None:
         self._max_waiting = max_waiting
+        self._is_postponed = is_postponed
         self._epsilon = epsilon
         self._num_rows = num_rows
         self._num_columns = num_columns
@@ -375,28 +445,40 @@ class SpectrumAccumulator:
             fewer * more <= min(max_waiting, _DENSE_ELEMENTS) and work <= _DENSE_WORK
         )
         self._has_more_rows = num_rows > num_columns
-        self._lower_gram: Tensor | None = None  # Above the diagonal it may lack what was added.
+        self._gram: GramMatrix | None = None
         self._sketch: Tensor | None = None
         self._waiting: list[LayerGradients] = []
 
-    def add(self, gradients: LayerGradients, gram: Callable[[], Tensor] | None = None) -> None:
+    def add(self, gradients: LayerGradients, gram: Callable[[], GramMatrix] | None = None) -> None:
         """Take the next matrix into account.
 
         Args:
             gradients: Of any number of columns.
-            gram: Returns ``gradients.gram``, where others need it too.
+            gram: Returns `gram_of` these, where others need it too.
         """
         self._waiting.append(gradients)
+        if not self._is_postponed:
+            self._add_gram(gradients, gram)
+        if not self._is_small and sum(waiting.num_elements for waiting in self._waiting) > self._max_waiting:
+            self._form_gram()
+            self._add_sketches()
+
+    def _add_gram(self, gradients: LayerGradients, gram: Callable[[], GramMatrix] | None = None) -> None:
         if self.is_tiny or (self._is_small and self._has_more_rows):
             return
-        if self._lower_gram is not None:
-            gradients.add_lower_gram(self._lower_gram) if gram is None else self._lower_gram.add_(gram())
-        elif gram is None:
-            self._lower_gram = gradients.gram
-        else:  # A single matrix needs no sum of its own.
-            self._lower_gram = gram() if gradients.num_columns == self._num_columns else gram().clone()
-        if not self._is_small and sum(waiting.num_elements for waiting in self._waiting) > self._max_waiting:
-            self._add_sketches()
+        if gram is not None and gradients.num_columns == self._num_columns:
+            self._gram = gram()  # A single matrix needs no sum of its own.
+            return
+        if self._gram is None:
+            self._gram = GramMatrix(self._num_rows, gradients.device)
+        gradients.add_gram(self._gram) if gram is None else self._gram.add(gram())
+
+    def _form_gram(self) -> None:
+        """Add the Gram matrices that have been postponed; from now on none is."""
+        if self._is_postponed:
+            self._is_postponed = False
+            for gradients in self._waiting:
+                self._add_gram(gradients)
 
     def spectrum(self) -> Spectrum:
         """Singular values of everything that was added.
@@ -418,14 +500,14 @@ class SpectrumAccumulator:
         factored = self._kronecker_spectrum()
         if factored is not None:
             return factored
-        gram = self._gram()
-        if not self._is_small and gram is not None:
+        self._form_gram()
+        if not self._is_small and self._gram is not None:
             return _unfinished_sketched_spectrum(
-                gram, self._add_sketches, num_columns=2 * self._num_rows, epsilon=self._epsilon
+                self._gram.whole(), self._add_sketches, num_columns=2 * self._num_rows, epsilon=self._epsilon
             )
-        rtol = self._default_rtol
-        if gram is not None and (self._is_rounded or full_rank_of_gram(gram, rtol=rtol) is not None):
-            return UnfinishedSpectrum(gram, rtol=rtol, method="gram", epsilon=self._epsilon)
+        rtol = self.default_rtol
+        if self._gram is not None and (self._is_rounded or independent_rows(self._gram) is not None):
+            return UnfinishedSpectrum(self._gram.whole(), rtol=rtol, method="gram", epsilon=self._epsilon)
         return UnfinishedSpectrum(self._matrix(), rtol=rtol, method="svd", epsilon=self._epsilon)
 
     @property
@@ -434,7 +516,7 @@ class SpectrumAccumulator:
         return self._epsilon >= GRAM_RESOLUTION
 
     @property
-    def _default_rtol(self) -> float:
+    def default_rtol(self) -> float:
         """That of the matrix which is decomposed: the whole, or its sketch."""
         num_columns = self._num_columns if self._is_small else 2 * self._num_rows
         return default_rtol(self._num_rows, num_columns, self._epsilon)
@@ -452,29 +534,29 @@ class SpectrumAccumulator:
         if self.is_tiny or self._kronecker_spectrum() is not None:  # The spectrum is as fast.
             return None
         if rtol is None:
-            rtol = self._default_rtol
-        gram = self._gram()
-        if gram is None:
-            gram = DenseGradients(self._matrix().mT).gram
-        found = full_rank_of_gram(gram, rtol=rtol, epsilon=self._epsilon)
-        if found is None and self._is_rounded and self._lower_gram is not None:  # Its eigenvalues are faster.
-            return None
+            rtol = self.default_rtol
+        found = None
+        if self._gram is not None or (self._is_small and self._has_more_rows):
+            gram = gram_of(DenseGradients(self._matrix().mT)) if self._gram is None else self._gram
+            independent = independent_rows(gram, resolution=rtol)
+            found = None if independent is None else independent.rank(rtol=rtol, epsilon=self._epsilon)
+        if found is None and self._is_rounded and not (self._is_small and self._has_more_rows):
+            return None  # The eigenvalues of a Gram matrix are faster.
         if found is None:
             found = rank_of_sketch(self._narrow_sketch(), rtol=rtol, epsilon=self._epsilon)
         if found is None:
             return None
-        resolved = resolved_tolerances(self._default_rtol, self._epsilon)
+        resolved = resolved_tolerances(self.default_rtol, self._epsilon)
         return replace(found, at={tolerance: rank for tolerance, rank in found.at.items() if tolerance in resolved})
 
     def _narrow_sketch(self) -> Tensor:
         if self._sketch is not None:  # Some could not wait: their sketch is the wide one.
             return self._add_sketches()
-        sketched: Sequence[LayerGradients] = [DenseGradients(self._matrix())] if self._is_small else self._waiting
         num_columns = math.ceil(OVERSAMPLING * min(self._num_rows, self._num_columns))
-        return _sum_of_sketches(sketched, num_columns, self._generator)
-
-    def _gram(self) -> Tensor | None:
-        return None if self._lower_gram is None else _mirrored(self._lower_gram)
+        if not self._is_small:
+            return _sum_of_sketches(self._waiting, num_columns, self._generator)
+        matrix = self._matrix().mT if self._has_more_rows else self._matrix()
+        return matrix if matrix.shape[1] <= num_columns else DenseGradients(matrix).sketch(num_columns, self._generator)
 
     def _matrix(self) -> Tensor:
         return torch.cat([gradients.rows() for gradients in self._waiting], dim=1)
@@ -601,6 +683,12 @@ def gradient_spectrum(gradients: Sequence[LayerGradients], *, generator: Generat
     for block in gradients:
         accumulator.add(block)
     return accumulator.spectrum()
+
+
+def _mixed(tensor: Tensor, count: int, generator: Generator) -> Tensor:
+    """The last axis along random orthonormal directions, as many as asked for; unless there are no more."""
+    length = tensor.shape[-1]
+    return tensor if count >= length else tensor @ torch.linalg.qr(_gaussian(length, count, generator, like=tensor)).Q
 
 
 def _gaussian(rows: int, columns: int, generator: Generator, *, like: Tensor) -> Tensor:

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import torch
+
+from lightning_basin.functional.gram import GramMatrix
+
+SIZES = [1, 2, 63, 64, 65, 127, 128, 129, 513, 700]
+
+
+def integers(rows, columns, *, seed=0):
+    """Small integers: their products are exact."""
+    return np.random.default_rng(seed).integers(-4, 5, (rows, columns))
+
+
+def as_tensor(matrix):
+    return torch.from_numpy(matrix.astype(np.float64))
+
+
+def gram_of_integers(size):
+    rows = integers(size, size + 3)
+    gram = GramMatrix(size)
+    gram.add_products(as_tensor(rows))
+    return gram, rows @ rows.T
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_products_of_all_pairs_of_rows_add_up(size):
+    first, second = integers(size, 3), integers(size, 5, seed=1)
+    exact = first @ first.T + second @ second.T
+    gram, other = GramMatrix(size), GramMatrix(size)
+    gram.add_products(as_tensor(first))
+    other.add_products(as_tensor(second))
+    gram.add(other)
+    assert np.array_equal(gram.whole().numpy(), exact)
+    other.add_products(as_tensor(first))
+    assert np.array_equal(other.whole().numpy(), exact)
+    into_nothing = GramMatrix(size)
+    into_nothing.add(other)
+    assert np.array_equal(into_nothing.whole().numpy(), exact)
+    into_nothing.add(GramMatrix(size))
+    assert np.array_equal(into_nothing.whole().numpy(), exact)
+
+
+@pytest.mark.parametrize(("k", "c"), [(1, 1), (1, 200), (7, 3), (70, 7), (640, 1), (3, 211), (100, 13)])
+def test_scaled_products_are_products_times_the_number_of_their_inputs(k, c):
+    first, second = integers(k * c, 3), integers(k * c, 2, seed=1)
+    scales = integers(k, k, seed=2)
+    scales = scales + scales.T
+    exact = (first @ first.T) * np.kron(scales, np.ones((c, c), dtype=int))
+    gram = GramMatrix(k * c)
+    gram.add_scaled_products(as_tensor(first), as_tensor(scales))
+    assert np.array_equal(gram.whole().numpy(), exact)
+    # Blocks of whole inputs and of any rows are not the same blocks.
+    mixed = GramMatrix(k * c)
+    mixed.add_products(as_tensor(second))
+    mixed.add_scaled_products(as_tensor(first), as_tensor(scales))
+    assert np.array_equal(mixed.whole().numpy(), exact + second @ second.T)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_norm_and_products_with_vectors(size):
+    gram, exact = gram_of_integers(size)
+    vectors = integers(size, 3, seed=2)
+    assert gram.norm == pytest.approx(np.linalg.norm(exact), rel=1e-14)
+    assert np.array_equal(gram.times(as_tensor(vectors)).numpy(), exact @ vectors)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shift", [0.0, -2.0])
+def test_the_factor_inverts_the_shifted_matrix(size, shift):
+    gram, exact = gram_of_integers(size)
+    shifted = exact - shift * np.eye(size)
+    vectors = integers(size, 2, seed=2)
+    found = gram.factor(shift=shift).solve(as_tensor(vectors)).numpy()
+    residual = np.abs(shifted @ found - vectors).max()
+    assert residual <= 1e-13 * np.abs(shifted).sum(1).max() * np.abs(found).max()
+    assert np.array_equal(gram.whole().numpy(), exact)  # It is as it was.
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_there_is_no_factor_of_what_is_not_positive(size):
+    gram, exact = gram_of_integers(size)
+    smallest, largest = np.linalg.eigvalsh(exact)[[0, -1]]
+    assert gram.factor(shift=smallest + 1e-12 * largest) is None
+    assert gram.factor(shift=2.0 * largest) is None
+    assert (gram.factor(shift=smallest - 1e-11 * largest)) is not None
+
+
+def test_nothing_is_the_zero_matrix():
+    gram = GramMatrix(3)
+    assert (gram.norm, gram.factor()) == (0.0, None)
+    assert not gram.times(torch.ones(3, 2, dtype=torch.float64)).any()
+    assert not gram.whole().any()
+    gram = GramMatrix(0)
+    gram.add_products(torch.zeros(0, 4, dtype=torch.float64))
+    assert gram.whole().shape == (0, 0)
