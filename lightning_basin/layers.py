@@ -14,6 +14,7 @@ from lightning_basin.copying import is_out_of_memory
 from lightning_basin.functional.rank import Spectrum
 from lightning_basin.functional.sketch import SpectrumAccumulator
 from lightning_basin.operations import Operations, recorded_operations
+from lightning_basin.precision import RaisedPrecision
 from lightning_basin.probe import Probe, map_tensors, tensors_of
 from lightning_basin.processes import Team
 
@@ -143,8 +144,9 @@ class Network:
         """
         hint = "pass behavior=lambda module, inputs: ... that returns one row of outputs per input"
         try:
-            # A copy: a module may write to its input.
-            outputs = self._behavior(self.module, map_tensors(Tensor.clone, probe.inputs))
+            inputs = map_tensors(Tensor.clone, probe.inputs)  # A module may write to its input.
+            with RaisedPrecision(self.dtype):
+                outputs = self._behavior(self.module, inputs)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -196,7 +198,8 @@ class Network:
         remaining = iter(tensors)
         inputs = map_tensors(lambda _: next(remaining).clone(), probe.inputs)
         renamed = {f"module.{name}": value for name, value in parameters.items()}
-        outputs: Tensor = functional_call(_Behaving(self.module, self._behavior), renamed, (inputs,))
+        with RaisedPrecision(self.dtype):
+            outputs: Tensor = functional_call(_Behaving(self.module, self._behavior), renamed, (inputs,))
         # By what the inputs are, as a behavior may drop the axis of a batch of one.
         return self.rows(outputs.reshape(tensors[0].shape[0], -1))
 

@@ -51,6 +51,7 @@ from lightning_basin.layers import (
 )
 from lightning_basin.messages import MessageGroup
 from lightning_basin.plan import MeasurementPlan, plan_measurement
+from lightning_basin.precision import RaisedPrecision
 from lightning_basin.probe import Probe, float64_device, tensors_of
 from lightning_basin.processes import Team, follow
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
@@ -407,6 +408,18 @@ def _behavioral_loss(outputs: Tensor, _: Any) -> Tensor:
     return (outputs - outputs.detach()).square().sum()
 
 
+def _raised(loss_fn: LossFunction | None, dtype: torch.dtype) -> LossFunction | None:
+    """A loss of the user in the precision of the evaluation; the behavioral one has it by itself."""
+    if loss_fn is None or loss_fn is _behavioral_loss:
+        return loss_fn
+
+    def raised(outputs: Tensor, targets: Any) -> Tensor:
+        with RaisedPrecision(dtype):
+            return loss_fn(outputs, targets)
+
+    return raised
+
+
 def _outputs_of(behavior: Behavior | None) -> ModuleBehavior | None:
     """What gives the module's outputs, which the loss takes; ``None`` calls the module."""
     if isinstance(behavior, Probabilities):
@@ -502,7 +515,7 @@ def evaluated(
     device = _device(module)
     with isolated_evaluation(device, dtype), at_rest(module):
         replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=dtype)
-        network = Network(replica, behavior, dtype=dtype)
+        network, loss_fn = Network(replica, behavior, dtype=dtype), _raised(loss_fn, dtype)
         probe = probe.to(device, dtype)
         settle_embeddings(replica, lambda: network.outputs(probe))
         plan = None
