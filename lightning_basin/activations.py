@@ -1,6 +1,6 @@
 """What enters and leaves each layer, input by input, and what inputs that it merges have in common."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,8 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_basin.functional.duplicate_stream import DuplicateSearch
 from lightning_basin.functional.duplicates import are_same, class_means, duplicate_classes, largest_entry
-from lightning_basin.layers import Network, Trace, TracedProbe, agreement_rtol, other_batches
-from lightning_basin.operations import Operations
+from lightning_basin.layers import Network, Trace, TracedProbe, agreement_rtol, passed_otherwise
 from lightning_basin.probe import Probe
 from lightning_basin.replica import isolated_evaluation
 
@@ -50,20 +49,58 @@ class LayerActivations:
         return None if self.entering is None else duplicate_classes(self.entering, rtol=rtol, scales=self.scales)
 
 
-def layer_activations(network: Network, probe: Probe, trace: Trace) -> dict[str, LayerActivations]:
-    """What enters and leaves each called layer, input by input, in the order of first entry.
+Rows = list[int] | None
+"""Rows per input of some tensors, 0 for one that all inputs share; ``None`` where an input's rows are scattered."""
 
-    Which axis of a tensor counts the inputs is found by running other batches that together hold all of them: a tensor
-    whose rows are those of its inputs is sliced, one that stays as it is is shared, any other is collected from runs of
-    single inputs.
+
+@dataclass(frozen=True)
+class InputLayout:
+    """Which part of the tensors that enter and leave each layer belongs to which input."""
+
+    entering: Mapping[str, Rows]
+    leaving: Mapping[str, Rows]
+
+
+def input_layout(network: Network, probe: Probe, trace: Trace, others: Sequence[tuple[Tensor, Trace]]) -> InputLayout:
+    """Find the inputs in traced tensors by those of other batches, which together hold all of them.
 
     Args:
         network: That was traced.
         probe: The inputs.
         trace: Of the probe.
+        others: See `passed_otherwise`; of a single input none are needed.
     """
+    rtol = agreement_rtol(network.dtype)
+
+    def rows(of: Callable[[str, Trace], list[Tensor]], name: str) -> Rows:
+        found = [(indices, of(name, other)) for indices, other in others]
+        return _rows_per_input(of(name, trace), found, probe.size, rtol=rtol)
+
     with torch.no_grad():
-        return _LayoutByExample(network, probe, trace).activations()
+        return InputLayout(
+            entering={name: rows(_entering, name) for name in trace.entering},
+            leaving={name: rows(_leaving, name) for name in trace.entering},
+        )
+
+
+def layer_activations(
+    network: Network, probe: Probe, trace: Trace, layout: InputLayout | None = None
+) -> dict[str, LayerActivations]:
+    """What enters and leaves each called layer, input by input, in the order of first entry.
+
+    A tensor whose rows are those of its inputs is sliced, one that stays as it is is shared, any other is collected
+    from runs of single inputs.
+
+    Args:
+        network: That was traced.
+        probe: The inputs.
+        trace: Of the probe.
+        layout: Of the trace; ``None`` runs other batches to find it.
+    """
+    if layout is None:
+        layout = input_layout(network, probe, trace, passed_otherwise(network, probe) if probe.size > 1 else [])
+    with torch.no_grad():
+        return _LaidOut(network, probe, trace, layout).activations()
 
 
 def parameters_before(network: Network, trace: Trace, name: str) -> list[bool]:
@@ -318,35 +355,21 @@ class _ActivationStream:
         return found | {None: (trace.outputs[:size].unsqueeze(-1).flatten(1), None)}
 
 
-class _LayoutByExample:
-    """Finds which part of each traced tensor belongs to which input."""
+class _LaidOut:
+    """Cuts traced tensors into the parts of the inputs."""
 
-    def __init__(self, network: Network, probe: Probe, trace: Trace) -> None:
+    def __init__(self, network: Network, probe: Probe, trace: Trace, layout: InputLayout) -> None:
         self._network = network
         self._probe = probe
         self._trace = trace
-        self._others = self._other_batches()
+        self._layout = layout
         self._singles: list[Trace] | None = None
-
-    def _other_batches(self) -> list[tuple[Tensor, Trace]]:
-        if self._probe.size == 1:
-            return []
-        halves, all_of_them = other_batches(self._probe.size)
-        try:
-            return [(indices, self._traced(indices)) for indices in halves]
-        except _CANNOT_RUN:  # So few.
-            return [(indices, self._traced(indices)) for indices in all_of_them]
-
-    def _traced(self, indices: Sequence[int] | Tensor) -> Trace:
-        trace = self._network.trace(self._probe.select(indices))
-        trace.operations = Operations()  # What these hold is not needed.
-        return trace
 
     def activations(self) -> dict[str, LayerActivations]:
         found = {}
-        for name, tensors in self._trace.entering.items():
-            entering = self._by_input(tensors, partial(_entering, name))
-            leaving = self._by_input(_leaving(name, self._trace), partial(_leaving, name))
+        for name in self._trace.entering:
+            entering = self._by_input(partial(_entering, name), self._layout.entering[name])
+            leaving = self._by_input(partial(_leaving, name), self._layout.leaving[name])
             part = self._network.module.get_submodule(name)
             found[name] = LayerActivations(
                 entering=torch.cat([_real(tensor).flatten(1) for tensor in entering], dim=1) if entering else None,
@@ -355,34 +378,22 @@ class _LayoutByExample:
             )
         return found
 
-    def _by_input(self, tensors: Sequence[Tensor], of: Callable[[Trace], list[Tensor]]) -> list[Tensor]:
+    def _by_input(self, of: Callable[[Trace], list[Tensor]], rows: Rows) -> list[Tensor]:
         """The tensors that have a part per input, each as ``(k, rows, ...)``."""
-        num_inputs = self._probe.size
-        tensors = [_by_parts(tensor.detach()) for tensor in tensors]
-        if not self._others:
-            kept = [tensor for tensor in tensors if tensor.ndim and tensor.shape[0] == num_inputs]
-            return [tensor.unsqueeze(1) for tensor in kept]
-        others = [(indices, of(trace)) for indices, trace in self._others]
-        if all(len(found) == len(tensors) for _, found in others):
-            rtol = agreement_rtol(self._network.dtype)
-            layouts = [
-                _layout(tensor, [(indices, found[place]) for indices, found in others], num_inputs, rtol=rtol)
-                for place, tensor in enumerate(tensors)
-            ]
-            if None not in layouts:
-                rows = tuple(layout for layout in layouts if layout is not None)
-                return [
-                    tensor.reshape(num_inputs, count, *tensor.shape[1:])
-                    for tensor, count in zip(tensors, rows, strict=True)
-                    if count
-                ]
-        return self._collected(of)
+        if rows is None:
+            return self._collected(of)
+        tensors = [_by_parts(tensor.detach()) for tensor in of(self._trace)]
+        return [
+            tensor.reshape(self._probe.size, count, *tensor.shape[1:])
+            for tensor, count in zip(tensors, rows, strict=True)
+            if count
+        ]
 
     def _collected(self, of: Callable[[Trace], list[Tensor]]) -> list[Tensor]:
         """Tensors put together from runs of single inputs; none where these differ in shape."""
         if self._singles is None:
             try:
-                self._singles = [self._traced([index]) for index in range(self._probe.size)]
+                self._singles = [self._network.passed(self._probe.select([index])) for index in range(self._probe.size)]
             except _CANNOT_RUN:
                 self._singles = []
         shapes = {tuple(tensor.shape for tensor in of(run)) for run in self._singles}
@@ -398,6 +409,22 @@ def _entering(name: str, trace: Trace) -> list[Tensor]:
 
 def _leaving(name: str, trace: Trace) -> list[Tensor]:
     return trace.leaving.get(name, [])
+
+
+def _rows_per_input(
+    tensors: Sequence[Tensor], others: Sequence[tuple[Tensor, list[Tensor]]], num_inputs: int, *, rtol: float
+) -> Rows:
+    """Where the inputs are in tensors of all inputs, seen from those in their place in other batches."""
+    parts = [_by_parts(tensor.detach()) for tensor in tensors]
+    if num_inputs == 1:
+        return [int(part.ndim > 0 and len(part) == 1) for part in parts]
+    if any(len(found) != len(parts) for _, found in others):
+        return None
+    layouts = [
+        _layout(part, [(indices, found[place]) for indices, found in others], num_inputs, rtol=rtol)
+        for place, part in enumerate(parts)
+    ]
+    return None if None in layouts else [layout for layout in layouts if layout is not None]
 
 
 def _layout(tensor: Tensor, others: Sequence[tuple[Tensor, Tensor]], num_inputs: int, *, rtol: float) -> int | None:

@@ -14,6 +14,7 @@ from lightning_basin.copying import is_out_of_memory
 from lightning_basin.functional.rank import Spectrum
 from lightning_basin.functional.sketch import SpectrumAccumulator
 from lightning_basin.operations import Operations, recorded_operations
+from lightning_basin.precision import RaisedPrecision
 from lightning_basin.probe import Probe, map_tensors, tensors_of
 from lightning_basin.processes import Team
 
@@ -143,8 +144,9 @@ class Network:
         """
         hint = "pass behavior=lambda module, inputs: ... that returns one row of outputs per input"
         try:
-            # A copy: a module may write to its input.
-            outputs = self._behavior(self.module, map_tensors(Tensor.clone, probe.inputs))
+            inputs = map_tensors(Tensor.clone, probe.inputs)  # A module may write to its input.
+            with RaisedPrecision(self.dtype):
+                outputs = self._behavior(self.module, inputs)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -196,7 +198,8 @@ class Network:
         remaining = iter(tensors)
         inputs = map_tensors(lambda _: next(remaining).clone(), probe.inputs)
         renamed = {f"module.{name}": value for name, value in parameters.items()}
-        outputs: Tensor = functional_call(_Behaving(self.module, self._behavior), renamed, (inputs,))
+        with RaisedPrecision(self.dtype):
+            outputs: Tensor = functional_call(_Behaving(self.module, self._behavior), renamed, (inputs,))
         # By what the inputs are, as a behavior may drop the axis of a batch of one.
         return self.rows(outputs.reshape(tensors[0].shape[0], -1))
 
@@ -213,13 +216,21 @@ class Network:
         Args:
             probe: The inputs.
         """
-        trace = Trace(outputs=torch.empty(0))
         trained = {name: self.named_parameters[name] for layer in self.layers for name in layer.parameters}
         constants = [*self.named_parameters.values(), *self.module.buffers()]
-        with (
-            _recording(self, trace),
-            recorded_operations(trained, constants, num_inputs=probe.size) as trace.operations,
-        ):
+        with recorded_operations(trained, constants, num_inputs=probe.size) as operations:
+            trace = self.passed(probe)
+        trace.operations = operations
+        return trace
+
+    def passed(self, probe: Probe) -> Trace:
+        """Run once and note what enters and leaves each layer.
+
+        Args:
+            probe: The inputs.
+        """
+        trace = Trace(outputs=torch.empty(0))
+        with _recording(self, trace):
             trace.outputs = self.outputs(probe)
         return trace
 
@@ -246,6 +257,30 @@ def other_batches(num_inputs: int) -> Iterator[list[Tensor]]:
         indices[others] = kept[torch.arange(others.numel()) % kept.numel()]
         replaced.append(indices)
     yield replaced
+
+
+def passed_otherwise(network: Network, probe: Probe) -> list[tuple[Tensor, Trace]]:
+    """What enters and leaves each layer in the first of `other_batches` that the module can run, without a graph.
+
+    Args:
+        network: To run.
+        probe: The inputs.
+
+    Returns:
+        Indices of the inputs of each batch, and what was noted of it.
+
+    Raises:
+        TypeError: See `Network.outputs`.
+        ValueError: See `Network.outputs`; if the module can run none of them.
+    """
+    few, *many = other_batches(probe.size)
+    with torch.no_grad():
+        try:
+            return [(indices, network.passed(probe.select(indices))) for indices in few]
+        except (TypeError, ValueError):  # Some modules cannot run so few: as many as in the whole they can.
+            if not many:
+                raise
+            return [(indices, network.passed(probe.select(indices))) for indices in many[0]]
 
 
 def call_module(module: nn.Module, inputs: Any) -> Any:

@@ -14,8 +14,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_basin.activations import (
+    InputLayout,
     LayerActivations,
     Passage,
+    input_layout,
     joined_passages,
     layer_activations,
     merging_error,
@@ -45,11 +47,12 @@ from lightning_basin.layers import (
     TracedProbe,
     agreement_rtol,
     call_module,
-    other_batches,
+    passed_otherwise,
     rounding_rtol,
 )
 from lightning_basin.messages import MessageGroup
 from lightning_basin.plan import MeasurementPlan, plan_measurement
+from lightning_basin.precision import RaisedPrecision
 from lightning_basin.probe import Probe, float64_device, tensors_of
 from lightning_basin.processes import Team, follow
 from lightning_basin.ranks import Part, RankMeasurement
@@ -407,6 +410,18 @@ def _behavioral_loss(outputs: Tensor, _: Any) -> Tensor:
     return (outputs - outputs.detach()).square().sum()
 
 
+def _raised(loss_fn: LossFunction | None, dtype: torch.dtype) -> LossFunction | None:
+    """A loss of the user in the precision of the evaluation; the behavioral one has it by itself."""
+    if loss_fn is None or loss_fn is _behavioral_loss:
+        return loss_fn
+
+    def raised(outputs: Tensor, targets: Any) -> Tensor:
+        with RaisedPrecision(dtype):
+            return loss_fn(outputs, targets)
+
+    return raised
+
+
 def _outputs_of(behavior: Behavior | None) -> ModuleBehavior | None:
     """What gives the module's outputs, which the loss takes; ``None`` calls the module."""
     if isinstance(behavior, Probabilities):
@@ -442,6 +457,7 @@ class Evaluation:
     traced: TracedProbe
     loss_fn: LossFunction | None
     loss: Tensor | None
+    layout: InputLayout
     plan: MeasurementPlan | None = None
 
     @property
@@ -502,7 +518,7 @@ def evaluated(
     device = _device(module)
     with isolated_evaluation(device, dtype), at_rest(module):
         replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=dtype)
-        network = Network(replica, behavior, dtype=dtype)
+        network, loss_fn = Network(replica, behavior, dtype=dtype), _raised(loss_fn, dtype)
         probe = probe.to(device, dtype)
         settle_embeddings(replica, lambda: network.outputs(probe))
         plan = None
@@ -514,7 +530,8 @@ def evaluated(
         if team is not None:
             _share(team, traced)
         trace = traced.whole
-        _check_outputs(network, probe, trace.outputs.detach())
+        _check_outputs(probe, trace.outputs)
+        layout = _checked_layout(network, probe, trace)
         _check_copy(module, trace.outputs, "behavior")
         loss = None
         if loss_fn is not None:
@@ -524,7 +541,7 @@ def evaluated(
             _check_copy(module, loss, "loss_fn")
         if team is not None and not _is_the_same_everywhere(team, trace.outputs.detach()):
             traced.team = None
-        yield Evaluation(traced, loss_fn, loss, plan)
+        yield Evaluation(traced, loss_fn, loss, layout, plan)
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -595,30 +612,32 @@ def _few_traced(network: Network, probe: Probe) -> tuple[Probe, Trace]:
         return probe, network.trace(probe)
 
 
-def _check_outputs(network: Network, probe: Probe, outputs: Tensor) -> None:
+def _check_outputs(probe: Probe, outputs: Tensor) -> None:
     if outputs.numel() == 0:
         raise ValueError(f"the outputs must hold at least one number per input, got shape {tuple(outputs.shape)}")
     if not bool(outputs.isfinite().all()):
         count = int((~outputs.isfinite()).reshape(probe.size, -1).any(1).sum())
         raise ValueError(f"outputs must be finite, but are NaN or infinite on {count} of the {probe.size} inputs")
+
+
+def _checked_layout(network: Network, probe: Probe, trace: Trace) -> InputLayout:
+    """Where the inputs are in what was traced, seen from other batches; these must have the same outputs."""
+    others = passed_otherwise(network, probe)
+    _check_independence(network, probe, trace.outputs.detach(), others)
+    return input_layout(network, probe, trace, others)
+
+
+def _check_independence(
+    network: Network, probe: Probe, outputs: Tensor, others: Sequence[tuple[Tensor, Trace]]
+) -> None:
+    """Refuse outputs that depend on anything but their own input, as far as other batches show it."""
     tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
-    problem: Exception | None = None
-    for batches in other_batches(probe.size):
-        try:
-            with torch.no_grad():
-                found = [network.outputs(probe.select(indices)) for indices in batches]
-        except (TypeError, ValueError) as error:  # Some modules cannot run so few: all of them they can.
-            problem = error
-            continue
-        deviations = torch.zeros_like(outputs)
-        for indices, other in zip(batches, found, strict=True):
-            if other.shape[1:] == outputs.shape[1:]:
-                deviations[indices] = (other - outputs[indices]).abs().maximum(deviations[indices])
-        if not bool((deviations <= tolerance).all()):
-            _refuse_dependence(network, probe, outputs, deviations)
-        return
-    if problem is not None:
-        raise problem
+    deviations = torch.zeros_like(outputs)
+    for indices, trace in others:
+        if trace.outputs.shape[1:] == outputs.shape[1:]:
+            deviations[indices] = (trace.outputs - outputs[indices]).abs().maximum(deviations[indices])
+    if not bool((deviations <= tolerance).all()):
+        _refuse_dependence(network, probe, outputs, deviations)
 
 
 def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviations: Tensor) -> None:
@@ -829,7 +848,7 @@ class _Duplicates:
 
 def _measured_duplicates(evaluation: Evaluation, rtol: float, rank: GradientRank) -> _Duplicates:
     network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
-    activations = layer_activations(network, probe, trace)
+    activations = layer_activations(network, probe, trace, evaluation.layout)
     classes: dict[str | None, Tensor] = {
         name: found for name, layer in activations.items() if (found := layer.classes(rtol)) is not None
     }

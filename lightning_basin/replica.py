@@ -7,9 +7,8 @@ weights are the same: float64 holds every float32, float16 and bfloat16 exactly.
 
 import inspect
 import random
-import re
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -20,33 +19,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from lightning_basin.copying import DeepCopier, parts_of
-from lightning_basin.probe import as_dtype, map_tensors, tensors_of
-
-_RAISED: Mapping[torch.dtype, Mapping[torch.dtype, torch.dtype]] = {
-    torch.float64: {
-        torch.float16: torch.float64,
-        torch.bfloat16: torch.float64,
-        torch.float32: torch.float64,
-        torch.complex64: torch.complex128,
-    },
-    torch.float32: {torch.float16: torch.float32, torch.bfloat16: torch.float32},
-}
-_RAISED_CASTS: Mapping[torch.dtype, Mapping[Callable[..., Any], Callable[..., Any]]] = {
-    torch.float64: {
-        Tensor.float: Tensor.double,
-        Tensor.half: Tensor.double,
-        Tensor.bfloat16: Tensor.double,
-        Tensor.cfloat: Tensor.cdouble,  # type: ignore[attr-defined]  # not in the stubs of torch 2.13
-    },
-    torch.float32: {Tensor.half: Tensor.float, Tensor.bfloat16: Tensor.float},
-}
-_TENSOR_TYPE = re.compile(r"torch\.(?:cuda\.)?(Float|Half|BFloat16)Tensor")
-_TENSOR_TYPES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16}
-_DRAWN = frozenset([torch.rand, torch.randn, torch.normal])
+from lightning_basin.precision import RaisedPrecision
 
 
 def replicas(module: nn.Module, *callables: Any, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
@@ -83,11 +59,12 @@ def replicas(module: nn.Module, *callables: Any, dtype: torch.dtype = torch.floa
     for part in modules:
         _check_parameters(part)
     copier = DeepCopier(dtype)
-    copies = [copier.copy(item) for item in (module, *callables)]
     originals = {id(part) for owner in owners for part in parts_of(owner)}
-    for replica in map(_owner, copies):
-        if replica is not None:  # Not by truth: a module may have a length, and that be 0.
-            _prepare(replica, originals)
+    with RaisedPrecision(dtype):  # Objects may copy themselves, and modules act in `eval`, by code of their own.
+        copies = [copier.copy(item) for item in (module, *callables)]
+        for replica in map(_owner, copies):
+            if replica is not None:  # Not by truth: a module may have a length, and that be 0.
+                _prepare(replica, originals)
     inside = {id(part) for part in copies[0].modules()}
     outside = [item for item in copier.weakly_held if id(item) not in inside]
     if outside:  # Nothing else holds these.
@@ -164,99 +141,6 @@ def at_rest(module: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-_MAY_ASK = frozenset([torch.dtype, str, type(torch.FloatTensor)])  # Types of arguments that can ask for a precision.
-
-
-class _RaisedPrecision(TorchFunctionMode):
-    """Turns requests for a precision below that of the evaluation, by dtype, by method or by default, into such for it.
-
-    Attention and normalisation layers often ask for float32 by name (``softmax(..., dtype=torch.float32)``); the
-    rounding of that one line would fill the null space. The default dtype itself stays as it is: it is that of all
-    threads of the process, in some of which a run may be making its batches.
-
-    Args:
-        dtype: Of the evaluation.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._dtype = dtype
-        self._raised_dtypes = _RAISED[dtype]
-        self._raised_casts = _RAISED_CASTS[dtype]
-        # Autocast leaves float64 alone.
-        self._autocast_device_types = ("cpu", "cuda") if dtype == torch.float32 else ()
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        for device_type in self._autocast_device_types:
-            if torch.is_autocast_enabled(device_type):  # By the module itself.
-                with torch.autocast(device_type, enabled=False):
-                    return self.__torch_function__(func, types, args, kwargs)
-        func = self._raised_casts.get(func, func)
-        # Most calls ask for nothing: thousands of them are in each measurement.
-        raised = args if _MAY_ASK.isdisjoint(map(type, args)) else tuple(map(self._raised, args))
-        named = {name: self._raised(argument) for name, argument in kwargs.items()} if kwargs else {}
-        has_dtype = named.get("dtype") is not None or any(isinstance(argument, torch.dtype) for argument in raised)
-        if func in _DRAWN and not has_dtype and not tensors_of((raised, named)):
-            named["dtype"] = self._dtype  # Before the call: a second one would draw other numbers.
-        try:
-            result = func(*raised, **named)
-        except RuntimeError:
-            # A constant of the module that the copy did not reach, of lower precision: the same numbers in that of the
-            # evaluation.
-            tensors = tensors_of((raised, named))
-            if not any(tensor.dtype in self._raised_dtypes and not tensor.requires_grad for tensor in tensors):
-                raise
-            return func(*map_tensors(self._raised_constant, raised), **map_tensors(self._raised_constant, named))
-        if isinstance(result, Tensor) and (result.dtype in self._raised_dtypes or self._is_default(result, has_dtype)):
-            return self._without_default(func, raised, named, result)
-        return result
-
-    def _is_default(self, result: Tensor, has_dtype: bool) -> bool:  # noqa: FBT001 - whether it was asked for
-        """Whether a number is more precise than the evaluation, because the process has such a default."""
-        return (
-            result.dtype == torch.float64 != self._dtype
-            and not has_dtype
-            and torch.get_default_dtype() == torch.float64
-        )
-
-    def _without_default(
-        self, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any], result: Tensor
-    ) -> Tensor:
-        """What a function returns that takes its precision from no argument, as ``zeros(2)`` and ``arange(2) / 2``."""
-        tensors = tensors_of((args, named))
-        if any(tensor.dtype == result.dtype for tensor in tensors):
-            return result
-        dtype = self._raised_dtypes.get(result.dtype, self._dtype)
-        attempts = [(args, {**named, "dtype": dtype})]
-        if tensors:  # Integers have the default dtype as soon as they are divided, say.
-            attempts.insert(0, (map_tensors(self._as_real, args), map_tensors(self._as_real, named)))
-        for arguments, keywords in attempts:
-            try:
-                found = func(*arguments, **keywords)
-            except (TypeError, ValueError, RuntimeError):  # A function without dtype, or of integers only.
-                continue
-            if isinstance(found, Tensor) and found.dtype == dtype:
-                return found
-        return result.to(dtype)
-
-    def _as_real(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(self._dtype)
-
-    def _raised_constant(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.requires_grad else as_dtype(tensor, self._dtype)
-
-    def _raised(self, argument: Any) -> Any:
-        if isinstance(argument, torch.dtype):
-            return self._raised_dtypes.get(argument, argument)
-        if isinstance(argument, str | type(torch.FloatTensor)):  # As in tensor.type("torch.FloatTensor").
-            name = argument if isinstance(argument, str) else f"{argument.__module__}.{argument.__name__}"
-            found = _TENSOR_TYPE.fullmatch(name)
-            return argument if found is None else self._raised_dtypes.get(_TENSOR_TYPES[found[1]], argument)
-        return argument
-
-
 class _NoCheckpoint:
     """Takes the place of a reentrant checkpoint: everything is kept."""
 
@@ -295,8 +179,8 @@ def isolated_evaluation(device: torch.device, dtype: torch.dtype = torch.float64
     """Evaluate in float64 or float32 with gradients, and put every global state back, also when the body raises.
 
     Inside: gradients on, inference mode, autocast, anomaly detection and compilation off, the mathematical attention
-    kernel (others have no second derivative), no cuDNN and no checkpoints, ``dtype`` by default and in place of every
-    lower precision, which holds inside of matrix products too.
+    kernel (others have no second derivative), no cuDNN and no checkpoints, ``dtype`` inside of matrix products too.
+    What runs code of the user enters `RaisedPrecision` for it.
     Afterwards: the random states of Python, NumPy, torch and ``device`` are as before. These belong to the process, so
     that what another thread draws from them meanwhile is drawn again.
 
@@ -331,5 +215,4 @@ def isolated_evaluation(device: torch.device, dtype: torch.dtype = torch.float64
         stack.callback(torch.set_default_dtype, default_dtype)  # A module may set it.
         if dtype == torch.float32:
             stack.enter_context(_plain_float32())
-        stack.enter_context(_RaisedPrecision(dtype))
         yield

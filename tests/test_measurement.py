@@ -1520,3 +1520,23 @@ def test_a_share_has_the_parameters_and_buffers_of_the_process_that_leads():
     share = _prepared_share(other, None, torch.float64, _state(replica), probe, torch.arange(4), 4)
     torch.testing.assert_close(share.whole.outputs, replica(probe.inputs), rtol=0, atol=0)
     assert other[1].running_mean.tolist() == [5.0, 5.0]
+
+
+SIZES: list[int] = []
+
+
+def noting_its_size(module, inputs):
+    SIZES.append(len(inputs))
+    return module(inputs)
+
+
+@pytest.mark.parametrize("layers", [[], "all"])
+def test_a_measurement_runs_the_network_on_few_inputs_on_all_and_once_on_each_half(layers):
+    SIZES.clear()
+    measure_basin(
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)),
+        normal(9, 3),
+        behavior=noting_its_size,
+        layers=layers,
+    )
+    assert SIZES == [2, 9, 5, 4]

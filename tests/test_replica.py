@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils import checkpoint
 
 from lightning_basin import measure_basin
+from lightning_basin.precision import RaisedPrecision
 from lightning_basin.replica import isolated_evaluation, replicas
 
 CPU = torch.device("cpu")
@@ -413,115 +414,13 @@ def test_parameters_made_in_inference_mode_become_trainable_in_the_replica():
         module = nn.Linear(1, 1)
     with isolated_evaluation(CPU):
         (replica,) = replicas(module)
-        replica(torch.ones(1, 1)).sum().backward()
+        replica(torch.ones(1, 1, dtype=torch.float64)).sum().backward()
     assert replica.weight.grad.tolist() == [[1.0]]
 
 
 # Evaluation.
 
 THIRD = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
-
-REQUESTS = {
-    "float()": lambda x: x.float(),
-    "half()": lambda x: x.half(),
-    "bfloat16()": lambda x: x.bfloat16(),
-    "to(dtype)": lambda x: x.to(torch.float32),
-    "to(device, dtype)": lambda x: x.to("cpu", torch.float16),
-    "to(dtype=)": lambda x: x.to(dtype=torch.bfloat16),
-    "type(dtype)": lambda x: x.type(torch.float32),
-    "type(name)": lambda x: x.type("torch.FloatTensor"),
-    "type(class)": lambda x: x.type(torch.FloatTensor),
-    "type_as": lambda x: x.type_as(torch.zeros(1, dtype=torch.float32)),
-    "softmax": lambda x: x.softmax(0, dtype=torch.float32),
-    "functional.softmax": lambda x: F.softmax(x, 0, dtype=torch.float32),
-    "sum": lambda x: torch.sum(x, dtype=torch.float32),
-    "torch.zeros": lambda x: torch.zeros(2, dtype=torch.float32) + x,
-    "torch.tensor": lambda x: torch.tensor([0.1], dtype=torch.float32),
-    "torch.full": lambda x: torch.full((2,), 0.1, dtype=torch.float16),
-    "torch.arange": lambda x: torch.arange(3, dtype=torch.float32),
-    "torch.empty_like": lambda x: torch.zeros_like(x, dtype=torch.float32),
-    "new_zeros": lambda x: x.new_zeros(2, dtype=torch.float32),
-    "a module": lambda x: nn.Linear(2, 1, dtype=torch.float32)(x),
-    "module.float()": lambda x: nn.Linear(2, 1).float()(x),
-    "the default dtype": lambda x: torch.zeros(2),
-    "the default dtype, given as None": lambda x: torch.ones(2, dtype=None),
-    "tensor": lambda x: torch.tensor([1 / 3, 2 / 3]),
-    "as_tensor": lambda x: torch.as_tensor(1 / 3),
-    "new_tensor": lambda x: x.new_tensor([1 / 3]),
-    "full": lambda x: torch.full((2,), 1 / 3),
-    "arange": lambda x: torch.arange(0.0, 1.0, 1 / 3),
-    "linspace": lambda x: torch.linspace(0, 1, 4),
-    "eye": lambda x: torch.eye(2),
-    "empty": lambda x: torch.empty(2),
-    "rand": lambda x: torch.rand(2),
-    "randn": lambda x: torch.randn(2),
-    "normal": lambda x: torch.normal(0.0, 1.0, (2,)),
-    "hann_window": lambda x: torch.hann_window(4),
-    "integers divided": lambda x: torch.arange(3) / 3,
-    "integers times a number": lambda x: (1 / 3) * torch.ones(2, dtype=torch.int64),
-    "a function of integers": lambda x: torch.arange(3).exp(),
-    "where": lambda x: torch.where(x > 0.5, 1.0, 0.0),
-    "a module of default dtype": lambda x: nn.Linear(2, 1)(x),
-    "a NumPy array": lambda x: torch.tensor(np.ones(2, dtype=np.float32)),
-}
-
-
-@pytest.mark.parametrize("name", REQUESTS)
-def test_a_request_for_a_lower_precision_is_answered_in_float64(name):
-    with isolated_evaluation(CPU):
-        assert REQUESTS[name](THIRD).dtype == torch.float64
-
-
-THIRDS = ["tensor", "as_tensor", "new_tensor", "full", "linspace", "integers divided", "integers times a number"]
-
-
-@pytest.mark.parametrize("name", THIRDS)
-def test_a_third_made_without_a_dtype_has_every_digit(name):
-    with isolated_evaluation(CPU):
-        assert 1 / 3 in REQUESTS[name](THIRD).flatten().tolist()
-
-
-def test_the_default_dtype_of_the_process_stays_for_other_threads():
-    made = []
-    with isolated_evaluation(CPU):
-        thread = threading.Thread(target=lambda: made.append(torch.tensor([0.1])))
-        thread.start()
-        thread.join()
-    assert [tensor.dtype for tensor in made] == [torch.float32]
-
-
-def test_random_numbers_are_drawn_once():
-    with isolated_evaluation(CPU):
-        torch.manual_seed(0)
-        drawn = [torch.rand(2), torch.randn(2), torch.normal(0.0, 1.0, (2,))]
-        torch.manual_seed(0)
-        options = {"dtype": torch.float64}
-        again = [torch.rand(2, **options), torch.randn(2, **options), torch.normal(0.0, 1.0, (2,), **options)]
-    assert all(torch.equal(*pair) for pair in zip(drawn, again, strict=True))
-
-
-@pytest.mark.parametrize("name", ["float()", "to(dtype)", "to(dtype=)", "type(dtype)", "type_as"])
-def test_a_cast_to_a_lower_precision_keeps_every_digit(name):
-    with isolated_evaluation(CPU):
-        assert torch.equal(REQUESTS[name](THIRD), THIRD)
-
-
-@pytest.mark.parametrize("name", REQUESTS)
-def test_in_float32_a_request_for_a_lower_precision_is_answered_in_float32(name):
-    with isolated_evaluation(CPU, torch.float32):
-        assert REQUESTS[name](THIRD.float()).dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", ["half()", "bfloat16()", "to(device, dtype)", "to(dtype=)"])
-def test_in_float32_a_cast_to_a_lower_precision_keeps_every_digit(name):
-    with isolated_evaluation(CPU, torch.float32):
-        assert torch.equal(REQUESTS[name](THIRD.float()), THIRD.float())
-
-
-def test_in_float32_what_a_module_computes_in_float64_stays_so():
-    with isolated_evaluation(CPU, torch.float32):
-        assert torch.equal(THIRD.float().double() / 3, THIRD.float().to(torch.float64) / 3)
-        assert THIRD.float().double().dtype == torch.zeros(1, dtype=torch.float64).dtype == torch.float64
 
 
 def test_copies_in_float32():
@@ -532,13 +431,6 @@ def test_copies_in_float32():
     assert {tensor.dtype for tensor in replica.state_dict().values()} == {torch.float32, torch.int64}
     assert replica[1].weight.tolist() == module[1].weight.float().tolist()
     assert replica[2].weight.tolist() == module[2].weight.tolist()
-
-
-def test_in_float32_autocast_inside_of_the_forward_does_not_lower_the_precision():
-    with isolated_evaluation(CPU, torch.float32), torch.autocast("cpu", dtype=torch.bfloat16):
-        product = nn.functional.linear(THIRD.float(), THIRD.float().unsqueeze(0))
-        assert product.dtype == torch.float32
-        assert torch.is_autocast_enabled("cpu")
 
 
 @contextmanager
@@ -569,23 +461,6 @@ def test_in_float32_products_are_multiplied_in_float32(place):
     ):
         # Some roundings of 1.2e-7, in sums of up to 72 products; those of bfloat16 are of 8e-3.
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
-
-
-@pytest.mark.parametrize("name", ["to(complex64)", "cfloat()"])
-def test_a_request_for_low_precision_complex_numbers_is_answered_in_complex128(name):
-    request = {"to(complex64)": lambda x: x.to(torch.complex64), "cfloat()": lambda x: x.cfloat()}[name]
-    with isolated_evaluation(CPU):
-        assert request(THIRD).dtype == torch.complex128
-
-
-def test_requests_for_integers_are_left_alone():
-    with isolated_evaluation(CPU):
-        assert THIRD.to(torch.int64).dtype == torch.int64
-
-
-def test_autocast_inside_of_the_forward_does_not_lower_the_precision():
-    with isolated_evaluation(CPU), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert nn.functional.linear(THIRD, THIRD.unsqueeze(0)).dtype == torch.float64
 
 
 def global_states():
@@ -659,7 +534,7 @@ def test_every_global_state_is_put_back_when_the_body_raises(name):
 def test_gradients_are_taken_whatever_surrounds_the_evaluation(name):
     with SURROUNDINGS[name](), isolated_evaluation(CPU):
         (replica,) = replicas(nn.Linear(1, 1))
-        outputs = replica(torch.full((1, 1), 3.0))
+        outputs = replica(torch.full((1, 1), 3.0, dtype=torch.float64))
         (gradient,) = torch.autograd.grad(outputs.sum(), [replica.weight])
     assert gradient.tolist() == [[3.0]]
     assert gradient.dtype == torch.float64
@@ -705,7 +580,7 @@ def test_a_forward_that_asks_for_float32_by_name_has_float64_gradients():
         def forward(self, x):
             return (self.scale * x).float().softmax(-1, dtype=torch.float32) + torch.zeros(2, dtype=torch.float32)
 
-    with isolated_evaluation(CPU):
+    with isolated_evaluation(CPU), RaisedPrecision(torch.float64):
         (replica,) = replicas(Named())
         outputs = replica(THIRD.unsqueeze(0))
         (gradient,) = torch.autograd.grad(outputs[0, 0], [replica.scale])
