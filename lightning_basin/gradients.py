@@ -18,7 +18,7 @@ from lightning_basin.functional.duplicates import largest_entry
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
 from lightning_basin.functional.sketch import DenseGradients, LayerGradients, StackedGradients
 from lightning_basin.layers import Chunk, Layer, Network, Trace, TracedProbe, agreement_rtol
-from lightning_basin.operations import Leaving, ProductUse, Source, Use
+from lightning_basin.operations import ElementwiseUse, Leaving, ProductUse, Source, Use
 from lightning_basin.probe import tensors_of
 from lightning_basin.rounding import rounding_noise
 from lightning_basin.structured import (
@@ -509,18 +509,44 @@ def _measured_in_chunk(network: Network, trace: Trace, uses: Mapping[int, Use]) 
     num_inputs = outputs.shape[0]
     edges = _edges(uses)
     layouts = _input_axes(outputs, uses)
-    signals: dict[int, list[Tensor]] = {index: [] for index in layouts}
+    biases = _biases(uses, layouts)
+    signals: dict[int, Tensor] = {}
     for j in range(outputs.shape[1]):
         by_edge = _derivatives(outputs[:, j].sum(), edges)
         for index, layout in layouts.items():
-            use = uses[index]
-            signals[index].append(signal_of_inputs(use, by_edge[id(use.leaving)], layout, num_inputs))
+            if index not in biases:
+                found = signal_of_inputs(uses[index], by_edge[id(uses[index].leaving)], layout, num_inputs)
+                if j == 0:  # Written where they stay, as twice the memory takes twice the time.
+                    signals[index] = found.new_empty(num_inputs, outputs.shape[1], *found.shape[1:])
+                signals[index][:, j] = found
     measured = {}
-    for index, layout in layouts.items():
-        use = uses[index]
+    for index in list(signals):
+        use, layout = uses[index], layouts[index]
         entering = activations_of_inputs(use, layout, num_inputs) if isinstance(use, ProductUse) else None
-        measured[index] = MeasuredUse(use, torch.stack(signals.pop(index), dim=1), entering)
+        measured[index] = MeasuredUse(use, signals.pop(index), entering)
+    for index, product in biases.items():
+        measured[index] = MeasuredUse(uses[index], _summed_positions(measured[product].signals), None)
     return measured
+
+
+def _biases(uses: Mapping[int, Use], layouts: Mapping[int, InputAxis]) -> dict[int, int]:
+    """Biases by the products that the same operation adds them to, whose derivatives are theirs."""
+    products = {id(use): index for index, use in uses.items() if index in layouts and isinstance(use, ProductUse)}
+    return {
+        index: products[id(use.shifts)]
+        for index, use in uses.items()
+        if index in layouts
+        and isinstance(use, ElementwiseUse)
+        and use.shifts is not None
+        and id(use.shifts) in products
+        and use.shifts.leaving is use.leaving
+        and use.positions.numel() == use.shifts.positions.shape[0]
+    }
+
+
+def _summed_positions(signals: Tensor) -> Tensor:
+    """Of products, shape ``(k, c, t, d_out)``; with one position they are not copied."""
+    return signals.squeeze(2) if signals.shape[2] == 1 else signals.sum(2)
 
 
 def _edges(uses: Mapping[int, Use]) -> list[Leaving]:

@@ -133,11 +133,11 @@ class _Slot:
         """With respect to the entries, in the order of `columns`."""
         signals = [use.signals for use in self.uses]
         if self.uses[0].activations is None:
-            return DenseGradients(torch.stack(signals).sum(0).flatten(0, 1))
-        activations = torch.cat([use.activations for use in self.uses if use.activations is not None], dim=1)
+            return DenseGradients(sum(signals[1:], start=signals[0]).flatten(0, 1))
+        activations = _side_by_side([use.activations for use in self.uses if use.activations is not None], 1)
         if self.bias is not None:
             activations = torch.cat([activations, activations.new_ones(*activations.shape[:2], 1)], dim=2)
-        return KhatriRaoGradients(activations, torch.cat(signals, dim=2))
+        return KhatriRaoGradients(activations, _side_by_side(signals, 2))
 
     def columns(self, starts: Mapping[int, int]) -> Tensor:
         """Where the entries stand among the parameters of the layer."""
@@ -146,6 +146,11 @@ class _Slot:
             shifted = self.bias.positions.reshape(-1, 1) + starts[id(self.bias.source)]
             columns = torch.cat([columns, shifted], dim=1)
         return columns.flatten()
+
+
+def _side_by_side(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    """Along an axis; a single one is not copied."""
+    return torch.cat(list(tensors), dim=axis) if len(tensors) > 1 else tensors[0]
 
 
 def gradients_from_uses(
@@ -174,7 +179,7 @@ def gradients_from_uses(
     direct = _with_biases([slot for slot in slots if slot.source.name is not None])
     blocks += [(slot.columns(starts), slot.gradients()) for slot in direct]
     device = next(iter(parameters.values())).device
-    return _side_by_side(blocks, num_rows, sum(sizes), device)
+    return _in_columns(blocks, num_rows, sum(sizes), device)
 
 
 def _slots(used: Sequence[MeasuredUse]) -> list[_Slot]:
@@ -207,7 +212,7 @@ def _through(source: Source, slots: Sequence[_Slot], parameters: Mapping[str, Te
     return [(torch.arange(products.shape[1], device=products.device), DenseGradients(products))]
 
 
-def _side_by_side(blocks: Sequence[_Block], num_rows: int, num_columns: int, device: torch.device) -> LayerGradients:
+def _in_columns(blocks: Sequence[_Block], num_rows: int, num_columns: int, device: torch.device) -> LayerGradients:
     """Blocks of different columns stay apart; where they overlap they are added up."""
     if _are_disjoint([columns for columns, _ in blocks], num_columns):
         return StackedGradients(

@@ -62,16 +62,19 @@ class GramMatrix:
         """
         count = len(matrix) // max(1, len(scales))
         columns = scales.repeat_interleave(count, dim=1)  # Long rows of memory are multiplied fastest.
+        room = matrix.new_empty(0)  # For products, in the same memory for all blocks.
         for rows in self._blocks(count):
-            block = self._lower[rows, : rows.stop]
+            block, shape = self._lower[rows, : rows.stop], (-1, count, rows.stop)
             factors = columns[rows.start // count : rows.stop // count, None, : rows.stop]
-            shape = (-1, count, rows.stop)
             if self._is_empty:
                 torch.mm(matrix[rows], matrix[: rows.stop].mT, out=block)
                 block.view(shape).mul_(factors)
-            else:
-                products = matrix[rows] @ matrix[: rows.stop].mT
-                block.view(shape).addcmul_(products.view(shape), factors)
+                continue
+            if not room.numel():
+                room = matrix.new_empty((rows.stop - rows.start) * len(matrix))
+            products = room[: block.numel()].view(block.shape)
+            torch.mm(matrix[rows], matrix[: rows.stop].mT, out=products)
+            block.view(shape).addcmul_(products.view(shape), factors)
         self._is_empty = False
 
     def add(self, other: "GramMatrix") -> None:

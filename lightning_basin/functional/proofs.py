@@ -34,7 +34,7 @@ A Gaussian one is within :math:`(1 + \sqrt{0.8}) / (1 - \sqrt{0.8}) = 18` (David
 
 _NORM_MARGIN = 100.0  # by which a random combination of rows may be shorter than they are: in 1 of 125 cases
 _POWER_VECTORS = 10
-_POWER_STEPS = 5  # of so many random vectors: within 10 % for 2560 rows (Kuczynski and Wozniakowski, 1992)
+_POWER_STEPS = 3  # of so many random vectors: within 10 % where the spectrum falls evenly, too
 _WORTH_DEFLATING = 256  # rows: of fewer all singular values take milliseconds
 _SHIFT = 1e-13  # of the norm, added so that rounding leaves a matrix positive
 _INVERSE_STEPS = 2
@@ -53,7 +53,7 @@ class IndependentRows:
         num_rows: m.
         least: Below every singular value.
         smallest: The smallest singular value, within a digit.
-        largest: The largest, of the columns that were looked at, within 10 %.
+        largest: The largest, of the columns that were looked at, within 20 %.
     """
 
     num_rows: int
@@ -177,7 +177,7 @@ class SmallestSingularValues:
     """Singular values of which the smallest are told apart.
 
     Attributes:
-        spectrum: Descending; in place of all others but the first, which is within 10 %, stands the smallest of these.
+        spectrum: Descending; in place of all others but the first, which is within 20 %, stands the smallest of these.
         least: Below each of these others.
     """
 
