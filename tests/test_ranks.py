@@ -1,0 +1,134 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_basin import measure_basin
+from lightning_basin.gradients import AutogradCheck
+from lightning_basin.layers import Network, TracedProbe
+from lightning_basin.probe import Probe
+from lightning_basin.ranks import Part, RankMeasurement
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def wide(*widths, seed=0):
+    """Layers of many parameters, tanh between them."""
+    torch.manual_seed(seed)
+    layers = []
+    for entering, leaving in itertools.pairwise(widths):
+        layers += [nn.Linear(entering, leaving), nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def convolutions(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 24, 3), nn.Tanh(), nn.Flatten(), nn.Linear(24 * 16, 4)
+    ).double()
+
+
+NETWORKS = {
+    "full in every layer but the first": (lambda: wide(6, 40, 40, 5), lambda: drawn(40, 6)),
+    "full in the last layer only": (lambda: wide(3, 4, 60, 5), lambda: drawn(40, 3)),
+    "full in the sum of all layers only": (lambda: wide(20, 9, 9, 4), lambda: drawn(64, 20)),
+    "convolutions": (convolutions, lambda: drawn(32, 2, 6, 6)),
+}
+
+
+def repeated(inputs):
+    return torch.cat([inputs[:-5], inputs[:5]])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("is_repeated", [False, True])
+@pytest.mark.parametrize("layers", [[], "all", "auto", ["2"]])
+def test_proved_ranks_are_those_of_singular_values(name, is_repeated, layers):
+    build, draw = NETWORKS[name]
+    module, inputs = build(), repeated(draw()) if is_repeated else draw()
+    proved = measure_basin(module, inputs, spectrum=False, layers=layers)
+    whole = measure_basin(module, inputs, layers=layers)
+    assert proved.gradient_rank == whole.gradient_rank
+    ranks = {layer: found.gradient_rank for layer, found in proved.layers.items()}
+    assert ranks == {layer: found.gradient_rank for layer, found in whole.layers.items()}
+    assert proved.gradient_rank_bound == whole.gradient_rank_bound
+    for tolerance, rank in proved.gradient_rank_at.items():
+        assert rank == whole.gradient_rank_at[tolerance]
+    # What is said of the gap is on the safe side, but for a digit.
+    assert proved.gradient_rank_gap < whole.gradient_rank_gap + 1
+
+
+def test_a_network_of_full_rank_is_proved_by_a_layer():
+    module, inputs = wide(6, 40, 40, 5), drawn(40, 6)
+    record = measure_basin(module, inputs, spectrum=False, layers=[])
+    assert (record.gradient_rank, record.gradient_method) == (200, "cholesky")
+    assert record.gradient_effective_rank is None
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e6, 1e9])
+def test_layers_of_small_gradients_do_not_decide_where_those_of_another_are_large(scale):
+    """Gradients of the first layer are as large as the inputs: beside it a full rank of the last may be rounding."""
+    module, inputs = wide(6, 40, 40, 5), scale * drawn(40, 6)
+    with torch.no_grad():
+        module[0].weight.div_(scale)
+    for layers in ([], "all"):
+        proved = measure_basin(module, inputs, spectrum=False, layers=layers)
+        whole = measure_basin(module, inputs, layers=layers)
+        assert proved.gradient_rank == whole.gradient_rank
+
+
+@pytest.mark.parametrize("rtol", [1e-14, 1e-9, 1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("layers", [[], "all"])
+def test_ranks_at_another_tolerance(rtol, layers):
+    module, inputs = wide(6, 40, 40, 5), drawn(40, 6)
+    proved = measure_basin(module, inputs, spectrum=False, layers=layers, rtol=rtol)
+    whole = measure_basin(module, inputs, layers=layers, rtol=rtol)
+    assert proved.gradient_rank == whole.gradient_rank
+    assert {name: layer.gradient_rank for name, layer in proved.layers.items()} == {
+        name: layer.gradient_rank for name, layer in whole.layers.items()
+    }
+
+
+def test_probabilities_are_of_lower_rank_than_the_outputs_that_are_independent():
+    module, inputs = wide(6, 40, 40, 5), drawn(40, 6)
+    record = measure_basin(module, inputs, spectrum=False, layers=[], behavior="probabilities")
+    assert record.gradient_rank == 40 * 4
+
+
+def test_equal_outputs_may_belong_to_independent_rows():
+    """A head that starts at zero gives every input the same outputs."""
+    module, inputs = wide(6, 40, 40, 5), drawn(40, 6)
+    with torch.no_grad():
+        module[-1].weight.zero_()
+    record = measure_basin(module, inputs, spectrum=False)
+    assert record.gradient_rank == 200
+    assert record.gradient_rank == measure_basin(module, inputs).gradient_rank
+
+
+@pytest.mark.parametrize("num_tried", [0, 1, 2])
+def test_layers_that_are_not_needed_are_not_differentiated(num_tried):
+    """With a frozen head, and frozen layers before it, an earlier one must do; in the end all are looked at."""
+    module, inputs = wide(6, 40, 40, 40, 5), drawn(40, 6)
+    for layer in (6, 4, 2)[:num_tried]:
+        module[layer].requires_grad_(requires_grad=False)
+    network = Network(module)
+    traced = TracedProbe(network, Probe(inputs))
+    whole = Part("network", "", network.layers)
+    generator = torch.Generator().manual_seed(0)
+    measurement = RankMeasurement(
+        [whole],
+        traced,
+        AutogradCheck(traced, generator),
+        rtol=None,
+        generator=generator,
+        max_waiting=2**20,
+        needs_spectra=False,
+        is_plain=True,
+    )
+    measurement.try_last_layers(max_elements=2**20)
+    assert measurement.is_complete
+    ranks, spectra = measurement.finished()
+    assert (ranks[whole].rank, ranks[whole].method, spectra) == (200, "cholesky", {})
