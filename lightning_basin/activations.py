@@ -1,7 +1,7 @@
 """What enters and leaves each layer, input by input, and what inputs that it merges have in common."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -10,7 +10,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_basin.functional.duplicate_stream import DuplicateSearch
-from lightning_basin.functional.duplicates import are_same, class_means, duplicate_classes, largest_entry
+from lightning_basin.functional.duplicates import (
+    are_same,
+    class_means,
+    duplicate_classes,
+    finer_classes,
+    largest_entry,
+)
 from lightning_basin.layers import Network, Trace, TracedProbe, agreement_rtol, passed_otherwise
 from lightning_basin.probe import Probe
 from lightning_basin.replica import isolated_evaluation
@@ -43,10 +49,20 @@ class LayerActivations:
     entering: Tensor | None
     scales: Tensor | None
     leaving: Tensor | None
+    _known: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def classes(self, rtol: float) -> Tensor | None:
         """See `duplicate_classes`; ``None`` where nothing that enters has one part per input."""
-        return None if self.entering is None else duplicate_classes(self.entering, rtol=rtol, scales=self.scales)
+        if self.entering is None or self.scales is None:
+            return None
+        if rtol not in self._known:
+            coarser = min((known for known in self._known if known > rtol), default=None)
+            self._known[rtol] = (
+                duplicate_classes(self.entering, rtol=rtol, scales=self.scales)
+                if coarser is None
+                else finer_classes(self._known[coarser], self.entering, rtol=rtol, scales=self.scales)
+            )
+        return self._known[rtol]
 
 
 Rows = list[int] | None
