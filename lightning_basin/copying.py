@@ -321,7 +321,9 @@ def tensors_held_by(attribute: Any) -> Iterator[Tensor]:
     if isinstance(attribute, Tensor):
         if not is_lazy(attribute):
             yield attribute
-    elif isinstance(attribute, Mapping):
+    elif type(attribute) in _IMMUTABLE:
+        return
+    elif isinstance(attribute, dict | Mapping):  # The first of them is told at once.
         for item in attribute.values():
             yield from tensors_held_by(item)
     elif isinstance(attribute, list | tuple | set):

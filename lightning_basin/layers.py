@@ -22,6 +22,8 @@ _Result = TypeVar("_Result")
 
 _ROUNDINGS = 32.0  # 1 to 4 in networks of all kinds, of 128 units and 20 layers; twice that between two evaluations
 
+_NO_OUTPUTS = torch.empty(0)  # Until there are some.
+
 _GROWTH = 1e4  # of a rounding where most of what it is part of cancels
 
 ModuleBehavior = Callable[[nn.Module, Any], Tensor]
@@ -205,7 +207,7 @@ class Network:
 
     def layers_run_by(self, function: Callable[[], Any]) -> list[str]:
         """Names of the layers that are called while a function runs."""
-        trace = Trace(outputs=torch.empty(0))
+        trace = Trace(outputs=_NO_OUTPUTS)
         with _recording(self, trace):
             function()
         return list(trace.entering)
@@ -229,7 +231,7 @@ class Network:
         Args:
             probe: The inputs.
         """
-        trace = Trace(outputs=torch.empty(0))
+        trace = Trace(outputs=_NO_OUTPUTS)
         with _recording(self, trace):
             trace.outputs = self.outputs(probe)
         return trace

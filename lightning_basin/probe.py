@@ -224,12 +224,21 @@ def _described(batch: Any) -> str:
     return f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
 
 
+_WITHOUT_TENSORS = frozenset([type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.layout])
+"""What arguments of operations mostly are: each is looked through several times."""
+
+
 def tensors_of(collection: Any) -> list[Tensor]:
     """Every tensor in a nested collection, in the order in which `map_tensors` meets them."""
     if isinstance(collection, Tensor):
         return [collection]
-    if is_dataclass(collection) and not isinstance(collection, type):
-        items: Iterable[Any] = [getattr(collection, item.name) for item in fields(collection)]
+    kind = type(collection)
+    if kind in _WITHOUT_TENSORS:
+        return []
+    if kind in (tuple, list):
+        items: Iterable[Any] = collection
+    elif is_dataclass(collection) and not isinstance(collection, type):
+        items = [getattr(collection, item.name) for item in fields(collection)]
     elif isinstance(collection, Mapping):
         items = collection.values()
     elif isinstance(collection, Sequence) and not isinstance(collection, str | bytes):

@@ -6,6 +6,7 @@ from lightning_basin.functional.duplicates import (
     dead_units,
     duplicate_classes,
     duplicated_activations,
+    finer_classes,
     gradient_rank_bound,
     joined_classes,
     merged_directions,
@@ -55,6 +56,44 @@ def test_classes_are_the_closure_at_every_tolerance(rtol):
 def test_classes_are_the_closure_at_every_width(width):
     rows = planted(7, d=width)
     assert duplicate_classes(torch.from_numpy(rows), rtol=1e-3).tolist() == classes_by_closure(rows, 1e-3)
+
+
+def classes_by_definition(rows, rtol, scales):
+    """All pairs compared as the definition has it, infinities and numbers that are none among them."""
+    with np.errstate(invalid="ignore"):
+        near = np.abs(rows[:, None] - rows[None]) <= rtol * scales
+    same = (near | (rows[:, None] == rows[None])).all(2)
+    classes = list(range(len(rows)))
+    for i, j in sorted(zip(*np.nonzero(np.triu(same, 1)), strict=True)):
+        joined = {classes[i], classes[j]}
+        classes = [min(joined) if label in joined else label for label in classes]
+    return classes
+
+
+@pytest.mark.parametrize("num_merged", [0, 1, 12])
+@pytest.mark.parametrize("seed", range(25))
+def test_classes_are_those_of_the_definition_whatever_the_activations_hold(seed, num_merged):
+    random = np.random.default_rng(seed)
+    rtol, k, d = random.choice([0.0, 1e-15, 1e-9, 1e-3]), 30, int(random.integers(1, 7))
+    rows = random.standard_normal((k, d)) * 10.0 ** random.integers(-12, 12, d)
+    scales = np.abs(rows).max(0) * random.choice([0.0, 1.0], d)
+    for index in range(num_merged):  # Copies that are equal, at the tolerance, and beyond it by the least.
+        step = random.choice([0.0, 0.5, 1 - 1e-6, 1 + 1e-6, 3.0]) * rtol * scales
+        rows[index] = rows[random.integers(k)] + random.choice([-1, 1], d) * step
+    for value in (np.inf, -np.inf, np.nan):
+        rows[random.integers(0, k, 2), random.integers(d)] = value
+    rows = rows[random.permutation(k)]
+    activations, by_entry = torch.from_numpy(rows), torch.from_numpy(scales)
+    classes = duplicate_classes(activations, rtol=rtol, scales=by_entry)
+    assert classes.tolist() == classes_by_definition(rows, rtol, scales)
+    finer = finer_classes(classes, activations, rtol=rtol / 2, scales=by_entry)
+    assert finer.tolist() == classes_by_definition(rows, rtol / 2, scales)
+
+
+def test_equal_rows_whose_projections_leave_the_range_of_float64_are_one_class():
+    rows = torch.full((3, 40), 1.7e308, dtype=torch.float64)
+    rows[1, 0] = 0.0
+    assert duplicate_classes(rows, rtol=0.0).tolist() == [0, 1, 0]
 
 
 def test_a_chain_joins_inputs_that_are_not_the_same_themselves():

@@ -11,6 +11,7 @@ from lightning_basin.functional.duplicates import (
     check_duplicate_rtol,
     joined_classes,
     largest_distances,
+    largest_entries,
     largest_entry,
     projections,
     random_directions,
@@ -94,7 +95,7 @@ class DuplicateSearch:
         if self._positions is None:
             self._found.append(positions)
             if rows.numel():
-                self._largest = self._largest.maximum(rows.abs().where(rows.isfinite(), 0.0).amax(0))
+                self._largest = self._largest.maximum(largest_entries(rows))
                 self._scales = self._scales.maximum(largest_entry(rows) if scales is None else scales.to(rows))
         else:
             self._check_repeated(positions, self._positions[self._num_seen : self._num_seen + rows.shape[0]])

@@ -11,7 +11,8 @@ def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6, scales: Tensor
 
     Two activations are the same when ``max|a_i - a_j| <= rtol * max|a|``, the last maximum over all inputs. Sorted
     along a random direction, only neighbours within the tolerance are compared: O(k d + k log k) where few inputs
-    merge. Infinities are compared exactly and have no part in the maximum; NaN is different from everything.
+    merge, and a single product where none is near another. Infinities are compared exactly and have no part in the
+    maximum; NaN is different from everything.
 
     Args:
         activations: One row per input, shape ``(k, d)``; further axes are flattened.
@@ -34,18 +35,37 @@ def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6, scales: Tensor
     if num_inputs == 0 or rows.shape[1] == 0:
         return torch.zeros(num_inputs, dtype=torch.int64)
     scales = largest_entry(rows).expand(rows.shape[1]) if scales is None else scales.to(rows)
-    has_nan = rows.isnan().any(1)
-    if bool(has_nan.any()):
-        known = (~has_nan).nonzero().squeeze(1).cpu()
-        classes = torch.arange(num_inputs)
-        classes[known] = known[duplicate_classes(rows[~has_nan], rtol=rtol, scales=scales)]
-        return classes
-    # Bitwise equal rows first, by sorting: large classes then cost nothing below.
-    rows, members = torch.unique(rows, dim=0, return_inverse=True)
-    labels = torch.arange(rows.shape[0], device=rows.device)
-    if rtol > 0.0 and rows.shape[0] > 1:
-        labels = _merged(rows, rtol * scales)
-    return _first_members(labels[members]).cpu()
+    tolerances = rtol * scales
+    classes = torch.arange(num_inputs)
+    near = _with_near_rows(rows, tolerances)
+    near = near[~rows[near].isnan().any(1)]
+    if near.numel():
+        members = near.cpu()
+        classes[members] = members[_classes_of_near(rows[near], tolerances)]
+    return classes
+
+
+def finer_classes(classes: Tensor, activations: Tensor, *, rtol: float, scales: Tensor) -> Tensor:
+    """The classes of `duplicate_classes` where those at a coarser tolerance are known: only their members are compared.
+
+    Args:
+        classes: Of the same activations and scales, at a tolerance at least as large.
+        activations: See `duplicate_classes`.
+        rtol: See `duplicate_classes`.
+        scales: See `duplicate_classes`.
+
+    Example:
+        >>> activations, scales = torch.tensor([[1.0], [5.0], [1.1], [1.0]]), torch.tensor([5.0])
+        >>> classes = duplicate_classes(activations, rtol=0.1, scales=scales)
+        >>> classes, finer_classes(classes, activations, rtol=0.0, scales=scales)
+        (tensor([0, 1, 0, 0]), tensor([0, 1, 2, 0]))
+    """
+    members = (classes.bincount(minlength=classes.numel())[classes] > 1).nonzero().squeeze(1)
+    finer = torch.arange(classes.numel())
+    if members.numel():
+        few = activations[members.to(activations.device)]
+        finer[members] = members[duplicate_classes(few, rtol=rtol, scales=scales)]
+    return finer
 
 
 def check_duplicate_rtol(rtol: float) -> None:
@@ -67,7 +87,16 @@ def activation_rows(activations: Tensor) -> Tensor:
 
 def largest_entry(rows: Tensor) -> Tensor:
     """The largest magnitude among finite entries, shape ``()``."""
-    return rows.abs().where(rows.isfinite(), 0.0).amax() if rows.numel() else rows.new_zeros(())
+    if not rows.numel():
+        return rows.new_zeros(())
+    largest = rows.abs().amax()
+    return largest if bool(largest.isfinite()) else rows.abs().where(rows.isfinite(), 0.0).amax()
+
+
+def largest_entries(rows: Tensor) -> Tensor:
+    """The largest magnitude of each entry among the rows where it is finite, shape ``(d,)``."""
+    largest = rows.abs().amax(0)
+    return largest if bool(largest.isfinite().all()) else rows.abs().where(rows.isfinite(), 0.0).amax(0)
 
 
 def are_same(left: Tensor, right: Tensor, tolerances: Tensor) -> Tensor:
@@ -78,16 +107,43 @@ def are_same(left: Tensor, right: Tensor, tolerances: Tensor) -> Tensor:
 
 def projections(rows: Tensor, directions: Tensor) -> Tensor:
     """Where rows lie along some directions; infinite entries, which are compared exactly, count as zero."""
-    return rows.where(rows.isfinite(), 0.0) @ directions
+    positions = rows @ directions
+    # Of most activations all are finite.
+    return positions if bool(positions.isfinite().all()) else rows.where(rows.isfinite(), 0.0) @ directions
+
+
+def _sorted_positions(rows: Tensor, tolerances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where rows lie along a direction, in order; whose these are; and how far apart two that are the same can lie."""
+    directions = random_directions(rows.shape[1], 1).to(rows.device)
+    positions, order = projections(rows, directions).squeeze(1).sort()
+    window = largest_distances(directions, tolerances=tolerances, largest=largest_entries(rows))
+    return positions, order, window
+
+
+def _with_near_rows(rows: Tensor, tolerances: Tensor) -> Tensor:
+    """Indices of the rows that are near others along a random direction, in order: no others can be the same as any."""
+    positions, order, window = _sorted_positions(rows, tolerances)
+    is_near = ~(positions.diff() > window)  # Of positions beyond float64 the difference is no number.
+    if not bool(is_near.any()):
+        return order[:0]
+    nothing = is_near.new_zeros(1)
+    return order[torch.cat([is_near, nothing]) | torch.cat([nothing, is_near])].sort().values
+
+
+def _classes_of_near(rows: Tensor, tolerances: Tensor) -> Tensor:
+    """Smallest index of each row's class, of rows of which many may be the same and none holds NaN."""
+    # Bitwise equal rows first, by sorting: large classes then cost nothing below.
+    rows, members = torch.unique(rows, dim=0, return_inverse=True)
+    labels = torch.arange(rows.shape[0], device=rows.device)
+    if rows.shape[0] > 1 and bool(tolerances.any()):
+        labels = _merged(rows, tolerances)
+    return _first_members(labels[members]).cpu()
 
 
 def _merged(rows: Tensor, tolerances: Tensor) -> Tensor:
     """Label of each row's class under the transitive closure of ``|difference| <= tolerances``."""
     num_rows = rows.shape[0]
-    directions = random_directions(rows.shape[1], 1).to(rows.device)
-    position, order = projections(rows, directions).squeeze(1).sort()
-    largest = rows.abs().where(rows.isfinite(), 0.0).amax(0)
-    window = float(largest_distances(directions, tolerances=tolerances, largest=largest))
+    position, order, window = _sorted_positions(rows, tolerances)
     ordered = rows[order]
     labels = torch.arange(num_rows, device=rows.device)
     for offset in range(1, num_rows):
