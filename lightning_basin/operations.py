@@ -157,7 +157,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
         if uses and not tensors[0].is_complex():  # Derivatives by complex numbers follow other rules.
             self.operations.uses += uses
             self._unsettled.append((leaving, tensors[0]))
-        if (is_fixed and uses) or any(id(tensor) in self._parts for tensor in arguments):
+        is_copied = is_fixed and (bool(uses) or self._are_repeated_indices(func, args))
+        if is_copied or any(id(tensor) in self._parts for tensor in arguments):
             shared = {tensor.untyped_storage().data_ptr() for tensor in arguments}
             self._parts |= {id(tensor): tensor for tensor in tensors if tensor.untyped_storage().data_ptr() in shared}
         elif is_fixed and not self._has_part_for_each_input(arguments, tensors):
@@ -212,6 +213,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
         interleaved = tuple(length for pair in zip(copies, old, strict=True) for length in pair)
         ones = tuple(length for size in old for length in (1, size))
         return [ElementwiseUse(source, positions.view(ones), leaving, lambda signal: signal.reshape(interleaved))]
+
+    def _are_repeated_indices(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether integers are repeated for each input, as the places of tokens that look up their embeddings are."""
+        if func not in (_aten.expand.default, _aten.repeat.default) or self._num_inputs == 1 or not args[1]:
+            return False
+        tensor, sizes = args
+        is_repeated = sizes[0] == self._num_inputs and (tensor.ndim < len(sizes) or tensor.shape[0] == 1)
+        return is_repeated and not tensor.is_floating_point()
 
     def _has_part_for_each_input(self, arguments: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
         """Whether a new tensor was made in the number of the inputs, as the first state of a recurrent network is."""

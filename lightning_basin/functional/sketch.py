@@ -28,7 +28,7 @@ from lightning_basin.functional.rank import (
     singular_values,
 )
 
-_CHUNK_ELEMENTS = 2**22  # float64 numbers in a temporary: 32 MiB
+_CHUNK_ELEMENTS = 2**21  # float64 numbers in a temporary: 16 MiB
 _WAITING_ELEMENTS = 2**26  # and in the matrices or factors that wait for their sketch: 512 MiB
 _DENSE_ELEMENTS = 2e7  # entries of a matrix that is decomposed as it stands: 160 MB
 _TINY_WORK = 2e7  # min(rows, columns)**2 * max(rows, columns) up to which singular values take milliseconds
