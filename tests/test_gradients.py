@@ -95,14 +95,14 @@ class Bare(nn.Module):
 class Positions(nn.Module):
     """Positional embeddings are looked up without any input."""
 
-    def __init__(self, places=torch.arange):
+    def __init__(self, places=lambda x: torch.arange(x.shape[1])):
         super().__init__()
         self.table = nn.Embedding(5, 3)
         self.head = nn.Linear(3, 2)
         self.places = places
 
     def forward(self, x):
-        return self.head((x + self.table(self.places(x.shape[1]))).tanh()).sum(1)
+        return self.head((x + self.table(self.places(x))).tanh()).sum(1)
 
 
 class TiedHead(nn.Module):
@@ -179,12 +179,12 @@ BY_OPERATION = {
     "weight as left factor": (weight_as_left_factor, (5, 3)),
     "bare parameters": (Bare, (5, 3, 4)),
     "positions": (Positions, (4, 5, 3)),
-    "positions of each input": (lambda: Positions(lambda length: torch.arange(length).expand(4, -1)), (4, 5, 3)),
+    "positions of each input": (lambda: Positions(lambda x: torch.arange(5).expand(len(x), -1)), (4, 5, 3)),
     "positions of as many inputs": (
-        lambda: Positions(lambda length: torch.arange(length)[None].expand(5, -1)),
+        lambda: Positions(lambda x: torch.arange(5)[None].expand(len(x), -1)),
         (5, 5, 3),
     ),
-    "repeated positions": (lambda: Positions(lambda length: torch.arange(length).repeat(4, 1)), (4, 5, 3)),
+    "repeated positions": (lambda: Positions(lambda x: torch.arange(5).repeat(len(x), 1)), (4, 5, 3)),
     "EmbeddingBag, sums": (lambda: bags("sum"), (5, 3)),
     "EmbeddingBag, means": (lambda: bags("mean"), (5, 3)),
     "RNN": (lambda: recurrent(nn.RNN), (4, 3, 3)),
