@@ -23,12 +23,6 @@ def ranks(module: nn.Module, inputs: Tensor) -> Stages:
     yield from layers(module, inputs)
 
 
-def large_ranks(module: nn.Module, inputs: Tensor) -> Stages:
-    """The same where a measurement takes long: the one of every layer measures the network too."""
-    yield from gram(module, inputs)
-    yield from layers(module, inputs)
-
-
 def layers(module: nn.Module, inputs: Tensor) -> Stages:
     """A whole measurement of the network and every layer."""
     record = measure_basin(module, inputs, spectrum=False)
@@ -77,8 +71,7 @@ _SMALL = ("seed", "seed-repeated", "mlp", "mlp-large", "cnn", "cnn-repeated", "t
 _OWN_TYPES = (torch.float32,)
 
 OURS = (
-    Way(RANKS, ranks, dtypes=_OWN_TYPES, is_cumulative=False, only=_SMALL),
-    Way(RANKS, large_ranks, dtypes=_OWN_TYPES, is_cumulative=False, only=("resnet",), patience=300.0),
+    Way(RANKS, ranks, dtypes=_OWN_TYPES, is_cumulative=False, patience=300.0),
     Way(SPECTRA, spectra, dtypes=_OWN_TYPES, only=_SMALL, is_quick=False),
 )
 STEP = Way("training step", training_step, dtypes=_OWN_TYPES)
