@@ -82,7 +82,8 @@ class RankMeasurement:
                 generator,
                 max_waiting=max_waiting,
                 epsilon=self._epsilon,
-                is_postponed=not needs_spectra,
+                # In float32 what a Gram matrix does not resolve is rounding: its factor, or its eigenvalues, decide.
+                is_postponed=not needs_spectra and self._epsilon == EPSILON,
             )
             for part in parts
         }

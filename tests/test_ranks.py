@@ -132,3 +132,14 @@ def test_layers_that_are_not_needed_are_not_differentiated(num_tried):
     assert measurement.is_complete
     ranks, spectra = measurement.finished()
     assert (ranks[whole].rank, ranks[whole].method, spectra) == (200, "cholesky", {})
+
+
+@pytest.mark.parametrize("is_repeated", [False, True])
+def test_ranks_in_float32_are_proved_where_they_are_full(is_repeated):
+    module, inputs = wide(6, 40, 40, 5), repeated(drawn(40, 6)) if is_repeated else drawn(40, 6)
+    proved = measure_basin(module, inputs, spectrum=False, layers=["2"], dtype="float32")
+    whole = measure_basin(module, inputs, layers=["2"], dtype="float32")
+    assert proved.gradient_rank == whole.gradient_rank
+    assert proved.layers["2"].gradient_rank == whole.layers["2"].gradient_rank
+    is_full = proved.gradient_rank == 200
+    assert proved.gradient_method == ("cholesky" if is_full else "gram")
