@@ -1,6 +1,7 @@
 """Real processes over gloo. Run as a script, this file is one of them."""
 
 import copy
+import gc
 import os
 import random
 import socket
@@ -666,5 +667,9 @@ def test_metrics_are_synchronized_over_processes_with_uneven_rows(fits):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     this_rank, directory = int(os.environ["RANK"]), Path(sys.argv[1])
-    results = {name: globals()[name](this_rank, directory) for name in sys.argv[2:]}
+    results = {}
+    for scenario in sys.argv[2:]:
+        results[scenario] = globals()[scenario](this_rank, directory)
+        # Tracebacks of what failed in it hold its process group, whose store would take the place of that of the next.
+        gc.collect()
     torch.save(results, directory / f"rank{this_rank}.pt")

@@ -553,7 +553,7 @@ class SpectrumAccumulator:
         if self._sketch is not None:  # Some could not wait: their sketch is the wide one.
             return self._add_sketches()
         num_columns = math.ceil(OVERSAMPLING * min(self._num_rows, self._num_columns))
-        if not self._is_small:
+        if self._num_columns > num_columns:
             return _sum_of_sketches(self._waiting, num_columns, self._generator)
         matrix = self._matrix().mT if self._has_more_rows else self._matrix()
         return matrix if matrix.shape[1] <= num_columns else DenseGradients(matrix).sketch(num_columns, self._generator)
