@@ -311,3 +311,10 @@ def test_each_entry_may_have_a_scale_of_its_own():
 
 def test_units_that_are_infinite_on_every_input_are_dead_and_no_others():
     assert dead_units(torch.tensor([[1.0, -INFINITE], [2.0, -INFINITE]])) == 1
+
+
+@pytest.mark.parametrize("largest", [1e300, 1e308, 1.7e308])
+def test_near_ties_of_numbers_whose_projections_leave_float64_are_found(largest):
+    rows = torch.rand(6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * largest
+    rows[4], rows[5] = rows[1] * (1 - 1e-9), rows[1] * (1 - 1e-9)
+    assert duplicate_classes(rows).tolist() == [0, 1, 2, 3, 1, 1]

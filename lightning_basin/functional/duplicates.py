@@ -147,7 +147,7 @@ def _merged(rows: Tensor, tolerances: Tensor) -> Tensor:
     ordered = rows[order]
     labels = torch.arange(num_rows, device=rows.device)
     for offset in range(1, num_rows):
-        near = (position[offset:] - position[:-offset] <= window).nonzero().squeeze(1)
+        near = (~(position[offset:] - position[:-offset] > window)).nonzero().squeeze(1)  # Both may be infinite.
         if near.numel() == 0:
             break
         near = near[labels[near] != labels[near + offset]]
