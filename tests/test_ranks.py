@@ -143,3 +143,10 @@ def test_ranks_in_float32_are_proved_where_they_are_full(is_repeated):
     assert proved.layers["2"].gradient_rank == whole.layers["2"].gradient_rank
     is_full = proved.gradient_rank == 200
     assert proved.gradient_method == ("cholesky" if is_full else "gram")
+
+
+def test_rows_that_only_all_layers_together_tell_apart_are_proved_by_the_sum_of_their_gram_matrices():
+    build, draw = NETWORKS["full in the sum of all layers only"]
+    record = measure_basin(build(), draw(), spectrum=False)
+    assert (record.gradient_rank, record.gradient_method) == (256, "cholesky")
+    assert max(layer.gradient_rank for layer in record.layers.values()) < 256
