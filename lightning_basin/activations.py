@@ -20,6 +20,7 @@ from lightning_basin.functional.duplicates import (
 from lightning_basin.layers import Network, Trace, TracedProbe, agreement_rtol, passed_otherwise
 from lightning_basin.probe import Probe
 from lightning_basin.replica import isolated_evaluation
+from lightning_basin.structured import concatenated
 
 _STREAMED = 2**25  # float64 numbers in the activations evaluated at once: 256 MiB
 
@@ -388,7 +389,7 @@ class _LaidOut:
             leaving = self._by_input(partial(_leaving, name), self._layout.leaving[name])
             part = self._network.module.get_submodule(name)
             found[name] = LayerActivations(
-                entering=_side_by_side([_real(tensor).flatten(1) for tensor in entering]) if entering else None,
+                entering=concatenated([_real(tensor).flatten(1) for tensor in entering], 1) if entering else None,
                 scales=torch.cat([_scales(tensor) for tensor in entering]) if entering else None,
                 leaving=_units_last(part, leaving),
             )
@@ -499,9 +500,4 @@ def _units_last(part: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
         axis = 2 - tensor.ndim if isinstance(part, _CHANNELS_SECOND) else -1
         ordered = _real(tensor).movedim(axis, -1)
         moved.append(ordered.flatten(1, -2))
-    return _side_by_side(moved) if len({tensor.shape[-1] for tensor in moved}) == 1 else moved[0]
-
-
-def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-    """Joined along the second axis; a single one is not copied."""
-    return torch.cat(list(tensors), dim=1) if len(tensors) > 1 else tensors[0]
+    return concatenated(moved, 1) if len({tensor.shape[-1] for tensor in moved}) == 1 else moved[0]

@@ -29,6 +29,7 @@ from lightning_basin.structured import (
     UsesSize,
     activations_of_inputs,
     can_be_cut,
+    concatenated,
     gradients_from_uses,
     possible_input_axes,
     signal_of_inputs,
@@ -285,7 +286,7 @@ def _chunk_by_chunk(traced: TracedProbe, layer: Layer) -> DenseGradients | None:
     """Dense rows, where these are smaller than their factors; ``None`` where inputs cannot be told apart."""
     chunks = traced.each(_rows_from_uses, layer)
     rows = [chunk for chunk in chunks if chunk is not None]
-    return DenseGradients(_concatenated(rows)) if len(rows) == len(chunks) else None
+    return DenseGradients(concatenated(rows)) if len(rows) == len(chunks) else None
 
 
 def _rows_from_uses(network: Network, chunk: Chunk, layer: Layer) -> Tensor | None:
@@ -480,12 +481,8 @@ def _joined(uses: Sequence[Use], pieces: Sequence[_Piece | None]) -> list[Measur
     for use, parts in zip(uses, zip(*(piece.measured for piece in found), strict=True), strict=True):
         signals = [signals for signals, _ in parts]
         entering = [activations for _, activations in parts if activations is not None]
-        joined.append(MeasuredUse(use, _concatenated(signals), _concatenated(entering) if entering else None))
+        joined.append(MeasuredUse(use, concatenated(signals), concatenated(entering) if entering else None))
     return joined
-
-
-def _concatenated(chunks: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(chunks)) if len(chunks) > 1 else chunks[0]  # What is whole already is not copied.
 
 
 def _used_entries(uses: Iterable[Use]) -> list[bytes]:
@@ -601,7 +598,7 @@ def _dense_gradients(
     pending = dict(group)
     for rows_of in _ROUTES:
         try:
-            matrix = _concatenated(traced.each(rows_of, layers)).to(torch.float64)
+            matrix = concatenated(traced.each(rows_of, layers)).to(torch.float64)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             # vmap, or a batch of one, is beyond some modules; the next way asks for less.
             if rows_of is _ROUTES[-1]:
@@ -687,7 +684,7 @@ def _columns_by_row(
 ) -> Iterator[LayerGradients]:
     positions = torch.arange(layer.num_parameters, device=traced.network.parameters([layer])[0].device)
     for columns in torch.split(positions, width):
-        rows = _concatenated(traced.each(_some_columns, layer, outputs_of, columns))
+        rows = concatenated(traced.each(_some_columns, layer, outputs_of, columns))
         yield StackedGradients(
             (DenseGradients(rows.to(torch.float64)),),
             (columns,),

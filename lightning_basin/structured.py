@@ -134,10 +134,10 @@ class _Slot:
         signals = [use.signals for use in self.uses]
         if self.uses[0].activations is None:
             return DenseGradients(sum(signals[1:], start=signals[0]).flatten(0, 1))
-        activations = _side_by_side([use.activations for use in self.uses if use.activations is not None], 1)
+        activations = concatenated([use.activations for use in self.uses if use.activations is not None], 1)
         if self.bias is not None:
             activations = torch.cat([activations, activations.new_ones(*activations.shape[:2], 1)], dim=2)
-        return KhatriRaoGradients(activations, _side_by_side(signals, 2))
+        return KhatriRaoGradients(activations, concatenated(signals, 2))
 
     def columns(self, starts: Mapping[int, int]) -> Tensor:
         """Where the entries stand among the parameters of the layer."""
@@ -148,8 +148,8 @@ class _Slot:
         return columns.flatten()
 
 
-def _side_by_side(tensors: Sequence[Tensor], axis: int) -> Tensor:
-    """Along an axis; a single one is not copied."""
+def concatenated(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Tensors one after the other along an axis; a single one is not copied."""
     return torch.cat(list(tensors), dim=axis) if len(tensors) > 1 else tensors[0]
 
 

@@ -51,12 +51,13 @@ class GradientRank:
 
     Attributes:
         rank: Number of singular values above ``rtol * sigma_max``.
-        gap: ``log10(sigma_r / sigma_{r+1})``, to about one digit where the method is ``"sketch"``; ``None`` where the
-            rank is zero.
+        gap: ``log10(sigma_r / sigma_{r+1})``, to about one digit where the method is ``"sketch"``, no larger than that
+            where some columns proved the rank (``"cholesky"``); ``None`` where the rank is zero.
         at: The rank at each of ``RANK_TOLERANCES``, as far as it is known and above rounding.
         effective_rank: ``exp`` of the entropy of the squared singular values; ``None`` without these.
         rtol: Relative tolerance that decided ``rank``.
-        largest: The largest singular value, within a factor of two where the method is ``"sketch"``.
+        largest: The largest singular value, within a factor of two where the method is ``"sketch"``; where some columns
+            proved the rank, that of these.
         method: How the singular values were obtained, see `Spectrum`; ``"cholesky"`` or ``"sketch"`` where the rank
             was proved without these, see `lightning_basin.functional.proofs`.
     """

@@ -464,7 +464,7 @@ class SpectrumAccumulator:
             self._add_sketches()
 
     def _add_gram(self, gradients: LayerGradients, gram: Callable[[], GramMatrix] | None = None) -> None:
-        if self.is_tiny or (self._is_small and self._has_more_rows):
+        if self.is_tiny or self._has_more_rows:
             return
         if gram is not None and gradients.num_columns == self._num_columns:
             self._gram = gram()  # A single matrix needs no sum of its own.
@@ -536,11 +536,11 @@ class SpectrumAccumulator:
         if rtol is None:
             rtol = self.default_rtol
         found = None
-        if self._gram is not None or (self._is_small and self._has_more_rows):
+        if self._gram is not None or self._has_more_rows:
             gram = gram_of(DenseGradients(self._matrix().mT)) if self._gram is None else self._gram
             independent = independent_rows(gram, resolution=rtol)
             found = None if independent is None else independent.rank(rtol=rtol, epsilon=self._epsilon)
-        if found is None and self._is_rounded and not (self._is_small and self._has_more_rows):
+        if found is None and self._is_rounded and not self._has_more_rows:
             return None  # The eigenvalues of a Gram matrix are faster.
         if found is None:
             found = rank_of_sketch(self._narrow_sketch(), rtol=rtol, epsilon=self._epsilon)
