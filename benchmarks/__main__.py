@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=networks, default=list(networks), metavar="NAME")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="leave out ways that are slower versions of others")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each way after the first one")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each way after the first one")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--write", action="store_true", help=f"put the report into {README.name} beside this file")
     options = parser.parse_args()

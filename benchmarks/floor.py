@@ -102,7 +102,8 @@ def _of_layer(
 def matrix_products(module: nn.Module, inputs: Tensor) -> Stages:
     """Count them, and time each shape once."""
     products = gram_products(module, inputs)
-    seconds = {product: product.seconds(torch.float64) for product in set(products)}
+    dtype = next(module.parameters()).dtype
+    seconds = {product: product.seconds(dtype) for product in set(products)}
     yield (
         "floor",
         {
@@ -113,4 +114,4 @@ def matrix_products(module: nn.Module, inputs: Tensor) -> Stages:
     )
 
 
-FLOOR = Way(MATRIX_PRODUCTS, matrix_products, dtypes=(torch.float32,))
+FLOOR = Way(MATRIX_PRODUCTS, matrix_products)

@@ -1,4 +1,4 @@
-"""What is measured of ranks in `lightning_basin` itself. Weights are float32, all else is float64."""
+"""What is measured of ranks and Gram matrices in `lightning_basin` itself."""
 
 import time
 
@@ -6,19 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Stages, Way
-from lightning_basin import measure_basin
+from lightning_basin import measure_basin, neural_tangent_kernel
 from lightning_basin.functional.gram import GramMatrix
 from lightning_basin.gradients import AutogradCheck, layer_gradients
-from lightning_basin.measurement import evaluated
+from lightning_basin.measurement import Precision, evaluated
 from lightning_basin.probe import Probe
 
 RANKS = "lightning_basin"
 SPECTRA = "lightning_basin, with all singular values"
+KERNEL = "lightning_basin, Gram matrix"
+PARTS = "parts of our Gram matrix"
 
 
 def ranks(module: nn.Module, inputs: Tensor) -> Stages:
-    """The Gram matrix, and whole measurements, which start anew: of the network, and of it with every layer."""
-    yield from gram(module, inputs)
+    """Whole measurements, which start anew: of the network, and of it with every layer."""
     yield "rank", measure_basin(module, inputs, layers=[], spectrum=False).gradient_rank
     yield from layers(module, inputs)
 
@@ -29,25 +30,28 @@ def layers(module: nn.Module, inputs: Tensor) -> Stages:
     yield "layers", (record.gradient_rank, *(layer.gradient_rank for layer in record.layers.values()))
 
 
-def gram(module: nn.Module, inputs: Tensor) -> Stages:
-    """Products of all pairs of rows of the gradients, checked against autograd as in every measurement.
+def kernel(module: nn.Module, inputs: Tensor) -> Stages:
+    """The Gram matrix in the precision of the module."""
+    precision: Precision = "float32" if next(module.parameters()).dtype == torch.float32 else "float64"
+    yield "gram", neural_tangent_kernel(module, inputs, dtype=precision)
 
-    The copy in float64, its run and the checks of its outputs are a stage of their own; and the products of factors
-    are timed apart from the derivatives that give the factors.
-    """
+
+def parts(module: nn.Module, inputs: Tensor) -> Stages:
+    """The same: the copy, its run and the checks of its outputs apart; and of the rest the products of factors."""
+    dtype = next(module.parameters()).dtype
     products = 0.0
-    with evaluated(module, Probe(inputs), None, None) as evaluation:
+    with evaluated(module, Probe(inputs), None, None, dtype=dtype, gradient_dtype=dtype) as evaluation:
         yield "copy", None
-        total = GramMatrix(evaluation.num_rows)
+        total = GramMatrix(evaluation.num_rows, dtype=dtype)
         check = AutogradCheck(evaluation.traced, torch.Generator().manual_seed(0))
         for measured in layer_gradients(evaluation.traced, check):
             started = time.perf_counter()
             measured.gradients.add_gram(total)
             products += time.perf_counter() - started
     started = time.perf_counter()
-    gram = total.whole()
+    total.whole()
     products += time.perf_counter() - started
-    yield "gram", gram  # Out here, where float32 is what it is called.
+    yield "gram", None
     yield "products", {"seconds": products}
 
 
@@ -71,6 +75,8 @@ _SMALL = ("seed", "seed-repeated", "mlp", "mlp-large", "cnn", "cnn-repeated", "t
 _OWN_TYPES = (torch.float32,)
 
 OURS = (
+    Way(KERNEL, kernel),
+    Way(PARTS, parts, is_cumulative=False),
     Way(RANKS, ranks, dtypes=_OWN_TYPES, is_cumulative=False, patience=300.0),
     Way(SPECTRA, spectra, dtypes=_OWN_TYPES, only=_SMALL, is_quick=False),
 )

@@ -22,11 +22,9 @@ def named(candidates: Sequence[Candidate], name: str, type_name: str | None = No
     return next((candidate for candidate in fitting if type_name in (None, candidate.type_name)), None)
 
 
-def whole_gram(candidate: Candidate | None) -> float | None:
-    """Seconds of a Gram matrix from a module: ours with its copy in float64 and all its checks."""
-    if candidate is None:
-        return None
-    return candidate.seconds("gram") if candidate.way.is_cumulative else candidate.seconds("copy", "gram")
+def gram_seconds(candidate: Candidate | None) -> float | None:
+    """Seconds of a Gram matrix from a module: ours with the copy and all its checks."""
+    return None if candidate is None else candidate.seconds("gram")
 
 
 def first_rank(candidate: Candidate) -> int | None:
@@ -52,29 +50,29 @@ def title(workload: Workload) -> str:
 
 def ranks(workload: Workload, candidates: Sequence[Candidate]) -> list[str]:
     """Of one network: times in seconds, and as multiples of ours; memory; integers."""
-    own = named(candidates, ours.RANKS)
     header = ["way", "type", "Gram", "×", "rank", "×", "and of layers", "×", "MiB", "rank", "of layers"]
-    rows = [_rank_row(candidate, own) for candidate in candidates if not _is_aside(candidate)]
-    return [title(workload), "", *markdown(header, rows), "", *_asides(candidates, own)]
+    rows = [_rank_row(candidate, candidates) for candidate in candidates if not _is_aside(candidate)]
+    return [title(workload), "", *markdown(header, rows), "", *_asides(candidates)]
 
 
 def _is_aside(candidate: Candidate) -> bool:
-    return candidate.name in (floor.MATRIX_PRODUCTS, ours.STEP.name)
+    return candidate.name in (floor.MATRIX_PRODUCTS, ours.PARTS, ours.STEP.name)
 
 
-def _rank_row(candidate: Candidate, own: Candidate | None) -> list[str]:
+def _rank_row(candidate: Candidate, candidates: Sequence[Candidate]) -> list[str]:
     if not candidate.turns:
         return [candidate.name, candidate.type_name, candidate.note or "", *[""] * 8]
     cells = [candidate.name + ("" if not candidate.is_once else " ¹"), candidate.type_name]
+    own, kernel = named(candidates, ours.RANKS), named(candidates, ours.KERNEL, candidate.type_name)
     alone = candidate.seconds("rank")
     own_alone = None if own is None else own.seconds("rank")
     for seconds, reference in (
-        (whole_gram(candidate), whole_gram(own)),
+        (gram_seconds(candidate), gram_seconds(kernel)),
         (alone, own_alone if own_alone is not None else rank_seconds(own)),
         (candidate.seconds("layers"), None if own is None else own.seconds("layers")),
     ):
-        cells += [_number(seconds), "" if candidate is own else _ratio(seconds, reference)]
-    stages = [stage for stage in ("copy", "gram", "rank", "layers") if stage in candidate.found]
+        cells += [_number(seconds), "" if candidate in (own, kernel) else _ratio(seconds, reference)]
+    stages = [stage for stage in ("gram", "rank", "layers") if stage in candidate.found]
     cells += [_number(candidate.mebibytes(*stages), "{:.0f}"), _number(first_rank(candidate), "{:d}")]
     layers = candidate.found.get("layers")
     cells.append(candidate.note if layers is None and candidate.note else _layers(layers, own))
@@ -93,26 +91,29 @@ def _layers(found: tuple[int, ...] | None, own: Candidate | None) -> str:
     return f"sum {sum(found[1:])}, {differing} of {len(found) - 1} differ"
 
 
-def _asides(candidates: Sequence[Candidate], own: Candidate | None) -> list[str]:
+def _asides(candidates: Sequence[Candidate]) -> list[str]:
     lines = []
-    step, products = named(candidates, ours.STEP.name), named(candidates, floor.MATRIX_PRODUCTS)
+    own, step = named(candidates, ours.RANKS), named(candidates, ours.STEP.name)
     seconds = None if step is None else step.seconds("step")
     if own is not None and seconds:
         lines.append(
             f"One training step on the probe (float32) takes {_number(seconds)} s: our rank costs "
             f"{_number(_quotient(rank_seconds(own), seconds), '{:.3g}')} of them.\n"
         )
-    if own is not None and products is not None:
+    for type_name in ("float32", "float64"):
+        names = (floor.MATRIX_PRODUCTS, ours.PARTS, ours.KERNEL)
+        products, parts, kernel = (named(candidates, name, type_name) for name in names)
+        if products is None or parts is None or kernel is None:
+            continue
         counted = products.found["floor"]
         alone = products.median_found("floor", "seconds")
-        gram, factors = own.seconds("gram"), own.median_found("products", "seconds")
+        gram, factors = parts.seconds("gram"), parts.median_found("products", "seconds")
         lines.append(
-            f"Gram matrix: {counted['operations'] / 1e9:.3g} GFLOP of matrix products "
+            f"Gram matrix in {type_name}: {counted['operations'] / 1e9:.3g} GFLOP of matrix products "
             f"({counted['least_operations'] / 1e9:.3g} where symmetric results are formed once), which alone take "
-            f"{_number(alone)} s in float64. Ours takes {_number(factors)} s from factors "
-            f"({_ratio(factors, alone)}), {_number(gram)} s with the derivatives and their check against autograd "
-            f"({_ratio(gram, alone)}), {_number(whole_gram(own))} s with the copy in float64 and its checks "
-            f"({_ratio(whole_gram(own), alone)}).\n"
+            f"{_number(alone)} s. Ours takes {_number(factors)} s from factors ({_ratio(factors, alone)}), "
+            f"{_number(gram)} s with the derivatives and their check against autograd ({_ratio(gram, alone)}), "
+            f"{_number(gram_seconds(kernel))} s with the copy and its checks ({_ratio(gram_seconds(kernel), alone)}).\n"
         )
     return lines
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.networks import WORKLOADS, Workload
 
-ENOUGH_SECONDS = 10.0
+ENOUGH_SECONDS = 6.0
 
 _PEERS = ("backpack", "curvlinops", "hessian_eigenthings", "laplace", "nngeometry", "pyhessian", "vivit")
 _PROJECTIONS = 4  # of a tensor: the norm of their difference is that of the tensors within a factor of two or so

@@ -7,6 +7,7 @@ from lightning_basin.null_space import NullSpaceVerification, verify_null_space
 from lightning_basin.offline import measure_checkpoints
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput
+from lightning_basin.tangent_kernel import neural_tangent_kernel
 
 __all__ = [
     "BasinMonitor",
@@ -18,5 +19,6 @@ __all__ = [
     "RankEarlyStopping",
     "measure_basin",
     "measure_checkpoints",
+    "neural_tangent_kernel",
     "verify_null_space",
 ]

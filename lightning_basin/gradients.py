@@ -59,7 +59,7 @@ class MeasuredGradients:
 
     Attributes:
         layer: Whose.
-        gradients: Rows ordered by input, then output, in float64 whatever the network was evaluated in.
+        gradients: Rows ordered by input, then output, in the network's ``gradient_dtype``.
         structured: Whether they come from the operations that use the layer, and not from dense rows.
         note: What a reader should know about how they were obtained.
     """
@@ -502,7 +502,7 @@ def _all_of(measured: Mapping[int, MeasuredUse], wanted: Mapping[int, Use]) -> l
 
 def _measured_in_chunk(network: Network, trace: Trace, uses: Mapping[int, Use]) -> dict[int, MeasuredUse]:
     """The uses of which it is clear what belongs to which input."""
-    outputs = network.rows(trace.outputs)
+    outputs, dtype = network.rows(trace.outputs), network.gradient_dtype
     num_inputs = outputs.shape[0]
     edges = _edges(uses)
     layouts = _input_axes(outputs, uses)
@@ -512,14 +512,15 @@ def _measured_in_chunk(network: Network, trace: Trace, uses: Mapping[int, Use]) 
         by_edge = _derivatives(outputs[:, j].sum(), edges)
         for index, layout in layouts.items():
             if index not in biases:
-                found = signal_of_inputs(uses[index], by_edge[id(uses[index].leaving)], layout, num_inputs)
+                signal = by_edge[id(uses[index].leaving)]
+                found = signal_of_inputs(uses[index], signal, layout, num_inputs, dtype)
                 if j == 0:  # Written where they stay, as twice the memory takes twice the time.
                     signals[index] = found.new_empty(num_inputs, outputs.shape[1], *found.shape[1:])
                 signals[index][:, j] = found
     measured = {}
     for index in list(signals):
         use, layout = uses[index], layouts[index]
-        entering = activations_of_inputs(use, layout, num_inputs) if isinstance(use, ProductUse) else None
+        entering = activations_of_inputs(use, layout, num_inputs, dtype) if isinstance(use, ProductUse) else None
         measured[index] = MeasuredUse(use, signals.pop(index), entering)
     for index, product in biases.items():
         measured[index] = MeasuredUse(uses[index], _summed_positions(measured[product].signals), None)
@@ -598,7 +599,7 @@ def _dense_gradients(
     pending = dict(group)
     for rows_of in _ROUTES:
         try:
-            matrix = concatenated(traced.each(rows_of, layers)).to(torch.float64)
+            matrix = concatenated(traced.each(rows_of, layers)).to(traced.network.gradient_dtype)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             # vmap, or a batch of one, is beyond some modules; the next way asks for less.
             if rows_of is _ROUTES[-1]:
@@ -686,7 +687,7 @@ def _columns_by_row(
     for columns in torch.split(positions, width):
         rows = concatenated(traced.each(_some_columns, layer, outputs_of, columns))
         yield StackedGradients(
-            (DenseGradients(rows.to(torch.float64)),),
+            (DenseGradients(rows.to(traced.network.gradient_dtype)),),
             (columns,),
             num_rows=len(rows),
             num_columns=layer.num_parameters,

@@ -120,13 +120,20 @@ class Network:
         module: A copy in evaluation mode that may be hooked and run at will.
         behavior: From the module and inputs to outputs; ``None`` calls the module.
         dtype: Of the copy.
+        gradient_dtype: In which its gradients are kept and multiplied; by default also where the copy is in float32.
     """
 
     def __init__(
-        self, module: nn.Module, behavior: ModuleBehavior | None = None, *, dtype: torch.dtype = torch.float64
+        self,
+        module: nn.Module,
+        behavior: ModuleBehavior | None = None,
+        *,
+        dtype: torch.dtype = torch.float64,
+        gradient_dtype: torch.dtype = torch.float64,
     ) -> None:
         self.module = module
         self.dtype = dtype
+        self.gradient_dtype = gradient_dtype
         self.layers = find_layers(module)
         self.named_parameters = dict(module.named_parameters())
         self._behavior = call_module if behavior is None else behavior
@@ -261,12 +268,13 @@ def other_batches(num_inputs: int) -> Iterator[list[Tensor]]:
     yield replaced
 
 
-def passed_otherwise(network: Network, probe: Probe) -> list[tuple[Tensor, Trace]]:
+def passed_otherwise(network: Network, probe: Probe, *, with_layers: bool = True) -> list[tuple[Tensor, Trace]]:
     """What enters and leaves each layer in the first of `other_batches` that the module can run, without a graph.
 
     Args:
         network: To run.
         probe: The inputs.
+        with_layers: Whether the layers are wanted, and not the outputs alone.
 
     Returns:
         Indices of the inputs of each batch, and what was noted of it.
@@ -275,14 +283,19 @@ def passed_otherwise(network: Network, probe: Probe) -> list[tuple[Tensor, Trace
         TypeError: See `Network.outputs`.
         ValueError: See `Network.outputs`; if the module can run none of them.
     """
+
+    def run(indices: Tensor) -> tuple[Tensor, Trace]:
+        batch = probe.select(indices)
+        return indices, network.passed(batch) if with_layers else Trace(network.outputs(batch))
+
     few, *many = other_batches(probe.size)
     with torch.no_grad():
         try:
-            return [(indices, network.passed(probe.select(indices))) for indices in few]
+            return [run(indices) for indices in few]
         except (TypeError, ValueError):  # Some modules cannot run so few: as many as in the whole they can.
             if not many:
                 raise
-            return [(indices, network.passed(probe.select(indices))) for indices in many[0]]
+            return [run(indices) for indices in many[0]]
 
 
 def call_module(module: nn.Module, inputs: Any) -> Any:

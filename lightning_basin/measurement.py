@@ -85,7 +85,8 @@ LayerSelection = Literal["auto", "all"] | Sequence[str]
 Precision = Literal["float64", "float32"]
 """What a network is run and differentiated in; everything behind it is computed in float64."""
 
-_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+"""By what it is called here."""
 
 MAX_ROWS = 4096
 """Largest number of outputs on a probe: each decomposition then takes about ten seconds on two cores."""
@@ -209,7 +210,14 @@ def measure_basin(
         )
 
     with evaluated(
-        module, probe, _loss_function(loss_fn), _outputs_of(behavior), planned, dtype=_DTYPES[dtype], team=team
+        module,
+        probe,
+        _loss_function(loss_fn),
+        _outputs_of(behavior),
+        planned,
+        dtype=DTYPES[dtype],
+        with_layout=True,
+        team=team,
     ) as evaluation:
         notes: list[str] = []
         num_directions = _num_directions(probe.size, evaluation.num_outputs, max_outputs)
@@ -258,8 +266,8 @@ def follow_measurement(
         dtype: See `measure_basin`.
     """
     device = _device(module)
-    with isolated_evaluation(device, _DTYPES[dtype]), at_rest(module):
-        follow(group, partial(_prepared_share, module, _outputs_of(behavior), _DTYPES[dtype]))
+    with isolated_evaluation(device, DTYPES[dtype]), at_rest(module):
+        follow(group, partial(_prepared_share, module, _outputs_of(behavior), DTYPES[dtype]))
 
 
 def check_measurable(
@@ -299,7 +307,7 @@ def check_measurable(
         MemoryBudgetError: See `measure_basin`.
     """
     _check_settings(probe, loss_fn, behavior, "auto", None, 0.0, max_outputs, layers, memory_budget, dtype)
-    with evaluated(module, probe, _loss_function(loss_fn), _outputs_of(behavior), dtype=_DTYPES[dtype]) as evaluation:
+    with evaluated(module, probe, _loss_function(loss_fn), _outputs_of(behavior), dtype=DTYPES[dtype]) as evaluation:
         _selected_parts(evaluation.network.layers, layers)
         if not is_loss_given and evaluation.loss_fn is not None:
             found, outputs, targets = evaluation.loss_fn, evaluation.trace.outputs, evaluation.probe.targets
@@ -363,8 +371,8 @@ def check_precision(dtype: Precision, hessian: HessianMode, rtol: float | None) 
     Raises:
         ValueError: If ``dtype`` is not one that networks are evaluated in, or too coarse for what is asked.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {tuple(_DTYPES)}, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {tuple(DTYPES)}, got {dtype!r}")
     if dtype == "float64":
         return
     if hessian not in ("auto", False):
@@ -386,6 +394,15 @@ def _check_types(duplicate_rtol: Any, max_outputs: Any, layers: Any, memory_budg
         raise TypeError(f"max_outputs must be an integer, 'auto' or None, got {max_outputs!r}")
     if not isinstance(layers, Sequence) or not all(isinstance(name, str) for name in layers):
         raise TypeError(f"layers must be 'auto', 'all' or a list of names of layers, got {layers!r}")
+    check_memory_budget(memory_budget)
+
+
+def check_memory_budget(memory_budget: Any) -> None:
+    """Refuse what is no number of bytes.
+
+    Raises:
+        TypeError: If that is so.
+    """
     if memory_budget is not None and not _is_number(memory_budget, float):
         raise TypeError(f"memory_budget must be a number of bytes or None, got {memory_budget!r}")
 
@@ -457,7 +474,7 @@ class Evaluation:
     traced: TracedProbe
     loss_fn: LossFunction | None
     loss: Tensor | None
-    layout: InputLayout
+    layout: InputLayout | None
     plan: MeasurementPlan | None = None
 
     @property
@@ -474,6 +491,11 @@ class Evaluation:
     def trace(self) -> Trace:
         """What one forward pass showed."""
         return self.traced.whole
+
+    @property
+    def max_elements(self) -> int:
+        """Numbers of gradients, or their factors, that may be held at once."""
+        return GROUP_ELEMENTS if self.plan is None else self.plan.group_elements
 
     @property
     def num_outputs(self) -> int:
@@ -500,6 +522,8 @@ def evaluated(
     planned: Planner | None = None,
     *,
     dtype: torch.dtype = torch.float64,
+    gradient_dtype: torch.dtype = torch.float64,
+    with_layout: bool = False,
     team: Team | None = None,
 ) -> Iterator[Evaluation]:
     """Evaluate a copy of a module once and check what comes out.
@@ -511,6 +535,8 @@ def evaluated(
         behavior: See `measure_basin`.
         planned: Cuts the measurement to the memory that there is; ``None`` runs all inputs at once.
         dtype: Of the copy.
+        gradient_dtype: See `Network`.
+        with_layout: Whether to find the inputs in what enters and leaves each layer.
         team: Processes that get a share of the inputs each, where the module can run a few at a time.
     """
     if any(tensor.is_meta for tensor in tensors_of(probe.inputs)):
@@ -518,20 +544,21 @@ def evaluated(
     device = _device(module)
     with isolated_evaluation(device, dtype), at_rest(module):
         replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=dtype)
-        network, loss_fn = Network(replica, behavior, dtype=dtype), _raised(loss_fn, dtype)
-        probe = probe.to(device, dtype)
+        network = Network(replica, behavior, dtype=dtype, gradient_dtype=gradient_dtype)
+        probe, loss_fn = probe.to(device, dtype), _raised(loss_fn, dtype)
         settle_embeddings(replica, lambda: network.outputs(probe))
         plan = None
         if planned is not None:
-            few, trace_of_few = _few_traced(network, probe)
-            plan = planned(network, few, trace_of_few)
-            team = team if few.size < probe.size else None
+            few = _few_traced(network, probe)
+            plan = planned(network, *few)
+            team = team if few[0].size < probe.size else None
+            del few  # And its graph.
         traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size, team=team)
         if team is not None:
             _share(team, traced)
         trace = traced.whole
         _check_outputs(probe, trace.outputs)
-        layout = _checked_layout(network, probe, trace)
+        layout = _checked_layout(network, probe, trace, is_wanted=with_layout)
         _check_copy(module, trace.outputs, "behavior")
         loss = None
         if loss_fn is not None:
@@ -620,11 +647,11 @@ def _check_outputs(probe: Probe, outputs: Tensor) -> None:
         raise ValueError(f"outputs must be finite, but are NaN or infinite on {count} of the {probe.size} inputs")
 
 
-def _checked_layout(network: Network, probe: Probe, trace: Trace) -> InputLayout:
+def _checked_layout(network: Network, probe: Probe, trace: Trace, *, is_wanted: bool) -> InputLayout | None:
     """Where the inputs are in what was traced, seen from other batches; these must have the same outputs."""
-    others = passed_otherwise(network, probe)
+    others = passed_otherwise(network, probe, with_layers=is_wanted)
     _check_independence(network, probe, trace.outputs.detach(), others)
-    return input_layout(network, probe, trace, others)
+    return input_layout(network, probe, trace, others) if is_wanted else None
 
 
 def _check_independence(
@@ -761,7 +788,7 @@ def _measured_gradients(
     notes: list[str],
 ) -> tuple[dict[Part, GradientRank], dict[Part, Spectrum]]:
     """Ranks of the behavioral gradients of each part; and singular values, unless neither they nor these are wanted."""
-    max_elements = GROUP_ELEMENTS if evaluation.plan is None else evaluation.plan.group_elements
+    max_elements = evaluation.max_elements
     check = AutogradCheck(evaluation.traced, generator)
     measurement = RankMeasurement(
         parts,

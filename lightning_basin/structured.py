@@ -73,9 +73,9 @@ def possible_input_axes(use: Use, signal: Tensor, chosen: Tensor) -> list[InputA
     return [layout for layout in layouts if not bool(layout.split(nonzero, num_inputs)[~chosen].any())]
 
 
-def signal_of_inputs(use: Use, signal: Tensor, layout: InputAxis, num_inputs: int) -> Tensor:
-    """Derivatives input by input in float64: ``(k, t, d_out)`` for a product, ``(k, n)`` by the n used entries else."""
-    signal = signal.to(torch.float64)  # Before anything is added up.
+def signal_of_inputs(use: Use, signal: Tensor, layout: InputAxis, num_inputs: int, dtype: torch.dtype) -> Tensor:
+    """Derivatives input by input: ``(k, t, d_out)`` for a product, ``(k, n)`` by the n used entries else."""
+    signal = signal.to(dtype)  # Before anything is added up.
     if isinstance(use, ProductUse):
         return layout.split(use.signals(signal), num_inputs).flatten(1, -2)
     contributions = layout.split(use.contributions(signal), num_inputs)
@@ -85,9 +85,9 @@ def signal_of_inputs(use: Use, signal: Tensor, layout: InputAxis, num_inputs: in
     return summed.unsqueeze(-1).flatten(1)
 
 
-def activations_of_inputs(use: ProductUse, layout: InputAxis, num_inputs: int) -> Tensor:
-    """What is multiplied, input by input, in float64, shape ``(k, t, d_in)``."""
-    return layout.split(use.activations().to(torch.float64), num_inputs).flatten(1, -2)
+def activations_of_inputs(use: ProductUse, layout: InputAxis, num_inputs: int, dtype: torch.dtype) -> Tensor:
+    """What is multiplied, input by input, shape ``(k, t, d_in)``."""
+    return layout.split(use.activations().to(dtype), num_inputs).flatten(1, -2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +96,8 @@ class MeasuredUse:
 
     Attributes:
         use: The operation.
-        signals: Derivatives of each output in float64, ``(k, c, t, d_out)`` for a product, ``(k, c, n)`` otherwise.
-        activations: ``(k, t, d_in)`` in float64 for a product.
+        signals: Derivatives of each output, ``(k, c, t, d_out)`` for a product, ``(k, c, n)`` otherwise.
+        activations: ``(k, t, d_in)`` for a product.
     """
 
     use: Use
@@ -208,7 +208,7 @@ def _through(source: Source, slots: Sequence[_Slot], parameters: Mapping[str, Te
     blocks = [(slot.positions.flatten(), slot.gradients()) for slot in slots]
     rows = _summed(blocks, num_rows, source.tensor.numel()).view(num_rows, *source.tensor.shape)
     values = list(parameters.values())
-    products = vector_jacobian_products(source.tensor, values, rows.to(source.tensor.dtype)).to(torch.float64)
+    products = vector_jacobian_products(source.tensor, values, rows.to(source.tensor.dtype)).to(rows.dtype)
     return [(torch.arange(products.shape[1], device=products.device), DenseGradients(products))]
 
 
@@ -236,7 +236,7 @@ def _are_disjoint(columns: Sequence[Tensor], num_columns: int) -> bool:
 
 
 def _summed(blocks: Sequence[_Block], num_rows: int, num_columns: int) -> Tensor:
-    rows = torch.zeros(num_rows, num_columns, dtype=torch.float64, device=blocks[0][0].device)
+    rows = torch.zeros(num_rows, num_columns, dtype=blocks[0][1].dtype, device=blocks[0][0].device)
     for columns, part in blocks:
         rows.index_add_(1, columns, part.rows())
     return rows

@@ -20,6 +20,7 @@ class GramMatrix:
     Args:
         num_rows: m.
         device: Where the rows are.
+        dtype: Of the rows, in which products are added up.
 
     Example:
         >>> gram = GramMatrix(2)
@@ -29,8 +30,10 @@ class GramMatrix:
                 [2., 1.]], dtype=torch.float64)
     """
 
-    def __init__(self, num_rows: int, device: torch.device | str = "cpu") -> None:
-        self._lower = torch.empty(num_rows, num_rows, dtype=torch.float64, device=device)
+    def __init__(
+        self, num_rows: int, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float64
+    ) -> None:
+        self._lower = torch.empty(num_rows, num_rows, dtype=dtype, device=device)
         self._is_empty = True
 
     @property

@@ -73,6 +73,11 @@ class KhatriRaoGradients:
         """Where they are."""
         return self.activations.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors, in which they are multiplied."""
+        return self.activations.dtype
+
     def rows(self) -> Tensor:
         """The gradients themselves, shape ``(m, d_out * d_in)``."""
         k, c, t, d_out = self.output_gradients.shape
@@ -164,8 +169,8 @@ class KhatriRaoGradients:
     def combination(self, weights: Tensor) -> Tensor:
         """``weights @ rows()`` without the rows; ``weights`` and result have shapes ``(m,)`` and ``(N,)``."""
         k, c = self.output_gradients.shape[:2]
-        signals = torch.einsum("kj,kjto->kto", weights.view(k, c), self.output_gradients)
-        return torch.einsum("kto,ktd->od", signals, self.activations).flatten()
+        signals = torch.einsum("kj,kjto->kto", weights.view(k, c).to(self.dtype), self.output_gradients)
+        return torch.einsum("kto,ktd->od", signals, self.activations).flatten().to(weights.dtype)
 
     def magnitudes(self) -> "KhatriRaoGradients":
         """With the magnitude of every term in place of the term: bounds what may cancel in their sums."""
@@ -213,6 +218,11 @@ class DenseGradients:
     def device(self) -> torch.device:
         """Where they are."""
         return self.matrix.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix."""
+        return self.matrix.dtype
 
     def rows(self) -> Tensor:
         """The matrix, shape ``(m, N)``."""
@@ -267,7 +277,7 @@ class DenseGradients:
 
     def combination(self, weights: Tensor) -> Tensor:
         """``weights @ rows()``; shapes ``(m,)`` and ``(N,)``."""
-        return weights @ self.matrix
+        return (weights.to(self.dtype) @ self.matrix).to(weights.dtype)
 
     def magnitudes(self) -> "DenseGradients":
         """With the magnitude of every entry."""
@@ -354,7 +364,8 @@ class StackedGradients:
         return replace(self, parts=tuple(part.magnitudes() for part in self.parts))
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self.device)
+        dtype = self.parts[0].dtype if self.parts else torch.float64
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def weighted(self, blocks: Tensor) -> "StackedGradients":
         """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
