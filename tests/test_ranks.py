@@ -150,3 +150,14 @@ def test_rows_that_only_all_layers_together_tell_apart_are_proved_by_the_sum_of_
     record = measure_basin(build(), draw(), spectrum=False)
     assert (record.gradient_rank, record.gradient_method) == (256, "cholesky")
     assert max(layer.gradient_rank for layer in record.layers.values()) < 256
+
+
+@pytest.mark.parametrize("spectrum", [False, True])
+def test_channels_that_are_dead_at_equal_distances_leave_the_rank_of_the_others(spectrum):
+    # Of 64 channels 8 are alive: 8 x 64 weights act, fewer than the 123 x 8 outputs that differ.
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv1d(64, 64, 1, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(64 * 4, 8, bias=False))
+    inputs = torch.zeros(128, 64, 4)
+    inputs[:, ::8] = drawn(128, 8, 4).float()
+    record = measure_basin(module, repeated(inputs), spectrum=spectrum)
+    assert record.layers["0"].gradient_rank == 512

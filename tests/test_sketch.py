@@ -270,6 +270,16 @@ def test_rank_of_a_khatri_rao_sketch_is_the_rank_of_the_matrix(seed):
     assert found == np.linalg.matrix_rank(rows_by_loop(gradients))
 
 
+# Frequencies repeat on columns at equal distances: without a random order 432 of 500 are left of the first, 692 of 1000
+# of the last one.
+@pytest.mark.parametrize(("num_rows", "num_columns", "distance"), [(500, 4096, 4), (1000, 8192, 2), (1000, 8192, 8)])
+def test_a_dense_sketch_keeps_the_rank_of_columns_at_equal_distances(num_rows, num_columns, distance):
+    matrix = torch.zeros(num_rows, num_columns, dtype=torch.float64)
+    matrix[:, ::distance] = drawn(num_rows, num_columns // distance)
+    sketch = DenseGradients(matrix).sketch(num_rows + num_rows // 20, generator_of(1))
+    assert numerical_rank(singular_values(sketch), rtol=1e-10) == num_rows
+
+
 @pytest.mark.parametrize("num_columns", [1, 3, 5, 8])
 def test_a_narrow_khatri_rao_sketch_has_full_column_rank(num_columns):
     gradients = khatri_rao(k=10, c=1, d_in=4, d_out=2)

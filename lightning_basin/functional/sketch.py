@@ -7,7 +7,7 @@ sums over layers. Axis letters: k inputs, c outputs per input, m = k * c rows, t
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +29,7 @@ from lightning_basin.functional.rank import (
 )
 
 _CHUNK_ELEMENTS = 2**21  # float64 numbers in a temporary: 16 MiB
+_CACHED_ELEMENTS = 2**18  # and in one that stays in the cache until it is used: 2 MiB
 _WAITING_ELEMENTS = 2**26  # and in the matrices or factors that wait for their sketch: 512 MiB
 _DENSE_ELEMENTS = 2e7  # entries of a matrix that is decomposed as it stands: 160 MB
 _TINY_WORK = 2e7  # min(rows, columns)**2 * max(rows, columns) up to which singular values take milliseconds
@@ -152,7 +153,11 @@ class KhatriRaoGradients:
         """
         k, c, t, d_out = self.output_gradients.shape
         if t > 1 and self.activations.shape[-1] < num_columns and k * c * self.num_columns <= _WAITING_ELEMENTS:
-            return DenseGradients(self.rows()).sketch(num_columns, generator)  # Fewer operations.
+            inputs = max(1, _CACHED_ELEMENTS // max(1, c * self.num_columns))  # Rows take much more than their factors.
+            parts = (self._of_inputs(chunk).rows() for chunk in _blocks(k, inputs))
+            return _fourier_sketch(
+                parts, (k * c, self.num_columns), num_columns, generator, self.device
+            )  # Fewer operations.
         left = _gaussian(d_out, num_columns, generator, like=self.activations)
         right = _gaussian(self.activations.shape[-1], num_columns, generator, like=self.activations)
         sketch = self.activations.new_empty(k, c, num_columns)
@@ -165,6 +170,9 @@ class KhatriRaoGradients:
             else:
                 sketch[chunk] = (self.output_gradients[chunk] @ left).mul_(entering.unsqueeze(1)).sum(2)
         return sketch.view(k * c, num_columns)
+
+    def _of_inputs(self, chosen: slice) -> "KhatriRaoGradients":
+        return replace(self, activations=self.activations[chosen], output_gradients=self.output_gradients[chosen])
 
     def combination(self, weights: Tensor) -> Tensor:
         """``weights @ rows()`` without the rows; ``weights`` and result have shapes ``(m,)`` and ``(N,)``."""
@@ -255,25 +263,9 @@ class DenseGradients:
         return DenseGradients(torch.einsum("mgs,gs->ms", columns, drawn / drawn.norm(dim=0)))
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
-        """The matrix times a subsampled random Fourier transform, shape ``(m, num_columns)``.
-
-        The transform costs ``N log N`` a row where a Gaussian matrix costs ``N * num_columns`` (Woolfe, Liberty,
-        Rokhlin and Tygert, 2008). The random diagonal is continuous, so that the rank is kept almost surely and
-        not only with high probability. Scaled so that ``Y @ Y.T`` has the Gram matrix as its mean.
-        """
-        length = 2 ** math.ceil(math.log2(max(self.num_columns, num_columns + 2)))
-        device = self.matrix.device
-        diagonal = torch.rand(self.num_columns, generator=generator, dtype=torch.float64).add_(0.5)
-        diagonal.mul_(torch.randint(0, 2, diagonal.shape, generator=generator).mul_(2).sub_(1))
-        # The imaginary parts of the first and the last frequency are always zero: leave both out.
-        picked = torch.randperm(length - 2, generator=generator)[:num_columns].add_(2).to(device)
-        diagonal = diagonal.to(device)
-        sketch = self.matrix.new_empty(self.num_rows, num_columns)
-        for chunk in _blocks(self.num_rows, _CHUNK_ELEMENTS // length):
-            spectrum = torch.fft.rfft(self.matrix[chunk] * diagonal, n=length)
-            sketch[chunk] = torch.view_as_real(spectrum).flatten(1)[:, picked]
-        # Each picked cosine or sine has mean square 1/2; the diagonal has mean square 13/12.
-        return sketch.mul_(math.sqrt(2 * 12 / 13 / num_columns))
+        """The matrix times random vectors, see `_fourier_sketch`; shape ``(m, num_columns)``."""
+        parts = (self.matrix[chunk] for chunk in _blocks(self.num_rows, _CHUNK_ELEMENTS // max(1, self.num_columns)))
+        return _fourier_sketch(parts, (self.num_rows, self.num_columns), num_columns, generator, self.device)
 
     def combination(self, weights: Tensor) -> Tensor:
         """``weights @ rows()``; shapes ``(m,)`` and ``(N,)``."""
@@ -694,6 +686,49 @@ def gradient_spectrum(gradients: Sequence[LayerGradients], *, generator: Generat
     for block in gradients:
         accumulator.add(block)
     return accumulator.spectrum()
+
+
+def _fourier_sketch(
+    parts: Iterable[Tensor], shape: tuple[int, int], num_columns: int, generator: Generator, device: torch.device
+) -> Tensor:
+    """A matrix times a subsampled random Fourier transform, shape ``(m, num_columns)``.
+
+    The transform costs ``N log N`` a row where a Gaussian matrix costs ``N * num_columns`` (Woolfe, Liberty, Rokhlin
+    and Tygert, 2008). Its frequencies cannot all tell apart columns at equal distances, as where every eighth token of
+    a table is used: so the columns are put into a random order first. Then the rank is kept for almost all values of
+    the random diagonal, which is continuous. Scaled so that ``Y @ Y.T`` has the Gram matrix as its mean.
+
+    Args:
+        parts: Rows of the matrix, all of them one after the other.
+        shape: Of the matrix, ``(m, N)``.
+        num_columns: Of the sketch.
+        generator: On the CPU.
+        device: Of the matrix.
+    """
+    length = _fast_length(max(shape[1], num_columns + 2))
+    order = torch.randperm(shape[1], generator=generator).to(device)
+    diagonal = torch.rand(shape[1], generator=generator, dtype=torch.float64).add_(0.5)
+    diagonal = diagonal.mul_(torch.randint(0, 2, diagonal.shape, generator=generator).mul_(2).sub_(1)).to(device)
+    # The imaginary parts of the first and the last frequency are always zero: leave both out.
+    picked = torch.randperm(length - 2, generator=generator)[:num_columns].add_(2).to(device)
+    sketch, start = torch.empty(shape[0], num_columns, dtype=torch.float64, device=device), 0
+    for part in parts:
+        for rows in torch.split(part, max(1, _CACHED_ELEMENTS // length)):
+            mixed = torch.gather(rows, 1, order.expand_as(rows)).mul_(diagonal)  # Faster than any indexing.
+            spectrum = torch.view_as_real(torch.fft.rfft(mixed, n=length)).flatten(1)
+            torch.gather(spectrum, 1, picked.expand(len(rows), -1), out=sketch[start : start + len(rows)])
+            start += len(rows)
+    # Each picked cosine or sine has mean square 1/2; the diagonal has mean square 13/12.
+    return sketch.mul_(math.sqrt(2 * 12 / 13 / num_columns))
+
+
+def _fast_length(least: int) -> int:
+    """The smallest even number without other prime factors than 2, 3 and 5: of such lengths are fast transforms."""
+    lengths = (
+        2 ** max(1, math.ceil(math.log2(least / odd))) * odd
+        for odd in (3**i * 5**j for i in range(4) for j in range(3))
+    )
+    return min(lengths)
 
 
 def _mixed(tensor: Tensor, count: int, generator: Generator) -> Tensor:
