@@ -724,10 +724,12 @@ def _fourier_sketch(
 
 def _fast_length(least: int) -> int:
     """The smallest even number without other prime factors than 2, 3 and 5: of such lengths are fast transforms."""
-    lengths = (
-        2 ** max(1, math.ceil(math.log2(least / odd))) * odd
-        for odd in (3**i * 5**j for i in range(4) for j in range(3))
-    )
+    lengths: list[int] = []
+    for odd in (3**i * 5**j for i in range(4) for j in range(3)):
+        length = 2 * odd
+        while length < least:
+            length *= 2
+        lengths.append(length)
     return min(lengths)
 
 
