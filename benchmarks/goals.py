@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks import floor, hessians, ours, peers
+from benchmarks.networks import WORKLOADS, Workload
 from benchmarks.tables import (
     Network,
     first_rank,
@@ -131,7 +132,7 @@ def _cost_goals(ranked: Ranked, scaling: Sequence[Network]) -> list[Goal]:
     for name in _larger(ranked):
         candidates = ranked[name]
         own = named(candidates, ours.RANKS)
-        share = None if own is None else _memory_share(candidates, own)
+        share = None if own is None else _memory_share(WORKLOADS[name], candidates, own)
         if share is not None:
             memory[name] = share
         for type_name in ("float32", "float64"):
@@ -240,15 +241,14 @@ def _wrong_integers(ranked: Ranked) -> dict[str, float]:
     return found
 
 
-def _memory_share(candidates: Sequence[Candidate], own: Candidate) -> float | None:
-    """Of the dense route to the same integer; where that was not run, of the leanest way that forms the gradients."""
+def _memory_share(workload: Workload, candidates: Sequence[Candidate], own: Candidate) -> float | None:
+    """Of the dense route to the same integer; where that was not run, of the float64 matrix that it would hold."""
     exact = named(candidates, peers.SINGULAR_VALUES)
-    dense = [candidate.mebibytes("gram") for candidate in candidates if candidate.name in peers.DENSE]
-    reference = min((memory for memory in dense if memory), default=None)
+    reference = 8 * workload.num_rows * workload.num_parameters / 2**20
     if exact is not None:
-        reference = exact.mebibytes("rank")
+        reference = exact.mebibytes("rank") or reference
     memory = own.mebibytes("rank" if "rank" in own.found else "layers")
-    return memory / reference if memory is not None and reference else None
+    return None if memory is None else memory / reference
 
 
 def _exponent(scaling: Sequence[Network]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """A network seen layer by layer: which module owns which parameter, what enters and leaves each."""
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -343,13 +344,13 @@ class _Behaving(nn.Module):
 def _recording(network: Network, trace: Trace) -> Iterator[None]:
     """Hooks on every layer that fill a trace, gone afterwards."""
     handles = []
+    clones = _Clones()
 
     def enter(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             if not trace.leaving:
                 trace.num_first += name not in trace.entering
-            # Clones, here and below: what is done in place later cannot change what entered and left.
-            trace.entering.setdefault(name, []).extend(tensor.clone() for tensor in tensors_of((args, kwargs)))
+            trace.entering.setdefault(name, []).extend(map(clones.of, tensors_of((args, kwargs))))
 
         return hook
 
@@ -357,7 +358,7 @@ def _recording(network: Network, trace: Trace) -> Iterator[None]:
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
             first = tensors_of(output)[:1]
             trace.leaving.setdefault(name, []).extend(first)
-            return output.clone() if isinstance(output, Tensor) else output
+            return clones.passed_on(output) if isinstance(output, Tensor) else output
 
         return hook
 
@@ -370,6 +371,25 @@ def _recording(network: Network, trace: Trace) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Clones:
+    """Tensors as they entered and left layers: what is done in place later cannot change them."""
+
+    def __init__(self) -> None:
+        self._left: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def passed_on(self, left: Tensor) -> Tensor:
+        """A clone that goes on in place of what left a layer."""
+        clone = left.clone()
+        self._left[id(clone)] = weakref.ref(clone), left
+        return clone
+
+    def of(self, entering: Tensor) -> Tensor:
+        """A clone, or what left the layer before, where nothing was done in between: much of all memory."""
+        twin, left = self._left.get(id(entering), (None, entering))
+        is_same = twin is not None and twin() is entering and entering.layout == torch.strided
+        return left if is_same and torch.equal(left, entering) else entering.clone()
 
 
 class Chunk:

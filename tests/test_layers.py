@@ -155,3 +155,31 @@ def test_the_number_of_first_layers_counts_what_the_first_one_sits_in():
             return self.last(F.relu(self.inner(x))) * self.scale
 
     assert Network(filled(Outer())).trace(Probe(drawn(4, 3))).num_first == 2
+
+
+def test_what_leaves_a_layer_and_enters_the_next_one_is_held_once():
+    network = Network(filled(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))))
+    trace = network.trace(Probe(drawn(4, 2)))
+    assert trace.entering["1"][0] is trace.leaving["0"][0]
+
+
+def written(how):
+    """Twice what leaves the first layer, written where it is."""
+
+    def function(module, x):
+        hidden = module.first(x)
+        how(hidden)
+        return module.second(hidden)
+
+    return filled(Composed(function, first=nn.Linear(2, 3), second=nn.Linear(3, 1)))
+
+
+@pytest.mark.parametrize("how", [lambda hidden: hidden.mul_(2), lambda hidden: hidden.data.mul_(2)])
+def test_what_is_written_between_two_layers_is_seen_to_enter_the_second_one_only(how):
+    inputs = drawn(4, 2)
+    network = Network(written(how))
+    trace = network.trace(Probe(inputs))
+    (left,), (entered,) = trace.leaving["first"], trace.entering["second"]
+    weight, bias = network.module.first.weight, network.module.first.bias
+    torch.testing.assert_close(left, inputs @ weight.T + bias)
+    assert torch.equal(entered, 2 * left)
