@@ -218,13 +218,15 @@ def smallest_singular_values(matrix: Tensor) -> SmallestSingularValues | None:
     factor = gram.factor(shift=threshold)
     if factor is None:
         return None
-    small = basis.mT @ rows
+    small, previous = basis.mT @ rows, math.inf
     for _ in range(_MOST_REFINEMENTS):
         before = small
         basis = basis - _apart(factor.solve(_apart(rows @ small.mT, basis)), basis)
         small = basis.mT @ rows
-        if float((small - before).norm()) <= EPSILON * largest:
+        change = float((small - before).norm())
+        if change <= EPSILON * largest * len(small) ** 0.5 or change > previous / 2:  # The rest is rounding.
             break
+        previous = change
     spectrum = matrix.new_full((len(rows),), math.sqrt(following))
     spectrum[len(rows) - len(small) :] = singular_values(small)
     spectrum[0] = largest
@@ -264,7 +266,7 @@ def _apart(vectors: Tensor, basis: Tensor) -> Tensor:
 def _start(gram: GramMatrix, count: int) -> Tensor:
     """Random vectors, always the same."""
     generator = Generator().manual_seed(0)
-    return torch.randn(gram.num_rows, count, generator=generator, dtype=torch.float64).to(gram.device)
+    return torch.randn(gram.num_rows, count, generator=generator, dtype=torch.float32).to(gram.device, torch.float64)
 
 
 def _largest_eigenvalue(product: Callable[[Tensor], Tensor], like: GramMatrix) -> float:

@@ -740,5 +740,5 @@ def _mixed(tensor: Tensor, count: int, generator: Generator) -> Tensor:
 
 
 def _gaussian(rows: int, columns: int, generator: Generator, *, like: Tensor) -> Tensor:
-    # Drawn on the CPU: the same numbers on every device.
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(like.device)
+    # Drawn on the CPU: the same numbers on every device. In float32: as random, in a fifth of the time.
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(like.device, torch.float64)
