@@ -579,6 +579,26 @@ def _shift(
     return _elementwise(recorder, leaving, bias, num_axes, lambda signal: signal, axis=axis, shifts=shifted)
 
 
+def _fused_cell(
+    recorder: _Recorder,
+    _: Leaving,
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    state: Tensor,
+    input_bias: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
+) -> list[Use]:
+    """A step of a GRU or LSTM on an accelerator, which adds its biases to the products itself."""
+    uses: list[Use] = []
+    for gates, bias in ((input_gates, input_bias), (hidden_gates, hidden_bias)):
+        if gates.grad_fn is not None:
+            edge = get_gradient_edge(gates)
+            products = [use for use in recorder.operations.uses if use.leaving.edge == edge]
+            leaving = products[0].leaving if products else Leaving(gates.shape, edge)
+            uses += _shift(recorder, leaving, bias, 2, products)
+    return uses
+
+
 def _num_axes(*operands: Any) -> int:
     return max(operand.ndim for operand in operands if isinstance(operand, Tensor))
 
@@ -742,6 +762,8 @@ _HANDLERS: Mapping[Any, Callable[..., list[Use]]] = {
     _aten.div.Tensor: _div,
     _aten.div_.Tensor: _in_place(_div),
     _aten._prelu_kernel.default: _prelu,
+    _aten._thnn_fused_gru_cell.default: _fused_cell,
+    _aten._thnn_fused_lstm_cell.default: _fused_cell,
     _aten.native_layer_norm.default: _layer_norm,
     _aten._fused_rms_norm.default: _rms_norm,
     _aten.native_batch_norm.default: _batch_norm,

@@ -18,6 +18,7 @@ from lightning_basin.probe import Probe
 
 _NUMBER = 8  # bytes of a float64, in which gradients are held and decomposed
 _DECOMPOSITION = 14  # m x m matrices at once: Gram matrices, a sketch of 2 m columns, its triangular factor, work space
+_KERNEL = 2  # m x m matrices where only the Gram matrix is wanted: it, and blocks of products that are added
 _COPIES = 3  # of a group's factors at once: collected by output, stacked, and in a product
 _READOUT = 1  # m x m matrices at most: derivatives of the behavior by the outputs
 _OUTPUT_CURVATURE = 6  # second derivatives by the outputs, their factors, and what the decomposition of P begins with
@@ -115,6 +116,7 @@ def plan_measurement(
     num_inputs: int,
     num_outputs: int,
     num_blocks: int = 0,
+    with_ranks: bool = True,
     with_readout: bool = False,
     with_hessian: bool = False,
     with_dense_hessian: bool = False,
@@ -129,6 +131,7 @@ def plan_measurement(
         num_inputs: Inputs of the whole probe, k.
         num_outputs: Outputs per input whose gradients count, c.
         num_blocks: Blocks of layers that are reported beside the layers.
+        with_ranks: Whether there is more to find than the Gram matrix.
         with_readout: Whether the behavior is a function of the outputs, whose derivative combines all rows.
         with_hessian: Whether products with the Hessian are taken.
         with_dense_hessian: Whether the Hessian is formed.
@@ -143,16 +146,18 @@ def plan_measurement(
     budget = int(_FREE_FRACTION * available_memory(device)) + copied if memory_budget is None else memory_budget
     num_rows = num_inputs * num_outputs
     num_parameters = sum(layer.num_parameters for layer in network.layers)
-    fixed = _NUMBER * ((_DECOMPOSITION + 3 * num_blocks) * num_rows**2 + 5 * num_parameters)
+    num_matrices = _DECOMPOSITION + 3 * num_blocks if with_ranks else _KERNEL
+    fixed = _NUMBER * (num_matrices * num_rows**2 + 5 * num_parameters)
     fixed += copied + min(_TEMPORARIES, budget // 8)
     fixed += _NUMBER * (_READOUT * with_readout + _OUTPUT_CURVATURE * with_hessian) * num_rows**2
     if with_dense_hessian:
         fixed += _NUMBER * (6 * num_parameters**2 + 3 * num_rows * num_parameters)
+    what, fewer = ("decomposition", "fewer outputs (max_outputs), ") if with_ranks else ("Gram matrix", "")
     if fixed > budget:
         raise MemoryBudgetError(
-            f"a measurement must fit into memory_budget, {_gib(budget)}, but the decomposition of {num_rows} rows by "
-            f"{num_parameters} parameters{_beside(copied)} needs {_gib(fixed)}: take a smaller probe, fewer outputs "
-            f"(max_outputs), or a larger memory_budget"
+            f"a measurement must fit into memory_budget, {_gib(budget)}, but the {what} of {num_rows} rows by "
+            f"{num_parameters} parameters{_beside(copied)} needs {_gib(fixed)}: take a smaller probe, {fewer}"
+            f"or a larger memory_budget"
         )
     sizes = layer_sizes(network, trace, num_inputs=num_inputs, num_outputs=num_outputs)
     copies = _COPIES + with_readout + with_hessian  # Rows are combined once more, for each.
@@ -169,8 +174,8 @@ def plan_measurement(
     if smallest > passes.group:
         raise MemoryBudgetError(
             f"a measurement must fit into memory_budget, {_gib(budget)}, but the gradients of layer {name!r} need "
-            f"{_gib(copies * _NUMBER * smallest)} beside {_gib(fixed + passes.held)}: take a smaller probe, fewer "
-            f"outputs (max_outputs), or a larger memory_budget"
+            f"{_gib(copies * _NUMBER * smallest)} beside {_gib(fixed + passes.held)}: take a smaller probe, {fewer}"
+            f"or a larger memory_budget"
         )
     peak = copies * _NUMBER * min(passes.group, sum(size.peak for size in sizes.values()))
     limits = None

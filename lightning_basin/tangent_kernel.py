@@ -57,7 +57,13 @@ def neural_tangent_kernel(
     def planned(network: Network, few: Probe, trace: Trace) -> MeasurementPlan:
         num_outputs = network.rows(trace.outputs).shape[1]
         return plan_measurement(
-            network, few, trace, num_inputs=probe.size, num_outputs=num_outputs, memory_budget=memory_budget
+            network,
+            few,
+            trace,
+            num_inputs=probe.size,
+            num_outputs=num_outputs,
+            with_ranks=False,
+            memory_budget=memory_budget,
         )
 
     with evaluated(

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_basin import neural_tangent_kernel
 from lightning_basin.layers import Network, rounding_rtol
+from lightning_basin.measurement import MAX_ROWS
 from lightning_basin.plan import MemoryBudgetError
 from lightning_basin.probe import Probe
 from lightning_basin.replica import isolated_evaluation, replicas
@@ -69,10 +70,11 @@ def test_in_float32_the_same_layers_come_from_factors(name):
 
 
 @every_precision
-def test_the_kernel_is_the_same_within_any_memory(dtype):
+@pytest.mark.parametrize("mebibytes", [88, 40])  # Inputs in chunks; and layers in pieces.
+def test_the_kernel_is_the_same_within_any_memory(dtype, mebibytes):
     module, inputs = convolutional(), images(64)
     whole = neural_tangent_kernel(module, inputs, dtype=dtype)
-    cut = neural_tangent_kernel(module, inputs, dtype=dtype, memory_budget=88 * 2**20)
+    cut = neural_tangent_kernel(module, inputs, dtype=dtype, memory_budget=mebibytes * 2**20)
     torch.testing.assert_close(cut, whole, rtol=0.0, atol=rounding_rtol(DTYPES[dtype]) * float(whole.abs().max()))
     with pytest.raises(MemoryBudgetError, match="must fit into memory_budget"):
         neural_tangent_kernel(module, inputs, dtype=dtype, memory_budget=2**20)
@@ -113,3 +115,14 @@ def test_module_and_random_states_are_left_as_they_were():
 def test_what_cannot_work_is_said_in_one_sentence(arguments, error, message):
     with pytest.raises(error, match=message):
         neural_tangent_kernel(nn.Linear(2, 3), torch.rand(4, 2), **arguments)
+
+
+def test_more_outputs_than_can_be_decomposed_have_a_kernel():
+    # The gradient by a bias is 1, whatever enters.
+    module = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1)).requires_grad_(requires_grad=False)
+    module[1].bias.requires_grad_(requires_grad=True)
+    kernel = neural_tangent_kernel(module, torch.rand(MAX_ROWS + 1, 1))
+    assert kernel.shape == (MAX_ROWS + 1, MAX_ROWS + 1)
+    assert bool((kernel == 1).all())
+    with pytest.raises(MemoryBudgetError, match=r"Gram matrix of 4097 rows .*: take a smaller probe, or a larger"):
+        neural_tangent_kernel(module, torch.rand(MAX_ROWS + 1, 1), memory_budget=200 * 2**20)
