@@ -18,6 +18,7 @@ from benchmarks.tables import (
 from benchmarks.timing import Candidate
 
 _MLPS = ("mlp", "mlp-large")
+_WRONG = 1e-3  # relative error of products with the Hessian: by so much and more they are not rounded, but wrong
 _FEEDFORWARD = ("mlp", "mlp-large", "cnn")
 _SQUARED = ("vmap(jacrev)", "vmap(jacrev) in groups", "nngeometry", "ViViT", "BackPACK", "curvlinops", "laplace")
 
@@ -180,7 +181,7 @@ def _hessian_goals(results: Results) -> list[Goal]:
     reference = next((found.seconds("nullity") for found in all_values if found is not None), None)
     beside = {name: value / reference for name, value in seconds.items()} if reference else {}
     return [
-        Goal("Hessian products as fast as the fastest peer's (0.95× is a tie)", speeds, _at_least(0.95)),
+        Goal("Hessian products as fast as the fastest right peer's (0.95× is a tie)", speeds, _at_least(0.95)),
         Goal("Hessian through LayerNorm: error beside finite differences", errors, _at_most(1e-8), "{:.0e}"),
         Goal("certified nullity within 100 Hessian products", counts, _at_most(100), "{:.0f}"),
         Goal("its time beside all eigenvalues at N = 3,078", beside, None),
@@ -188,15 +189,21 @@ def _hessian_goals(results: Results) -> list[Goal]:
 
 
 def _product_speed(candidates: Sequence[Candidate], type_name: str) -> list[float]:
-    """Our fastest way, in this type or the finer one, beside the fastest peer's; nothing where one is missing."""
-    own, peer = 0.0, 0.0
+    """Our fastest way, in this type or the finer one, beside the fastest peer's that is right to three digits."""
+    own, peer, truth = 0.0, 0.0, named(candidates, hessians.OURS, "float64")
     for candidate in candidates:
         rate = products_per_second(candidate) or 0.0
         if not candidate.name.startswith(hessians.OURS):
-            peer = max(peer, rate if candidate.type_name == type_name else 0.0)
+            is_right = truth is None or not rate or _difference(candidate, truth) < _WRONG
+            peer = max(peer, rate if candidate.type_name == type_name and is_right else 0.0)
         elif candidate.type_name in (type_name, "float64"):
             own = max(own, rate)
     return [own / peer] if own and peer else []
+
+
+def _difference(candidate: Candidate, truth: Candidate) -> float:
+    difference: float = candidate.found["products"].difference(truth.found["products"])
+    return difference
 
 
 def _ratios(

@@ -468,6 +468,8 @@ class BasinMonitor(Callback):
         for _ in self._whole_training_set(trainer) or ():  # Whether its first batch can be told apart.
             break
         size = self._probe_size or probe.size
+        if self._probe is None and trainer is not None:  # Fewer, where an epoch has no more.
+            size = int(min(size, probe.size * trainer.num_training_batches))
         try:
             plan = check_measurable(
                 pl_module,

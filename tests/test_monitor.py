@@ -1806,3 +1806,13 @@ def test_a_probe_of_objects_that_a_checkpoint_cannot_hold_is_taken_anew(tmp_path
         trainer.fit(OfBatches(), data, ckpt_path=tmp_path / "end.ckpt")
     assert steps(other) == steps(monitor)
     assert trainer.global_step == 6
+
+
+@pytest.mark.parametrize(("num_inputs", "said"), [(60, 60), (200, 128)])
+def test_what_is_said_before_the_first_measurement_counts_the_inputs_that_there_are(tmp_path, caplog, num_inputs, said):
+    monitor = BasinMonitor()
+    with caplog.at_level("INFO"):
+        make_trainer(tmp_path, monitor, max_epochs=1).fit(Regressor(), loader(num_inputs))
+    (message,) = [message for message in caplog.messages if message.startswith("BasinMonitor measures")]
+    assert message.startswith(f"BasinMonitor measures {said} inputs x ")
+    assert monitor.records[0].num_inputs == said
