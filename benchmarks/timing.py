@@ -166,6 +166,8 @@ def measured(workload: Workload, ways: Sequence[Way], *, rounds: int, threads: i
         candidate.note = _obstacle(candidate, workload)
         if candidate.note is None:
             runs.append(_Run(candidate, workload.name, threads))
+    for run in runs:
+        run.wait()
     for _ in range(rounds + 1):
         for run in runs:
             run.take_turn()
@@ -200,6 +202,13 @@ class _Run:
         self._process.start()
         theirs.close()
         self.is_alive = True
+
+    def wait(self) -> None:
+        """Until it has loaded everything, so that it disturbs no other."""
+        try:
+            self._connection.recv()
+        except (EOFError, OSError):  # It has died; its first turn will say so.
+            return
 
     def take_turn(self) -> None:
         turn: dict[str, Reached] = {}
@@ -238,6 +247,7 @@ def _serve(connection: Connection, way: Way, dtype: torch.dtype, network: str, t
     except Exception as error:
         print(f"{way.name} fails on the smallest network: {_described(error)}", file=sys.stderr)
     module, inputs = workload.module(dtype), workload.probe(dtype)
+    connection.send("ready")
     while connection.recv():
         answer: str | None = None
         try:
