@@ -86,7 +86,7 @@ Precision = Literal["float64", "float32"]
 """What a network is run and differentiated in; everything behind it is computed in float64."""
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
-"""By what it is called here."""
+"""Floating point types by the names that measurements take."""
 
 MAX_ROWS = 4096
 """Largest number of outputs on a probe: each decomposition then takes about ten seconds on two cores."""

@@ -153,11 +153,10 @@ class KhatriRaoGradients:
         """
         k, c, t, d_out = self.output_gradients.shape
         if t > 1 and self.activations.shape[-1] < num_columns and k * c * self.num_columns <= _WAITING_ELEMENTS:
-            inputs = max(1, _CACHED_ELEMENTS // max(1, c * self.num_columns))  # Rows take much more than their factors.
+            # Fewer operations. The rows take much more than their factors: some of them at a time.
+            inputs = max(1, _CACHED_ELEMENTS // max(1, c * self.num_columns))
             parts = (self._of_inputs(chunk).rows() for chunk in _blocks(k, inputs))
-            return _fourier_sketch(
-                parts, (k * c, self.num_columns), num_columns, generator, self.device
-            )  # Fewer operations.
+            return _fourier_sketch(parts, (k * c, self.num_columns), num_columns, generator, self.device)
         left = _gaussian(d_out, num_columns, generator, like=self.activations)
         right = _gaussian(self.activations.shape[-1], num_columns, generator, like=self.activations)
         sketch = self.activations.new_empty(k, c, num_columns)
