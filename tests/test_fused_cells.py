@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 
 from lightning_basin import measure_basin, neural_tangent_kernel
 
@@ -52,11 +52,11 @@ def gru_backward(gradient, kept, has_bias):
 
 @pytest.fixture
 def _fused_kernels():
-    with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("_thnn_fused_lstm_cell", lstm, "CPU")
-        library.impl("_thnn_fused_lstm_cell_backward_impl", lstm_backward, "CPU")
-        library.impl("_thnn_fused_gru_cell", gru, "CPU")
-        library.impl("_thnn_fused_gru_cell_backward", gru_backward, "CPU")
+    with library._scoped_library("aten", "IMPL") as kernels:
+        kernels.impl("_thnn_fused_lstm_cell", lstm, "CPU")
+        kernels.impl("_thnn_fused_lstm_cell_backward_impl", lstm_backward, "CPU")
+        kernels.impl("_thnn_fused_gru_cell", gru, "CPU")
+        kernels.impl("_thnn_fused_gru_cell_backward", gru_backward, "CPU")
         yield
 
 
