@@ -192,18 +192,14 @@ def _product_speed(candidates: Sequence[Candidate], type_name: str) -> list[floa
     """Our fastest way, in this type or the finer one, beside the fastest peer's that is right to three digits."""
     own, peer, truth = 0.0, 0.0, named(candidates, hessians.OURS, "float64")
     for candidate in candidates:
-        rate = products_per_second(candidate) or 0.0
-        if not candidate.name.startswith(hessians.OURS):
-            is_right = truth is None or not rate or _difference(candidate, truth) < _WRONG
-            peer = max(peer, rate if candidate.type_name == type_name and is_right else 0.0)
-        elif candidate.type_name in (type_name, "float64"):
-            own = max(own, rate)
+        rate = products_per_second(candidate)
+        if rate is None:
+            continue
+        if candidate.name.startswith(hessians.OURS):
+            own = max(own, rate if candidate.type_name in (type_name, "float64") else 0.0)
+        elif truth is None or candidate.found["products"].difference(truth.found["products"]) < _WRONG:
+            peer = max(peer, rate if candidate.type_name == type_name else 0.0)
     return [own / peer] if own and peer else []
-
-
-def _difference(candidate: Candidate, truth: Candidate) -> float:
-    difference: float = candidate.found["products"].difference(truth.found["products"])
-    return difference
 
 
 def _ratios(

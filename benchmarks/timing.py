@@ -168,6 +168,7 @@ def measured(workload: Workload, ways: Sequence[Way], *, rounds: int, threads: i
             runs.append(_Run(candidate, workload.name, threads))
     for run in runs:
         run.wait()
+    runs = [run for run in runs if run.is_alive]
     for _ in range(rounds + 1):
         for run in runs:
             run.take_turn()
@@ -204,11 +205,16 @@ class _Run:
         self.is_alive = True
 
     def wait(self) -> None:
-        """Until it has loaded everything, so that it disturbs no other."""
+        """Until it has loaded everything, so that it disturbs no other; one that does not is given up."""
+        patience = self._candidate.way.patience
         try:
-            self._connection.recv()
-        except (EOFError, OSError):  # It has died; its first turn will say so.
-            return
+            if self._connection.poll(patience):
+                self._connection.recv()
+                return
+            self._candidate.note = f"not loaded after {patience:.0f} s"
+        except (EOFError, OSError):
+            self._candidate.note = "its process died while it was loading"
+        self.stop()
 
     def take_turn(self) -> None:
         turn: dict[str, Reached] = {}

@@ -1,5 +1,8 @@
 """The ways of the benchmark find what is known on paper about its smallest networks, and say what is missing."""
 
+import os
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +68,25 @@ def test_a_process_takes_a_turn_in_every_round():
     (candidate,) = measured(SEED, [STEP], rounds=2, threads=1)
     assert candidate.note is None
     assert [list(turn) for turn in candidate.turns] == [["step"]] * 3
+
+
+def dies(module, inputs):
+    os._exit(1)
+
+
+def never_loads(module, inputs):
+    time.sleep(60.0)
+    yield "loaded", None
+
+
+@pytest.mark.parametrize(
+    ("run", "note"),
+    [(dies, "its process died while it was loading"), (never_loads, "not loaded after 3 s")],
+)
+def test_a_way_that_does_not_load_is_given_up(run, note):
+    way = Way("broken", run, dtypes=(torch.float32,), patience=3.0)
+    candidates = measured(SEED, [way, STEP], rounds=1, threads=1)
+    assert [(candidate.note, len(candidate.turns)) for candidate in candidates] == [(note, 0), (None, 2)]
 
 
 @pytest.mark.parametrize("way", HESSIANS, ids=lambda way: way.name)

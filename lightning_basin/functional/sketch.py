@@ -693,9 +693,10 @@ def _fourier_sketch(
     """A matrix times a subsampled random Fourier transform, shape ``(m, num_columns)``.
 
     The transform costs ``N log N`` a row where a Gaussian matrix costs ``N * num_columns`` (Woolfe, Liberty, Rokhlin
-    and Tygert, 2008). Its frequencies cannot all tell apart columns at equal distances, as where every eighth token of
-    a table is used: so the columns are put into a random order first. Then the rank is kept for almost all values of
-    the random diagonal, which is continuous. Scaled so that ``Y @ Y.T`` has the Gram matrix as its mean.
+    and Tygert, 2008). Its frequencies repeat on columns at equal distances, all that is used where every eighth channel
+    is alive: so the columns are put into a random order first. The diagonal is random and continuous: it keeps the rank
+    almost surely if any does, which almost every order makes sure of. Scaled so that ``Y @ Y.T`` has the Gram matrix
+    as its mean.
 
     Args:
         parts: Rows of the matrix, all of them one after the other.
