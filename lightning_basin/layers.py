@@ -88,6 +88,8 @@ class Trace:
 def find_layers(module: nn.Module) -> tuple[Layer, ...]:
     """The layers of a module, in the order of ``named_modules()``.
 
+    A parameter without elements, as some modules hold one to know their device, is left out like a frozen one.
+
     Raises:
         ValueError: If the module has no trainable parameters.
 
@@ -101,7 +103,7 @@ def find_layers(module: nn.Module) -> tuple[Layer, ...]:
         owned = {
             f"{name}.{own}" if name else own: parameter
             for own, parameter in part.named_parameters(recurse=False)
-            if parameter.requires_grad and id(parameter) not in seen
+            if parameter.requires_grad and parameter.numel() > 0 and id(parameter) not in seen
         }
         seen |= {id(parameter) for parameter in owned.values()}
         if owned:

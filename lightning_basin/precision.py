@@ -30,6 +30,16 @@ _RAISED_CASTS: Mapping[torch.dtype, Mapping[Callable[..., Any], Callable[..., An
 }
 _TENSOR_TYPE = re.compile(r"torch\.(?:cuda\.)?(Float|Half|BFloat16)Tensor")
 _TENSOR_TYPES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16}
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Weight normalization by its formula (Salimans and Kingma, 2016, equation 2): g v / |v|."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_PLAIN: Mapping[Callable[..., Any], Callable[..., Any]] = {torch._weight_norm: _weight_norm}
+"""Fused operations with a wrong second derivative on the CPU (torch 2.13), and the formula of each in plain ones."""
+
 _DRAWN = frozenset([torch.rand, torch.randn, torch.normal])
 _MAY_ASK = frozenset([torch.dtype, str, type(torch.FloatTensor)])  # Types of arguments that can ask for a precision.
 
@@ -68,7 +78,7 @@ class RaisedPrecision(TorchFunctionMode):
             if torch.is_autocast_enabled(device_type):  # By the module itself.
                 with torch.autocast(device_type, enabled=False):
                     return self.__torch_function__(func, types, args, kwargs)
-        func = self._raised_casts.get(func, func)
+        func = _PLAIN.get(func) or self._raised_casts.get(func, func)
         # Most calls ask for nothing: thousands of them are in each measurement.
         raised = args if _MAY_ASK.isdisjoint(map(type, args)) else tuple(map(self._raised, args))
         named = {name: self._raised(argument) for name, argument in kwargs.items()} if kwargs else {}

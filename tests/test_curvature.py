@@ -579,3 +579,53 @@ def test_a_wrong_second_derivative_leaves_the_bracket_out():
     with pytest.warns(UserWarning, match="the Hessian must be symmetric"):
         record = measure_basin(module, drawn(5, 3), drawn(5, 1, seed=1), loss_fn=nn.MSELoss(), hessian="bracket")
     assert record.hessian_method is None
+
+
+# --- parameters that torch treats in a way of its own ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hessian", ["dense", "bracket"])
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+def test_a_parameter_without_elements_changes_no_nullity(shape, hessian):
+    # Two outputs of a linear layer on four inputs in general position: all ten parameters are seen, H has full rank.
+    module = nn.Linear(4, 2)
+    module.dummy = nn.Parameter(torch.empty(shape))
+    inputs = torch.cat([torch.zeros(1, 4), torch.eye(4)])
+    record = measure_basin(module, inputs, torch.zeros(5, 2), loss_fn=nn.MSELoss(), hessian=hessian)
+    assert (record.num_parameters, record.gradient_rank, record.hessian_nullity) == (10, 10, 0)
+
+
+def weight_normed(*, old):
+    layer = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 0.0]]))
+    if not old:
+        return nn.utils.parametrizations.weight_norm(layer)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["parametrization", "hook"])
+def test_the_hessian_of_weight_norm_is_that_of_its_formula(old):
+    # f = g (v x) / |v| at g = 1, v = (1, 0), x = (1, 1). By (g, v1, v2) its second derivative is
+    # [[0, 0, 1], [0, 0, -1], [1, -1, -1]], with eigenvalues 0, 1 and -2.
+    record = measure_basin(
+        weight_normed(old=old),
+        torch.ones(1, 2),
+        torch.zeros(1),
+        loss_fn=lambda outputs, _: outputs.sum(),
+        hessian="dense",
+    )
+    assert (record.hessian_nullity_strict, record.hessian_negative) == (1, 1)
+    assert record.hessian_largest == pytest.approx(2.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weight_norm_of_a_convolution_has_a_certified_nullity(dim):
+    # Of each norm g and direction v one combination is never seen: moving v along itself.
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 2).double(), dim=dim)
+    inputs = drawn(40, 2, 3, 3, seed=3)
+    targets = layer(inputs).detach()
+    record = measure_basin(layer, inputs, targets, loss_fn=nn.MSELoss(), hessian="bracket")
+    unseen = {0: 3, 1: 2, None: 1}[dim]
+    assert (record.hessian_nullity, record.hessian_certified) == (unseen, True)

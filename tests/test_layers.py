@@ -54,6 +54,13 @@ def test_one_parameter_under_two_names_of_a_module_is_counted_once():
     assert names_and_sizes(module) == [("", ("first",), 2)]
 
 
+def test_a_parameter_without_elements_is_left_out_like_a_frozen_one():
+    module = nn.Linear(2, 1)
+    module.device_of = nn.Parameter(torch.empty(0))
+    module.none = nn.Embedding(0, 3)
+    assert names_and_sizes(module) == [("", ("weight", "bias"), 3)]
+
+
 def test_containers_of_parameters_are_layers():
     module = nn.Module()
     module.items = nn.ParameterList([torch.ones(2), torch.ones(1)])
@@ -62,7 +69,9 @@ def test_containers_of_parameters_are_layers():
 
 
 @pytest.mark.parametrize(
-    "module", [nn.ReLU(), nn.Linear(1, 1).requires_grad_(requires_grad=False)], ids=["none", "frozen"]
+    "module",
+    [nn.ReLU(), nn.Linear(1, 1).requires_grad_(requires_grad=False), nn.ParameterList([torch.empty(0)])],
+    ids=["none", "frozen", "without elements"],
 )
 def test_a_module_without_trainable_parameters_is_refused(module):
     with pytest.raises(ValueError, match=r"must have at least one trainable parameter, got .* with none"):
