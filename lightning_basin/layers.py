@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
+from torch._C import _DisableFuncTorch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_bdim
 from torch.func import functional_call
 
 from lightning_basin.copying import is_out_of_memory
@@ -359,7 +361,7 @@ def _recording(network: Network, trace: Trace) -> Iterator[None]:
     def leave(name: str) -> Callable[..., Any]:
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
             first = tensors_of(output)[:1]
-            trace.leaving.setdefault(name, []).extend(first)
+            trace.leaving.setdefault(name, []).extend(map(without_transforms, first))
             return clones.passed_on(output) if isinstance(output, Tensor) else output
 
         return hook
@@ -373,6 +375,31 @@ def _recording(network: Network, trace: Trace) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def without_transforms(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor inside of `torch.func` transforms, which is of no use after these have ended.
+
+    Args:
+        tensor: Any tensor; one that is seen by no transform stays as it is.
+
+    Returns:
+        With the axes over which `torch.func.vmap` maps in front, that of the outermost one first.
+
+    Example:
+        >>> seen = []
+        >>> mapped = torch.vmap(lambda x: seen.append(without_transforms(x)) or x)(torch.ones(3, 2))
+        >>> seen[0].shape
+        torch.Size([3, 2])
+    """
+    if not is_functorch_wrapped_tensor(tensor):
+        return tensor
+    while is_functorch_wrapped_tensor(tensor):
+        axis = maybe_get_bdim(tensor)  # Negative where the transform is a derivative.
+        tensor = get_unwrapped(tensor)
+        tensor = tensor if axis < 0 else tensor.movedim(axis, 0)
+    with _DisableFuncTorch():
+        return tensor.clone()
 
 
 class _Clones:
@@ -389,6 +416,8 @@ class _Clones:
 
     def of(self, entering: Tensor) -> Tensor:
         """A clone, or what left the layer before, where nothing was done in between: much of all memory."""
+        if is_functorch_wrapped_tensor(entering):
+            return without_transforms(entering)
         twin, left = self._left.get(id(entering), (None, entering))
         is_same = twin is not None and twin() is entering and entering.layout == torch.strided
         return left if is_same and torch.equal(left, entering) else entering.clone()
