@@ -86,6 +86,15 @@ class Trace:
     num_first: int = 0
     operations: Operations = field(default_factory=Operations)
 
+    def detached(self) -> "Trace":
+        """The same without the graph, in which no operation can be found again."""
+        entering, leaving = (
+            {name: [tensor.detach() for tensor in tensors] for name, tensors in noted.items()}
+            for noted in (self.entering, self.leaving)
+        )
+        operations = Operations(num_elements=self.operations.num_elements)
+        return Trace(self.outputs.detach(), entering, leaving, self.num_first, operations)
+
 
 def find_layers(module: nn.Module) -> tuple[Layer, ...]:
     """The layers of a module, in the order of ``named_modules()``.
@@ -143,6 +152,7 @@ class Network:
         self.named_parameters = dict(module.named_parameters())
         self._behavior = call_module if behavior is None else behavior
         self.projection: Tensor | None = None
+        self._needs_gradients = False
 
     def parameters(self, layers: Sequence[Layer] | None = None) -> list[Tensor]:
         """Parameters of some or all layers, in the order of the columns of their gradients."""
@@ -150,12 +160,36 @@ class Network:
         return [self.named_parameters[name] for layer in chosen for name in layer.parameters]
 
     def outputs(self, probe: Probe) -> Tensor:
-        """Outputs on a probe, attached to the graph, shape ``(k, ...)``.
+        """Outputs on a probe, shape ``(k, ...)``; attached to the graph where gradients are enabled.
 
         Raises:
             TypeError: If the outputs are not a floating point tensor.
             ValueError: If they do not have one row per input.
         """
+        return self._run(lambda: self._outputs(probe), Tensor.detach)
+
+    def _run(self, function: Callable[[], _Result], detach: Callable[[_Result], _Result]) -> _Result:
+        """Call a function of the module; without gradients where these are disabled, unless the module needs them.
+
+        A module that takes derivatives by its inputs (forces, the residual of a differential equation) cannot run
+        where gradients are disabled, and is run with them.
+
+        Args:
+            function: Runs the module.
+            detach: From what it returns to the same without the graph.
+        """
+        if torch.is_grad_enabled() or not self._needs_gradients:
+            try:
+                return function()
+            except (TypeError, ValueError):
+                if torch.is_grad_enabled():
+                    raise
+        with torch.enable_grad():
+            result = function()
+        self._needs_gradients = True
+        return detach(result)
+
+    def _outputs(self, probe: Probe) -> Tensor:
         hint = "pass behavior=lambda module, inputs: ... that returns one row of outputs per input"
         try:
             inputs = map_tensors(Tensor.clone, probe.inputs)  # A module may write to its input.
@@ -230,10 +264,13 @@ class Network:
         Args:
             probe: The inputs.
         """
+        return self._run(lambda: self._trace(probe), Trace.detached)
+
+    def _trace(self, probe: Probe) -> Trace:
         trained = {name: self.named_parameters[name] for layer in self.layers for name in layer.parameters}
         constants = [*self.named_parameters.values(), *self.module.buffers()]
         with recorded_operations(trained, constants, num_inputs=probe.size) as operations:
-            trace = self.passed(probe)
+            trace = self._passed(probe)
         trace.operations = operations
         return trace
 
@@ -243,9 +280,12 @@ class Network:
         Args:
             probe: The inputs.
         """
+        return self._run(lambda: self._passed(probe), Trace.detached)
+
+    def _passed(self, probe: Probe) -> Trace:
         trace = Trace(outputs=_NO_OUTPUTS)
         with _recording(self, trace):
-            trace.outputs = self.outputs(probe)
+            trace.outputs = self._outputs(probe)
         return trace
 
 

@@ -1,5 +1,7 @@
 """Modules that call layers inside of `torch.func` transforms; ranks are known on paper, or those of plain calls."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -77,3 +79,39 @@ def test_derivatives_by_the_inputs_have_the_rank_of_the_formula(function, rank, 
     record = measure_basin(module, drawn(7, 2, seed=1))
     assert record.gradient_rank == rank
     assert {name: layer.gradient_rank for name, layer in record.layers.items()} == layers
+
+
+def by_autograd(net, x):
+    x.requires_grad_()
+    return torch.autograd.grad(net(x).sum(), x, create_graph=True)[0]
+
+
+def energy_and_forces(net, x):
+    x = x.clone().requires_grad_()
+    energy = net(x)
+    return torch.cat([energy, -torch.autograd.grad(energy.sum(), x, create_graph=True)[0]], 1)
+
+
+def by_backward(net, x):
+    x.requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Torch warns once a process: the graph would keep itself alive.
+        net(x).sum().backward(create_graph=True)
+    return x.grad
+
+
+@pytest.mark.parametrize("memory_budget", [None, 300_000])
+@pytest.mark.parametrize("function", [by_autograd, energy_and_forces, by_backward])
+def test_a_module_that_takes_derivatives_by_its_inputs_is_measured(function, memory_budget):
+    # All of it is linear in the three numbers of M, see above; targets of it make the loss zero and H = P.
+    net = nn.Sequential(nn.Linear(2, 3, bias=False), Square(), nn.Linear(3, 1, bias=False))
+    module = filled(Composed(lambda m, x: function(m.net, x), net=net))
+    inputs = drawn(7, 2, seed=1)
+    inputs[5] = inputs[2]
+    targets = module(inputs.clone()).detach()
+    record = measure_basin(
+        module, inputs, targets, loss_fn=nn.MSELoss(), memory_budget=memory_budget, duplicates_over=[inputs]
+    )
+    assert (record.gradient_rank, record.hessian_nullity) == (3, 9 - 3)
+    assert {name: layer.gradient_rank for name, layer in record.layers.items()} == {"net.0": 3, "net.2": 3}
+    assert record.output_duplicated_activations == record.train_output_duplicated_activations == 1
