@@ -1502,7 +1502,7 @@ def test_inputs_without_numbers_are_refused():
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_module_without_outputs_is_refused():
     with pytest.raises(ValueError, match=r"outputs must hold at least one number per input, got shape \(5, 0\)"):
-        measure_basin(nn.Linear(4, 0), torch.ones(5, 4))
+        measure_basin(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 0)), torch.ones(5, 4))
 
 
 def normalising(mean):
