@@ -509,7 +509,9 @@ class HessianProducts:
         num_parameters = sum(parameter.numel() for parameter in self._parameters)
         total = self._outputs.new_zeros(num_parameters, num_parameters)
         for chunk in self._chunks:
-            total += hessian_matrix(self._model(chunk, of_residual=True), self._parameters, chunk_size=chunk_size)
+            model = self._model(chunk, of_residual=True)
+            if model.requires_grad:  # Some inputs may use no parameter.
+                total += hessian_matrix(model, self._parameters, chunk_size=chunk_size)
         return total
 
     def _gauss_newton_product(self, indices: Sequence[int], direction: Tensor) -> Tensor:

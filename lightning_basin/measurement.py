@@ -681,7 +681,7 @@ def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviatio
         noise = rounding_noise(lambda: [network.outputs(probe)], network.dtype)[0]
     # Of a single output three evaluations may show too little: then the others' tell.
     limits = (_NOISE_MARGIN * noise.maximum(noise.mean())).clamp(min=tolerance)
-    index = int((deviations - limits).flatten(1).amax(1).argmax())
+    index = int((deviations - limits).reshape(probe.size, -1).amax(1).argmax())
     if bool((deviations <= limits).all()):
         return
     raise ValueError(

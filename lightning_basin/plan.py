@@ -180,7 +180,7 @@ def plan_measurement(
     peak = copies * _NUMBER * min(passes.group, sum(size.peak for size in sizes.values()))
     limits = None
     if with_hessian:  # It comes after the gradients, in their place.
-        limits = alone.hessian_limits(num_parameters)
+        limits = alone.hessian_limits(num_parameters, largest_chunk=passes.chunk_size)
         basis = min(limits.basis_elements, _LANCZOS_VECTORS * num_parameters)
         peak = max(peak, _NUMBER * basis + _SECOND_ORDER * alone.graph * (limits.chunk_size or num_inputs))
     return MeasurementPlan(
@@ -269,11 +269,16 @@ class _Passes:
         """Numbers of gradients, or their factors, that may be held at once."""
         return min(GROUP_ELEMENTS, int((self.rest - self.held) / _NUMBER / self.copies))
 
-    def hessian_limits(self, num_parameters: int) -> HessianLimits:
-        """What products with the Hessian may take of the same memory."""
+    def hessian_limits(self, num_parameters: int, *, largest_chunk: int) -> HessianLimits:
+        """What products with the Hessian may take of the same memory.
+
+        Args:
+            num_parameters: Trainable parameters, N.
+            largest_chunk: Inputs whose outputs are in one graph while a measurement runs.
+        """
         limits, rest = HessianLimits(), max(0, self.rest - self.held)
         basis = min(limits.basis_elements, _LANCZOS_VECTORS * num_parameters, rest // 3 // _NUMBER)
-        chunk_size = min(self.chunk_size, int((rest - _NUMBER * basis) / _SECOND_ORDER / max(1, self.graph)))
+        chunk_size = min(largest_chunk, int((rest - _NUMBER * basis) / _SECOND_ORDER / max(1, self.graph)))
         return HessianLimits(
             chunk_size=max(1, chunk_size) if chunk_size < self.num_inputs else None,
             basis_elements=basis,

@@ -180,5 +180,5 @@ class RankMeasurement:
 
 def _are_distinct(outputs: Tensor) -> bool:
     """Whether no two inputs have equal outputs."""
-    rows = outputs.detach().flatten(1)
+    rows = outputs.detach().reshape(len(outputs), -1)
     return len(torch.unique(rows, dim=0)) == len(rows)

@@ -581,6 +581,33 @@ def test_a_wrong_second_derivative_leaves_the_bracket_out():
     assert record.hessian_method is None
 
 
+# --- outputs without a second axis ----------------------------------------------------------------------------------
+
+
+def one_number(function=lambda outputs: outputs):
+    return filled(Composed(lambda m, x: function(m.linear(x).squeeze(1)), linear=nn.Linear(3, 1)))
+
+
+@pytest.mark.parametrize("hessian", ["dense", "bracket"])
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda outputs, targets: (outputs - outputs.mean() - targets).square().sum(),
+        lambda outputs, targets: F.cross_entropy(outputs.unsqueeze(0), targets.softmax(0).unsqueeze(0)),
+    ],
+    ids=["contrast", "softmax over the inputs"],
+)
+def test_a_loss_that_couples_single_outputs_is_blind_to_what_they_share(loss_fn, hessian):
+    # The bias moves all six outputs alike.
+    record = measure_basin(one_number(), drawn(6, 3, seed=1), drawn(6, seed=2), loss_fn=loss_fn, hessian=hessian)
+    assert (record.gradient_rank, record.hessian_nullity) == (4, 1)
+
+
+def test_single_outputs_that_depend_on_other_inputs_are_refused():
+    with pytest.raises(ValueError, match="each output must depend on its own input only"):
+        measure_basin(one_number(lambda outputs: outputs - outputs.mean()), drawn(6, 3, seed=1))
+
+
 # --- parameters that torch treats in a way of its own ---------------------------------------------------------------
 
 

@@ -107,6 +107,7 @@ def hessian_matrix(
     Raises:
         RuntimeError: If the result is not symmetric, as happens where a derivative of an operation is wrong; or if
             the gradient has lost its dependence on a curved parameter.
+        ValueError: If the loss has no graph.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -114,10 +115,10 @@ def hessian_matrix(
         tensor([[4., 2.],
                 [2., 0.]])
     """
+    if not loss.requires_grad:
+        raise ValueError("the loss must be attached to the graph of the parameters, got one without a graph")
     num_parameters = sum(parameter.numel() for parameter in parameters)
     hessian = parameters[0].new_zeros(num_parameters, num_parameters).detach()
-    if not loss.requires_grad:
-        return hessian
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     gradient = torch.cat([part.flatten() for part in gradients])
     if curved is not None:

@@ -173,7 +173,7 @@ def _sampled(loss_fn: LossOfOutputs, outputs: Tensor) -> list[_Derivatives]:
     """Derivatives at random outputs, all of them moderate; none where the loss is not defined there."""
     found = []
     for seed in range(_NUM_SAMPLES):
-        values = _drawn(outputs.detach().flatten(1), seed=seed).requires_grad_()
+        values = _drawn(outputs.detach().reshape(len(outputs), -1), seed=seed).requires_grad_()
         try:
             (slope,) = torch.autograd.grad(loss_fn(values.view(outputs.shape)), values, create_graph=True)
             found.append(_second_derivatives(slope, values))

@@ -442,14 +442,15 @@ class SpectrumAccumulator:
         self._generator = generator
         fewer, more = sorted((num_rows, num_columns))
         work = fewer**2 * more
-        self.is_tiny = work <= _TINY_WORK
-        self._is_small = num_columns <= 2 * num_rows or (
-            fewer * more <= min(max_waiting, _DENSE_ELEMENTS) and work <= _DENSE_WORK
-        )
+        is_narrow, fits = num_columns <= 2 * num_rows, fewer * more <= min(max_waiting, _DENSE_ELEMENTS)
+        # All of a tiny or small matrix waits until it is decomposed as it stands.
+        self.is_tiny = work <= _TINY_WORK and (is_narrow or fits)
+        self._is_small = is_narrow or (work <= _DENSE_WORK and fits)
         self._has_more_rows = num_rows > num_columns
         self._gram: GramMatrix | None = None
         self._sketch: Tensor | None = None
         self._waiting: list[LayerGradients] = []
+        self._num_added = 0
 
     def add(self, gradients: LayerGradients, gram: Callable[[], GramMatrix] | None = None) -> None:
         """Take the next matrix into account.
@@ -459,6 +460,7 @@ class SpectrumAccumulator:
             gram: Returns `gram_of` these, where others need it too.
         """
         self._waiting.append(gradients)
+        self._num_added += gradients.num_columns
         if not self._is_postponed:
             self._add_gram(gradients, gram)
         if not self._is_small and sum(waiting.num_elements for waiting in self._waiting) > self._max_waiting:
@@ -486,7 +488,7 @@ class SpectrumAccumulator:
         """Singular values of everything that was added.
 
         Raises:
-            RuntimeError: If nothing was added.
+            RuntimeError: If some columns have not been added.
         """
         found = self.unfinished_spectrum()
         return found if isinstance(found, Spectrum) else found.finished()
@@ -495,10 +497,9 @@ class SpectrumAccumulator:
         """The same up to a last decomposition, where it takes one: all random vectors have been drawn.
 
         Raises:
-            RuntimeError: If nothing was added.
+            RuntimeError: If some columns have not been added.
         """
-        if not self._waiting and self._sketch is None:
-            raise RuntimeError("add at least one matrix of gradients before asking for the spectrum")
+        self._check_complete()
         factored = self._kronecker_spectrum()
         if factored is not None:
             return factored
@@ -530,9 +531,11 @@ class SpectrumAccumulator:
             rtol: Relative tolerance; ``None`` means that of the matrix which would be decomposed.
 
         Raises:
+            RuntimeError: If some columns have not been added.
             ValueError: If ``rtol`` is not inside ``(0, 1)``.
         """
         check_rtol(rtol)
+        self._check_complete()
         if self.is_tiny or self._kronecker_spectrum() is not None:  # The spectrum is as fast.
             return None
         if rtol is None:
@@ -551,6 +554,11 @@ class SpectrumAccumulator:
         resolved = resolved_tolerances(self.default_rtol, self._epsilon)
         return replace(found, at={tolerance: rank for tolerance, rank in found.at.items() if tolerance in resolved})
 
+    def _check_complete(self) -> None:
+        """Judge nothing by some of the columns: their rank may be smaller than that of all."""
+        if self._num_added != self._num_columns:
+            raise RuntimeError(f"all {self._num_columns} columns must be added to be judged, got {self._num_added}")
+
     def _narrow_sketch(self) -> Tensor:
         if self._sketch is not None:  # Some could not wait: their sketch is the wide one.
             return self._add_sketches()
@@ -561,6 +569,7 @@ class SpectrumAccumulator:
         return matrix if matrix.shape[1] <= num_columns else DenseGradients(matrix).sketch(num_columns, self._generator)
 
     def _matrix(self) -> Tensor:
+        assert self._sketch is None, "a matrix of which some part is a sketch by now is not decomposed as it stands"
         return torch.cat([gradients.rows() for gradients in self._waiting], dim=1)
 
     def _kronecker_spectrum(self) -> Spectrum | None:
