@@ -27,6 +27,7 @@ from lightning_basin.activations import (
 )
 from lightning_basin.copying import is_out_of_memory
 from lightning_basin.curvature import HESSIAN_MODES, MAX_DENSE_PARAMETERS, HessianMeasurement, HessianMode
+from lightning_basin.evaluation_mode import as_trained
 from lightning_basin.functional.duplicates import (
     dead_units,
     duplicate_classes,
@@ -219,7 +220,7 @@ def measure_basin(
         with_layout=True,
         team=team,
     ) as evaluation:
-        notes: list[str] = []
+        notes = list(evaluation.notes)
         num_directions = _num_directions(probe.size, evaluation.num_outputs, max_outputs)
         if num_directions < evaluation.num_outputs:
             notes.append(
@@ -476,6 +477,7 @@ class Evaluation:
     loss: Tensor | None
     layout: InputLayout | None
     plan: MeasurementPlan | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def network(self) -> Network:
@@ -543,16 +545,14 @@ def evaluated(
         raise ValueError("inputs must hold numbers to be measured, got tensors on the device 'meta'")
     device = _device(module)
     with isolated_evaluation(device, dtype), at_rest(module):
-        replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=dtype)
-        network = Network(replica, behavior, dtype=dtype, gradient_dtype=gradient_dtype)
-        probe, loss_fn = probe.to(device, dtype), _raised(loss_fn, dtype)
-        settle_embeddings(replica, lambda: network.outputs(probe))
+        probe = probe.to(device, dtype)
+        network, few, loss_fn, note = _evaluable(module, loss_fn, behavior, probe, dtype, gradient_dtype)
         plan = None
         if planned is not None:
-            few = _few_traced(network, probe)
             plan = planned(network, *few)
-            team = team if few[0].size < probe.size else None
-            del few  # And its graph.
+            # Other processes have copies in evaluation mode.
+            team = team if few[0].size < probe.size and note is None else None
+        del few  # And its graph.
         traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size, team=team)
         if team is not None:
             _share(team, traced)
@@ -568,7 +568,29 @@ def evaluated(
             _check_copy(module, loss, "loss_fn")
         if team is not None and not _is_the_same_everywhere(team, trace.outputs.detach()):
             traced.team = None
-        yield Evaluation(traced, loss_fn, loss, layout, plan)
+        yield Evaluation(traced, loss_fn, loss, layout, plan, () if note is None else (note,))
+
+
+def _evaluable(
+    module: nn.Module,
+    loss_fn: LossFunction | None,
+    behavior: ModuleBehavior | None,
+    probe: Probe,
+    dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+) -> tuple[Network, tuple[Probe, Trace], LossFunction | None, str | None]:
+    """A copy that evaluates with the gradients of training, run on few inputs; the loss; a note where it needs one."""
+    replica, copied_loss, copied_behavior = replicas(module, loss_fn, behavior, dtype=dtype)
+    network = Network(replica, copied_behavior, dtype=dtype, gradient_dtype=gradient_dtype)
+    settle_embeddings(replica, lambda: network.outputs(probe))
+    few = _few_traced(network, probe)
+    _check_copy(module, few[1].outputs, "behavior")
+    trained = as_trained(module, loss_fn, behavior, network, probe, few[1].outputs)
+    if trained is None:
+        return network, few, _raised(copied_loss, dtype), None
+    network = Network(trained.module, trained.behavior, dtype=dtype, gradient_dtype=gradient_dtype)
+    settle_embeddings(trained.module, lambda: network.outputs(probe))
+    return network, _few_traced(network, probe), _raised(trained.loss_fn, dtype), trained.note
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -25,7 +25,9 @@ from lightning_basin.copying import DeepCopier, parts_of
 from lightning_basin.precision import RaisedPrecision
 
 
-def replicas(module: nn.Module, *callables: Any, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+def replicas(
+    module: nn.Module, *callables: Any, dtype: torch.dtype = torch.float64, training: bool = False
+) -> tuple[Any, ...]:
     """Deep copies in float64 or float32 and evaluation mode, sharing nothing that a forward pass could change.
 
     Tied parameters stay tied, and what ``module`` and the callables hold of each other is the copy's; see `DeepCopier`.
@@ -34,6 +36,8 @@ def replicas(module: nn.Module, *callables: Any, dtype: torch.dtype = torch.floa
         module: Stays as it is.
         callables: Further callables to copy along, for example a loss module; plain functions and ``None`` stay.
         dtype: Of every floating point tensor of the copies.
+        training: Whether the copies are in the mode of training instead: that of ``module`` where this trains, of all
+            of its parts where it does not.
 
     Returns:
         The copy of ``module``, then those of ``callables``.
@@ -64,7 +68,7 @@ def replicas(module: nn.Module, *callables: Any, dtype: torch.dtype = torch.floa
         copies = [copier.copy(item) for item in (module, *callables)]
         for replica in map(_owner, copies):
             if replica is not None:  # Not by truth: a module may have a length, and that be 0.
-                _prepare(replica, originals)
+                _prepare(replica, originals, training=training)
     inside = {id(part) for part in copies[0].modules()}
     outside = [item for item in copier.weakly_held if id(item) not in inside]
     if outside:  # Nothing else holds these.
@@ -72,13 +76,16 @@ def replicas(module: nn.Module, *callables: Any, dtype: torch.dtype = torch.floa
     return tuple(copies)
 
 
-def _prepare(replica: nn.Module, originals: Collection[int]) -> None:
-    """Make sure that a copy shares nothing with its original, and let it evaluate."""
+def _prepare(replica: nn.Module, originals: Collection[int], *, training: bool) -> None:
+    """Make sure that a copy shares nothing with its original, and put it into its mode."""
     for part in parts_of(replica):
         if id(part) in originals:
             shared = f"tensor of shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
             raise TypeError(f"{type(replica).__name__} must be copied, but a copy of it shares its {shared}")
-    replica.eval()
+    if not training:
+        replica.eval()
+    elif not replica.training:
+        replica.train()
     for module in replica.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # Sparse gradients save time in training, and do not fit into a matrix.
