@@ -23,6 +23,11 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         value = arguments[name]
         if not holds(value):
             raise MisconfigurationException(f"`BasinMonitor({name}={value!r})` must {what}")
+    if arguments["history"] is not None and not _names_a_file(arguments["prefix"]):
+        raise MisconfigurationException(
+            f"`BasinMonitor(prefix={arguments['prefix']!r})` must be the name of a file where history= writes a table: "
+            f"at most 200 bytes, and none of {_NOT_IN_FILES}"
+        )
     try:
         check_precision(arguments["dtype"], arguments["hessian"], arguments["rtol"])
     except ValueError as error:
@@ -37,6 +42,18 @@ def as_builtin(value: Any) -> Any:
         3
     """
     return value.item() if isinstance(value, np.generic) else value
+
+
+_NOT_IN_FILES = '\\:*?"<>|'
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and bool(value.strip())
+
+
+def _names_a_file(prefix: str) -> bool:
+    is_short = len(prefix.encode()) <= 200  # noqa: PLR2004 - of the 255 bytes that file systems take
+    return is_short and prefix.strip(". ") != "" and not any(character in prefix for character in _NOT_IN_FILES)
 
 
 def _at_least_one(value: Any) -> bool:
@@ -68,5 +85,6 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("loss_fn", _no_word_but("behavioral"), "be callable or 'behavioral'"),
     ("behavior", _no_word_but("outputs", "probabilities"), "be callable, 'outputs' or 'probabilities'"),
     ("on_other_probe", lambda value: value in ("raise", "replace"), "be 'raise' or 'replace'"),
+    ("prefix", _is_name, "be a word of printable characters"),
     ("history", lambda value: value in ("csv", "jsonl", None), "be 'csv', 'jsonl' or None"),
 )

@@ -7,7 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -23,6 +23,9 @@ class RankEarlyStopping(EarlyStopping):
     times. This one looks at each measurement once, at the moment it is taken, wherever the two callbacks stand in
     the list.
 
+    Ranks that say nothing of the network are passed over: those that fill the probe (``saturated``), that depend on the
+    tolerance (``ill_defined``), or that are lower bounds (``max_outputs``).
+
     Args:
         monitor: Key of the quantity.
         mode: ``"plateau"`` stops when the value has not moved by more than ``min_delta`` either way, ``"min"`` when it
@@ -30,7 +33,8 @@ class RankEarlyStopping(EarlyStopping):
         patience: For so many measurements in a row.
         min_delta: See ``mode``.
         stopping_threshold: Stop at once when the value is beyond this; with ``"min"`` and ``"max"`` only.
-        after_zero_loss: Look only at measurements from the one on at which the loss has reached zero.
+        after_zero_loss: Whether to look only at measurements from the one on at which the loss has reached zero. A rank
+            may rest long before a network is trained, so that ``False`` takes a ``patience`` that fits the run.
         strict: Raise when the quantity is not measured.
         check_finite: Stop when the value is not finite.
         verbose: Log improvements too; why training stopped is always logged.
@@ -56,7 +60,7 @@ class RankEarlyStopping(EarlyStopping):
         patience: int = 3,
         min_delta: float = 0.0,
         stopping_threshold: float | None = None,
-        after_zero_loss: bool = False,
+        after_zero_loss: bool = True,
         strict: bool = True,
         check_finite: bool = True,
         verbose: bool = False,
@@ -82,6 +86,7 @@ class RankEarlyStopping(EarlyStopping):
         )
         self.after_zero_loss = after_zero_loss
         self._basin_monitor: BasinMonitor | None = None
+        self._has_warned = False
 
     @property
     @override
@@ -110,6 +115,14 @@ class RankEarlyStopping(EarlyStopping):
         basin_monitor = self._basin_monitor
         assert basin_monitor is not None, "set up before it listens"
         if self.after_zero_loss and basin_monitor.zero_loss_step is None:
+            if record.loss is None and not self._has_warned:
+                self._has_warned = True
+                rank_zero_warn(
+                    "RankEarlyStopping waits for a loss of zero, and no loss is measured: it will not stop this run. "
+                    "HINT: pass BasinMonitor(loss_fn=...), or RankEarlyStopping(after_zero_loss=False)"
+                )
+            return
+        if self.monitor in record.undecided(basin_monitor.prefix):
             return
         values = basin_monitor.monitored(record)
         if self.monitor not in values and any(

@@ -222,7 +222,8 @@ def measure_basin(
     ) as evaluation:
         notes = list(evaluation.notes)
         num_directions = _num_directions(probe.size, evaluation.num_outputs, max_outputs)
-        if num_directions < evaluation.num_outputs:
+        is_projected = num_directions < evaluation.num_outputs
+        if is_projected:
             notes.append(
                 f"ranks are lower bounds: the {evaluation.num_outputs} outputs of each input are seen along "
                 f"{num_directions} random orthonormal directions"
@@ -250,7 +251,13 @@ def measure_basin(
         except Exception as error:  # Whatever a data set raises: the probe has been measured.
             warnings.warn(f"the training set is left out. {type(error).__name__}: {error}", stacklevel=2)
     record = _assembled(evaluation, ranks, null_spaces, duplicates, curvature)
-    return replace(record, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started)
+    return replace(
+        record,
+        notes=tuple(notes),
+        step=step,
+        measure_seconds=time.perf_counter() - started,
+        ranks_are_lower_bounds=is_projected,
+    )
 
 
 def follow_measurement(

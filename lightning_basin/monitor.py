@@ -1,7 +1,7 @@
 """The callback: when to measure during a fit, and where the results go."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_basin.arguments import as_builtin, check_arguments
+from lightning_basin.checkpointed import MonitorState
 from lightning_basin.copying import is_out_of_memory
 from lightning_basin.curvature import HessianMode
 from lightning_basin.gathering import GatheredModule
@@ -780,45 +781,53 @@ class BasinMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._loads_state:
             return
-        self._load_probe(state_dict)
+        try:
+            state = MonitorState.read(state_dict, _COMPARED_ON_RESUME)
+        except ValueError as error:
+            self._say(
+                f"BasinMonitor begins anew: its state in the checkpoint is damaged or of another version. {error}",
+                warn=True,
+            )
+            return
+        self._load_probe(state)
         self._is_loaded = True
-        for name, before in state_dict["settings"].items():
+        for name, before in state.settings.items():
             if before != getattr(self, name):
                 self._say(
                     f"The run so far was measured with {name}={before!r}, it goes on with {getattr(self, name)!r}: its "
                     f"curves may jump here",
                     warn=True,
                 )
-        self.records = [BasinRecord.from_dict(record) for record in state_dict["records"]]
-        self._measured_step = state_dict["measured_step"]
-        self.zero_loss_step = state_dict["zero_loss_step"]
-        self._num_zero_losses = state_dict["num_zero_losses"]
-        self.skipped_steps = list(state_dict["skipped_steps"])
-        self._leave_out_loss = state_dict["leave_out_loss"]
-        self._history_path = state_dict["history_path"]
+        self.records = state.records
+        self._measured_step = state.measured_step
+        self.zero_loss_step = state.zero_loss_step
+        self._num_zero_losses = state.num_zero_losses
+        self.skipped_steps = state.skipped_steps
+        self._leave_out_loss = state.leave_out_loss
+        self._history_path = state.history_path
 
-    def _load_probe(self, state_dict: Mapping[str, Any]) -> None:
+    def _load_probe(self, state: MonitorState) -> None:
         """Go on with the probe of the run so far, or refuse another one."""
-        before = state_dict["probe_fingerprint"]
+        before = state.probe_fingerprint
         self._expected_probe, self._is_probe_refused = None, False
         if before is None:  # No probe was full yet.
             return
         is_other = (
             fingerprint(self._probe) != before
             if self._explicit_probe and self._probe is not None
-            else self._probe_size != state_dict["probe_size"]
+            else self._probe_size != state.probe_size
         )
         if is_other and self.on_other_probe == "raise":
             raise MisconfigurationException(
                 f"`BasinMonitor(probe=...)` is not the one of the run so far: that was "
-                f"{_described(state_dict['probe_size'])}, this is {_described(self._probe_size)}. HINT: pass the same, "
+                f"{_described(state.probe_size)}, this is {_described(self._probe_size)}. HINT: pass the same, "
                 f"or BasinMonitor(on_other_probe='replace')"
             )
         if self._explicit_probe:
             return
         self._collector, self._probe = self._new_collector(), None
-        if state_dict["probe"] is not None and not is_other:
-            self._probe = Probe(**state_dict["probe"])
+        if state.probe is not None and not is_other:
+            self._probe = state.probe
         elif self.on_other_probe == "raise":
             self._expected_probe = before
 

@@ -13,7 +13,13 @@ MAX_LAYER_CURVES = 32
 ILL_DEFINED_GAP = 3.0
 """A rank whose gap is below three digits depends on the tolerance."""
 
+_MARKUP = frozenset("\\[]<>|`*")
+"""What terminals, TensorBoard and Markdown take for more than a character."""
+
 _MERGED = ("merged_inputs", "train_merged_inputs")
+
+_RANKS = ("gradient_rank", "gradient_nullity", "gradient_effective_rank")
+"""Beginnings of the names of quantities that follow from the rank."""
 
 _STATISTICS = ("gradient_rank", "gradient_rank_deficit", "hessian_nullity", "duplicated_activations", "dead_units")
 
@@ -170,6 +176,7 @@ class BasinRecord(LayerRecord):
         notes: What a reader should know about how the numbers were obtained.
         measure_seconds: Wall time.
         step: Optimizer steps taken, ``None`` outside of training.
+        ranks_are_lower_bounds: Whether the outputs were seen along some random directions only (``max_outputs``).
     """
 
     num_inputs: int
@@ -187,6 +194,7 @@ class BasinRecord(LayerRecord):
     notes: tuple[str, ...] = ()
     measure_seconds: float = 0.0
     step: int | None = None
+    ranks_are_lower_bounds: bool = False
 
     @property
     def log10_loss(self) -> float | None:
@@ -215,12 +223,13 @@ class BasinRecord(LayerRecord):
         Args:
             prefix: First part of every key.
         """
-        named = {f"{prefix}/{name}": float(value) for name, value in self.quantities().items()}
+        named = {
+            key: float(value)
+            for record, keys in self._keyed_parts(prefix)
+            for key, value in zip(keys, record.quantities().values(), strict=True)
+        }
         parts, kind = (self.blocks, "block") if self.blocks else (self.layers, "layer")
         tags = _tags(parts)
-        for part, record in parts.items():
-            for name, value in record.quantities().items():
-                named[f"{prefix}_{kind}_{name}/{tags[part]}"] = float(value)
         outputs = {
             "duplicated_activations": self.output_duplicated_activations,
             "duplicated_activations_exact": self.output_duplicated_activations_exact,
@@ -230,6 +239,33 @@ class BasinRecord(LayerRecord):
             if count is not None and "output" not in tags.values():
                 named[f"{prefix}_{kind}_{name}/output"] = float(count)
         return named | {f"{prefix}_stats/{name}": value for name, value in self._statistics()}
+
+    def undecided(self, prefix: str = "basin") -> set[str]:
+        """Keys of ranks that say nothing of the network: saturated, ill-defined, or lower bounds.
+
+        Args:
+            prefix: As of `scalars`.
+        """
+        keys = {
+            key
+            for record, names in self._keyed_parts(prefix)
+            if self._is_undecided(record)
+            for key, name in zip(names, record.quantities(), strict=True)
+            if name.startswith(_RANKS)
+        }
+        if any(record is not self for record, _ in self._keyed_parts(prefix) if self._is_undecided(record)):
+            keys |= {f"{prefix}_stats/{name}" for name, _ in self._statistics() if name.startswith(_RANKS)}
+        return keys
+
+    def _is_undecided(self, record: LayerRecord) -> bool:
+        return self.ranks_are_lower_bounds or record.saturated or record.ill_defined
+
+    def _keyed_parts(self, prefix: str) -> Iterator[tuple[LayerRecord, list[str]]]:
+        """The network, then each layer or block, with the keys of its quantities."""
+        yield self, [f"{prefix}/{name}" for name in self.quantities()]
+        parts, kind = (self.blocks, "block") if self.blocks else (self.layers, "layer")
+        for part, tagged in _tags(parts).items():
+            yield parts[part], [f"{prefix}_{kind}_{name}/{tagged}" for name in parts[part].quantities()]
 
     def _statistics(self) -> Iterator[tuple[str, float]]:
         for name in _STATISTICS:
@@ -420,8 +456,19 @@ def _range_name(first: str, last: str) -> str:
 
 
 def tag(layer: str) -> str:
-    """A layer's name as it stands in a logged key: ``root`` for the root, no slash."""
-    return layer.replace("/", ".") or "root"
+    r"""A layer's name as it stands in a logged key: ``root`` for the root, no slash, nothing that a display obeys.
+
+    Control characters (colors of a terminal, line breaks) and markup become hexadecimal escapes.
+
+    Example:
+        >>> tag("encoder/conv[0]"), tag("")
+        ('encoder.conv\\x5b0\\x5d', 'root')
+    """
+    shown = (
+        character if character.isprintable() and character not in _MARKUP else f"\\x{ord(character):02x}"
+        for character in layer.replace("/", ".")
+    )
+    return "".join(shown) or "root"
 
 
 def _tags(layers: Iterable[str]) -> dict[str, str]:

@@ -1494,6 +1494,12 @@ def test_same_seed_gives_the_same_records(tmp_path):
         ({"verify_null_space": 0}, r"verify_null_space=0\).* at least 1"),
         ({"verify_null_space": "always"}, r"verify_null_space='always'\).*'zero_loss'"),
         ({"history": "xml"}, r"history='xml'\).*'csv', 'jsonl' or None"),
+        ({"prefix": ""}, r"prefix=.*must be a word of printable characters"),
+        ({"prefix": "a\x1b[31m"}, r"prefix=.*must be a word of printable characters"),
+        ({"prefix": 3}, r"prefix=3.*must be a word of printable characters"),
+        ({"prefix": "a" * 250, "history": "csv"}, r"must be the name of a file where history= writes a table"),
+        ({"prefix": "a:b", "history": "jsonl"}, r"must be the name of a file where history= writes a table"),
+        ({"prefix": "..", "history": "csv"}, r"must be the name of a file where history= writes a table"),
         ({"max_overhead": 0.0}, r"max_overhead=0.0\).* inside \(0, 1\)"),
         ({"max_overhead": 1.0}, r"max_overhead=1.0\).* inside \(0, 1\)"),
         ({"max_failures": 0}, r"max_failures=0\).* at least 1"),
@@ -1701,7 +1707,7 @@ def test_second_fit_after_one_that_never_measured_takes_its_own_initial_weights(
 
 def test_second_fit_is_not_stopped_by_the_early_stopping_of_the_first(tmp_path):
     monitor = BasinMonitor()
-    first = make_trainer(tmp_path, monitor, RankEarlyStopping(patience=1), max_epochs=6)
+    first = make_trainer(tmp_path, monitor, RankEarlyStopping(patience=1, after_zero_loss=False), max_epochs=6)
     first.fit(Scripted(), scripted_loader())
     second = make_trainer(tmp_path, monitor, max_epochs=6)
     second.fit(Scripted(), scripted_loader())

@@ -225,6 +225,24 @@ def test_tags_have_no_slash_and_name_the_root(layer, expected):
     assert tag(layer) == expected
 
 
+HOSTILE = ("\x1b[31mred\x1b[0m", "two\nlines", "[bold]", "<b>", "a|b", "`c`", "*d*", "\u202ereversed", "\\x1b", "\x07")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_in_a_name_is_obeyed_by_a_display(name):
+    record = basin_record({name: layer_record(gradient_rank=3)})
+    (key,) = (key for key in record.scalars() if key.startswith("basin_layer_gradient_rank/"))
+    for shown in (key, *str(record).splitlines()):
+        assert shown.isprintable()
+        assert not set(shown) & set("[]<>|`*") - set("[]" if "[saturated]" in shown or "ill_defined" in shown else "")
+    assert str(record).count("\n") == str(basin_record({"plain": layer_record(gradient_rank=3)})).count("\n")
+
+
+def test_names_that_are_escaped_do_not_collide():
+    tags = {tag(name) for name in (*HOSTILE, *map(tag, HOSTILE))}
+    assert len(tags) == 2 * len(HOSTILE)
+
+
 # Plain form.
 
 
