@@ -27,6 +27,7 @@ class MonitorState:
         skipped_steps: Steps at which ``max_overhead`` allowed no measurement.
         leave_out_loss: Whether the loss that was found does not fit.
         history_path: The table on disk.
+        step_calls: Positions of the losses that are read from ``training_step``; ``None`` where it is not read.
     """
 
     probe: Probe | None
@@ -40,6 +41,7 @@ class MonitorState:
     skipped_steps: list[int]
     leave_out_loss: bool
     history_path: str | None
+    step_calls: list[int] | None
 
     @classmethod
     def read(cls, state: Any, setting_names: Collection[str]) -> "MonitorState":
@@ -61,8 +63,8 @@ class MonitorState:
                 raise ValueError(f"{name} must not be {value!r}")
         if found.settings.keys() != set(setting_names):
             raise ValueError(f"settings must be {sorted(setting_names)}, got {sorted(map(str, found.settings))}")
-        if not all(type(step) is int for step in found.skipped_steps):
-            raise ValueError("skipped_steps must be numbers")
+        if not all(type(number) is int for number in (*found.skipped_steps, *(found.step_calls or ()))):
+            raise ValueError("skipped_steps and step_calls must hold numbers")
         return found
 
 
@@ -76,6 +78,7 @@ _KINDS = {
     "skipped_steps": (list,),
     "leave_out_loss": (bool,),
     "history_path": (str, _NONE),
+    "step_calls": (list, _NONE),
 }
 
 
@@ -83,7 +86,7 @@ def _read_probe(state: Mapping[str, Any]) -> Probe | None:
     if state["probe"] is None:
         return None
     probe = Probe(**state["probe"])
-    if fingerprint(probe) != state["probe_fingerprint"]:
+    if fingerprint(probe if state["step_calls"] is None else Probe(probe.inputs)) != state["probe_fingerprint"]:
         raise ValueError("the probe is not the one that was measured")
     return probe
 

@@ -48,6 +48,7 @@ from lightning_basin.layers import (
     TracedProbe,
     agreement_rtol,
     call_module,
+    other_batches,
     passed_otherwise,
     rounding_rtol,
 )
@@ -689,9 +690,18 @@ def _check_independence(
     """Refuse outputs that depend on anything but their own input, as far as other batches show it."""
     tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
     deviations = torch.zeros_like(outputs)
-    for indices, trace in others:
-        if trace.outputs.shape[1:] == outputs.shape[1:]:
-            deviations[indices] = (trace.outputs - outputs[indices]).abs().maximum(deviations[indices])
+    found = [(indices, trace.outputs) for indices, trace in others]
+    if any(part.shape[1:] != outputs.shape[1:] for _, part in found):  # Then batches of as many inputs must tell.
+        *_, batches = other_batches(probe.size)
+        with torch.no_grad():
+            found = [(indices, network.outputs(probe.select(indices))) for indices in batches]
+    for indices, part in found:
+        if part.shape[1:] != outputs.shape[1:]:
+            raise ValueError(
+                f"each output must depend on its own input only, but with other inputs beside it the shape of an "
+                f"output changes from {tuple(outputs.shape[1:])} to {tuple(part.shape[1:])}"
+            )
+        deviations[indices] = (part - outputs[indices]).abs().maximum(deviations[indices])
     if not bool((deviations <= tolerance).all()):
         _refuse_dependence(network, probe, outputs, deviations)
 

@@ -38,6 +38,7 @@ from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import replicas
 from lightning_basin.state import fingerprint, probe_state
 from lightning_basin.subject import LOSS_ATTRIBUTES, found_loss, quiet_behavior, quiet_loss, whole_training_set
+from lightning_basin.training_step import StepLoss, agrees_with, read_training_step, step_behavior
 
 _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
 """They change the numbers, not only which there are."""
@@ -187,6 +188,8 @@ class BasinMonitor(Callback):
         self._measured_step: int | None = None
         self._seen_step = 0
         self._resumed_step: int | None = None  # Until the first batch has come by.
+        self._step_calls: tuple[int, ...] | None = None  # Losses of the training step from which outputs are read.
+        self._step_loss: StepLoss | None = None
         self._collector = self._new_collector()
         self._initial: tuple[nn.Module, int, int] | None = None  # for the baseline: its step and x axis beside it
         self._gathered: GatheredModule | None = None  # where a strategy shards the module
@@ -213,19 +216,21 @@ class BasinMonitor(Callback):
         """The inputs that are measured; ``None`` until enough training batches have come by."""
         return self._probe
 
-    def start(self, module: nn.Module, probe: Probe | None = None) -> None:
+    def start(self, module: nn.Module, probe: Probe | None = None, step_calls: Sequence[int] | None = None) -> None:
         """Begin to measure outside of a fit: forget what was measured, and see whether a module can be.
 
         Args:
             module: One of those that will be measured.
             probe: Taken where the monitor has none of its own.
+            step_calls: Of such a probe, the losses of ``training_step`` whose outputs were measured.
 
         Raises:
             MisconfigurationException: If there is no probe, or the module cannot be measured on it.
         """
         self._reset()
         self._num_failures = 0
-        self._probe = self._probe or probe
+        if self._probe is None:
+            self._probe, self._step_calls = probe, None if step_calls is None else tuple(step_calls)
         try:
             if self._probe is None:
                 raise ValueError("there is no probe; pass BasinMonitor(probe=(inputs, targets))")
@@ -339,7 +344,8 @@ class BasinMonitor(Callback):
         # Rank zero decides for all: batches may differ in size from process to process.
         whole = self._whole(pl_module) if is_first else None
         problem = self._take_probe(trainer, whole, batch) if trainer.is_global_zero else None
-        problem, self._probe = trainer.strategy.broadcast((problem, self._probe), 0)
+        found = trainer.strategy.broadcast((problem, self._probe, self._step_calls), 0)
+        problem, self._probe, self._step_calls = found
         self._refuse_another_probe()
         if problem is not None:
             raise MisconfigurationException(f"BasinMonitor cannot measure {type(pl_module).__name__}: {problem}")
@@ -414,12 +420,18 @@ class BasinMonitor(Callback):
         self._is_checked = False
         self._leave_out_loss = False
         self._history_path = None
+        self._step_calls, self._step_loss = None, None
         self._collector = self._new_collector()
         if not self._explicit_probe:
             self._probe = None
 
     def _new_collector(self) -> ProbeCollector:
-        return ProbeCollector(self._probe_size, batch_fn=self.batch_fn, whole_batches=callable(self.behavior))
+        return ProbeCollector(
+            self._probe_size,
+            batch_fn=self.batch_fn,
+            whole_batches=self._takes_whole_batches,
+            splits_pairs=self._step_calls is None,
+        )
 
     def _whole(self, pl_module: nn.Module) -> Callable[[], nn.Module]:
         """Gives the module with all of its parameters on rank zero; all processes must ask for it together."""
@@ -427,13 +439,15 @@ class BasinMonitor(Callback):
 
     def _take_probe(self, trainer: Trainer, whole: Callable[[], nn.Module] | None, batch: Any) -> str | None:
         """Collect inputs until there are enough; the first time, with the module, say what cannot be measured."""
+        module = None if whole is None else whole()
         try:
+            if module is not None:
+                self._read_step(module, batch, trainer)
             if self._probe is None:
                 self._collector.add(batch)
                 if self._collector.complete:
                     self._probe = self._collector.probe()
-            if whole is not None:
-                module = whole()
+            if module is not None:
                 self._check(module, self._probe or self._collector.probe(), trainer)
                 # Some training steps will pass before there are enough inputs: the baseline is that of the weights now.
                 if self._probe is None and self._measured_step is None:
@@ -451,11 +465,59 @@ class BasinMonitor(Callback):
             _warn(f"BasinMonitor could not check {name}. {type(error).__name__}: {error}{_memory_hint(error)}")
         return None
 
+    def _read_step(self, module: nn.Module, batch: Any, trainer: Trainer) -> None:
+        """Read outputs, targets and loss from the training step, unless arguments say them or it trains just those."""
+        is_told = self.behavior not in (None, "outputs") or self.batch_fn is not None or self._explicit_probe
+        if is_told or self._probe is not None or not hasattr(module, "training_step"):
+            return
+        try:
+            step = read_training_step(module, batch, trainer)
+        except Exception:  # Whatever a step raises that is run alone: then the batch has to say it.
+            return
+        loss_fn = None if self.loss_fn is not None else quiet_loss(found_loss(module), trainer)
+        if agrees_with(step, module, batch, quiet_behavior(None, trainer), loss_fn, with_loss=self.loss_fn is None):
+            return
+        try:
+            check_measurable(
+                module,
+                Probe(batch),
+                behavior=quiet_behavior(step_behavior(step.calls), trainer),
+                max_outputs=self.max_outputs,
+                dtype=self.dtype,
+            )
+        except (TypeError, ValueError):  # Inputs that a loss couples, say.
+            return
+        self._step_calls = step.calls
+        self._collector = self._new_collector()
+        self._say(str(step))
+
+    @property
+    def _takes_whole_batches(self) -> bool:
+        return callable(self.behavior) or self._step_calls is not None
+
+    @property
+    def _behavior(self) -> Callable[..., Any] | Literal["outputs", "probabilities"] | None:
+        return self.behavior if self._step_calls is None else step_behavior(self._step_calls)
+
+    def _with_step_loss(self, module: nn.Module, probe: Probe, trainer: Trainer | None) -> Probe:
+        """The probe with the targets that the losses of the training step take; and note the loss of these."""
+        if self._step_calls is None or self._leave_out_loss:
+            return probe
+        if self._step_loss is not None and probe.targets is not None:
+            return probe
+        step = read_training_step(module, probe.inputs, trainer, self._step_calls)
+        self._step_loss, self._leave_out_loss = step.loss, step.loss is None
+        return Probe(probe.inputs, step.probe.targets)
+
+    def _fingerprint(self, probe: Probe) -> str:
+        """By what the probe is known again; targets that a training step makes may be made again."""
+        return fingerprint(probe if self._step_calls is None else Probe(probe.inputs))
+
     def _refuse_another_probe(self) -> None:
         """On resuming with a probe that had to be taken again and is not the same: measure nothing instead."""
         if self._probe is None or self._expected_probe is None:
             return
-        self._is_probe_refused = fingerprint(self._probe) != self._expected_probe
+        self._is_probe_refused = self._fingerprint(self._probe) != self._expected_probe
         if self._is_probe_refused:
             self._say(
                 "BasinMonitor does not go on measuring: the probe had to be taken anew, and is not that of the run so "
@@ -465,7 +527,7 @@ class BasinMonitor(Callback):
 
     def _check(self, pl_module: nn.Module, probe: Probe, trainer: Trainer | None = None) -> None:
         """Evaluate once; a loss that was found and not given is left out where it does not fit."""
-        behavior = quiet_behavior(self.behavior, trainer)
+        behavior = quiet_behavior(self._behavior, trainer)
         for _ in self._whole_training_set(trainer) or ():  # Whether its first batch can be told apart.
             break
         size = self._probe_size or probe.size
@@ -486,6 +548,10 @@ class BasinMonitor(Callback):
         except MemoryBudgetError as error:  # The measurements will say so; training goes on.
             self._say(f"BasinMonitor will not be able to measure: {error}", warn=True)
             return
+        is_given = self.loss_fn is not None or self._step_calls is not None
+        probe = self._with_step_loss(pl_module, probe, trainer)
+        if self._step_calls is not None and self._leave_out_loss and self.loss_fn is None:
+            return
         loss_fn = quiet_loss(self._loss_fn(pl_module), trainer)
         if loss_fn is None:
             self._say(
@@ -503,7 +569,7 @@ class BasinMonitor(Callback):
                 loss_fn=loss_fn,
                 behavior=behavior,
                 max_outputs=self.max_outputs,
-                is_loss_given=self.loss_fn is not None,
+                is_loss_given=is_given,
                 dtype=self.dtype,
             )
         except (TypeError, ValueError) as error:
@@ -522,13 +588,18 @@ class BasinMonitor(Callback):
         return "all" if self.layers == "auto" and self.records and not self.records[0].blocks else self.layers
 
     def _loss_fn(self, pl_module: nn.Module) -> Callable[..., Any] | Literal["behavioral"] | None:
+        if self._step_calls is not None and callable(self.loss_fn):
+            return partial(_on_targets_of_a_step, self.loss_fn)
         if self.loss_fn is not None or self._leave_out_loss:
             return self.loss_fn
-        return found_loss(pl_module)
+        return found_loss(pl_module) if self._step_calls is None else self._step_loss
 
     def _whole_training_set(self, trainer: Trainer | None) -> Iterable[Probe] | None:
         return whole_training_set(
-            self.duplicates_over, trainer, batch_fn=self.batch_fn, whole_batches=callable(self.behavior)
+            self.duplicates_over,
+            trainer,
+            batch_fn=_whole_batch if self._step_calls is not None else self.batch_fn,
+            whole_batches=self._takes_whole_batches,
         )
 
     def _measure_baseline(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -579,7 +650,7 @@ class BasinMonitor(Callback):
             with nullcontext() if self._group is None else leading(self._group) as team:
                 record = self._timed(trainer, whole, step, team)
         elif self._group is not None:
-            follow_measurement(self._group, pl_module, quiet_behavior(self.behavior, trainer), dtype=self.dtype)
+            follow_measurement(self._group, pl_module, quiet_behavior(self._behavior, trainer), dtype=self.dtype)
         record = trainer.strategy.broadcast(record, 0)
         if record is None:
             self._count_failure(trainer)
@@ -619,11 +690,13 @@ class BasinMonitor(Callback):
         try:
             with self._profiled(trainer, "measure"):
                 module = whole()
+                assert self._probe is not None
+                self._probe = self._with_step_loss(module, self._probe, trainer)
                 record = measure_basin(
                     module,
                     self._probe,
                     loss_fn=quiet_loss(self._loss_fn(module), trainer),
-                    behavior=quiet_behavior(self.behavior, trainer),
+                    behavior=quiet_behavior(self._behavior, trainer),
                     layers=self._layers,
                     hessian=self.hessian,
                     rtol=self.rtol,
@@ -660,7 +733,7 @@ class BasinMonitor(Callback):
         if not is_due:
             return record
         started = time.perf_counter()
-        behavior = quiet_behavior(self.behavior, trainer)
+        behavior = quiet_behavior(self._behavior, trainer)
         if isinstance(behavior, Probabilities):
             behavior = partial(_probabilities, behavior.outputs)
         assert not isinstance(behavior, str)
@@ -761,7 +834,7 @@ class BasinMonitor(Callback):
         return {
             "probe": probe,
             "probe_size": self._probe_size,
-            "probe_fingerprint": self._expected_probe or (self._probe and fingerprint(self._probe)),
+            "probe_fingerprint": self._expected_probe or (self._probe and self._fingerprint(self._probe)),
             "settings": {name: getattr(self, name) for name in _COMPARED_ON_RESUME},
             "records": [record.to_dict() for record in self.records],
             "measured_step": self._measured_step,
@@ -770,6 +843,7 @@ class BasinMonitor(Callback):
             "skipped_steps": list(self.skipped_steps),
             "leave_out_loss": self._leave_out_loss,
             "history_path": self._history_path,
+            "step_calls": None if self._step_calls is None else list(self._step_calls),
         }
 
     @override
@@ -789,6 +863,7 @@ class BasinMonitor(Callback):
                 warn=True,
             )
             return
+        self._step_calls = None if state.step_calls is None else tuple(state.step_calls)
         self._load_probe(state)
         self._is_loaded = True
         for name, before in state.settings.items():
@@ -833,10 +908,10 @@ class BasinMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
-        dropped = ("log", "log_dict", "_initial", "_gathered", "_group")
+        dropped = ("log", "log_dict", "_initial", "_gathered", "_group", "_step_loss")
         kept = {name: value for name, value in vars(self).items() if name not in dropped}
         # A weak reference has no state.
-        return kept | {"_initial": None, "_gathered": None, "_group": None, "_fitted": _nothing}
+        return kept | {"_initial": None, "_gathered": None, "_group": None, "_step_loss": None, "_fitted": _nothing}
 
 
 def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
@@ -901,6 +976,15 @@ def _renews_batch_statistics(trainer: Trainer) -> bool:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
     averaging = (callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging))
     return any(0 <= callback.swa_end < trainer.current_epoch for callback in averaging)
+
+
+def _whole_batch(batch: Any) -> tuple[Any, None]:
+    return batch, None
+
+
+def _on_targets_of_a_step(loss_fn: Callable[..., Any], outputs: Tensor, targets: Sequence[Tensor]) -> Any:
+    """A loss that was passed, on what the loss of a training step takes as targets."""
+    return loss_fn(outputs, targets[0] if len(targets) == 1 else targets)
 
 
 def _probabilities(outputs: Callable[[nn.Module, Any], Tensor], module: nn.Module, inputs: Any) -> Tensor:

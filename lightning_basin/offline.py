@@ -69,7 +69,8 @@ def measure_checkpoints(
     for index, checkpoint in enumerate(tqdm(found, desc="Measuring", unit="checkpoint", disable=not progress)):
         loaded = _loaded(checkpoint, module, weights_only=weights_only).to(device)
         if index == 0:
-            monitor.start(loaded, next((item.probe for item in found if item.probe is not None), None))
+            held = next((item for item in found if item.probe is not None), checkpoint)
+            monitor.start(loaded, held.probe, held.step_calls)
             if history is not None:
                 history.write([])
         record = monitor.observe(loaded, checkpoint.step)
@@ -92,6 +93,7 @@ class _Checkpoint:
     step: int
     log_step: int
     probe: Probe | None
+    step_calls: list[int] | None
 
 
 def _found(checkpoints: Paths, state_key: str, *, weights_only: bool) -> list[_Checkpoint]:
@@ -163,12 +165,14 @@ def _read(path: Path, *, weights_only: bool) -> Mapping[str, Any]:
 
 
 def _described(path: Path, content: Mapping[str, Any], state_key: str) -> _Checkpoint:
-    probe = content.get("callbacks", {}).get(state_key, {}).get("probe")
+    state = content.get("callbacks", {}).get(state_key, {})
+    probe = state.get("probe")
     return _Checkpoint(
         path=path,
         step=content["global_step"],
         log_step=max(0, _batches_that_stepped(content) - 1),
         probe=None if probe is None else Probe(**probe),
+        step_calls=state.get("step_calls"),
     )
 
 

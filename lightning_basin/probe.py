@@ -134,6 +134,7 @@ class ProbeCollector:
         batch_fn: From a batch to a pair of inputs and targets. ``None`` takes a pair as it is, and a tensor, or a
             sequence of one, as inputs without targets.
         whole_batches: Take any other batch as inputs without targets, instead of refusing it.
+        splits_pairs: Whether a pair is inputs and targets, and not a batch like any other.
 
     Example:
         >>> collector = ProbeCollector(size=5)
@@ -142,9 +143,17 @@ class ProbeCollector:
         (False, 3)
     """
 
-    def __init__(self, size: int, *, batch_fn: Callable[[Any], Any] | None = None, whole_batches: bool = False) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch_fn: Callable[[Any], Any] | None = None,
+        whole_batches: bool = False,
+        splits_pairs: bool = True,
+    ) -> None:
         self._size = size
         self._batch_fn = batch_fn
+        self._splits_pairs = splits_pairs
         self._whole_batches = whole_batches
         self._batches: list[tuple[Any, Any]] = []
 
@@ -165,7 +174,12 @@ class ProbeCollector:
             TypeError: If inputs and targets cannot be told apart.
             ValueError: If the batch does not fit to the ones before, which are kept.
         """
-        pair = map_tensors(_copied, split_batch(batch, self._batch_fn, whole_batches=self._whole_batches))
+        pair = (
+            split_batch(batch, self._batch_fn, whole_batches=self._whole_batches)
+            if self._splits_pairs
+            else (batch, None)
+        )
+        pair = map_tensors(_copied, pair)
         Probe.from_batches([*self._batches, pair], self._size)
         self._batches.append(pair)
 
@@ -210,12 +224,24 @@ def split_batch(
         return batch, None
     raise TypeError(
         f"a training batch must be a pair of inputs and targets, got {_described(batch)}: pass "
-        f"batch_fn=lambda batch: (inputs, targets), or probe=(inputs, targets)"
+        f"batch_fn=lambda batch: ({', '.join(_two_parts(batch))}), or probe=(inputs, targets)"
     )
 
 
 def _is_sequence_of(length: int, item: Any) -> bool:
     return isinstance(item, tuple | list) and len(item) == length
+
+
+def _two_parts(batch: Any) -> list[str]:
+    """Two parts of a batch that hold tensors, as they are written in Python: most often inputs and targets."""
+    found = ["inputs", "targets"]
+    if isinstance(batch, Mapping):
+        found = [f"batch[{key!r}]" for key, part in batch.items() if tensors_of(part)]
+    elif isinstance(batch, tuple | list):
+        found = [f"batch[{index}]" for index, part in enumerate(batch) if tensors_of(part)]
+    elif is_dataclass(batch):
+        found = [f"batch.{item.name}" for item in fields(batch) if tensors_of(getattr(batch, item.name))]
+    return [*found[:2], *("None" for _ in range(2 - len(found)))]
 
 
 def _described(batch: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_basin.layers import call_module
@@ -57,6 +57,20 @@ def quiet_behavior(
     return Probabilities(outputs) if behavior == "probabilities" else outputs
 
 
+def quiet_step(module: nn.Module, trainer: Trainer | None, objectives: list[Tensor]) -> None:
+    """Let a copy run its training step without any effect.
+
+    Args:
+        module: The copy.
+        trainer: ``None`` outside of a fit.
+        objectives: Takes what the step hands to its manual backward passes.
+    """
+    for part in module.modules():
+        if isinstance(part, LightningModule):
+            _silence(part, trainer)
+            vars(part).update(manual_backward=lambda loss, *_, **__: objectives.append(loss))
+
+
 def quiet_loss(loss_fn: Any, trainer: Trainer | None) -> Any:
     """A loss that waits for nobody; anything else than a function stays as it is.
 
@@ -76,7 +90,12 @@ def quiet_loss(loss_fn: Any, trainer: Trainer | None) -> Any:
 
 def _silence(module: LightningModule, trainer: Trainer | None) -> None:
     """Let a copy log nothing, by itself, through its trainer or by a callback of which it has a hook."""
-    vars(module).update(log=_ignore, log_dict=_ignore)
+    optimizers = [_QuietOptimizer() for _ in range(1 if trainer is None else max(1, len(trainer.optimizers)))]
+    vars(module).update(
+        dict.fromkeys(_EFFECTS, _ignore),
+        optimizers=lambda *_, **__: optimizers if len(optimizers) > 1 else optimizers[0],
+        lr_schedulers=_Nothing,
+    )
     for part in module.modules():
         for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
             owner = getattr(hook, "__self__", None)
@@ -86,6 +105,10 @@ def _silence(module: LightningModule, trainer: Trainer | None) -> None:
         module._trainer = _QuietTrainer(trainer)  # type: ignore[assignment]  # all that a copy asks of a trainer
         if trainer.world_size > 1:
             vars(module).update(all_gather=partial(_refuse_to_wait, "all_gather"))
+
+
+_EFFECTS = ("log", "log_dict", "print", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
+"""Methods of a LightningModule that act on the run."""
 
 
 class _StandIn:
@@ -149,6 +172,14 @@ class _Nothing:
 
     def __exit__(self, *_: object) -> None:
         """Nothing was opened."""
+
+
+class _QuietOptimizer(_Nothing):
+    """An optimizer that moves no parameter."""
+
+    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        """Only run what computes the loss."""
+        return None if closure is None else closure()
 
 
 def whole_training_set(

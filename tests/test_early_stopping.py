@@ -571,8 +571,7 @@ class Powers(Resting):
 
 
 def test_a_run_without_a_loss_is_told_that_it_will_not_be_stopped(tmp_path):
-    module = Regressor()
-    del module.loss_fn
+    module = Inline()
     with pytest.warns(
         UserWarning, match="waits for a loss of zero, and no loss is measured: it will not stop this run"
     ):

@@ -1540,3 +1540,17 @@ def test_a_measurement_runs_the_network_on_few_inputs_on_all_and_once_on_each_ha
         layers=layers,
     )
     assert SIZES == [2, 9, 5, 4]
+
+
+def test_outputs_that_compare_all_inputs_are_refused():
+    # As many outputs for each input as there are inputs: a batch of half of them has other shapes.
+    class Similarities(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) @ self.net(x).mT
+
+    with pytest.raises(ValueError, match="each output must depend on its own input only"):
+        measure_basin(Similarities(), normal(6, 3))

@@ -29,6 +29,7 @@ from torchmetrics import MeanMetric
 from lightning_basin import BasinMonitor, Probe, RankEarlyStopping, measure_basin
 from tests.training import (
     Eventful,
+    Inline,
     Regressor,
     Scripted,
     TwoOptimizers,
@@ -204,14 +205,17 @@ class DictDataset(torch.utils.data.Dataset):
     [regression_data().tensors[0], TensorDataset(regression_data().tensors[0])],
     ids=["tensor", "list of one"],
 )
-def test_batch_without_targets_is_measured_without_loss(tmp_path, dataset):
+def test_batch_without_targets_is_measured_with_the_loss_of_the_step(tmp_path, dataset):
     monitor = BasinMonitor(probe=30)
-    module = Autoencoder()
-    baseline = measured_at_start(copy.deepcopy(module), regression_data().tensors[0][:30])
-    with pytest.warns(UserWarning, match="Loss and Hessian are not measured"):
-        make_trainer(tmp_path, monitor).fit(module, DataLoader(dataset, 20))
+    module, inputs = Autoencoder(), regression_data().tensors[0][:30]
+    baseline = measure_basin(copy.deepcopy(module), inputs, inputs[:, :2], loss_fn=nn.MSELoss())
+    make_trainer(tmp_path, monitor).fit(module, DataLoader(dataset, 20))
     assert steps(monitor) == [0, 3, 6]
-    assert timeless(monitor.records[:1]) == timeless([baseline])
+    assert (monitor.records[0].gradient_rank, monitor.records[0].hessian_nullity) == (
+        baseline.gradient_rank,
+        baseline.hessian_nullity,
+    )
+    assert monitor.records[0].loss == pytest.approx(baseline.loss, rel=1e-12)
 
 
 def test_batch_fn_takes_inputs_and_targets_out_of_a_dict(tmp_path):
@@ -231,8 +235,18 @@ def test_behavior_takes_a_dict_as_it_is(tmp_path):
     assert monitor.records[0].num_inputs == 30
 
 
-def test_dict_batch_without_batch_fn_raises_before_training(tmp_path):
-    module = FromDicts()
+def test_dict_batch_is_measured_by_the_training_step(tmp_path):
+    monitor, ordinary = BasinMonitor(probe=30), BasinMonitor(probe=30)
+    make_trainer(tmp_path, monitor).fit(FromDicts(), DataLoader(DictDataset(), 20))
+    make_trainer(tmp_path, ordinary).fit(Regressor(), loader())
+    assert timeless(monitor.records) == timeless(ordinary.records)
+
+
+def test_dict_batch_whose_loss_is_not_called_raises_before_training(tmp_path):
+    class InlineFromDicts(Inline):
+        split = FromDicts.split
+
+    module = InlineFromDicts()
     with pytest.raises(MisconfigurationException, match=r"dict with keys \['features', 'labels'\].*batch_fn="):
         make_trainer(tmp_path, BasinMonitor()).fit(module, DataLoader(DictDataset(), 20))
     assert module.num_training_steps == 0
@@ -277,14 +291,14 @@ def test_module_without_loss_warns_once_and_leaves_the_hessian_out(tmp_path):
     monitor = BasinMonitor(probe=20)
     trainer = make_trainer(tmp_path, monitor)
     with pytest.warns(UserWarning, match=r"no callable 'loss_fn' or 'criterion'") as warned:
-        trainer.fit(Unmeasurable(), loader())
+        trainer.fit(Inline(), loader())
     assert sum("Loss and Hessian" in str(warning.message) for warning in warned) == 1
     assert not [key for key in trainer.callback_metrics if "hessian" in key or key == "basin/loss"]
     assert "basin/gradient_rank" in trainer.callback_metrics
 
 
 def test_found_loss_that_does_not_fit_warns_and_is_left_out(tmp_path):
-    class LossOfBatches(Unmeasurable):
+    class LossOfBatches(Inline):
         def loss_fn(self, batch):
             return batch
 
@@ -296,7 +310,7 @@ def test_found_loss_that_does_not_fit_warns_and_is_left_out(tmp_path):
 
 
 def test_found_loss_that_draws_random_numbers_warns_and_is_left_out(tmp_path):
-    class Noisy(Unmeasurable):
+    class Noisy(Inline):
         def loss_fn(self, outputs, targets):
             return (outputs - targets + torch.randn_like(outputs)).square().mean()
 
@@ -1734,13 +1748,22 @@ class Headless(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_module_without_forward_asks_for_a_behavior(tmp_path):
+def test_module_without_forward_and_without_a_loss_asks_for_a_behavior(tmp_path):
+    class HeadlessInline(Headless):
+        def training_step(self, batch, batch_idx):
+            return (self.net(batch[0]) - batch[1]).square().mean()
+
     with pytest.raises(MisconfigurationException, match="behavior="):
-        make_trainer(tmp_path, BasinMonitor()).fit(Headless(), loader())
+        make_trainer(tmp_path, BasinMonitor()).fit(HeadlessInline(), loader())
 
 
-def test_module_without_forward_is_measured_by_its_behavior(tmp_path):
-    monitor = BasinMonitor(probe=20, behavior=lambda module, inputs: module.net(inputs), loss_fn=nn.MSELoss())
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"behavior": lambda module, inputs: module.net(inputs), "loss_fn": nn.MSELoss()}],
+    ids=["by its training step", "by its behavior"],
+)
+def test_module_without_forward_is_measured(tmp_path, settings):
+    monitor = BasinMonitor(probe=20, **settings)
     make_trainer(tmp_path, monitor).fit(Headless(), loader())
     # One linear layer: 20 inputs and the constant span 4 dimensions, for each of 2 outputs.
     assert [record.gradient_rank for record in monitor.records] == [8, 8, 8]
@@ -1755,7 +1778,7 @@ def test_many_outputs_are_measured_along_some_directions(tmp_path):
 
 
 def test_a_found_loss_that_runs_the_module_is_left_out(tmp_path):
-    class Autoencoder(Regressor):
+    class Autoencoder(Inline):
         def loss_fn(self, inputs, _):
             return self(torch.zeros(len(inputs), 3)).square().mean()
 
