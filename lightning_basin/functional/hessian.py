@@ -38,7 +38,8 @@ class NullSpace:
     Attributes:
         nullity: Number of eigenvalues of H with :math:`|\lambda| \le \max(rtol\,\lambda_{max}, \|R\|_2)`, where
             R = H - P is what the remaining residual adds to the Gauss-Newton part P; without P the same as ``strict``.
-            Without all eigenvalues of H it is known where ``lower`` and ``upper`` meet.
+            Without all eigenvalues of H it is known where ``lower`` and ``upper`` meet; not where P is zero and R is
+            not.
         lower: The nullity is at least this, N - rank(P).
         upper: And at most this, by the eigenvalues of P that R cannot bring down to its own norm.
         strict: Eigenvalues with :math:`|\lambda| \le rtol\,\lambda_{max}` only.
@@ -199,7 +200,8 @@ def null_space_bracket(
     r"""What eigenvalues of P and a bound on R = H - P prove of the eigenvalues of H, at any N.
 
     R moves each eigenvalue by at most its norm (Weyl). So H has at least as many eigenvalues with
-    :math:`|\lambda| > \|R\|_2` as P has above :math:`2 \|R\|_2`, and at most rank(P).
+    :math:`|\lambda| > \|R\|_2` as P has above :math:`2 \|R\|_2`, and at most rank(P). Where P is zero and R is
+    not, as of a loss that is linear in the outputs, this would count every eigenvalue as zero: nothing is said.
 
     Args:
         num_parameters: N.
@@ -246,6 +248,8 @@ def null_space_bracket(
             method="bracket",
             **known,
         )
+    if rank == 0:  # All of H is residual: its norm resolves nothing.
+        return NullSpace(nullity=None, residual=residual, largest=largest, method="bracket", **known)
     tolerance = residual if rtol is None else max(residual, rtol * (steepest + residual))
     curved = int((certain > tolerance + residual).sum())
     return NullSpace(
@@ -336,9 +340,10 @@ def hessian_null_space(
     largest = float(magnitudes.max())
     residual = min(_norm(hessian - rows.mT @ rows), bracket.residual or math.inf)
     counted = int((magnitudes <= max(tolerance * largest, residual, floor)).sum())
+    nullity = min(max(counted, bracket.lower or 0), num_parameters if bracket.upper is None else bracket.upper)
     return replace(
         bracket,
-        nullity=min(max(counted, bracket.lower or 0), num_parameters if bracket.upper is None else bracket.upper),
+        nullity=None if bracket.gauss_newton_nullity == num_parameters else nullity,
         strict=strict,
         negative=negative,
         residual=residual,

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from lightning_basin.functional.jacobian import vector_jacobian_products
+from lightning_basin.functional.differences import contradicted
+from lightning_basin.functional.jacobian import vector_jacobian_products, weighted_rows
 from lightning_basin.functional.rank import EPSILON
 
 _ROUNDING_RTOL = 1e-13  # times n: what eigenvalues of an n x n block with unit diagonal do not resolve
@@ -35,8 +36,8 @@ class OutputCurvature:
             with soft labels; 0 where rounding is relative to the entries.
         slope: The first derivative, shape ``(k, c)``.
         factor_rounding: Absolute error of the factors, where they are not in closed form.
-        closed: Which outputs have slope and matrices in closed form, where autograd's lose digits by cancellation, shape
-            ``(c,)``, or ``(m,)`` where the loss couples the inputs; ``None`` for none.
+        closed: Which outputs have slope and matrices in closed form, where autograd's lose digits by cancellation:
+            shape ``(c,)``, or ``(m,)`` where the loss couples the inputs; ``None`` for none.
         is_flat: Whether both derivatives are zero at these outputs although the loss curves at others: a minimum of a
             higher order, or a saturated loss of which no digit is left. H = 0 does not follow.
     """
@@ -131,6 +132,38 @@ def _check_piecewise_linear(loss_fn: LossOfOutputs, values: Tensor, shape: Seque
     if bool(((change > _NEARBY**2 * slope.abs()) & (change < _NEARBY**0.5 * slope.abs())).any()):
         raise RuntimeError(
             "the loss is curved in the outputs, but holds an operation that can be differentiated only once"
+        )
+
+
+def check_second_derivative(loss_fn: LossOfOutputs, outputs: Tensor, curvature: OutputCurvature) -> None:
+    """Compare the second derivative of a loss, where it is not in closed form, with differences of its first.
+
+    Args:
+        loss_fn: From outputs, in the shape of ``outputs``, to a scalar.
+        outputs: Shape ``(k, ...)``.
+        curvature: Of the loss at these.
+
+    Raises:
+        RuntimeError: If they disagree, as where an operation of the loss forgets a term.
+    """
+    values = outputs.detach().flatten(1)
+    # Each by its own size, or by what it lacks to 1: a loss may be defined on positive outputs or probabilities only.
+    direction = values * _drawn(values, seed=_NUM_SAMPLES)
+    if bool(((values >= 0) & (values <= 1)).all()):
+        direction *= 1 - values
+    if curvature.closed is not None:
+        direction = torch.where(curvature.closed.view(-1, values.shape[1]), 0.0, direction)
+
+    def slope(step: float) -> list[Tensor]:
+        moved = (values + step * direction).requires_grad_()
+        loss = loss_fn(moved.view(outputs.shape))
+        return list(torch.autograd.grad(loss, moved, materialize_grads=True)) if loss.requires_grad else [0 * values]
+
+    claimed = weighted_rows(direction.reshape(-1, 1), curvature.matrices).view(values.shape)
+    if bool(direction.any()) and contradicted([claimed], slope):
+        raise RuntimeError(
+            "the second derivative of the loss by the outputs does not agree with differences of its gradient: an "
+            "operation of the loss has a wrong second derivative"
         )
 
 
@@ -256,7 +289,7 @@ def _factors_of_groups(found: _Derivatives, samples: Sequence[_Derivatives]) -> 
 
 
 def _is_isotropic(matrices: Tensor) -> bool:
-    """Whether all are the same multiple of the identity, and not zero: squared errors, whose derivatives keep digits."""
+    """Whether all are the same multiple of the identity, and not zero, as of squared errors."""
     multiple = matrices[0, 0, 0]
     identity = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
     return bool(multiple) and bool((matrices == multiple * identity).all())
