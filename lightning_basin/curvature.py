@@ -57,6 +57,7 @@ _SHARED_ELEMENTS = 2**16  # and in those from which on a product takes longer th
 _ROUNDING_FACTOR = 1e3  # by how much rounding may grow on its way into a Hessian
 _LEAST_SCALE = 1e-60  # of a loss that is taken as it is
 _OTHER_SCALES = (0.3, 0.03)  # of the weights, at which outputs are not saturated
+_BESIDE = 1e-3  # of their size, by which weights are moved to where nothing is exactly at a kink
 _NUM_DIRECTIONS = 3  # along which differences must contradict a derivative: at a kink one may
 _NUM_COMBINATIONS = 4  # of rows, whose mean square is that of the whole matrix within a factor of some units
 
@@ -586,34 +587,45 @@ class HessianProducts:
     def check_differences(self) -> None:
         """Refuse derivatives that differences contradict: of the outputs, or of the gradients that R is made of.
 
+        They are compared a little beside the weights as they are: a wrong formula is wrong there as well, but hardly a
+        rectifier is given an exact zero, where it has no derivative.
+
         Raises:
             RuntimeError: If along each of some random directions the derivative of an operation is wrong.
         """
         sizes = [layer.num_parameters for layer in self._network.layers]
-        everything = range(len(self._parameters))
-        residual = self.operator(self._network.layers, of_residual=True)
         wrong: list[int] = []
         for seed in range(_NUM_DIRECTIONS):
             direction = relative_direction(self._parameters, seed=seed)
-            movement = torch.cat(self._over_shares(HessianProducts._own_movement, everything, direction))
+            beside = _BESIDE * relative_direction(self._parameters, seed=seed + _NUM_DIRECTIONS)
+            shares = self._over_shares(HessianProducts._own_derivatives, beside, direction)
+            movement, product = torch.cat([moved for moved, _ in shares]), sum(pulled for _, pulled in shares)
+            assert isinstance(product, Tensor)
 
-            def outputs(step: float, direction: Tensor = direction) -> list[Tensor]:
-                return [torch.cat(self._over_shares(HessianProducts._own_moved_outputs, step * direction))]
+            def outputs(step: float, beside: Tensor = beside, direction: Tensor = direction) -> list[Tensor]:
+                return [torch.cat(self._over_shares(HessianProducts._own_moved_outputs, beside + step * direction))]
 
-            def gradient(step: float, direction: Tensor = direction) -> list[Tensor]:
-                total = self._sum_over_shares(HessianProducts._own_moved_gradient, step * direction)
+            def gradient(step: float, beside: Tensor = beside, direction: Tensor = direction) -> list[Tensor]:
+                total = self._sum_over_shares(HessianProducts._own_moved_gradient, beside + step * direction)
                 return list(torch.split(total, sizes))
 
-            if contradicted([movement], outputs):
-                wrong = [0]
-                continue
-            wrong = contradicted(torch.split(residual(direction), sizes), gradient)
+            wrong = contradicted([movement], outputs) or contradicted(torch.split(product, sizes), gradient)
             if not wrong:
                 return
         raise RuntimeError(
             f"the derivatives of the module do not agree with differences of its outputs and gradients, in layer "
             f"{self._network.layers[wrong[-1]].name!r} or after it: an operation has a wrong first or second derivative"
         )
+
+    def _own_derivatives(self, shift: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """How the outputs move along a direction, and R times it, at other parameters."""
+        moved, total = [], torch.zeros_like(direction)
+        with self._network.at(self._moved(shift)):
+            for chunk in self._chunks:
+                moved.append(self._directional_derivative(chunk, self._parameters, direction))
+                gradient = torch.cat([part.flatten() for part in self._gradients_of(chunk, of_residual=True)])
+                total += hessian_product(gradient, self._parameters, direction)
+        return torch.cat(moved), total
 
     def _own_moved_outputs(self, shift: Tensor) -> Tensor:
         with self._network.at(self._moved(shift)), torch.no_grad():
@@ -624,10 +636,8 @@ class HessianProducts:
         total = torch.zeros_like(shift)
         with self._network.at(self._moved(shift)):
             for chunk in self._chunks:
-                model = self._model(chunk, of_residual=True)
-                if model.requires_grad:
-                    parts = torch.autograd.grad(model, self._parameters, materialize_grads=True)
-                    total += torch.cat([part.flatten() for part in parts])
+                parts = self._gradients_of(chunk, of_residual=True)
+                total += torch.cat([part.detach().flatten() for part in parts])
         return total
 
     def _moved(self, shift: Tensor) -> list[Tensor]:
@@ -657,14 +667,16 @@ class HessianProducts:
         """Gradients of the quadratic model, or of its linear part, on some inputs; kept where they are all."""
         if of_residual in self._kept:
             return self._kept[of_residual]
-        model = self._model(chunk, of_residual=of_residual)
-        if model.requires_grad:
-            gradients = list(torch.autograd.grad(model, self._parameters, create_graph=True, materialize_grads=True))
-        else:
-            gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        gradients = self._gradients_of(chunk, of_residual=of_residual)
         if len(self._chunks) == 1:
             self._kept[of_residual] = gradients
         return gradients
+
+    def _gradients_of(self, chunk: Tensor, *, of_residual: bool) -> list[Tensor]:
+        model = self._model(chunk, of_residual=of_residual)
+        if not model.requires_grad:
+            return [torch.zeros_like(parameter) for parameter in self._parameters]
+        return list(torch.autograd.grad(model, self._parameters, create_graph=True, materialize_grads=True))
 
     def _outputs_of(self, chunk: Tensor) -> Tensor:
         is_whole = len(self._chunks) == 1

@@ -16,14 +16,15 @@ STEPS = (1e-5, 1e-4, 1e-6, 1e-3, 1e-7, 1e-2, 1e-8, 1e-9, 1e-10)
 _RTOL = 1e-5  # to which a derivative is confirmed; one in float64 is right to some 1e-12, with float32 inside to 1e-6
 _STEADY = 0.1  # fraction of the error by which differences over neighbouring steps may differ
 _LEAST_SHARE = 1e-9  # of all blocks: what is below is not judged, as its digits may be lost in saturated units
-_ONE_SIDED = 2.0  # times half the jump of the derivative at a kink that is met exactly, and more for several ones
+_LEAST_VALUE_SHARE = 1e-12  # the same of the function itself
+_JUMP_SHARE = 1e-2  # of an error: if the derivatives of both sides differ by more, the point is a kink
 
 
 def contradicted(claimed: Sequence[Tensor], function: Callable[[float], Sequence[Tensor]]) -> list[int]:
     """Which blocks of a directional derivative are wrong, as differences of the function over all steps show alike.
 
     A block that one step confirms is right. Where none does and they do not agree among themselves, nothing is known.
-    At a kink that is met exactly, as of a rectifier of a zero, the derivatives of both sides are as good.
+    Neither at a kink that is met exactly, as of a rectifier of a zero, where both sides have a derivative each.
 
     Args:
         claimed: The derivative at 0, in blocks that are judged each on their own.
@@ -45,20 +46,19 @@ def contradicted(claimed: Sequence[Tensor], function: Callable[[float], Sequence
         open_blocks = [index for index in open_blocks if not _is_near(differences[step][index], claimed[index])]
         if not open_blocks:
             return []
-    scale = max(float(block.norm()) for block in [*claimed, *differences[STEPS[0]]])
-    steps = sorted(STEPS)
     middle = function(0.0)
+    scale = max(float(block.norm()) for block in [*claimed, *differences[STEPS[0]]])
+    least = max(_LEAST_SHARE * scale, _LEAST_VALUE_SHARE * max(float(block.norm()) for block in middle))
+    steps = sorted(STEPS)
     found = []
     for index in open_blocks:
-        sizes = [float(claimed[index].norm()), float(differences[STEPS[0]][index].norm())]
         values = [differences[step][index] for step in steps]
         steady = _smallest_steady(values, claimed[index])
-        if max(sizes) <= _LEAST_SHARE * scale or steady is None:
+        if steady is None or max(float(claimed[index].norm()), float(values[steady].norm())) <= least:
             continue
         after, before = (function(sign * steps[steady])[index] for sign in (1, -1))
-        jump = (after - 2 * middle[index] + before).abs() / steps[steady]
-        beside = ((values[steady] - claimed[index]).abs() - _ONE_SIDED * jump / 2).clamp_(min=0)
-        if float(beside.norm()) > _RTOL * max(sizes):
+        jump = float(((after - middle[index]) - (middle[index] - before)).norm()) / steps[steady]
+        if jump <= _JUMP_SHARE * float((values[steady] - claimed[index]).norm()):
             found.append(index)
     return found
 
