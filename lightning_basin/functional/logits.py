@@ -99,7 +99,7 @@ class SeenOutputs:
 
     def seen(self, outputs: Tensor) -> Tensor:
         """What is seen of outputs, shape ``(k, ...)``."""
-        return outputs if self.link is None else self.link.logits(outputs.flatten(1)).view(outputs.shape)
+        return outputs if self.link is None else self.link.logits(_flat(outputs)).view(outputs.shape)
 
     def of_outputs(self, blocks: Tensor) -> Tensor:
         """Blocks that combine rows of what is seen, as blocks for `weighted_rows` of the outputs."""
@@ -141,11 +141,16 @@ def seen_outputs(loss_fn: LossOfOutputs, outputs: Tensor, elsewhere: Callable[[]
     return seen
 
 
+def _flat(outputs: Tensor) -> Tensor:
+    """Shape ``(k, c)``, from ``(k, ...)``."""
+    return outputs.reshape(outputs.shape[0], -1)
+
+
 def _possible_links(
     plain: OutputCurvature, outputs: Tensor, elsewhere: Callable[[], Sequence[Tensor]]
 ) -> Iterator[Link]:
     assert plain.slope is not None
-    flat = outputs.flatten(1)
+    flat = _flat(outputs)
     curved = plain.matrices.any(-1).view(flat.shape).any(0)
     pulled = plain.slope.any(0)
     if bool((pulled & ~curved & (flat <= _SUM_ATOL).all(0)).any()):
@@ -163,13 +168,13 @@ def _possible_links(
 
 def _seen_through(link: Link, loss_fn: LossOfOutputs, outputs: Tensor) -> SeenOutputs | None:
     """The loss as a function of the logits of those groups in which it is a cross-entropy; ``None`` where in none."""
-    flat = outputs.flatten(1)
+    flat = _flat(outputs)
     lost = link.is_lost(flat)
     # Lost logits do not matter to what the loss is.
     logits = link.logits(torch.where(lost, 0.5, flat)).view(outputs.shape)
 
     def loss_of_logits(values: Tensor) -> Tensor:
-        return loss_fn(link.outputs(values.flatten(1)).view(values.shape))
+        return loss_fn(link.outputs(_flat(values)).view(values.shape))
 
     try:
         curvature = output_curvature(loss_of_logits, logits)

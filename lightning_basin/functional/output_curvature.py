@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -38,8 +38,8 @@ class OutputCurvature:
         factor_rounding: Absolute error of the factors, where they are not in closed form.
         closed: Which outputs have slope and matrices in closed form, where autograd's lose digits by cancellation:
             shape ``(c,)``, or ``(m,)`` where the loss couples the inputs; ``None`` for none.
-        is_flat: Whether both derivatives are zero at these outputs although the loss curves at others: a minimum of a
-            higher order, or a saturated loss of which no digit is left. H = 0 does not follow.
+        is_flat: Whether both derivatives are zero at these outputs and beside them, although the loss curves at others:
+            a loss within its margin, or a saturated one of which no digit is left. H = 0 does not follow.
     """
 
     matrices: Tensor
@@ -120,7 +120,15 @@ def output_curvature(loss_fn: LossOfOutputs, outputs: Tensor) -> OutputCurvature
     found = _second_derivatives(slope, values)
     if not bool(found.matrices.isfinite().all()):
         raise RuntimeError("the second derivative of the loss by the outputs must be finite, but has other entries")
-    return _factored(found, lambda: _sampled(loss_fn, outputs), num_inputs=shape[0])
+    curvature = _factored(found, lambda: _sampled(loss_fn, outputs), num_inputs=shape[0])
+    return replace(curvature, is_flat=curvature.is_flat and not _pulls_nearby(loss_fn, values.detach(), shape))
+
+
+def _pulls_nearby(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int]) -> bool:
+    """Whether the slope is not zero where every output is moved a little, as beside a minimum of a higher order."""
+    moved = (values + _NEARBY**0.5 * (1 + values.abs())).requires_grad_()
+    (nearby,) = torch.autograd.grad(loss_fn(moved.view(shape)), moved)
+    return bool((nearby != 0).all())
 
 
 def _check_piecewise_linear(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int], slope: Tensor) -> None:
@@ -146,7 +154,7 @@ def check_second_derivative(loss_fn: LossOfOutputs, outputs: Tensor, curvature: 
     Raises:
         RuntimeError: If they disagree, as where an operation of the loss forgets a term.
     """
-    values = outputs.detach().flatten(1)
+    values = outputs.detach().reshape(outputs.shape[0], -1)
     # Each by its own size, or by what it lacks to 1: a loss may be defined on positive outputs or probabilities only.
     direction = values * _drawn(values, seed=_NUM_SAMPLES)
     if bool(((values >= 0) & (values <= 1)).all()):
@@ -218,7 +226,7 @@ def _sampled(loss_fn: LossOfOutputs, outputs: Tensor) -> list[_Derivatives]:
     """
     found = []
     for seed in range(_NUM_SAMPLES):
-        values = _drawn(outputs.detach().flatten(1), seed=seed).sigmoid_().requires_grad_()
+        values = _drawn(outputs.detach().reshape(outputs.shape[0], -1), seed=seed).sigmoid_().requires_grad_()
         try:
             (slope,) = torch.autograd.grad(loss_fn(values.view(outputs.shape)), values, create_graph=True)
             found.append(_second_derivatives(slope, values))
