@@ -16,6 +16,7 @@ from lightning_basin.functional.output_curvature import (
     LossOfOutputs,
     OutputCurvature,
     check_second_derivative,
+    is_square,
     output_curvature,
 )
 
@@ -135,7 +136,7 @@ def seen_outputs(loss_fn: LossOfOutputs, outputs: Tensor, elsewhere: Callable[[]
     """
     outputs = outputs.detach()
     plain = SeenOutputs(loss_fn, output_curvature(loss_fn, outputs))
-    links = _possible_links(plain.curvature, outputs, elsewhere)
+    links = _possible_links(loss_fn, plain.curvature, outputs, elsewhere)
     seen = next(filter(None, (_seen_through(link, loss_fn, outputs) for link in links)), plain)
     check_second_derivative(seen.loss_fn, seen.seen(outputs), seen.curvature)
     return seen
@@ -147,7 +148,7 @@ def _flat(outputs: Tensor) -> Tensor:
 
 
 def _possible_links(
-    plain: OutputCurvature, outputs: Tensor, elsewhere: Callable[[], Sequence[Tensor]]
+    loss_fn: LossOfOutputs, plain: OutputCurvature, outputs: Tensor, elsewhere: Callable[[], Sequence[Tensor]]
 ) -> Iterator[Link]:
     assert plain.slope is not None
     flat = _flat(outputs)
@@ -159,7 +160,7 @@ def _possible_links(
     is_share = ((flat >= 0) & (flat <= 1)).all(0) & (curved | pulled)
     if plain.closed is not None:
         is_share &= ~plain.closed.view(-1, flat.shape[1]).all(0)
-    if plain.multiple is not None or not bool(is_share.any()):
+    if not bool(is_share.any()) or (plain.multiple is not None and is_square(loss_fn, outputs, plain.multiple)):
         return
     groups = _summing_to_one(outputs, elsewhere, torch.clone)
     yield from (Link("softmax", tuple(groups)) for _ in range(bool(groups)))

@@ -14,6 +14,7 @@ from lightning_basin.functional.rank import EPSILON
 
 _ROUNDING_RTOL = 1e-13  # times n: what eigenvalues of an n x n block with unit diagonal do not resolve
 _FORMULA_RTOL = 1e-12  # to which autograd's derivatives of a softmax follow the formula, by the scale of the loss
+_PROBABILITY_RTOL = 1e-3  # and those of a binary cross-entropy of probabilities, where one of these is small
 _SCALE_RTOL = 1e-9  # to which this scale and the labels are found at outputs where no input is saturated
 _NEARBY = 1e-6  # how far to move outputs to see whether a slope is constant
 _NUM_SAMPLES = (
@@ -141,6 +142,15 @@ def _check_piecewise_linear(loss_fn: LossOfOutputs, values: Tensor, shape: Seque
         raise RuntimeError(
             "the loss is curved in the outputs, but holds an operation that can be differentiated only once"
         )
+
+
+def is_square(loss_fn: LossOfOutputs, outputs: Tensor, multiple: float) -> bool:
+    """Whether the second derivative is the same multiple of the identity at other outputs too, in the unit cube."""
+    values = _drawn(outputs, seed=0).sigmoid_().requires_grad_()
+    direction = _drawn(outputs, seed=1)
+    (slope,) = torch.autograd.grad(loss_fn(values), values, create_graph=True)
+    product = vector_jacobian_products(slope, [values], direction.unsqueeze(0)).view_as(direction)
+    return bool(((product - multiple * direction).abs() <= _SCALE_RTOL * multiple * direction.abs()).all())
 
 
 def check_second_derivative(loss_fn: LossOfOutputs, outputs: Tensor, curvature: OutputCurvature) -> None:
@@ -338,11 +348,22 @@ def _softmax_scales(found: _Derivatives, samples: Sequence[_Derivatives]) -> Ten
     agree = (scales >= 0) & (scales.any(0) if size == 1 else True)
     for sample, again in zip(samples, fitted, strict=True):
         agree &= (again - scales).abs() <= _SCALE_RTOL * scales
-        agree &= _softmax_error(sample, again) <= _FORMULA_RTOL * again
+        agree &= _softmax_error(sample, again) <= _formula_rtol(sample) * again
         # The slope is s (p - t) at all outputs, with the same targets t.
         agree &= (_scaled_targets(sample, again) - targets).abs().amax(-1) <= _SCALE_RTOL * scales
-    agree &= _softmax_error(found, scales) <= _FORMULA_RTOL * scales
+    agree &= _softmax_error(found, scales) <= _formula_rtol(found) * scales
+    if size == 1:
+        agree &= (_scaled_targets(found, scales) - targets).abs().amax(-1) <= _SCALE_RTOL * scales
     return torch.where(agree, scales, unknown)
+
+
+def _formula_rtol(found: _Derivatives) -> Tensor | float:
+    """To which second derivatives must follow the formula, shape ``(n, g)``."""
+    if found.outputs.shape[-1] > 1:
+        return _FORMULA_RTOL
+    # That of torch's binary cross-entropy of probabilities divides by p (1 - p) + 1e-12. The slope is seen as well.
+    spread = found.outputs.sigmoid() * (-found.outputs).sigmoid()
+    return (_FORMULA_RTOL * (1 + 1 / spread)).clamp_(max=_PROBABILITY_RTOL).squeeze(-1)
 
 
 def _fitted_softmax_scales(sample: _Derivatives) -> Tensor:
