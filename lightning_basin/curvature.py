@@ -128,7 +128,7 @@ class HessianMeasurement(Generic[Part]):
         self._has_penalty = self._depends_on_parameters(loss_fn(trace.outputs.detach()))
         if self._has_penalty:  # Whatever the outputs do, H is not P.
             self._curvature = replace(self._curvature, residual_is_zero=False)
-        self._multiple = self._curvature.multiple if is_plain else None
+        self._multiple = self._curvature.multiple if is_plain and self._seen.slope is None else None
         self._takes_products = mode != "gauss-newton"
         self._is_dense = mode == "dense" or (mode == "auto" and _num_parameters(network.layers) <= self._dense_limit)
         # A penalty may meet the outputs in any way: chunks of inputs do not add up.
@@ -355,7 +355,8 @@ class HessianMeasurement(Generic[Part]):
         smallest = self._bracket(part, spectrum, None).smallest
         residual = inherited
         if inherited > 0:
-            for bound in self._bounds(products, layers, steepest, max_products, of_residual=True):
+            scale = max(steepest, inherited) if inherited < float("inf") else steepest
+            for bound in self._bounds(products, layers, scale, max_products, of_residual=True):
                 residual = min(inherited, bound.upper * (1 + products.uncertainty))
                 slack = _DENSE_SLACK if self._is_dense else _SLACK
                 if _is_settled(bound, residual, smallest, slack, is_bounded=inherited < float("inf")):

@@ -70,9 +70,7 @@ class Link:
 
     def is_lost(self, outputs: Tensor) -> Tensor:
         """Of which outputs the logits have lost their digits, shape ``(k, c)``."""
-        lost = outputs < _LEAST_PROBABILITY
-        if self.name == "sigmoid":
-            lost = lost | (1 - outputs < _LEAST_REMAINDER)
+        lost = (outputs < _LEAST_PROBABILITY) | (1 - outputs < _LEAST_REMAINDER)
         return lost & self._chosen(outputs) & (self.name != "log_softmax")
 
     def _chosen(self, outputs: Tensor) -> Tensor:
@@ -160,7 +158,8 @@ def _possible_links(
     is_share = ((flat >= 0) & (flat <= 1)).all(0) & (curved | pulled)
     if plain.closed is not None:
         is_share &= ~plain.closed.view(-1, flat.shape[1]).all(0)
-    if not bool(is_share.any()) or (plain.multiple is not None and is_square(loss_fn, outputs, plain.multiple)):
+    is_squared_error = plain.multiple is not None and is_square(loss_fn, outputs, plain.multiple)
+    if is_squared_error or not bool(is_share.any()):
         return
     groups = _summing_to_one(outputs, elsewhere, torch.clone)
     yield from (Link("softmax", tuple(groups)) for _ in range(bool(groups)))
