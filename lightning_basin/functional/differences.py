@@ -6,6 +6,7 @@ that no bound on third derivatives, rounding or kinks is needed.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ STEPS = (1e-5, 1e-4, 1e-6, 1e-3, 1e-7, 1e-2, 1e-8, 1e-9, 1e-10)
 """Relative to the size of what is moved; in smooth networks the first one is right to some 1e-9."""
 
 _RTOL = 1e-5  # to which a derivative is confirmed; one in float64 is right to some 1e-12, with float32 inside to 1e-6
+_IN_A_ROW = 3  # steps that must show the same error
 _STEADY = 0.1  # fraction of the error by which differences over neighbouring steps may differ
 _LEAST_SHARE = 1e-9  # of all blocks: what is below is not judged, as its digits may be lost in saturated units
 _LEAST_VALUE_SHARE = 1e-12  # the same of the function itself
@@ -53,7 +55,7 @@ def contradicted(claimed: Sequence[Tensor], function: Callable[[float], Sequence
     found = []
     for index in open_blocks:
         values = [differences[step][index] for step in steps]
-        steady = _smallest_steady(values, claimed[index])
+        steady = _steady(values, claimed[index])
         if steady is None or max(float(claimed[index].norm()), float(values[steady].norm())) <= least:
             continue
         after, before = (function(sign * steps[steady])[index] for sign in (1, -1))
@@ -67,20 +69,21 @@ def _is_near(difference: Tensor, claimed: Tensor) -> bool:
     return float((difference - claimed).norm()) <= _RTOL * max(float(difference.norm()), float(claimed.norm()))
 
 
-def _smallest_steady(values: Sequence[Tensor], claimed: Tensor) -> int | None:
-    """The smallest of three steps in a row that show the same error; differences that vanish count if all do.
+def _steady(values: Sequence[Tensor], claimed: Tensor) -> int | None:
+    """The last of the smallest three steps in a row that show the same error; differences of zero count if all are.
 
     Args:
         values: Differences, by ascending steps.
         claimed: The derivative.
     """
     if not any(bool(value.any()) for value in values):
-        return 0
-    for first in range(len(values) - 2):
-        errors = [float((value - claimed).norm()) for value in values[first : first + 3]]
-        changes = [float((values[first + i] - values[first + i + 1]).norm()) for i in range(2)]
-        if bool(values[first].any()) and max(changes) <= _STEADY * min(errors):
-            return first
+        return _IN_A_ROW - 1
+    for first in range(len(values) - _IN_A_ROW + 1):
+        row = values[first : first + _IN_A_ROW]
+        errors = [float((value - claimed).norm()) for value in row]
+        changes = [float((after - before).norm()) for before, after in pairwise(row)]
+        if bool(row[0].any()) and max(changes) <= _STEADY * min(errors):
+            return first + _IN_A_ROW - 1
     return None
 
 
