@@ -289,9 +289,7 @@ class HessianMeasurement(Generic[Part]):
             return {}
         if self._multiple is None:
             spectra = self._own_spectra()
-        if self._takes_products:
-            self._products().check_differences()
-        found = self._brackets(spectra) if self._is_provable else {}
+        found = self._brackets(spectra)
         if self._is_dense and not self._is_exact:
             found = self._dense(found)
         return {part: null_space.scaled(self._scale) for part, null_space in found.items()}
@@ -307,11 +305,16 @@ class HessianMeasurement(Generic[Part]):
         return self._traced.started(self._accumulators.pop(part))
 
     def _brackets(self, spectra: Mapping[Part, Spectrum]) -> dict[Part, NullSpace]:
+        """What products prove; nothing where the loss is not convex in the outputs alone."""
+        if self._takes_products:
+            products = self._products()
+            products.check_differences()
+        if not self._is_provable:
+            return {}
         if self._is_exact or not self._takes_products:
             residual = 0.0 if self._is_exact else None
             return {part: self._bracket(part, spectra[part], residual) for part in self._parts}
         *parts, whole = self._parts
-        products = self._products()
         found = {whole: self._bounded(whole, spectra[whole], products, float("inf"), NETWORK_PRODUCTS)}
         # A block of R is not larger than R.
         inherited = found[whole].residual or 0.0
