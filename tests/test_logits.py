@@ -3,13 +3,16 @@
 import mpmath
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_basin import measure_basin
+from lightning_basin import BasinMonitor, measure_basin
 from lightning_basin.functional.logits import seen_outputs
 from tests.fuzz_brackets import Link, check_bracket, fuzz
 from tests.networks import drawn, filled
+from tests.training import make_trainer, seeded
 
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
 POSITIONS = torch.tensor([[0, 2], [1, 1], [2, 0], [0, 0], [2, 2], [1, 0]])
@@ -254,3 +257,39 @@ def test_what_is_said_of_a_hard_network_holds_in_80_digits(seed):
 
 def test_what_is_said_of_random_networks_holds_in_80_digits():
     assert fuzz(first_seed=20_000, seconds=4) > 0
+
+
+# --- in training -----------------------------------------------------------------------------------------------------
+
+
+class Classifier(LightningModule):
+    """Classes by their log-probabilities, as most tutorials have it."""
+
+    def __init__(self, *, is_logarithmic):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+        self.is_logarithmic = is_logarithmic
+        self.loss_fn = nn.NLLLoss() if is_logarithmic else nn.CrossEntropyLoss()
+
+    def forward(self, x):
+        return self.body(x).log_softmax(1) if self.is_logarithmic else self.body(x)
+
+    def training_step(self, batch, _):
+        return self.loss_fn(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_run_on_log_probabilities_shows_the_nullities_of_one_on_logits(tmp_path):
+    batches = DataLoader(TensorDataset(drawn(6, 3).float(), LABELS), 6)
+    found = []
+    for is_logarithmic in (True, False):
+        with seeded():
+            module = Classifier(is_logarithmic=is_logarithmic)
+        monitor = BasinMonitor(probe=6)
+        make_trainer(tmp_path, monitor).fit(module, batches)
+        found.append([[getattr(record, name) for name in COUNTS] for record in monitor.records])
+    assert found[0] == found[1]
+    assert len(found[0]) > 1
+    assert not any(record.hessian_certified for record in monitor.records)
