@@ -115,8 +115,7 @@ def network(num_outputs, scale=1.0):
     return body
 
 
-@pytest.mark.parametrize("budget", [None, 2_000_000], ids=["all at once", "chunks"])
-@pytest.mark.parametrize("mode", ["dense", "bracket", "gauss-newton"])
+@pytest.mark.parametrize(("mode", "budget"), [("dense", None), ("bracket", 2_000_000), ("gauss-newton", None)], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_one_loss_has_one_hessian_however_it_is_written(way, mode, budget):
     num_outputs, loss_of_logits, link, loss_fn, targets = WAYS[way]
@@ -250,7 +249,7 @@ def test_a_loss_of_which_no_digit_is_left_has_no_hessian():
 # --- random networks --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [17, 70, 84, 302, 353, 767])
+@pytest.mark.parametrize("seed", [84, 302, 353])
 def test_what_is_said_of_a_hard_network_holds_in_80_digits(seed):
     check_bracket(seed)
 
