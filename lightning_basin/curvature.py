@@ -10,6 +10,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Generator, Tensor
 
+from lightning_basin.functional.differences import contradicted, relative_direction
 from lightning_basin.functional.hessian import (
     NullSpace,
     check_connected,
@@ -21,7 +22,8 @@ from lightning_basin.functional.hessian import (
 )
 from lightning_basin.functional.jacobian import weighted_rows
 from lightning_basin.functional.lanczos import NormBound, norm_bounds
-from lightning_basin.functional.output_curvature import OutputCurvature, output_curvature
+from lightning_basin.functional.logits import Link, seen_outputs
+from lightning_basin.functional.output_curvature import OutputCurvature
 from lightning_basin.functional.rank import EPSILON, Spectrum
 from lightning_basin.functional.sketch import LayerGradients, SpectrumAccumulator
 from lightning_basin.layers import Layer, Network, Trace, TracedProbe, agreement_rtol
@@ -54,6 +56,9 @@ _GRAPH_ELEMENTS = (
 _SHARED_ELEMENTS = 2**16  # and in those from which on a product takes longer than its messages: some 2 ms
 _ROUNDING_FACTOR = 1e3  # by how much rounding may grow on its way into a Hessian
 _LEAST_SCALE = 1e-60  # of a loss that is taken as it is
+_OTHER_SCALES = (0.3, 0.03)  # of the weights, at which outputs are not saturated
+_BESIDE = 1e-3  # of their size, by which weights are moved to where nothing is exactly at a kink
+_NUM_DIRECTIONS = 3  # along which differences must contradict a derivative: at a kink one may
 _NUM_COMBINATIONS = 4  # of rows, whose mean square is that of the whole matrix within a factor of some units
 
 Part = TypeVar("Part")
@@ -114,20 +119,22 @@ class HessianMeasurement(Generic[Part]):
         network, trace = traced.network, traced.whole
         self._network, self._probe, self._trace, self._traced = network, traced.probe, trace, traced
         self._parts, self._rtol, self._generator = parts, rtol, generator
-        self._curvature = output_curvature(loss_fn, trace.outputs)
-        self._scale = _scale_of(self._curvature)
+        self._seen = seen_outputs(loss_fn, trace.outputs, self._outputs_elsewhere)
+        self._scale = _scale_of(self._seen.curvature)
         self._loss_fn = loss_fn if self._scale == 1 else lambda outputs: loss_fn(outputs) / self._scale
         if self._scale != 1:
-            self._curvature = output_curvature(self._loss_fn, trace.outputs)
+            self._seen = seen_outputs(self._loss_fn, trace.outputs, self._outputs_elsewhere)
+        self._curvature = self._seen.curvature
         self._has_penalty = self._depends_on_parameters(loss_fn(trace.outputs.detach()))
         if self._has_penalty:  # Whatever the outputs do, H is not P.
             self._curvature = replace(self._curvature, residual_is_zero=False)
-        self._multiple = self._curvature.multiple if is_plain else None
+        self._multiple = self._curvature.multiple if is_plain and self._seen.slope is None else None
         self._takes_products = mode != "gauss-newton"
         self._is_dense = mode == "dense" or (mode == "auto" and _num_parameters(network.layers) <= self._dense_limit)
         # A penalty may meet the outputs in any way: chunks of inputs do not add up.
         is_cut_penalty = self._has_penalty and self._chunk_size is not None
-        self._is_left_out = (not self._is_provable and not self._is_dense) or is_cut_penalty
+        is_unproved = not self._is_provable and not self._is_dense
+        self._is_left_out = is_unproved or is_cut_penalty or self._curvature.is_flat
         self._note_loss()
         self._rows: dict[Layer, Tensor] = {}
         self._square_norms: dict[Layer, float] = {}
@@ -145,6 +152,18 @@ class HessianMeasurement(Generic[Part]):
                 for part, layers in parts.items()
             }
 
+    def _outputs_elsewhere(self) -> list[Tensor]:
+        """Of the network at weights that are smaller by different factors; none where it cannot be run there."""
+        own = self._network.parameters()
+        found = []
+        for scale in _OTHER_SCALES:
+            with self._network.at([scale * parameter for parameter in own]), torch.no_grad():
+                try:
+                    found.append(self._network.outputs(self._probe))
+                except (TypeError, ValueError):
+                    return []
+        return found
+
     def _depends_on_parameters(self, loss: Tensor) -> bool:
         """Whether a loss holds parameters of the network beside the outputs; those of its own do not count."""
         if not loss.requires_grad:
@@ -161,7 +180,12 @@ class HessianMeasurement(Generic[Part]):
         return self._curvature.factors is not None and not self._has_penalty
 
     def _note_loss(self) -> None:
-        if not self._is_provable:
+        if self._curvature.is_flat:
+            self.notes.append(
+                "the loss neither pulls nor curves at the outputs, to the last digit, but does elsewhere: nothing is "
+                "known of its Hessian, which is left out"
+            )
+        elif not self._is_provable:
             why = "is not convex in the outputs" if self._curvature.factors is None else "holds parameters themselves"
             done = "is left out" if self._is_left_out else "is formed"
             how = (
@@ -173,7 +197,7 @@ class HessianMeasurement(Generic[Part]):
         elif not self._curvature.residual_is_zero and not bool(self._curvature.matrices.any()):
             self.notes.append(
                 "the loss is piecewise linear in the outputs: its second derivative is zero almost everywhere, and all "
-                "that the Hessian holds is residual curvature"
+                "that the Hessian holds is residual curvature, which resolves no nullity"
             )
 
     def resolving_loss(self, null_space: NullSpace) -> float | None:
@@ -210,11 +234,12 @@ class HessianMeasurement(Generic[Part]):
         if self._is_left_out:
             return
         if self._is_dense and not self._is_exact:
-            self._rows[layer] = gradients.rows()
+            self._rows[layer] = self._seen.rows(gradients.rows())
         factors = self._curvature.factors
         rows = gradients
         if self._multiple is None:
-            rows = gradients.weighted(self._curvature.matrices if factors is None else factors)
+            blocks = self._curvature.matrices if factors is None else factors
+            rows = gradients.weighted(self._seen.of_outputs(blocks))
         if self._curvature.factor_rounding > 0 and self._multiple is None:
             self._square_norms[layer] = self._square_norm(gradients)
         if factors is not None and self._multiple is None:
@@ -264,7 +289,7 @@ class HessianMeasurement(Generic[Part]):
             return {}
         if self._multiple is None:
             spectra = self._own_spectra()
-        found = self._brackets(spectra) if self._is_provable else {}
+        found = self._brackets(spectra)
         if self._is_dense and not self._is_exact:
             found = self._dense(found)
         return {part: null_space.scaled(self._scale) for part, null_space in found.items()}
@@ -280,11 +305,16 @@ class HessianMeasurement(Generic[Part]):
         return self._traced.started(self._accumulators.pop(part))
 
     def _brackets(self, spectra: Mapping[Part, Spectrum]) -> dict[Part, NullSpace]:
+        """What products prove; nothing where the loss is not convex in the outputs alone."""
+        if self._takes_products:
+            products = self._products()
+            products.check_differences()
+        if not self._is_provable:
+            return {}
         if self._is_exact or not self._takes_products:
             residual = 0.0 if self._is_exact else None
             return {part: self._bracket(part, spectra[part], residual) for part in self._parts}
         *parts, whole = self._parts
-        products = self._products()
         found = {whole: self._bounded(whole, spectra[whole], products, float("inf"), NETWORK_PRODUCTS)}
         # A block of R is not larger than R.
         inherited = found[whole].residual or 0.0
@@ -295,7 +325,13 @@ class HessianMeasurement(Generic[Part]):
     def _products(self) -> "HessianProducts":
         team = self._traced.team if _num_activations(self._trace) >= _SHARED_ELEMENTS else None
         products = HessianProducts(
-            self._network, self._probe, self._trace, self._curvature, chunk_size=self._chunk_size, team=team
+            self._network,
+            self._probe,
+            self._trace,
+            self._curvature,
+            chunk_size=self._chunk_size,
+            team=team,
+            link=self._seen.link,
         )
         products.check(self._is_curved)
         return products
@@ -322,7 +358,8 @@ class HessianMeasurement(Generic[Part]):
         smallest = self._bracket(part, spectrum, None).smallest
         residual = inherited
         if inherited > 0:
-            for bound in self._bounds(products, layers, steepest, max_products, of_residual=True):
+            scale = max(steepest, inherited) if inherited < float("inf") else steepest
+            for bound in self._bounds(products, layers, scale, max_products, of_residual=True):
                 residual = min(inherited, bound.upper * (1 + products.uncertainty))
                 slack = _DENSE_SLACK if self._is_dense else _SLACK
                 if _is_settled(bound, residual, smallest, slack, is_bounded=inherited < float("inf")):
@@ -421,6 +458,7 @@ class HessianProducts:
         chunk_size: Inputs that are differentiated together, where memory asks for it.
         team: Processes that take the products on a share of the inputs each; ``None`` takes them here.
         indices: Where the inputs stand in the whole probe; ``None`` means that they are the whole.
+        link: What made the outputs of the logits that the loss is a function of; ``None`` where these are the outputs.
     """
 
     def __init__(
@@ -433,11 +471,12 @@ class HessianProducts:
         chunk_size: int | None = None,
         team: Team | None = None,
         indices: Tensor | None = None,
+        link: Link | None = None,
     ) -> None:
         assert curvature.slope is not None
         self._network, self._probe, self._curvature, self._team = network, probe, curvature, team
-        self._parameters = network.parameters()
-        self._outputs = trace.outputs.detach().reshape(probe.size, -1)
+        self._parameters, self._link = network.parameters(), link
+        self._outputs = self._seen(trace.outputs.detach().reshape(probe.size, -1))
         self._places = (torch.arange(probe.size) if indices is None else indices).to(self._outputs.device)
         self._slope = curvature.slope
         num_chunks = max(1, -(-_num_activations(trace) // _GRAPH_ELEMENTS))
@@ -446,7 +485,10 @@ class HessianProducts:
         self._chunks = torch.arange(probe.size).tensor_split(min(num_chunks, probe.size))
         self._kept: dict[bool, list[Tensor]] = {}
         if team is not None:  # Each process makes one for its share.
-            team.each(_prepare_products, replace(curvature, factors=None), chunk_size)
+            team.each(_prepare_products, replace(curvature, factors=None), chunk_size, link)
+
+    def _seen(self, outputs: Tensor) -> Tensor:
+        return outputs if self._link is None else self._link.logits(outputs)
 
     @cached_property
     def uncertainty(self) -> float:
@@ -548,6 +590,69 @@ class HessianProducts:
         (moved,) = torch.autograd.grad(gradient, weights, direction, materialize_grads=True)
         return moved
 
+    def check_differences(self) -> None:
+        """Refuse derivatives that differences contradict: of the outputs, or of the gradients that R is made of.
+
+        They are compared a little beside the weights as they are: a wrong formula is wrong there as well, but hardly a
+        rectifier is given an exact zero, where it has no derivative.
+
+        Raises:
+            RuntimeError: If along each of some random directions the derivative of an operation is wrong.
+        """
+        sizes = [layer.num_parameters for layer in self._network.layers]
+        wrong: list[int] = []
+        for seed in range(_NUM_DIRECTIONS):
+            direction = relative_direction(self._parameters, seed=seed)
+            beside = _BESIDE * relative_direction(self._parameters, seed=seed + _NUM_DIRECTIONS)
+            shares = self._over_shares(HessianProducts._own_derivatives, beside, direction)
+            movement, product = torch.cat([moved for moved, _ in shares]), sum(pulled for _, pulled in shares)
+            assert isinstance(product, Tensor)
+
+            def outputs(step: float, beside: Tensor = beside, direction: Tensor = direction) -> list[Tensor]:
+                return [torch.cat(self._over_shares(HessianProducts._own_moved_outputs, beside + step * direction))]
+
+            def gradient(step: float, beside: Tensor = beside, direction: Tensor = direction) -> list[Tensor]:
+                total = self._sum_over_shares(HessianProducts._own_moved_gradient, beside + step * direction)
+                return list(torch.split(total, sizes))
+
+            wrong = contradicted([movement], outputs) or contradicted(torch.split(product, sizes), gradient)
+            if not wrong:
+                return
+        raise RuntimeError(
+            f"the derivatives of the module do not agree with differences of its outputs and gradients, in layer "
+            f"{self._network.layers[wrong[-1]].name!r} or after it: an operation has a wrong first or second derivative"
+        )
+
+    def _own_derivatives(self, shift: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """How the outputs move along a direction, and R times it, at other parameters."""
+        moved, total = [], torch.zeros_like(direction)
+        with self._network.at(self._moved(shift)):
+            for chunk in self._chunks:
+                moved.append(self._directional_derivative(chunk, self._parameters, direction))
+                gradient = torch.cat([part.flatten() for part in self._gradients_of(chunk, of_residual=True)])
+                total += hessian_product(gradient, self._parameters, direction)
+        return torch.cat(moved), total
+
+    def _own_moved_outputs(self, shift: Tensor) -> Tensor:
+        with self._network.at(self._moved(shift)), torch.no_grad():
+            return torch.cat([self._outputs_of(chunk) for chunk in self._chunks])
+
+    def _own_moved_gradient(self, shift: Tensor) -> Tensor:
+        """Of the linear part of the quadratic model, at other parameters."""
+        total = torch.zeros_like(shift)
+        with self._network.at(self._moved(shift)):
+            for chunk in self._chunks:
+                parts = self._gradients_of(chunk, of_residual=True)
+                total += torch.cat([part.detach().flatten() for part in parts])
+        return total
+
+    def _moved(self, shift: Tensor) -> list[Tensor]:
+        sizes = [parameter.numel() for parameter in self._parameters]
+        return [
+            parameter.detach().flatten() + part
+            for parameter, part in zip(self._parameters, torch.split(shift, sizes), strict=True)
+        ]
+
     def check(self, curved: Sequence[bool]) -> None:
         """Refuse an operation of the network that can be differentiated only once, and does not say so."""
         # An expert, say, may be used by the inputs of some chunks only.
@@ -568,20 +673,22 @@ class HessianProducts:
         """Gradients of the quadratic model, or of its linear part, on some inputs; kept where they are all."""
         if of_residual in self._kept:
             return self._kept[of_residual]
-        model = self._model(chunk, of_residual=of_residual)
-        if model.requires_grad:
-            gradients = list(torch.autograd.grad(model, self._parameters, create_graph=True, materialize_grads=True))
-        else:
-            gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        gradients = self._gradients_of(chunk, of_residual=of_residual)
         if len(self._chunks) == 1:
             self._kept[of_residual] = gradients
         return gradients
+
+    def _gradients_of(self, chunk: Tensor, *, of_residual: bool) -> list[Tensor]:
+        model = self._model(chunk, of_residual=of_residual)
+        if not model.requires_grad:
+            return [torch.zeros_like(parameter) for parameter in self._parameters]
+        return list(torch.autograd.grad(model, self._parameters, create_graph=True, materialize_grads=True))
 
     def _outputs_of(self, chunk: Tensor) -> Tensor:
         is_whole = len(self._chunks) == 1
         with torch.backends.cudnn.flags(enabled=False):  # Its recurrent layers have no second derivative.
             outputs = self._network.outputs(self._probe if is_whole else self._probe.select(chunk))
-        return outputs.reshape(len(chunk), -1)
+        return self._seen(outputs.reshape(len(chunk), -1))
 
     def _model(self, chunk: Tensor, *, of_residual: bool) -> Tensor:
         """The quadratic model, or its linear part, of some inputs; of inputs that are coupled, as if to these alone."""
@@ -605,9 +712,11 @@ class HessianProducts:
         return matrices[:, rows][:, :, rows]
 
 
-def _prepare_products(share: TracedProbe, curvature: OutputCurvature, chunk_size: int | None) -> None:
+def _prepare_products(
+    share: TracedProbe, curvature: OutputCurvature, chunk_size: int | None, link: Link | None
+) -> None:
     share.kept = HessianProducts(
-        share.network, share.probe, share.whole, curvature, chunk_size=chunk_size, indices=share.indices
+        share.network, share.probe, share.whole, curvature, chunk_size=chunk_size, indices=share.indices, link=link
     )
 
 

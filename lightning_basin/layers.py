@@ -212,6 +212,23 @@ class Network:
             )
         return outputs
 
+    @contextmanager
+    def at(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """The network with other values of its trainable parameters for a while; graphs that there are stay valid.
+
+        Args:
+            parameters: In the order and with as many entries as those of `parameters`.
+        """
+        own = self.parameters()
+        before = [parameter.data for parameter in own]
+        try:
+            for parameter, value in zip(own, parameters, strict=True):
+                parameter.data = value.detach().view_as(parameter)
+            yield
+        finally:
+            for parameter, value in zip(own, before, strict=True):
+                parameter.data = value
+
     def project_outputs(self, num_outputs: int, num_directions: int, generator: Generator) -> None:
         """From now on let the rows of `rows` be the outputs along random orthonormal directions.
 

@@ -237,7 +237,7 @@ def measure_basin(
         ranks, spectra = _measured_gradients(
             evaluation, parts, rtol, generator, readout, curvature, spectrum=spectrum, notes=notes
         )
-        null_spaces = _measured_hessian(curvature, spectra)
+        null_spaces = _measured_hessian(curvature, spectra, notes)
         resolution = ranks[parts[-1]].rtol
         duplicates = _measured_duplicates(evaluation, duplicate_rtol, ranks[parts[-1]])
     if dtype == "float32":
@@ -433,7 +433,11 @@ def _loss_function(loss_fn: LossFunction | Literal["behavioral"] | None) -> Loss
 
 def _behavioral_loss(outputs: Tensor, _: Any) -> Tensor:
     """Squared distance from the outputs as they are (Bushnaq et al., 2024): zero, with the Hessian 2 GᵀG."""
-    return (outputs - outputs.detach()).square().sum()
+    return _squared_distance(outputs, outputs.detach())
+
+
+def _squared_distance(outputs: Tensor, others: Tensor) -> Tensor:
+    return (outputs - others).square().sum()
 
 
 def _raised(loss_fn: LossFunction | None, dtype: torch.dtype) -> LossFunction | None:
@@ -872,6 +876,8 @@ def _curvature(
         notes.append("the Hessian is left out: its Gauss-Newton part needs all outputs")
         return None
     loss_fn, targets = evaluation.loss_fn, evaluation.probe.targets
+    if loss_fn is _behavioral_loss:  # As a function of the outputs it is zero, but its gradient shall change with them.
+        loss_fn, targets = _squared_distance, evaluation.trace.outputs.detach()
     try:
         measurement = HessianMeasurement(
             evaluation.traced,
@@ -884,14 +890,19 @@ def _curvature(
             limits=None if evaluation.plan is None else evaluation.plan.hessian_limits,
         )
     except (RuntimeError, ArithmeticError, ValueError) as error:  # Not every loss can be differentiated twice.
-        warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=3)
+        _leave_out_hessian(error, notes)
         return None
     notes.extend(measurement.notes)
     return measurement
 
 
+def _leave_out_hessian(error: Exception, notes: list[str]) -> None:
+    notes.append(f"the Hessian is left out: {error}")
+    warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=4)
+
+
 def _measured_hessian(
-    curvature: HessianMeasurement[Part] | None, spectra: Mapping[Part, Spectrum]
+    curvature: HessianMeasurement[Part] | None, spectra: Mapping[Part, Spectrum], notes: list[str]
 ) -> dict[Part, NullSpace]:
     """Null spaces of the diagonal block of each part; empty where there is no Hessian to look at."""
     if curvature is None:
@@ -899,7 +910,7 @@ def _measured_hessian(
     try:
         return curvature.null_spaces(spectra)
     except (RuntimeError, ArithmeticError, ValueError) as error:  # Not every operation can be differentiated twice.
-        warnings.warn(f"the Hessian is left out. {type(error).__name__}: {error}", stacklevel=3)
+        _leave_out_hessian(error, notes)
         return {}
 
 

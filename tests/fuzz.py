@@ -8,9 +8,10 @@ from collections import Counter
 
 import torch
 
+from tests.fuzz_brackets import check_bracket
 from tests.fuzz_ranks import check_ranks
 
-CHECKS = (check_ranks,)
+CHECKS = (check_ranks, check_bracket)
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
             break
         for check in CHECKS:
             try:
-                compared[check.__name__] += check(seed)
+                compared[check.__name__] += check(seed) is not False
             except Exception:
                 failed.append(f"{check.__name__}({seed})")
                 print(f"{failed[-1]} failed:\n{traceback.format_exc()}", flush=True)

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_basin import BasinMonitor, RankEarlyStopping
-from tests.training import Regressor, Scripted, loader, make_trainer, scripted_loader, steps
+from tests.training import Inline, Regressor, Scripted, loader, make_trainer, scripted_loader, steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

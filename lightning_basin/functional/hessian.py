@@ -26,6 +26,9 @@ from lightning_basin.functional.rank import (
 
 _SYMMETRY_RTOL = 1e-8  # of a Hessian's largest entry; rounding is near 1e-14, a wrong formula near 1e-2
 _GRAM_ERROR = 16 * EPSILON  # of the largest eigenvalue of a Gram matrix: ten times what is measured at m = 2560
+_TIE_ROUNDINGS = (
+    16.0  # N eps of the largest eigenvalue: by which two matrices' eigenvalues must differ to be told apart
+)
 _SKETCH_FACTOR = 4.0  # singular values of a sketch with 2m columns are not larger: 1 + sqrt(1/2) for Gaussian ones
 
 NullSpaceMethod = Literal["dense", "bracket", "gauss-newton"]
@@ -38,7 +41,8 @@ class NullSpace:
     Attributes:
         nullity: Number of eigenvalues of H with :math:`|\lambda| \le \max(rtol\,\lambda_{max}, \|R\|_2)`, where
             R = H - P is what the remaining residual adds to the Gauss-Newton part P; without P the same as ``strict``.
-            Without all eigenvalues of H it is known where ``lower`` and ``upper`` meet.
+            Without all eigenvalues of H it is known where ``lower`` and ``upper`` meet; not where P is zero and R is
+            not, nor where rounding decides whether an eigenvalue is above the norm of R.
         lower: The nullity is at least this, N - rank(P).
         upper: And at most this, by the eigenvalues of P that R cannot bring down to its own norm.
         strict: Eigenvalues with :math:`|\lambda| \le rtol\,\lambda_{max}` only.
@@ -200,7 +204,8 @@ def null_space_bracket(
     r"""What eigenvalues of P and a bound on R = H - P prove of the eigenvalues of H, at any N.
 
     R moves each eigenvalue by at most its norm (Weyl). So H has at least as many eigenvalues with
-    :math:`|\lambda| > \|R\|_2` as P has above :math:`2 \|R\|_2`, and at most rank(P).
+    :math:`|\lambda| > \|R\|_2` as P has above :math:`2 \|R\|_2`, and at most rank(P). Where P is zero and R is
+    not, as of a loss that is linear in the outputs, this would count every eigenvalue as zero: nothing is said.
 
     Args:
         num_parameters: N.
@@ -247,6 +252,8 @@ def null_space_bracket(
             method="bracket",
             **known,
         )
+    if rank == 0:  # All of H is residual: its norm resolves nothing.
+        return NullSpace(nullity=None, residual=residual, largest=largest, method="bracket", **known)
     tolerance = residual if rtol is None else max(residual, rtol * (steepest + residual))
     curved = int((certain > tolerance + residual).sum())
     return NullSpace(
@@ -336,10 +343,17 @@ def hessian_null_space(
     magnitudes = eigenvalues.abs()
     largest = float(magnitudes.max())
     residual = min(_norm(hessian - rows.mT @ rows), bracket.residual or math.inf)
-    counted = int((magnitudes <= max(tolerance * largest, residual, floor)).sum())
+    threshold = max(tolerance * largest, residual, floor)
+    counted = int((magnitudes <= threshold).sum())
+    nullity = min(max(counted, bracket.lower or 0), num_parameters if bracket.upper is None else bracket.upper)
+    # Nearly all of H is residual where its largest eigenvalue is that of R: which is larger is not resolved.
+    rounding = _TIE_ROUNDINGS * default_rtol(num_parameters, num_parameters) * largest
+    off = (magnitudes - threshold).abs()
+    is_tied = residual > _TIE_ROUNDINGS * rounding and bool(((off > 0) & (off <= rounding)).any())
+    is_known = bracket.gauss_newton_nullity != num_parameters and (not is_tied or bracket.lower == bracket.upper)
     return replace(
         bracket,
-        nullity=min(max(counted, bracket.lower or 0), num_parameters if bracket.upper is None else bracket.upper),
+        nullity=nullity if is_known else None,
         strict=strict,
         negative=negative,
         residual=residual,

@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from lightning_basin.functional.jacobian import vector_jacobian_products
+from lightning_basin.functional.differences import contradicted
+from lightning_basin.functional.jacobian import vector_jacobian_products, weighted_rows
 from lightning_basin.functional.rank import EPSILON
 
 _ROUNDING_RTOL = 1e-13  # times n: what eigenvalues of an n x n block with unit diagonal do not resolve
 _FORMULA_RTOL = 1e-12  # to which autograd's derivatives of a softmax follow the formula, by the scale of the loss
+_PROBABILITY_RTOL = 1e-2  # and at most those of a binary cross-entropy of probabilities, where one of these is small
 _SCALE_RTOL = 1e-9  # to which this scale and the labels are found at outputs where no input is saturated
 _NEARBY = 1e-6  # how far to move outputs to see whether a slope is constant
 _NUM_SAMPLES = (
@@ -35,7 +37,10 @@ class OutputCurvature:
             with soft labels; 0 where rounding is relative to the entries.
         slope: The first derivative, shape ``(k, c)``.
         factor_rounding: Absolute error of the factors, where they are not in closed form.
-        is_closed: Whether slope or matrices come in closed form, where autograd's lose digits by cancellation.
+        closed: Which outputs have slope and matrices in closed form, where autograd's lose digits by cancellation:
+            shape ``(c,)``, or ``(m,)`` where the loss couples the inputs; ``None`` for none.
+        is_flat: Whether both derivatives are zero at these outputs and beside them, although the loss curves at others:
+            a loss within its margin, or a saturated one of which no digit is left. H = 0 does not follow.
     """
 
     matrices: Tensor
@@ -44,14 +49,19 @@ class OutputCurvature:
     rounding: float = 0.0
     slope: Tensor | None = None
     factor_rounding: float = 0.0
-    is_closed: bool = False
+    closed: Tensor | None = None
+    is_flat: bool = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether some outputs have slope and matrices in closed form."""
+        return self.closed is not None and bool(self.closed.any())
 
     @property
     def multiple(self) -> float | None:
         """The number s where the second derivative is s times the identity on every input, as of squared errors."""
-        multiple = float(self.matrices[0, 0, 0])
-        identity = torch.eye(self.matrices.shape[1], dtype=self.matrices.dtype, device=self.matrices.device)
-        return multiple if multiple > 0 and bool((self.matrices == multiple * identity).all()) else None
+        multiple = _multiple_of_identity(self.matrices)
+        return multiple if multiple > 0 else None
 
 
 class _Derivatives(NamedTuple):
@@ -81,7 +91,8 @@ def output_curvature(loss_fn: LossOfOutputs, outputs: Tensor) -> OutputCurvature
     (hard or soft targets, class weights, label smoothing, over positions or some of the outputs): at random outputs,
     where no input is saturated, and at those given. Its factor is then taken in closed form,
     :math:`\sqrt{s_x}\,\mathrm{diag}(\sqrt p)(I - 1 p^T)`, as the difference loses all digits at p near 1; and with
-    hard labels so is the slope, whose entry of the label is minus the sum of the others.
+    hard labels so is the slope, whose entry of the label is minus the sum of the others. An output on its own may be
+    the logit of a binary cross-entropy: a softmax of two classes, of which the other has the logit 0.
 
     Args:
         loss_fn: From outputs, in the shape of ``outputs``, to a scalar.
@@ -110,7 +121,17 @@ def output_curvature(loss_fn: LossOfOutputs, outputs: Tensor) -> OutputCurvature
     found = _second_derivatives(slope, values)
     if not bool(found.matrices.isfinite().all()):
         raise RuntimeError("the second derivative of the loss by the outputs must be finite, but has other entries")
-    return _factored(found, lambda: _sampled(loss_fn, outputs), num_inputs=shape[0])
+    # Squared errors have no closed form to find, and may have many outputs.
+    is_known = (multiple := _multiple_of_identity(found.matrices)) and is_square(loss_fn, outputs, multiple)
+    curvature = _factored(found, [] if is_known else _sampled(loss_fn, outputs), num_inputs=shape[0])
+    return replace(curvature, is_flat=curvature.is_flat and not _pulls_nearby(loss_fn, values.detach(), shape))
+
+
+def _pulls_nearby(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int]) -> bool:
+    """Whether the slope is not zero where every output is moved a little, as beside a minimum of a higher order."""
+    moved = (values + _NEARBY**0.5 * (1 + values.abs())).requires_grad_()
+    (nearby,) = torch.autograd.grad(loss_fn(moved.view(shape)), moved)
+    return bool((nearby != 0).all())
 
 
 def _check_piecewise_linear(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int], slope: Tensor) -> None:
@@ -122,6 +143,52 @@ def _check_piecewise_linear(loss_fn: LossOfOutputs, values: Tensor, shape: Seque
     if bool(((change > _NEARBY**2 * slope.abs()) & (change < _NEARBY**0.5 * slope.abs())).any()):
         raise RuntimeError(
             "the loss is curved in the outputs, but holds an operation that can be differentiated only once"
+        )
+
+
+def is_square(loss_fn: LossOfOutputs, outputs: Tensor, multiple: float) -> bool:
+    """Whether the second derivative is the same multiple of the identity at other outputs too, all within 0 and 1."""
+    values = _drawn(outputs, seed=0).sigmoid_().requires_grad_()
+    direction = _drawn(outputs, seed=1)
+    try:
+        (slope,) = torch.autograd.grad(loss_fn(values), values, create_graph=True)
+        product = vector_jacobian_products(slope, [values], direction.unsqueeze(0)).view_as(direction)
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    return bool(((product - multiple * direction).abs() <= _SCALE_RTOL * abs(multiple) * direction.abs()).all())
+
+
+def check_second_derivative(loss_fn: LossOfOutputs, outputs: Tensor, curvature: OutputCurvature) -> None:
+    """Compare the second derivative of a loss, where it is not in closed form, with differences of its first.
+
+    Args:
+        loss_fn: From outputs, in the shape of ``outputs``, to a scalar.
+        outputs: Shape ``(k, ...)``.
+        curvature: Of the loss at these.
+
+    Raises:
+        RuntimeError: If they disagree, as where an operation of the loss forgets a term.
+    """
+    values = outputs.detach().reshape(outputs.shape[0], -1)
+    # Each by its own size, or by what it lacks to 1: a loss may be defined on positive outputs or probabilities only.
+    direction = values * _drawn(values, seed=_NUM_SAMPLES)
+    if bool(((values >= 0) & (values <= 1)).all()):
+        direction *= 1 - values
+    if curvature.closed is not None:
+        direction = torch.where(curvature.closed.view(-1, values.shape[1]), 0.0, direction)
+
+    def slope(step: float) -> list[Tensor]:
+        moved = (values + step * direction).requires_grad_()
+        loss = loss_fn(moved.view(outputs.shape))
+        return list(torch.autograd.grad(loss, moved, materialize_grads=True)) if loss.requires_grad else [0 * values]
+
+    claimed = weighted_rows(direction.reshape(-1, 1), curvature.matrices).view(values.shape)
+    # What is smaller is the rounding of a constant, as of a cosine of single numbers.
+    least = _FORMULA_RTOL * abs(float(loss_fn(outputs.detach()).detach()))
+    if float((direction * claimed).sum().abs()) > least and contradicted([claimed], slope):
+        raise RuntimeError(
+            "the second derivative of the loss by the outputs does not agree with differences of its gradient: an "
+            "operation of the loss has a wrong second derivative"
         )
 
 
@@ -170,10 +237,13 @@ def _drawn(like: Tensor, *, seed: int) -> Tensor:
 
 
 def _sampled(loss_fn: LossOfOutputs, outputs: Tensor) -> list[_Derivatives]:
-    """Derivatives at random outputs, all of them moderate; none where the loss is not defined there."""
+    """Derivatives at random outputs, all of them moderate; none where the loss is not defined there.
+
+    They lie between 0 and 1, as a loss may be defined on probabilities only, and stop a GPU for good elsewhere.
+    """
     found = []
     for seed in range(_NUM_SAMPLES):
-        values = _drawn(outputs.detach().reshape(len(outputs), -1), seed=seed).requires_grad_()
+        values = _drawn(outputs.detach().reshape(outputs.shape[0], -1), seed=seed).sigmoid_().requires_grad_()
         try:
             (slope,) = torch.autograd.grad(loss_fn(values.view(outputs.shape)), values, create_graph=True)
             found.append(_second_derivatives(slope, values))
@@ -182,18 +252,18 @@ def _sampled(loss_fn: LossOfOutputs, outputs: Tensor) -> list[_Derivatives]:
     return found
 
 
-def _factored(found: _Derivatives, sampled: Callable[[], list[_Derivatives]], *, num_inputs: int) -> OutputCurvature:
+def _factored(found: _Derivatives, samples: Sequence[_Derivatives], *, num_inputs: int) -> OutputCurvature:
     """Square roots of the second derivatives, group by group, in closed form where there is one."""
-    # A loss whose outputs are all on their own is not sampled: it may be defined on some of them only.
-    samples = sampled() if _is_any_coupled(found.matrices) else []
     samples = [sample for sample in samples if sample.matrices.shape == found.matrices.shape]
     slope, matrices, factors = found.slope.clone(), found.matrices.clone(), torch.zeros_like(found.matrices)
+    closed = torch.zeros(found.matrices.shape[1], dtype=torch.bool, device=found.matrices.device)
     groups = list(_factors_of_groups(found, samples))
     for group in groups:
         rows, columns = group.members.unsqueeze(2), group.members.unsqueeze(1)
         if group.roots is not None:
             factors[:, rows, columns] = group.roots
         if group.roots is not None and group.slope is not None:
+            closed[group.members] = True
             slope[:, group.members] = group.slope
             matrices[:, rows, columns] = group.roots.mT @ group.roots
     return OutputCurvature(
@@ -203,8 +273,21 @@ def _factored(found: _Derivatives, sampled: Callable[[], list[_Derivatives]], *,
         rounding=max(group.slope_rounding for group in groups),
         slope=slope.view(num_inputs, -1),
         factor_rounding=max(group.factor_rounding for group in groups),
-        is_closed=any(group.slope is not None for group in groups),
+        closed=closed,
+        is_flat=not bool(slope.any() or matrices.any()) and _is_any_curved(samples),
     )
+
+
+def _multiple_of_identity(matrices: Tensor) -> float:
+    """The number by which all are the identity; 0 where there is none."""
+    multiple = float(matrices[0, 0, 0])
+    identity = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
+    return multiple if bool((matrices == multiple * identity).all()) else 0.0
+
+
+def _is_any_curved(samples: Sequence[_Derivatives]) -> bool:
+    """Whether the loss is known to be curved somewhere, or nothing is known of it elsewhere."""
+    return not samples or any(bool(sample.matrices.any()) for sample in samples)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -236,10 +319,11 @@ def _factors_of_groups(found: _Derivatives, samples: Sequence[_Derivatives]) -> 
             yield _factors_by_eigenvalues(found, members[~closed])
 
 
-def _is_any_coupled(matrices: Tensor) -> bool:
-    beside = matrices.clone()
-    beside.diagonal(dim1=1, dim2=2).zero_()
-    return bool(beside.any())
+def _is_isotropic(matrices: Tensor) -> bool:
+    """Whether all are the same multiple of the identity, and not zero, as of squared errors."""
+    multiple = matrices[0, 0, 0]
+    identity = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
+    return bool(multiple) and bool((matrices == multiple * identity).all())
 
 
 def _groups(found: Sequence[_Derivatives]) -> Iterator[Tensor]:
@@ -260,33 +344,59 @@ def _groups(found: Sequence[_Derivatives]) -> Iterator[Tensor]:
         yield order[starts[sizes == size].unsqueeze(1) + torch.arange(size, device=coupled.device)]
 
 
+def _with_alternative(logits: Tensor) -> Tensor:
+    """The logits of a softmax; beside one on its own stands that of its alternative, which is 0."""
+    return torch.cat([logits, torch.zeros_like(logits)], -1) if logits.shape[-1] == 1 else logits
+
+
 def _softmax_scales(found: _Derivatives, samples: Sequence[_Derivatives]) -> Tensor:
     """By what the curvature of a softmax is multiplied in each group, shape ``(n, g)``; NaN where it is none."""
     num_inputs, num_groups, size = found.outputs.shape
     unknown = found.outputs.new_full((num_inputs, num_groups), math.nan)
-    if size < 2 or len(samples) < _NUM_SAMPLES:
+    if len(samples) < _NUM_SAMPLES:
         return unknown
     fitted = [_fitted_softmax_scales(sample) for sample in samples]
-    scales = fitted[0]
-    agree = scales >= 0
+    scales, targets = fitted[0], _scaled_targets(samples[0], fitted[0])
+    # A softmax of one class, or of none that counts, is a constant. An output that is never curved is no logit.
+    agree = (scales >= 0) & (scales.any(0) if size == 1 else True)
     for sample, again in zip(samples, fitted, strict=True):
         agree &= (again - scales).abs() <= _SCALE_RTOL * scales
-        agree &= _softmax_error(sample, again) <= _FORMULA_RTOL * again
-    agree &= _softmax_error(found, scales) <= _FORMULA_RTOL * scales
+        agree &= _softmax_error(sample, again) <= _formula_rtol(sample) * again
+        # The slope is s (p - t) at all outputs, with the same targets t.
+        agree &= (_scaled_targets(sample, again) - targets).abs().amax(-1) <= _SCALE_RTOL * scales
+    agree &= _softmax_error(found, scales) <= _formula_rtol(found) * scales
+    if size == 1:
+        agree &= (_scaled_targets(found, scales) - targets).abs().amax(-1) <= _SCALE_RTOL * scales
     return torch.where(agree, scales, unknown)
+
+
+def _formula_rtol(found: _Derivatives) -> Tensor | float:
+    """To which second derivatives must follow the formula, shape ``(n, g)``."""
+    if found.outputs.shape[-1] > 1:
+        return _FORMULA_RTOL
+    # That of torch's binary cross-entropy of probabilities is off by 2e-12 / p (1 - p). The slope is compared as well.
+    spread = found.outputs.sigmoid() * (-found.outputs).sigmoid()
+    return (_FORMULA_RTOL * (1 + 4 / spread)).clamp_(max=_PROBABILITY_RTOL).squeeze(-1)
 
 
 def _fitted_softmax_scales(sample: _Derivatives) -> Tensor:
     # The second most likely class has p of at most 1/2: p (1 - p) suffers no cancellation there.
-    entry, second = (best[..., 1:2] for best in sample.outputs.softmax(-1).topk(2))
+    entry, second = (best[..., 1:2] for best in _with_alternative(sample.outputs).softmax(-1).topk(2))
+    second = second.clamp(max=sample.outputs.shape[-1] - 1)  # Of two classes both have the same curvature.
     curvatures = sample.matrices.diagonal(dim1=-2, dim2=-1).gather(-1, second)
     return (curvatures / (entry * (1 - entry))).squeeze(-1)
 
 
+def _scaled_targets(found: _Derivatives, scales: Tensor) -> Tensor:
+    probabilities = _with_alternative(found.outputs).softmax(-1)[..., : found.outputs.shape[-1]]
+    return scales.unsqueeze(-1) * probabilities - found.slope
+
+
 def _softmax_error(found: _Derivatives, scales: Tensor) -> Tensor:
-    probabilities = found.outputs.softmax(-1)
+    probabilities = _with_alternative(found.outputs).softmax(-1)
     softmax = torch.diag_embed(probabilities) - probabilities.unsqueeze(-1) * probabilities.unsqueeze(-2)
-    return (found.matrices - scales[..., None, None] * softmax).abs().amax((-2, -1))
+    size = found.outputs.shape[-1]
+    return (found.matrices - scales[..., None, None] * softmax[..., :size, :size]).abs().amax((-2, -1))
 
 
 def _softmax_factors(found: _Derivatives, sample: _Derivatives, members: Tensor, scales: Tensor) -> _GroupFactors:
@@ -298,18 +408,20 @@ def _softmax_factors(found: _Derivatives, sample: _Derivatives, members: Tensor,
         members: Of groups whose curvature is that of a softmax.
         scales: By what it is multiplied, shape ``(n, g)``.
     """
-    probabilities = found.outputs[:, members].softmax(-1)
-    centring = _centring(probabilities)
-    slope, scales = found.slope[:, members], scales.unsqueeze(-1)
-    # The slope is s (p - t) everywhere, with the targets t.
-    targets = sample.outputs[:, members].softmax(-1) - sample.slope[:, members] / scales
-    labels = targets.round()
-    exact = scales * torch.where(labels == 1, -centring.diagonal(dim1=-2, dim2=-1), probabilities)
-    is_hard = (targets - labels).abs().amax(-1, keepdim=True) <= _SCALE_RTOL
+    size = members.shape[1]
+    centring = _centring(_with_alternative(found.outputs[:, members]).softmax(-1))
+    probabilities = _with_alternative(found.outputs[:, members]).softmax(-1)[..., :size]
+    remaining = centring.diagonal(dim1=-2, dim2=-1)[..., :size]  # 1 - p with all digits.
+    slope, targets = found.slope[:, members], _scaled_targets(sample.of_groups(members), scales)
+    scales = scales.unsqueeze(-1)
+    is_label = targets > 0.5 * scales
+    exact = scales * torch.where(is_label, -remaining, probabilities)
+    is_hard = (targets - scales * is_label).abs().amax(-1, keepdim=True) <= _SCALE_RTOL * scales
     is_hard &= (exact - slope).abs().amax(-1, keepdim=True) <= _FORMULA_RTOL * scales
+    roots = (scales * probabilities).sqrt()
     return _GroupFactors(
         members=members,
-        roots=(scales * probabilities).sqrt().unsqueeze(-1) * centring,
+        roots=(roots * remaining.sqrt()).unsqueeze(-1) if size == 1 else roots.unsqueeze(-1) * centring,
         slope=torch.where(is_hard, exact, slope),
         slope_rounding=EPSILON * float(torch.where(is_hard, 0.0, scales).max()),
     )
