@@ -68,7 +68,7 @@ def replicas(
         copies = [copier.copy(item) for item in (module, *callables)]
         for replica in map(_owner, copies):
             if replica is not None:  # Not by truth: a module may have a length, and that be 0.
-                _prepare(replica, originals, training=training)
+                _prepare(replica, originals, training=training, failure=copier.failure)
     inside = {id(part) for part in copies[0].modules()}
     outside = [item for item in copier.weakly_held if id(item) not in inside]
     if outside:  # Nothing else holds these.
@@ -76,12 +76,13 @@ def replicas(
     return tuple(copies)
 
 
-def _prepare(replica: nn.Module, originals: Collection[int], *, training: bool) -> None:
+def _prepare(replica: nn.Module, originals: Collection[int], *, training: bool, failure: str | None) -> None:
     """Make sure that a copy shares nothing with its original, and put it into its mode."""
     for part in parts_of(replica):
         if id(part) in originals:
             shared = f"tensor of shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-            raise TypeError(f"{type(replica).__name__} must be copied, but a copy of it shares its {shared}")
+            cause = "" if failure is None else f": {failure}"
+            raise TypeError(f"{type(replica).__name__} must be copied, but a copy of it shares its {shared}{cause}")
     if not training:
         replica.eval()
     elif not replica.training:
