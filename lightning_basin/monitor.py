@@ -37,7 +37,14 @@ from lightning_basin.processes import Team, leading
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import replicas
 from lightning_basin.state import fingerprint, probe_state
-from lightning_basin.subject import LOSS_ATTRIBUTES, found_loss, quiet_behavior, quiet_loss, whole_training_set
+from lightning_basin.subject import (
+    LOSS_ATTRIBUTES,
+    check_one_loader,
+    found_loss,
+    quiet_behavior,
+    quiet_loss,
+    whole_training_set,
+)
 from lightning_basin.training_step import StepLoss, agrees_with, read_training_step, step_behavior
 
 _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
@@ -444,6 +451,8 @@ class BasinMonitor(Callback):
             if module is not None:
                 self._read_step(module, batch, trainer)
             if self._probe is None:
+                if self.batch_fn is None and not self._takes_whole_batches:
+                    check_one_loader(trainer)
                 self._collector.add(batch)
                 if self._collector.complete:
                     self._probe = self._collector.probe()

@@ -182,6 +182,22 @@ class _QuietOptimizer(_Nothing):
         return None if closure is None else closure()
 
 
+def check_one_loader(trainer: Trainer) -> None:
+    """Refuse batches that hold one of each of several loaders: a pair of them is no pair of inputs and targets.
+
+    Raises:
+        TypeError: If there are several; it says what to pass.
+    """
+    loaders = trainer.train_dataloader
+    if not isinstance(loaders, list | tuple | dict) or len(loaders) < 2:  # noqa: PLR2004
+        return
+    first = next(iter(loaders)) if isinstance(loaders, dict) else 0
+    raise TypeError(
+        f"a training batch must be a pair of inputs and targets, but holds a batch of each of {len(loaders)} loaders: "
+        f"pass batch_fn=lambda batch: batch[{first!r}] for those of the first"
+    )
+
+
 def whole_training_set(
     duplicates_over: Any, trainer: Trainer | None, *, batch_fn: Callable[..., Any] | None, whole_batches: bool
 ) -> Iterable[Probe] | None:
