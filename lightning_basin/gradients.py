@@ -131,6 +131,8 @@ class AutogradCheck:
         names = [name for layer in network.layers for name in layer.parameters]
         self._expected = dict(zip(names, combined, strict=True))
         self._shapes = dict(zip(names, parameters, strict=True))
+        if not all(bool(gradient.isfinite().all()) for gradient in combined if gradient is not None):
+            _refuse_infinite_gradients(traced)
 
     @property
     def num_rows(self) -> int:
@@ -216,6 +218,33 @@ class AutogradCheck:
                 found = torch.autograd.grad(outputs, parameters, weights, materialize_grads=True)
                 combined = [total + gradient for total, gradient in zip(combined, found, strict=True)]
         return combined
+
+
+def _refuse_infinite_gradients(traced: TracedProbe) -> None:
+    """Say on which inputs, and in which layers, gradients of finite outputs are not finite.
+
+    Raises:
+        ValueError: Always.
+    """
+    network, parameters = traced.network, traced.network.parameters()
+    owners = [layer.name for layer in network.layers for _ in layer.parameters]
+    layers: dict[str, None] = {}
+    inputs: list[int] = []
+    for index in range(traced.probe.size):
+        try:  # Alone, as what is not finite spoils all inputs of a batch.
+            row = network.rows(network.outputs(traced.probe.select([index])))
+        except (TypeError, ValueError):  # Some modules cannot run one.
+            row = network.rows(network.outputs(traced.probe))[index]
+        found = torch.autograd.grad(row.sum(), parameters, allow_unused=True)
+        is_bad = [gradient is not None and not bool(gradient.isfinite().all()) for gradient in found]
+        layers |= {name: None for name, bad in zip(owners, is_bad, strict=True) if bad}
+        inputs += [index] if any(is_bad) else []
+    raise ValueError(
+        f"gradients must be finite, but are NaN or infinite in the layers {list(layers)} on {len(inputs)} of the "
+        f"{traced.probe.size} inputs, the first of them input {inputs[0] if inputs else 0}, although all outputs are "
+        f"finite: keep sqrt, log, division and norm away from 0 also where torch.where or a mask does not take them "
+        f"(by clamp, before), attention away from sets that are all padding, or leave these inputs out"
+    )
 
 
 def _none_exceeds(values: Sequence[Tensor], limits: Sequence[Tensor]) -> bool:

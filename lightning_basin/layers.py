@@ -20,6 +20,7 @@ from lightning_basin.operations import Operations, recorded_operations
 from lightning_basin.precision import RaisedPrecision
 from lightning_basin.probe import Probe, map_tensors, tensors_of
 from lightning_basin.processes import Team
+from lightning_basin.remedies import remedy
 
 _Result = TypeVar("_Result")
 
@@ -199,7 +200,8 @@ class Network:
             if is_out_of_memory(error):
                 raise
             raise ValueError(
-                f"calling the module on the inputs failed with {type(error).__name__}: {error}; {hint}"
+                f"calling the module on the inputs failed with {type(error).__name__}: {error}; "
+                f"{remedy(error, tensors_of(probe.inputs))}"
             ) from error
         if isinstance(outputs, Tensor):
             outputs = as_plain(outputs)

@@ -59,6 +59,7 @@ from lightning_basin.probe import Probe, float64_device, tensors_of
 from lightning_basin.processes import Team, follow
 from lightning_basin.ranks import Part, RankMeasurement
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
+from lightning_basin.remedies import needs_float32
 from lightning_basin.replica import at_rest, isolated_evaluation, replicas, settle_embeddings
 from lightning_basin.rounding import rounding_noise
 from lightning_basin.training_set import as_probes
@@ -558,7 +559,12 @@ def evaluated(
     device = _device(module)
     with isolated_evaluation(device, dtype), at_rest(module):
         probe = probe.to(device, dtype)
-        network, few, loss_fn, note = _evaluable(module, loss_fn, behavior, probe, dtype, gradient_dtype)
+        try:
+            network, few, loss_fn, note = _evaluable(module, loss_fn, behavior, probe, dtype, gradient_dtype)
+        except ValueError as error:
+            if dtype == torch.float64 and needs_float32(error):
+                _check_float32_helps(module, behavior, probe, error)
+            raise
         plan = None
         if planned is not None:
             plan = planned(network, *few)
@@ -581,6 +587,18 @@ def evaluated(
         if team is not None and not _is_the_same_everywhere(team, trace.outputs.detach()):
             traced.team = None
         yield Evaluation(traced, loss_fn, loss, layout, plan, () if note is None else (note,))
+
+
+def _check_float32_helps(module: nn.Module, behavior: ModuleBehavior | None, probe: Probe, refused: ValueError) -> None:
+    """Where an operation knows float32 only, say what float32 is refused for, if it does not help."""
+    replica, behavior = replicas(module, behavior, dtype=torch.float32)
+    network, probe = Network(replica, behavior, dtype=torch.float32), probe.to(_device(module), torch.float32)
+    try:
+        with torch.no_grad():
+            if not torch.equal(network.outputs(probe), network.outputs(probe)):
+                raise ValueError("two evaluations differ, as the module keeps a state that changes")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"neither float64 nor float32 runs {type(module).__name__}: {error}") from refused
 
 
 def _evaluable(
