@@ -29,9 +29,7 @@ _REMEDIES = (
         "pass only what forward takes as inputs, or a behavior that takes out of them what it needs",
     ),
     (
-        re.compile(
-            r"same dtype, but got: .*(?:long|int|byte|char)|scalar types?: Long, Int|found (?:Long|Byte|Int|Char)"
-        ),
+        re.compile(r"must have the same dtype|scalar types?: Long|used as indices must be|found (?:Long|Byte|Int)"),
         "convert the inputs to the type that the module expects, in a run by batch_fn, or in a behavior",
     ),
     (
