@@ -29,12 +29,14 @@ from lightning_basin.copying import is_out_of_memory
 from lightning_basin.curvature import HESSIAN_MODES, MAX_DENSE_PARAMETERS, HessianMeasurement, HessianMode
 from lightning_basin.evaluation_mode import as_trained
 from lightning_basin.functional.duplicates import (
+    DirectionsOfMerged,
     dead_units,
     duplicate_classes,
     duplicated_activations,
     gradient_rank_bound,
     merged_directions,
     merged_linear_directions,
+    nested_rank_bound,
 )
 from lightning_basin.functional.hessian import NullSpace
 from lightning_basin.functional.output_curvature import softmax_jacobian
@@ -1015,29 +1017,58 @@ def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations]
     bound = gradient_rank_bound(num_parameters, num_outputs, [(0, probe.size)])
     if rank.rank == bound:  # And none is below the rank.
         return bound
-    for name, classes in sorted(candidates, key=lambda candidate: _num_classes(candidate[1])):
-        if num_outputs * _num_classes(classes) >= bound:
+    every = torch.arange(probe.size)
+    cuts: dict[int, list[_Cut]] = {}
+    # Errors of all cuts that are used add up: each has its part of the tolerance.
+    share = 1.0 / max(1, len(candidates))
+    merging = [place for place, (_, classes) in enumerate(candidates) if _num_classes(classes) < probe.size]
+    for place in sorted(merging, key=lambda place: _num_classes(candidates[place][1])):
+        name, classes = candidates[place]
+        cuts[place] = _cuts_at(evaluation, activations, name, classes, rank, share)
+        for classes, directions in cuts[place]:
+            bound = gradient_rank_bound(bound, num_outputs, [(directions(every), _num_classes(classes))])
+        in_order = [cut for _, found in sorted(cuts.items()) for cut in found]
+        bound = min(bound, nested_rank_bound(probe.size, num_outputs, in_order))
+        if rank.rank == bound:
             break
-        crossings = _crossings(evaluation, activations, name, classes, rank)
-        bound = gradient_rank_bound(bound, num_outputs, crossings)
     return bound
 
 
-def _crossings(
-    evaluation: Evaluation, activations: dict[str, LayerActivations], name: str, classes: Tensor, rank: GradientRank
-) -> list[tuple[int, int]]:
-    """How much rank lies before a layer, and how many classes of inputs cross it, as far as this explains the rank."""
+_Cut = tuple[Tensor, DirectionsOfMerged]
+
+
+def _cuts_at(
+    evaluation: Evaluation,
+    activations: dict[str, LayerActivations],
+    name: str,
+    classes: Tensor,
+    rank: GradientRank,
+    share: float,
+) -> list[_Cut]:
+    """Classes of inputs that are merged where a layer begins, and how much rank lies before it inside of them.
+
+    Args:
+        evaluation: Of the probe.
+        activations: Of the probe.
+        name: Of the layer.
+        classes: First member of each input's class, by what enters the layer.
+        rank: Of the network.
+        share: Fraction of the tolerance of the rank that merging these inputs may use up.
+
+    Returns:
+        None where more than what enters the layer crosses it; else one or two.
+    """
     network, traced = evaluation.network, evaluation.traced
     used = [False] * len(network.parameters())
     for chunk in traced.chunks():
         used = list(map(or_, used, parameters_before(network, chunk.trace, name)))
     # Half of the tolerance is for B4, and as much again for what three combinations may miss.
-    tolerance = rank.rtol * rank.largest / 4
+    tolerance = share * rank.rtol * rank.largest / 4
     if merging_error(traced, classes, used) > tolerance:
         return []
     parameters = zip(network.parameters(), used, strict=True)
     num_before = sum(parameter.numel() for parameter, is_used in parameters if is_used)
-    crossings = [(num_before, _num_classes(classes))]
+    cuts: list[_Cut] = [(classes, lambda _: num_before)]
     passages: list[Passage | None] = []
     for chunk in traced.chunks():
         few = activations if traced.is_whole else layer_activations(network, chunk.probe, chunk.trace)
@@ -1047,16 +1078,25 @@ def _crossings(
         # What the tighter bounds ask of a class: the same signals before the cut as well.
         alike = duplicate_classes(through.signals.flatten(1), rtol=rank.rtol)
         classes = duplicate_classes(torch.stack([classes, alike], dim=1), rtol=0.0)
-        directions = merged_directions(classes, through.signals)
-        if through.inputs is not None:
-            # B4 takes its tolerance from the largest row; probabilities have smaller gradients than the outputs.
-            largest_row = float((through.signals.norm(dim=2).amax(1) * through.inputs.norm(dim=1)).max())
-            rtol = rank.rtol * min(1.0, rank.largest / largest_row) if largest_row > 0.0 else rank.rtol
-            linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rtol)
-            directions = min(directions, linear)
-        if directions < num_before and merging_error(traced, classes, used, through) <= tolerance:
-            crossings.append((directions, _num_classes(classes)))
-    return crossings
+        if merging_error(traced, classes, used, through) <= tolerance:
+            cuts.append((classes, partial(_directions_through, classes, through, num_before, rank, share)))
+    return cuts
+
+
+def _directions_through(
+    classes: Tensor, through: Passage, num_before: int, rank: GradientRank, share: float, kept: Tensor
+) -> int:
+    """Bounds B2, B3 and B4 for some of the inputs."""
+    signals = through.signals[kept.to(through.signals.device)]
+    members = duplicate_classes(classes[kept].unsqueeze(1), rtol=0.0)
+    directions = min(num_before, merged_directions(members, signals))
+    if through.inputs is None or directions == 0:
+        return directions
+    inputs = through.inputs[kept.to(through.inputs.device)]
+    # B4 takes its tolerance from the largest row; probabilities have smaller gradients than the outputs.
+    largest_row = float((signals.norm(dim=2).amax(1) * inputs.norm(dim=1)).max())
+    rtol = share * rank.rtol * (min(1.0, rank.largest / largest_row) if largest_row > 0.0 else 1.0)
+    return min(directions, merged_linear_directions(members, signals, inputs, rtol=rtol))
 
 
 def _num_classes(classes: Tensor) -> int:

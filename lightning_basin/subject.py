@@ -51,7 +51,7 @@ def quiet_behavior(
         for part in module.modules():
             if isinstance(part, LightningModule) and vars(part).get("log") is not _ignore:
                 _silence(part, trainer)
-        with _collectives_refused(trainer):
+        with collectives_refused(trainer):
             return call(module, inputs)
 
     return Probabilities(outputs) if behavior == "probabilities" else outputs
@@ -82,7 +82,7 @@ def quiet_loss(loss_fn: Any, trainer: Trainer | None) -> Any:
         return loss_fn
 
     def loss(outputs: Any, targets: Any) -> Any:
-        with _collectives_refused(trainer):
+        with collectives_refused(trainer):
             return loss_fn(outputs, targets)
 
     return loss
@@ -254,7 +254,7 @@ _WAITS = re.compile("gather|reduce|broadcast|scatter|all_?to_?all|barrier|send|r
 
 
 @contextmanager
-def _collectives_refused(trainer: Trainer | None) -> Iterator[None]:
+def collectives_refused(trainer: Trainer | None) -> Iterator[None]:
     """Refuse, in this thread, whatever waits for other processes: all of it goes through a process group."""
     if trainer is None or trainer.world_size == 1 or not torch.distributed.is_available():
         yield
