@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -24,10 +23,14 @@ from lightning_basin.copying import is_out_of_memory
 from lightning_basin.curvature import HessianMode
 from lightning_basin.gathering import GatheredModule
 from lightning_basin.history import HistoryFile, unused
+from lightning_basin.keys import Key
 from lightning_basin.loggers import batches_that_stepped, log_scalars, set_callback_metrics
 from lightning_basin.measurement import Precision, Probabilities, check_measurable, follow_measurement, measure_basin
 from lightning_basin.messages import MessageGroup, close_group, message_group
 from lightning_basin.monitored import Cadence, misunderstandings
+from lightning_basin.naming import escaped
+from lightning_basin.notices import inform
+from lightning_basin.notices import warn as _warn
 from lightning_basin.null_space import verify_null_space as verified_null_space
 from lightning_basin.overhead import OverheadLimit, announced
 from lightning_basin.plan import MemoryBudgetError
@@ -37,6 +40,7 @@ from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import replicas
 from lightning_basin.state import fingerprint, probe_state
 from lightning_basin.subject import LOSS_ATTRIBUTES, found_loss, quiet_behavior, quiet_loss, whole_training_set
+from lightning_basin.watching import Lenience, check_watchers, watchers
 
 _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
 """They change the numbers, not only which there are."""
@@ -190,6 +194,7 @@ class BasinMonitor(Callback):
         self._initial: tuple[nn.Module, int, int] | None = None  # for the baseline: its step and x axis beside it
         self._gathered: GatheredModule | None = None  # where a strategy shards the module
         self._group: MessageGroup | None = None  # where several processes have the module
+        self._lenience: Lenience | None = None  # Of those who look for a value that there is not yet.
         self._is_checked = False
         self._leave_out_loss = False
         self._history_file: HistoryFile | None = None
@@ -269,7 +274,7 @@ class BasinMonitor(Callback):
 
     def logs(self, key: str) -> bool:
         """Whether a metric's key is one of this monitor's."""
-        return key.startswith(tuple(f"{self.prefix}{part}" for part in ("/", "_layer_", "_block_", "_stats/")))
+        return Key.of(key, self.prefix) is not None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -303,11 +308,21 @@ class BasinMonitor(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._end_lenience()
         if stage == "fit":  # The listeners of the next fit subscribe at its set-up.
             self._listeners.clear()
             if self._group is not None:
                 close_group(self._group)
                 self._group = None
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end_lenience()  # There is no teardown.
+
+    def _end_lenience(self) -> None:
+        if self._lenience is not None:
+            self._lenience.end()
+            self._lenience = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -322,10 +337,11 @@ class BasinMonitor(Callback):
         self._is_loaded, self._fitted = False, ref(pl_module)
         if trainer.global_step == 0 or not goes_on:
             self._reset()
-        elif self.records:  # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
-            set_callback_metrics(trainer, self.monitored(self.records[-1]), self.logs)
+        # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
+        values = self._newest_values(trainer)
+        set_callback_metrics(trainer, values, self.logs)
         self._start_history(trainer)
-        self._warn_of_misunderstandings(trainer)
+        self._look_at_watchers(trainer, pl_module, values)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -375,7 +391,7 @@ class BasinMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.max_overhead is not None and self.skipped_steps:
             num_due = len(self.records) + len(self.skipped_steps)
-            rank_zero_info(
+            inform(
                 f"BasinMonitor(max_overhead={self.max_overhead:g}) skipped {len(self.skipped_steps)} of {num_due} "
                 f"measurements, see skipped_steps"
             )
@@ -552,13 +568,24 @@ class BasinMonitor(Callback):
         """Measure a module as it is now, or the one that ``whole`` gives."""
         record = self._measured(trainer, pl_module, step, whole)
         self._measured_step = step  # Not before: an interrupted measurement is one that a resumed run has to make.
+        values = {}
+        if record is not None:
+            self._keep(record)
+            values = self.monitored(record)
+            set_callback_metrics(trainer, values, self.logs)
+        self._let_check(values)
         if record is None:
             return
-        self._keep(record)
-        set_callback_metrics(trainer, self.monitored(record), self.logs)
         self._publish(trainer, record, log_step)
         for listener in self._listeners:
             listener(trainer, record)
+
+    def _let_check(self, values: Mapping[str, float]) -> None:
+        """Let those who monitor a value look at it from now on, and say who still finds none."""
+        if self._lenience is not None:
+            self._lenience.end(values)
+            for problem in self._lenience.unmet(values):
+                self._say(problem, warn=True)
 
     def _measured(
         self, trainer: Trainer, pl_module: nn.Module, step: int, whole: Callable[[], nn.Module] | None
@@ -595,11 +622,13 @@ class BasinMonitor(Callback):
         self, trainer: Trainer, whole: Callable[[], nn.Module], step: int, team: Team | None
     ) -> BasinRecord | None:
         limited = nullcontext() if self._overhead is None else self._overhead.measuring()
-        with limited, announced(f"Measuring {self.prefix} at step {step}"):
+        with limited, announced(f"Measuring {escaped(self.prefix)} at step {step}"):
             return self._record(trainer, whole, step, team)
 
     def _publish(self, trainer: Trainer, record: BasinRecord, log_step: int) -> None:
-        skipped = {} if self._overhead is None else {f"{self.prefix}/skipped_measurements": len(self.skipped_steps)}
+        skipped = (
+            {} if self._overhead is None else {f"{escaped(self.prefix)}/skipped_measurements": len(self.skipped_steps)}
+        )
         for problem in log_scalars(trainer.loggers, self.logged(record) | skipped, step=log_step):
             self._say(problem, warn=True)
         self._write_history(lambda file: file.append(self.row(record)))
@@ -648,7 +677,7 @@ class BasinMonitor(Callback):
         if trainer is None:
             return nullcontext()
         profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
-        return profiler.profile(f"[BasinMonitor]{self.prefix}.{action}")
+        return profiler.profile(f"[BasinMonitor]{escaped(self.prefix)}.{action}")
 
     def _verified(self, trainer: Trainer | None, module: nn.Module, record: BasinRecord) -> BasinRecord:
         """The record, with what survives of steps along null directions where that was asked for."""
@@ -706,13 +735,32 @@ class BasinMonitor(Callback):
         return self._num_zero_losses + 1 if is_zero else 0
 
     def _zero_loss_scalar(self) -> dict[str, float]:
-        return {} if self.zero_loss_step is None else {f"{self.prefix}/zero_loss_step": float(self.zero_loss_step)}
+        return (
+            {}
+            if self.zero_loss_step is None
+            else {f"{escaped(self.prefix)}/zero_loss_step": float(self.zero_loss_step)}
+        )
 
-    def _warn_of_misunderstandings(self, trainer: Trainer) -> None:
+    def _newest_values(self, trainer: Trainer) -> dict[str, float]:
+        """What callbacks find after the newest measurement: what is monitored stays from earlier ones."""
+        values = self.monitored(self.records[-1]) if self.records else {}
+        missing = {watcher.key for watcher in watchers(trainer) if self.logs(watcher.key)} - values.keys()
+        for record in self.records if missing else ():
+            values |= {key: value for key, value in self.logged(record).items() if key in missing}
+        return values
+
+    def _look_at_watchers(self, trainer: Trainer, pl_module: nn.Module, values: Mapping[str, float]) -> None:
+        """Refuse or warn of what cannot work, and let nobody end the run for a value that there is not yet."""
         cadence = Cadence(self.every_n_epochs, self.every_n_train_steps, self.every_n_epochs_after_zero_loss)
-        late = tuple(f"{self.prefix}/{name}" for name in ("zero_loss_step", "surviving_fraction"))
-        for problem in misunderstandings(trainer, self.logs, cadence, late=late):
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+        prefixes = [callback.prefix for callback in callbacks if isinstance(callback, BasinMonitor)]
+        problems = [
+            *misunderstandings(trainer, self.logs, cadence),
+            *check_watchers(trainer, vars(self), pl_module, prefixes),
+        ]
+        for problem in problems:
             self._say(problem, warn=True)
+        self._lenience = Lenience(trainer, vars(self), values)
 
     def _start_history(self, trainer: Trainer) -> None:
         """Begin the file with the records of the run that is resumed."""
@@ -746,7 +794,7 @@ class BasinMonitor(Callback):
     def _say(self, message: str, *, warn: bool = False) -> None:
         if message not in self._said:
             self._said.add(message)
-            (_warn if warn else rank_zero_info)(message)
+            (_warn if warn else inform)(message)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -824,10 +872,11 @@ class BasinMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
-        dropped = ("log", "log_dict", "_initial", "_gathered", "_group")
+        dropped = ("log", "log_dict", "_initial", "_gathered", "_group", "_lenience")
         kept = {name: value for name, value in vars(self).items() if name not in dropped}
         # A weak reference has no state.
-        return kept | {"_initial": None, "_gathered": None, "_group": None, "_fitted": _nothing}
+        nothing = dict.fromkeys(("_initial", "_gathered", "_group", "_lenience"))
+        return kept | nothing | {"_fitted": _nothing}
 
 
 def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
@@ -851,14 +900,6 @@ def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
 
 def _described(probe_size: int) -> str:
     return f"probe={probe_size}" if probe_size else "a given batch"
-
-
-def _warn(message: str) -> None:
-    """Warn; where a filter makes errors of warnings, say it in another way: a measurement must never end a run."""
-    try:
-        rank_zero_warn(message)
-    except Warning:
-        rank_zero_info(message)
 
 
 def _nothing() -> None:

@@ -48,16 +48,13 @@ class Cadence:
         return checkpoint._every_n_train_steps >= 1 and checkpoint._every_n_train_steps % self.every_n_train_steps == 0
 
 
-def misunderstandings(
-    trainer: Trainer, logs: Callable[[str], bool], cadence: Cadence, *, late: tuple[str, ...]
-) -> Iterator[str]:
+def misunderstandings(trainer: Trainer, logs: Callable[[str], bool], cadence: Cadence) -> Iterator[str]:
     """Say where a callback that monitors a measured value cannot do what is meant.
 
     Args:
         trainer: At the start of training, when every callback is set up.
         logs: Whether a key is one of the measured values.
         cadence: When they are measured.
-        late: Keys that are not there from the first measurement on.
 
     Returns:
         One sentence for each, with what to change.
@@ -70,11 +67,6 @@ def misunderstandings(
         is_plain = getattr(type(callback), "on_train_epoch_end", None) is EarlyStopping.on_train_epoch_end
         if isinstance(callback, EarlyStopping) and is_plain and logs(callback.monitor):
             yield from _of_early_stopping(trainer, callback, cadence)
-            if callback.strict and callback.monitor in late:
-                yield (
-                    f"EarlyStopping(monitor={callback.monitor!r}) looks for a value that is not there from the start, "
-                    f"and would raise. HINT: pass strict=False"
-                )
 
 
 def _of_early_stopping(trainer: Trainer, stopping: EarlyStopping, cadence: Cadence) -> Iterator[str]:

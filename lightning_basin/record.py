@@ -7,6 +7,9 @@ from statistics import quantiles
 from textwrap import shorten
 from typing import Any
 
+from lightning_basin.functional import RANK_TOLERANCES
+from lightning_basin.naming import escaped
+
 MAX_LAYER_CURVES = 32
 """Above this number of layers a network is drawn by blocks: more curves than this nobody reads."""
 
@@ -14,6 +17,9 @@ ILL_DEFINED_GAP = 3.0
 """A rank whose gap is below three digits depends on the tolerance."""
 
 _MERGED = ("merged_inputs", "train_merged_inputs")
+
+OUTPUT_QUANTITIES = ("duplicated_activations", "duplicated_activations_exact", "train_duplicated_activations")
+"""Names of what is measured of the outputs, as of what enters a layer."""
 
 _STATISTICS = ("gradient_rank", "gradient_rank_deficit", "hessian_nullity", "duplicated_activations", "dead_units")
 
@@ -123,7 +129,11 @@ class LayerRecord:
 
     def quantities(self) -> dict[str, float]:
         """Every quantity that was measured, by name, in the order in which it is documented."""
-        named: dict[str, float | None] = {
+        return {name: value for name, value in self._named().items() if value is not None}
+
+    def _named(self) -> dict[str, float | None]:
+        """Every quantity that there is, by name."""
+        return {
             "gradient_rank": self.gradient_rank,
             "gradient_rank_deficit": self.gradient_rank_deficit,
             "gradient_nullity": self.gradient_nullity,
@@ -145,7 +155,6 @@ class LayerRecord:
             "train_duplicated_activations": self.train_duplicated_activations,
             "dead_units": self.dead_units,
         }
-        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +176,7 @@ class BasinRecord(LayerRecord):
         train_merged_inputs: ``merged_inputs`` of the training set.
         layers: By name in ``named_modules()``; ``""`` is the root.
         blocks: Of networks with more than 32 layers, by range of names.
+        projected: Whether ranks are lower bounds, those of random combinations of outputs (``max_outputs``).
         notes: What a reader should know about how the numbers were obtained.
         measure_seconds: Wall time.
         step: Optimizer steps taken, ``None`` outside of training.
@@ -184,6 +194,7 @@ class BasinRecord(LayerRecord):
     train_merged_inputs: tuple[MergedInput, ...] = ()
     layers: Mapping[str, LayerRecord] = field(default_factory=dict)
     blocks: Mapping[str, LayerRecord] = field(default_factory=dict)
+    projected: bool = False
     notes: tuple[str, ...] = ()
     measure_seconds: float = 0.0
     step: int | None = None
@@ -193,19 +204,17 @@ class BasinRecord(LayerRecord):
         """``log10`` of the loss, at least -40: a linear curve of the loss hides where it reaches zero."""
         return None if self.loss is None or self.loss < 0 else math.log10(max(self.loss, 1e-40))
 
-    def quantities(self) -> dict[str, float]:
-        """Every quantity of the network that was measured, by name."""
-        named = super().quantities()
+    def _named(self) -> dict[str, float | None]:
+        named = super()._named()
         named |= {f"gradient_rank_at_{tolerance:.0e}": rank for tolerance, rank in self.gradient_rank_at.items()}
-        own: dict[str, float | None] = {
+        return named | {
             "gradient_rank_bound": self.gradient_rank_bound,
             "surviving_fraction": self.surviving_fraction,
             "loss": self.loss,
             "log10_loss": self.log10_loss,
             "train_num_inputs": self.train_num_inputs,
+            "measure_seconds": self.measure_seconds,
         }
-        named |= {name: value for name, value in own.items() if value is not None}
-        return named | {"measure_seconds": self.measure_seconds}
 
     def scalars(self, prefix: str = "basin") -> dict[str, float]:
         """The record as logged: ``<prefix>/<name>``, ``<prefix>_layer_<name>/<layer>``, ``<prefix>_stats/<name>_<p>``.
@@ -213,20 +222,22 @@ class BasinRecord(LayerRecord):
         Above ``MAX_LAYER_CURVES`` layers, ``<prefix>_block_<name>/<range>`` takes the place of the layers' keys.
 
         Args:
-            prefix: First part of every key.
+            prefix: First part of every key. Control characters and markup in it and in names of layers are
+                percent-encoded.
         """
+        prefix = escaped(prefix)
         named = {f"{prefix}/{name}": float(value) for name, value in self.quantities().items()}
         parts, kind = (self.blocks, "block") if self.blocks else (self.layers, "layer")
-        tags = _tags(parts)
+        tags = tags_of(parts)
         for part, record in parts.items():
             for name, value in record.quantities().items():
                 named[f"{prefix}_{kind}_{name}/{tags[part]}"] = float(value)
-        outputs = {
-            "duplicated_activations": self.output_duplicated_activations,
-            "duplicated_activations_exact": self.output_duplicated_activations_exact,
-            "train_duplicated_activations": self.train_output_duplicated_activations,
-        }
-        for name, count in outputs.items():
+        counts = (
+            self.output_duplicated_activations,
+            self.output_duplicated_activations_exact,
+            self.train_output_duplicated_activations,
+        )
+        for name, count in zip(OUTPUT_QUANTITIES, counts, strict=True):
             if count is not None and "output" not in tags.values():
                 named[f"{prefix}_{kind}_{name}/output"] = float(count)
         return named | {f"{prefix}_stats/{name}": value for name, value in self._statistics()}
@@ -339,7 +350,8 @@ _COLUMNS = {
 def _table(record: BasinRecord) -> str:
     rows = [["layer", *_COLUMNS]]
     parts = record.blocks or record.layers
-    for name, part in [*((tag(name), part) for name, part in parts.items()), ("network", record)]:
+    tags = tags_of(parts)
+    for name, part in [*((tags[name], part) for name, part in parts.items()), ("network", record)]:
         rows.append([name, *(_cell(part, attribute) for attribute in _COLUMNS.values())])
     if record.output_duplicated_activations is not None:
         cells = {"layer": "output", "duplicates": f"{record.output_duplicated_activations:,}"}
@@ -416,15 +428,24 @@ def _range_name(first: str, last: str) -> str:
     """``layers.0-1`` from ``layers.0`` and ``layers.1``; both names where they have no common part."""
     stem, _, number = last.rpartition(".")
     joint = first.rpartition(".")[0] == stem and number.isdigit()
-    return f"{tag(first)}-{number if joint else tag(last)}"
+    return f"{_without_slash(first)}-{number if joint else _without_slash(last)}"
 
 
 def tag(layer: str) -> str:
-    """A layer's name as it stands in a logged key: ``root`` for the root, no slash."""
+    """A layer's name as it stands in a logged key: ``root`` for the root, no slash, and what is special escaped.
+
+    Example:
+        >>> tag(""), tag("fc1"), tag("a/[b]")
+        ('root', 'fc1', 'a.%5Bb%5D')
+    """
+    return escaped(_without_slash(layer))
+
+
+def _without_slash(layer: str) -> str:
     return layer.replace("/", ".") or "root"
 
 
-def _tags(layers: Iterable[str]) -> dict[str, str]:
+def tags_of(layers: Iterable[str]) -> dict[str, str]:
     """Tags of layers, told apart by a prime where two names look the same without their slash."""
     tags: dict[str, str] = {}
     for layer in layers:
@@ -432,6 +453,61 @@ def _tags(layers: Iterable[str]) -> dict[str, str]:
         while tags[layer] in list(tags.values())[:-1]:
             tags[layer] += "'"
     return tags
+
+
+def rank_in_doubt(quantity: str, parts: Sequence[LayerRecord], *, projected: bool) -> str | None:
+    """Why a rank, or what is computed from it, says more of the measurement than of the network.
+
+    Args:
+        quantity: Its name; of statistics over layers, with the quantile behind it.
+        parts: The network, the layer, or the layers that the statistics are over.
+        projected: Whether ranks are lower bounds.
+
+    Returns:
+        What such a rank is, with what helps; ``None`` for a rank that is the network's own, or no rank at all.
+    """
+    if quantity.startswith(("gradient_rank_gap", "gradient_rank_bound")) or not quantity.startswith(_RANKS):
+        return None
+    if projected:
+        return "lower bounds, those of random combinations of outputs. HINT: pass a smaller BasinMonitor(probe=...)"
+    if any(_looks_saturated(part, quantity) for part in parts):
+        return "saturated, those of the probe and not of the network. HINT: pass a larger BasinMonitor(probe=...)"
+    if quantity.startswith(_AT_OWN_TOLERANCE):
+        return None
+    if any(part.ill_defined for part in parts):
+        return f"ill-defined, as no gap of {ILL_DEFINED_GAP:g} digits separates what counts from what does not"
+    return None
+
+
+_RANKS = ("gradient_rank", "gradient_nullity", "gradient_effective_rank")
+_AT_OWN_TOLERANCE = ("gradient_rank_at_", "gradient_effective_rank")
+
+
+def _looks_saturated(part: LayerRecord, quantity: str) -> bool:
+    if not quantity.startswith("gradient_rank_at_"):
+        return part.saturated
+    return part.quantities().get(quantity) == part.num_rows < part.num_parameters
+
+
+def _names(of: type[LayerRecord], **fields: Any) -> tuple[str, ...]:
+    sizes: dict[str, Any] = {"num_parameters": 0, "num_rows": 0, "gradient_rank": 0, "gradient_rank_gap": None}
+    ranks: dict[str, Any] = {
+        "gradient_rank_at": dict.fromkeys(RANK_TOLERANCES, 0),
+        "gradient_effective_rank": None,
+        "gradient_rtol": 0.0,
+        "gradient_method": "",
+    }
+    return tuple(of(**sizes, **ranks, **fields)._named())
+
+
+LAYER_QUANTITIES = _names(LayerRecord)
+"""Names of all quantities of a layer, in the order in which they are documented."""
+
+NETWORK_QUANTITIES = _names(BasinRecord, num_inputs=0)
+"""The same of the network; ``zero_loss_step`` is one of a run."""
+
+STATISTICS = tuple(f"{name}_{quantile}" for name in _STATISTICS for quantile in ("p10", "median", "p90"))
+"""Names of quantiles over the layers."""
 
 
 def _fields(record: LayerRecord) -> dict[str, Any]:

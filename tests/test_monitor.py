@@ -1701,7 +1701,7 @@ def test_second_fit_after_one_that_never_measured_takes_its_own_initial_weights(
 
 def test_second_fit_is_not_stopped_by_the_early_stopping_of_the_first(tmp_path):
     monitor = BasinMonitor()
-    first = make_trainer(tmp_path, monitor, RankEarlyStopping(patience=1), max_epochs=6)
+    first = make_trainer(tmp_path, monitor, RankEarlyStopping(patience=1, after_zero_loss=False), max_epochs=6)
     first.fit(Scripted(), scripted_loader())
     second = make_trainer(tmp_path, monitor, max_epochs=6)
     second.fit(Scripted(), scripted_loader())

@@ -181,7 +181,7 @@ def stopped(rank, root):
     last_steps = []
     for make_stopping in (
         lambda: EarlyStopping("basin/gradient_rank", mode="min", patience=2, strict=True),
-        lambda: RankEarlyStopping(patience=2),
+        lambda: RankEarlyStopping(patience=2, after_zero_loss=False),
     ):
         for order in (1, -1):
             callbacks = [BasinMonitor(probe=8), make_stopping()][::order]
@@ -241,7 +241,7 @@ def giving_up(rank, root):
         return module(inputs)
 
     monitor = BasinMonitor(probe=15, behavior=behavior, max_failures=2)
-    trainer, _ = fit(root, monitor, RankEarlyStopping(patience=1), max_epochs=4)
+    trainer, _ = fit(root, monitor, RankEarlyStopping(patience=1, after_zero_loss=False), max_epochs=4)
     return {"steps": steps(monitor), "last_step": trainer.global_step, "given_up": monitor._has_given_up}
 
 
