@@ -12,11 +12,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_basin.arguments import as_builtin
-from lightning_basin.keys import Key, did_you_mean, possible_keys
+from lightning_basin.keys import Key, did_you_mean
 from lightning_basin.monitor import BasinMonitor
 from lightning_basin.naming import printable
 from lightning_basin.notices import warn
 from lightning_basin.record import BasinRecord, rank_in_doubt
+from lightning_basin.watching import keys_of
 
 
 class RankEarlyStopping(EarlyStopping):
@@ -108,7 +109,7 @@ class RankEarlyStopping(EarlyStopping):
         self._basin_monitor = next((monitor for monitor in monitors if monitor.logs(self.monitor)), None)
         if self._basin_monitor is None:
             prefixes = [monitor.prefix for monitor in monitors]
-            keys = [key for prefix in prefixes for key in possible_keys(prefix, [], "auto")]
+            keys = [key for monitor in monitors for key in keys_of(vars(monitor), pl_module)]
             hint = ". HINT: `Trainer(callbacks=[BasinMonitor(), RankEarlyStopping()])`"
             raise MisconfigurationException(
                 f"`RankEarlyStopping(monitor={self.monitor!r})` needs a BasinMonitor that logs this key, "

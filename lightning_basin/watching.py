@@ -67,7 +67,7 @@ def check_watchers(
     if not found:
         return
     prefix = settings["prefix"]
-    keys = possible_keys(prefix, _layers(module), settings["layers"])
+    keys = keys_of(settings, module)
     # Any module may become a layer, where its parameters are trained later.
     later = set(possible_keys(prefix, [_compiled_away(name) for name, _ in module.named_modules()], "all"))
     for watcher in found:
@@ -91,6 +91,16 @@ def check_watchers(
                 f"{watcher.name} looks for a value that is not there before the loss has reached zero, and is passed "
                 f"over until then{lenient}"
             )
+
+
+def keys_of(settings: Mapping[str, Any], module: nn.Module) -> list[str]:
+    """Every key that a measurement of a module can have, as far as one can tell before.
+
+    Args:
+        settings: Arguments of the monitor by name.
+        module: The one that it measures.
+    """
+    return possible_keys(settings["prefix"], _layers(module), settings["layers"])
 
 
 def _layers(module: nn.Module) -> list[str]:
