@@ -38,6 +38,7 @@ from lightning_basin.probe import Probe, ProbeCollector
 from lightning_basin.processes import Team, leading
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import replicas
+from lightning_basin.resuming import read_state
 from lightning_basin.state import fingerprint, probe_state
 from lightning_basin.subject import LOSS_ATTRIBUTES, found_loss, quiet_behavior, quiet_loss, whole_training_set
 from lightning_basin.watching import Lenience, check_watchers, watchers
@@ -777,12 +778,16 @@ class BasinMonitor(Callback):
             )
         elif trainer.is_global_zero:
             path = Path(folder) / f"{tag(self.prefix)}.{self.history}"
-            own = None if self._history_path is None else Path(self._history_path)
-            # One that an earlier run has left is not written over.
-            path = own if own is not None and own.parent == path.parent and own.suffix == path.suffix else unused(path)
-            self._history_path = str(path)
             self._history_file = HistoryFile(path)
-            self._write_history(lambda file: file.write(map(self.row, self.records)))
+            self._write_history(self._begin_history)
+
+    def _begin_history(self, file: HistoryFile) -> None:
+        own = None if self._history_path is None else Path(self._history_path)
+        # One that an earlier run has left is not written over.
+        is_own = own is not None and own.parent == file.path.parent and own.suffix == file.path.suffix
+        file.path = own if own is not None and is_own else unused(file.path)
+        self._history_path = str(file.path)
+        file.write(map(self.row, self.records))
 
     def _write_history(self, write: Callable[[HistoryFile], None]) -> None:
         if self._history_file is not None:
@@ -823,50 +828,75 @@ class BasinMonitor(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # `trainer.test(ckpt_path="best")` loads callbacks too, and would take the history back to the best epoch.
         self._loads_state = trainer.state.fn == TrainerFn.FITTING
+        states = checkpoint.get("callbacks") or {}
+        if (
+            self._loads_state and self.state_key in states and not states[self.state_key]
+        ):  # Not loaded by lightning 2.6.
+            self.load_state_dict(states[self.state_key])
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._loads_state:
             return
-        self._load_probe(state_dict)
+        own = fingerprint(self._probe) if self._explicit_probe and self._probe is not None else None
+        state, problems = read_state(state_dict, _COMPARED_ON_RESUME, own)
+        self._reset()
+        if problems:
+            same = ", on the same probe" if state is not None and state["probe"] is not None else ""
+            done = "goes on with the rest" if state is not None and "records" in state else f"measures anew{same}"
+            self._say(
+                f"BasinMonitor {done}: its state in the checkpoint is damaged, or of another version, with "
+                f"{'; '.join(problems)}",
+                warn=True,
+            )
+        if state is None:
+            return
+        self._load_probe(state)
         self._is_loaded = True
-        for name, before in state_dict["settings"].items():
+        for name, before in state.get("settings", {}).items():
             if before != getattr(self, name):
                 self._say(
                     f"The run so far was measured with {name}={before!r}, it goes on with {getattr(self, name)!r}: its "
                     f"curves may jump here",
                     warn=True,
                 )
-        self.records = [BasinRecord.from_dict(record) for record in state_dict["records"]]
-        self._measured_step = state_dict["measured_step"]
-        self.zero_loss_step = state_dict["zero_loss_step"]
-        self._num_zero_losses = state_dict["num_zero_losses"]
-        self.skipped_steps = list(state_dict["skipped_steps"])
-        self._leave_out_loss = state_dict["leave_out_loss"]
-        self._history_path = state_dict["history_path"]
+        self._load_history(state)
 
-    def _load_probe(self, state_dict: Mapping[str, Any]) -> None:
+    def _load_history(self, state: Mapping[str, Any]) -> None:
+        """Go on with the records; what is missing beside them follows from them."""
+        records: list[BasinRecord] = state.get("records", [])
+        for record in records:
+            self._keep(record)
+        self._measured_step = state.get("measured_step", records[-1].step if records else None)
+        self.zero_loss_step = state.get("zero_loss_step", self.zero_loss_step)
+        self._num_zero_losses = state.get("num_zero_losses", self._num_zero_losses)
+        self.skipped_steps = list(state.get("skipped_steps", ()))
+        without_loss = bool(records) and all(record.loss is None for record in records)
+        self._leave_out_loss = state.get("leave_out_loss", without_loss)
+        self._history_path = state.get("history_path")
+
+    def _load_probe(self, state: Mapping[str, Any]) -> None:
         """Go on with the probe of the run so far, or refuse another one."""
-        before = state_dict["probe_fingerprint"]
+        before, size = state["probe_fingerprint"], state.get("probe_size", self._probe_size)
         self._expected_probe, self._is_probe_refused = None, False
         if before is None:  # No probe was full yet.
             return
         is_other = (
             fingerprint(self._probe) != before
             if self._explicit_probe and self._probe is not None
-            else self._probe_size != state_dict["probe_size"]
+            else self._probe_size != size
         )
         if is_other and self.on_other_probe == "raise":
             raise MisconfigurationException(
                 f"`BasinMonitor(probe=...)` is not the one of the run so far: that was "
-                f"{_described(state_dict['probe_size'])}, this is {_described(self._probe_size)}. HINT: pass the same, "
+                f"{_described(size)}, this is {_described(self._probe_size)}. HINT: pass the same, "
                 f"or BasinMonitor(on_other_probe='replace')"
             )
         if self._explicit_probe:
             return
         self._collector, self._probe = self._new_collector(), None
-        if state_dict["probe"] is not None and not is_other:
-            self._probe = Probe(**state_dict["probe"])
+        if state["probe"] is not None and not is_other:
+            self._probe = state["probe"]
         elif self.on_other_probe == "raise":
             self._expected_probe = before
 
