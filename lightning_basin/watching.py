@@ -68,8 +68,7 @@ def check_watchers(
         return
     prefix = settings["prefix"]
     keys = keys_of(settings, module)
-    # Any module may become a layer, where its parameters are trained later.
-    later = set(possible_keys(prefix, [_compiled_away(name) for name, _ in module.named_modules()], "all"))
+    later = _later_keys(settings, module, keys)
     for watcher in found:
         key = Key.of(watcher.key, prefix)
         is_of_another = any(Key.of(watcher.key, other) for other in prefixes if other != prefix)
@@ -91,6 +90,15 @@ def check_watchers(
                 f"{watcher.name} looks for a value that is not there before the loss has reached zero, and is passed "
                 f"over until then{lenient}"
             )
+
+
+def _later_keys(settings: Mapping[str, Any], module: nn.Module, keys: Sequence[str]) -> set[str]:
+    """Keys of modules that are no layers now, and may become some where their parameters are trained later."""
+    groups = {found.group for key in keys if (found := Key.of(key, settings["prefix"])) is not None}
+    if "block" in groups or not isinstance(settings["layers"], str):
+        return set()
+    names = [_compiled_away(name) for name, _ in module.named_modules()]
+    return set(possible_keys(settings["prefix"], names, "all"))
 
 
 def keys_of(settings: Mapping[str, Any], module: nn.Module) -> list[str]:

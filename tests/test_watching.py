@@ -1,3 +1,5 @@
+import re
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -20,13 +22,16 @@ RANK = "basin/gradient_rank"
 class Scheduled(Regressor):
     """Halves its rate of learning where a measured value does not fall."""
 
-    def __init__(self, key=RANK, interval="epoch", *, strict=True):
+    def __init__(self, key=RANK, interval="epoch", *, strict=True, patience=0):
         super().__init__()
+        self.patience = patience
         self.config = {"monitor": key, "interval": interval, "strict": strict}
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
-        return [optimizer], [{"scheduler": ReduceLROnPlateau(optimizer, factor=0.5, patience=0), **self.config}]
+        return [optimizer], [
+            {"scheduler": ReduceLROnPlateau(optimizer, factor=0.5, patience=self.patience), **self.config}
+        ]
 
 
 class Seen(Callback):
@@ -180,6 +185,28 @@ def test_what_has_no_value_without_a_loss_is_said_and_ends_no_run(tmp_path, key)
     assert trainer.current_epoch == 2
 
 
+@pytest.mark.parametrize(
+    ("interval", "patience", "monitor", "expected"),
+    [
+        ("epoch", 0, {}, None),
+        ("epoch", 1, {"every_n_epochs": 3}, "up to 3 times: patience=1 is over .* patience=5"),
+        ("epoch", 2, {"every_n_epochs": 3}, None),
+        ("step", 10, {}, "up to 12 times: patience=10 is over"),
+        ("step", 11, {}, None),
+        ("step", 0, {"every_n_train_steps": 2}, "up to 2 times"),
+        ("step", 0, {"every_n_train_steps": 1}, None),
+    ],
+)
+def test_a_scheduler_that_counts_one_value_several_times_is_warned_of(tmp_path, interval, patience, monitor, expected):
+    module = Scheduled(interval=interval, patience=patience)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(tmp_path, BasinMonitor(20, hessian=False, **monitor), module=module, max_epochs=1)
+    found = [str(warning.message) for warning in said if "counts its steps" in str(warning.message)]
+    assert len(found) == (expected is not None)
+    assert expected is None or re.search(expected, found[0])
+
+
 # ------------------------------------------------------------------------------------------------- mistyped keys
 
 MISTYPED = {
@@ -240,6 +267,17 @@ def test_a_value_of_the_users_own_or_of_another_monitor_is_left_alone(tmp_path, 
         return
     trainer = fit(tmp_path, EarlyStopping(key, strict=False, patience=99), *monitors)
     assert trainer.current_epoch == 2
+
+
+def test_a_layer_that_is_only_part_of_what_is_measured_is_refused(tmp_path):
+    stopping = EarlyStopping("basin_layer_gradient_rank/hidden")
+    with pytest.raises(MisconfigurationException, match="Did you mean 'basin_layer_gradient_rank/readout'"):
+        fit(tmp_path, stopping, BasinMonitor(20, layers=["readout"]))
+    module = Regressor()
+    module.deep = nn.Sequential(*(nn.Linear(3, 3) for _ in range(33)))
+    stopping = EarlyStopping("basin_layer_gradient_rank/deep.7")
+    with pytest.raises(MisconfigurationException, match=r"Did you mean 'basin_block_gradient_rank/deep\.6-7'"):
+        fit(tmp_path, stopping, BasinMonitor(20), module=module)
 
 
 def test_a_frozen_layer_may_be_looked_for(tmp_path):
