@@ -18,6 +18,7 @@ from lightning_basin.functional.duplicates import largest_entry
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
 from lightning_basin.functional.sketch import DenseGradients, LayerGradients, StackedGradients
 from lightning_basin.layers import Chunk, Layer, Network, Trace, TracedProbe, agreement_rtol
+from lightning_basin.naming import escaped
 from lightning_basin.operations import ElementwiseUse, Leaving, ProductUse, Source, Use
 from lightning_basin.probe import tensors_of
 from lightning_basin.rounding import rounding_noise
@@ -97,7 +98,7 @@ def layer_gradients(
             yield measured
         else:
             waiting.append(
-                (layer, f"layer {layer.name!r} is measured row by row: its parameters are used in other ways")
+                (layer, f"layer {escaped(layer.name)!r} is measured row by row: its parameters are used in other ways")
             )
     for group in _groups(waiting, lambda item: item[0].num_parameters * check.num_rows, max_elements):
         if sum(layer.num_parameters for layer, _ in group) * check.num_rows <= max_elements:
@@ -252,7 +253,8 @@ def _none_exceeds(values: Sequence[Tensor], limits: Sequence[Tensor]) -> bool:
 
 
 def _without_effect(layer: Layer) -> str:
-    return f"layer {layer.name!r} has no effect: its gradients are the rounding of terms that cancel, and count as zero"
+    name = escaped(layer.name)
+    return f"layer {name!r} has no effect: its gradients are the rounding of terms that cancel, and count as zero"
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
@@ -337,7 +339,7 @@ def _in_pieces(traced: TracedProbe, layer: Layer, cuts: Cuts, check: AutogradChe
         for number in numbers:
             found = _measured_uses(traced, {layer: cuts}, number)[layer]
             if found is None:
-                raise RuntimeError(f"two evaluations of layer {layer.name!r} use its parameters differently")
+                raise RuntimeError(f"two evaluations of layer {escaped(layer.name)!r} use its parameters differently")
             yield _from_uses(traced.network, layer, found, check.num_rows)
 
     return PiecewiseGradients(
@@ -742,8 +744,8 @@ def _some_columns(
 
 def _disagreement(names: Sequence[str]) -> str:
     return (
-        f"the gradients of layers {names} cannot be computed: two evaluations of them disagree; a hook on a tensor "
-        f"that changes gradients, or a backward pass that draws random numbers, has this effect"
+        f"the gradients of layers {[*map(escaped, names)]} cannot be computed: two evaluations of them disagree; a "
+        f"hook on a tensor that changes gradients, or a backward pass that draws random numbers, has this effect"
     )
 
 

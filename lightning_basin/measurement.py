@@ -55,6 +55,7 @@ from lightning_basin.layers import (
     rounding_rtol,
 )
 from lightning_basin.messages import MessageGroup
+from lightning_basin.naming import escaped
 from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.precision import RaisedPrecision
 from lightning_basin.probe import Probe, float64_device, tensors_of
@@ -226,8 +227,8 @@ def measure_basin(
     ) as evaluation:
         notes = list(evaluation.notes)
         num_directions = _num_directions(probe.size, evaluation.num_outputs, max_outputs)
-        is_projected = num_directions < evaluation.num_outputs
-        if is_projected:
+        projected = num_directions < evaluation.num_outputs
+        if projected:
             notes.append(
                 f"ranks are lower bounds: the {evaluation.num_outputs} outputs of each input are seen along "
                 f"{num_directions} random orthonormal directions"
@@ -256,11 +257,7 @@ def measure_basin(
             warnings.warn(f"the training set is left out. {type(error).__name__}: {error}", stacklevel=2)
     record = _assembled(evaluation, ranks, null_spaces, duplicates, curvature)
     return replace(
-        record,
-        notes=tuple(notes),
-        step=step,
-        measure_seconds=time.perf_counter() - started,
-        ranks_are_lower_bounds=is_projected,
+        record, projected=projected, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started
     )
 
 
@@ -829,9 +826,9 @@ def _selected_parts(layers: Sequence[Layer], selection: LayerSelection) -> tuple
     names = list(by_name) if isinstance(selection, str) else list(selection)
     unknown = [name for name in names if name not in by_name]
     if unknown:
-        raise ValueError(f"layers must be among {list(by_name)}, got {unknown}")
+        raise ValueError(f"layers must be among {[*map(escaped, by_name)]}, got {[*map(escaped, unknown)]}")
     if len(set(names)) < len(names):
-        raise ValueError(f"layers must be named once each, got {names}")
+        raise ValueError(f"layers must be named once each, got {[*map(escaped, names)]}")
     parts = [Part("layer", name, (by_name[name],)) for name in names]
     if selection == "auto":
         for block, members in layer_blocks(names).items():

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
 from lightning_basin.copying import DeepCopier, parts_of
+from lightning_basin.naming import escaped
 from lightning_basin.precision import RaisedPrecision
 
 
@@ -119,9 +120,11 @@ def _owner(item: Any) -> nn.Module | None:
 def _check_parameters(part: nn.Module) -> None:
     for name, parameter in part.named_parameters(recurse=False):
         if is_lazy(parameter):
-            raise ValueError(f"parameter {name!r} has no shape yet: run one forward pass before measuring")
+            raise ValueError(f"parameter {escaped(name)!r} has no shape yet: run one forward pass before measuring")
         if parameter.requires_grad and parameter.is_complex():
-            raise TypeError(f"trainable parameters must be real, but {name!r} is complex: split it into two real ones")
+            raise TypeError(
+                f"trainable parameters must be real, but {escaped(name)!r} is complex: split it into two real ones"
+            )
 
 
 @contextmanager
@@ -136,7 +139,7 @@ def at_rest(module: nn.Module) -> Iterator[None]:
 
     def refuse(part: nn.Module, _: Any) -> None:
         if id(part) in names and threading.get_ident() == thread:
-            name = names[id(part)]
+            name = escaped(names[id(part)])
             raise ValueError(
                 f"a copy of the module is measured, but {f'its part {name!r}' if name else 'the module'} itself is "
                 f"run, found in a global variable or through the trainer: use the module that is passed in"
