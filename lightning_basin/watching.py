@@ -1,12 +1,12 @@
 """Callbacks and schedulers that monitor a measured value: what they look for, and what they do until there is one."""
 
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_basin.keys import Key, did_you_mean, left_out, mistaken_for, possible_keys
@@ -31,7 +31,12 @@ class Watcher:
     @property
     def is_strict(self) -> bool:
         """Whether it ends the run where the value is missing."""
-        return bool(getattr(self.owner, "strict", isinstance(self.owner, ModelCheckpoint)))
+        return bool(getattr(self.owner, "strict", self.is_saving))
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether it is a ``ModelCheckpoint``, of whichever package."""
+        return hasattr(self.owner, "save_top_k")
 
 
 def watchers(trainer: Trainer) -> Iterator[Watcher]:
@@ -85,7 +90,7 @@ def check_watchers(
                 raise MisconfigurationException(f"{problem}. HINT: change this argument, or the key")
             yield problem
         elif watcher.is_strict and _is_late(key.quantity, settings):
-            lenient = "" if isinstance(watcher.owner, ModelCheckpoint) else ". HINT: pass strict=False"
+            lenient = "" if watcher.is_saving else ". HINT: pass strict=False"
             yield (
                 f"{watcher.name} looks for a value that is not there before the loss has reached zero, and is passed "
                 f"over until then{lenient}"
@@ -146,8 +151,8 @@ def _check_foreign(watcher: Watcher, keys: Collection[str], prefixes: Sequence[s
 class Lenience:
     """Lets watchers pass over their checks until there is a value, where they would end the run for want of it.
 
-    A strict ``EarlyStopping`` or scheduler is lenient until then, and a ``ModelCheckpoint`` ranks no weights. No value
-    is made up: a provisional one could stop a run.
+    A strict ``EarlyStopping`` is lenient until then, a scheduler does not step, and a ``ModelCheckpoint`` ranks no
+    weights. No value is made up: a provisional one could stop a run.
 
     Args:
         trainer: At the start of training.
@@ -158,10 +163,11 @@ class Lenience:
     def __init__(self, trainer: Trainer, settings: Mapping[str, Any], present: Collection[str]) -> None:
         self._settings = settings
         waiting = [one for one in watchers(trainer) if self._key(one) and one.key not in present]
-        self._kept = [(watcher, *_switch(watcher.owner)) for watcher in waiting]
-        for watcher, name, _ in self._kept:
-            if name is not None:
-                setattr(watcher.owner, name, _LENIENT[name])
+        self._kept: list[tuple[Watcher, dict[str, Any]]] = []
+        for watcher in waiting:
+            lenient = _lenient(watcher)
+            self._kept.append((watcher, {name: getattr(watcher.owner, name) for name in lenient}))
+            _set(watcher.owner, lenient)
 
     def unmet(self, keys: Collection[str]) -> Iterator[str]:
         """Say who found no value after a measurement that should have brought it.
@@ -169,7 +175,7 @@ class Lenience:
         Args:
             keys: Those that have one.
         """
-        for watcher, _, _ in self._kept:
+        for watcher, _ in self._kept:
             key = self._key(watcher)
             assert key is not None, "one of this monitor's"
             if not _is_late(key.quantity, self._settings) and key.quantity not in left_out(self._settings):
@@ -178,22 +184,28 @@ class Lenience:
                     f"none{did_you_mean(watcher.key, keys) if key.part else ''}"
                 )
 
-    def _key(self, watcher: Watcher) -> Key | None:
-        return Key.of(watcher.key, self._settings["prefix"])
-
     def end(self, present: Collection[str] | None = None) -> None:
         """Let those whose key has a value now check as they did before; ``None`` lets all."""
         ends = [one for one in self._kept if present is None or one[0].key in present]
         self._kept = [one for one in self._kept if one not in ends]
-        for watcher, name, value in ends:
-            if name is not None:
-                setattr(watcher.owner, name, value)
+        for watcher, before in ends:
+            _set(watcher.owner, before)
+
+    def _key(self, watcher: Watcher) -> Key | None:
+        return Key.of(watcher.key, self._settings["prefix"])
 
 
-_LENIENT = {"strict": False, "save_top_k": 0}
+def _lenient(watcher: Watcher) -> dict[str, Any]:
+    """What has to be set for a watcher that ends no run for a missing value, and says nothing of it."""
+    if watcher.is_saving:
+        return {"save_top_k": 0}
+    if not watcher.is_strict:
+        return {}
+    # A scheduler that is only lenient warns at each of its steps, and a verbose early stopping at each check.
+    quiet = {"frequency": sys.maxsize} if hasattr(watcher.owner, "frequency") else {"strict": False, "verbose": False}
+    return {name: value for name, value in quiet.items() if hasattr(watcher.owner, name)}
 
 
-def _switch(owner: Any) -> tuple[str | None, Any]:
-    """The attribute that makes a watcher end the run for a missing value, and what it is."""
-    name = "save_top_k" if isinstance(owner, ModelCheckpoint) else "strict"
-    return (name, getattr(owner, name)) if hasattr(owner, name) else (None, None)
+def _set(owner: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(owner, name, value)

@@ -81,7 +81,7 @@ def fit(root, *callbacks, module=None, batches=None, **options):
 @pytest.mark.parametrize("options", TRAINERS)
 def test_nobody_ends_a_run_whose_probe_is_not_full_at_the_first_check(tmp_path, watcher, options):
     callback, monitor = WATCHERS[watcher](tmp_path), BasinMonitor(hessian=False)
-    settings = {name: getattr(callback, name, None) for name in ("strict", "save_top_k")}
+    settings = {name: getattr(callback, name, None) for name in ("strict", "verbose", "save_top_k")}
     trainer = fit(tmp_path, callback, monitor, **TRAINERS[options])
     assert trainer.state.finished
     assert trainer.current_epoch == (1 if options == "development" else 2)
@@ -96,9 +96,13 @@ def test_nobody_ends_a_run_whose_probe_is_not_full_at_the_first_check(tmp_path, 
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 @pytest.mark.parametrize("options", TRAINERS)
 def test_no_scheduler_ends_a_run_whose_probe_is_not_full_at_its_first_step(tmp_path, interval, options):
-    trainer = fit(tmp_path, BasinMonitor(hessian=False), module=Scheduled(interval=interval), **TRAINERS[options])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer = fit(tmp_path, BasinMonitor(hessian=False), module=Scheduled(interval=interval), **TRAINERS[options])
     assert trainer.state.finished
-    assert trainer.lr_scheduler_configs[0].strict
+    (config,) = trainer.lr_scheduler_configs
+    assert (config.strict, config.frequency) == (True, 1)
+    assert not [warning for warning in said if "not available" in str(warning.message)]
 
 
 def test_a_stream_is_checked_as_soon_as_there_is_a_value(tmp_path):
