@@ -4,8 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning_basin.lightnings import EARLY_STOPPINGS, Callback, EarlyStopping, ModelCheckpoint, Trainer
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ def misunderstandings(
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and logs(callback.monitor):
             yield from _of_checkpoint(trainer, callback, cadence)
         # One that has a way of its own to look at values is left alone.
-        is_plain = getattr(type(callback), "on_train_epoch_end", None) is EarlyStopping.on_train_epoch_end
+        check = getattr(type(callback), "on_train_epoch_end", None)
+        is_plain = any(check is plain.on_train_epoch_end for plain in EARLY_STOPPINGS)
         if isinstance(callback, EarlyStopping) and is_plain and logs(callback.monitor):
             yield from _of_early_stopping(trainer, callback, cadence)
             if callback.strict and callback.monitor in late:

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_basin import BasinMonitor
 from lightning_basin.checkpointed import MonitorState
 from lightning_basin.monitor import _COMPARED_ON_RESUME
+from tests.lightning_packages import ModelCheckpoint
 from tests.training import Regressor, make_trainer, repeated_loader, steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,13 +2,11 @@ from datetime import timedelta
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_basin import BasinMonitor, RankEarlyStopping
+from tests.lightning_packages import EarlyStopping, EarlyStoppingReason, MisconfigurationException, ModelCheckpoint
 from tests.training import Inline, Regressor, Scripted, loader, make_trainer, scripted_loader, steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
