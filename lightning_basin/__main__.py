@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_basin.lightnings import MisconfigurationException
 from lightning_basin.monitor import BasinMonitor
 from lightning_basin.offline import measure_checkpoints
 from lightning_basin.probe import Probe

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_basin.curvature import HESSIAN_MODES
+from lightning_basin.lightnings import MisconfigurationException
 from lightning_basin.measurement import check_precision
 from lightning_basin.record import tag
 

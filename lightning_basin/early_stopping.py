@@ -3,16 +3,21 @@
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_basin.arguments import as_builtin
 from lightning_basin.keys import Key, did_you_mean
+from lightning_basin.lightnings import (
+    BaseEarlyStopping,
+    Callback,
+    EarlyStoppingReason,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    early_stopping_reasons,
+)
 from lightning_basin.monitor import BasinMonitor
 from lightning_basin.naming import printable
 from lightning_basin.notices import warn
@@ -20,7 +25,7 @@ from lightning_basin.record import BasinRecord, rank_in_doubt
 from lightning_basin.watching import keys_of
 
 
-class RankEarlyStopping(EarlyStopping):
+class RankEarlyStopping(BaseEarlyStopping):
     """Stop when a quantity of `BasinMonitor` has settled, fallen or risen; patience counts measurements.
 
     Lightning's ``EarlyStopping`` counts its own checks, and counts a value that is measured every fifth epoch five
@@ -55,8 +60,8 @@ class RankEarlyStopping(EarlyStopping):
     """
 
     # Never called for a plateau: the base class looks up an operator by mode to initialise itself.
-    mode_dict: dict[str, Any] = {**EarlyStopping.mode_dict, "plateau": torch.ne}  # noqa: RUF012 - as its base does
-    order_dict: dict[str, str] = {**EarlyStopping.order_dict, "plateau": "!="}  # noqa: RUF012 - as its base does
+    mode_dict: dict[str, Any] = {**BaseEarlyStopping.mode_dict, "plateau": torch.ne}  # noqa: RUF012 - as its base does
+    order_dict: dict[str, str] = {**BaseEarlyStopping.order_dict, "plateau": "!="}  # noqa: RUF012 - as its base does
 
     def __init__(
         self,
@@ -80,6 +85,7 @@ class RankEarlyStopping(EarlyStopping):
                 f"`RankEarlyStopping(stopping_threshold={stopping_threshold})` needs a direction. HINT: pass "
                 f"mode='min' to stop below it, mode='max' to stop above it"
             )
+        self._reasons = early_stopping_reasons()
         super().__init__(
             monitor=monitor,
             min_delta=min_delta,
@@ -95,6 +101,15 @@ class RankEarlyStopping(EarlyStopping):
         self._said: set[str] = set()
 
     @property
+    def stopping_reason(self) -> EarlyStoppingReason:
+        """Why training stopped: a member of the ``EarlyStoppingReason`` of the package whose trainer it was."""
+        return self._reasons(self._stopping_reason)
+
+    @stopping_reason.setter
+    def stopping_reason(self, reason: EarlyStoppingReason) -> None:
+        self._stopping_reason = reason.value
+
+    @property
     @override
     def state_key(self) -> str:
         return self._generate_state_key(monitor=self.monitor, mode=self.mode, after_zero_loss=self.after_zero_loss)
@@ -102,6 +117,7 @@ class RankEarlyStopping(EarlyStopping):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._reasons = early_stopping_reasons(trainer)
         if stage != "fit":
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
@@ -209,7 +225,7 @@ class RankEarlyStopping(EarlyStopping):
         self.wait_count += 1
         if self.wait_count < self.patience:
             return False, None
-        self.stopping_reason = EarlyStoppingReason.PATIENCE_EXHAUSTED
+        self.stopping_reason = self._reasons.PATIENCE_EXHAUSTED
         return True, (
             f"{self.monitor} has stayed within {abs(self.min_delta):g} of {float(self.best_score):g} for the last "
             f"{self.wait_count} measurements. Signaling Trainer to stop."

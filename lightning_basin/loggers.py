@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, MLFlowLogger
+
+from lightning_basin.lightnings import Logger, MLFlowLogger, Trainer
 
 _REFUSED_BY_MLFLOW = re.compile(r"[^a-zA-Z0-9_/. -]")
 _MLFLOW_BATCH = 1000  # So many values MLflow takes in one request.

@@ -1,5 +1,6 @@
 """The callback: when to measure during a fit, and where the results go."""
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,12 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 from weakref import ref
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -24,6 +19,20 @@ from lightning_basin.curvature import HessianMode
 from lightning_basin.gathering import GatheredModule
 from lightning_basin.history import HistoryFile, unused
 from lightning_basin.keys import Key
+from lightning_basin.lightnings import (
+    BaseCallback,
+    Callback,
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    LightningModule,
+    MisconfigurationException,
+    ModelParallelStrategy,
+    Profiler,
+    StochasticWeightAveraging,
+    Strategy,
+    Trainer,
+)
 from lightning_basin.loggers import batches_that_stepped, log_scalars, set_callback_metrics
 from lightning_basin.measurement import Precision, Probabilities, check_measurable, follow_measurement, measure_basin
 from lightning_basin.messages import MessageGroup, close_group, message_group
@@ -38,6 +47,7 @@ from lightning_basin.probe import Probe, ProbeCollector
 from lightning_basin.processes import Team, leading
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import replicas
+from lightning_basin.results import Latest, Results
 from lightning_basin.resuming import read_state
 from lightning_basin.state import fingerprint, probe_state
 from lightning_basin.subject import (
@@ -60,7 +70,7 @@ _PAIR_HINT = (
 )
 
 
-class BasinMonitor(Callback):
+class BasinMonitor(BaseCallback):
     """Measure rank, null space and duplicated activations while a module trains, also after its loss reached zero.
 
     Results go to every logger of the trainer, to ``trainer.callback_metrics`` (for ``EarlyStopping`` and
@@ -187,12 +197,9 @@ class BasinMonitor(Callback):
         self.prefix = prefix
         vars(self).update({name: as_builtin(value) for name, value in vars(self).items()})
         check_arguments(vars(self))
-        self.records: list[BasinRecord] = []
-        """Every record of the run, oldest first."""
-        self.zero_loss_step: int | None = None
-        """Optimizer steps taken when the loss had been zero for ``zero_loss_patience`` measurements."""
-        self.skipped_steps: list[int] = []
-        """Steps at which a measurement was due that ``max_overhead`` did not allow."""
+        self._own = Results()
+        self._latest = Latest()  # The same for all copies.
+        self._has_begun = False
         self._num_zero_losses = 0
         self._num_failures = 0  # In a row.
         self._overhead: OverheadLimit | None = None
@@ -224,9 +231,29 @@ class BasinMonitor(Callback):
         return self._generate_state_key(prefix=self.prefix)
 
     @property
+    def _results(self) -> Results:
+        """Those of a copy where this monitor itself was in no fit: a package has copied it, and fits with the copy."""
+        return self._own if self._has_begun or self._latest.results is None else self._latest.results
+
+    @property
+    def records(self) -> list[BasinRecord]:
+        """Every record of the run, oldest first."""
+        return self._results.records
+
+    @property
+    def zero_loss_step(self) -> int | None:
+        """Optimizer steps taken when the loss had been zero for ``zero_loss_patience`` measurements."""
+        return self._results.zero_loss_step
+
+    @property
+    def skipped_steps(self) -> list[int]:
+        """Steps at which a measurement was due that ``max_overhead`` did not allow."""
+        return self._results.skipped_steps
+
+    @property
     def probe(self) -> Probe | None:
         """The inputs that are measured; ``None`` until enough training batches have come by."""
-        return self._probe
+        return self._probe or self._results.probe
 
     def start(self, module: nn.Module, probe: Probe | None = None, step_calls: Sequence[int] | None = None) -> None:
         """Begin to measure outside of a fit: forget what was measured, and see whether a module can be.
@@ -239,6 +266,7 @@ class BasinMonitor(Callback):
         Raises:
             MisconfigurationException: If there is no probe, or the module cannot be measured on it.
         """
+        self._has_begun = True
         self._reset()
         self._num_failures = 0
         if self._probe is None:
@@ -295,7 +323,7 @@ class BasinMonitor(Callback):
             return
         if not isinstance(trainer, Trainer):
             raise MisconfigurationException(
-                f"BasinMonitor needs the Trainer of the `lightning` package, got {type(trainer).__module__}."
+                f"BasinMonitor needs the Trainer of an installed Lightning package, got {type(trainer).__module__}."
                 f"{type(trainer).__name__}. HINT: `from lightning.pytorch import Trainer`"
             )
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
@@ -348,6 +376,7 @@ class BasinMonitor(Callback):
         goes_on = self._is_loaded or (self._fitted() is pl_module)
         self._resumed_step = trainer.global_step if self._is_loaded else None
         self._is_loaded, self._fitted = False, ref(pl_module)
+        self._has_begun, self._latest.results = True, self._own
         if trainer.global_step == 0 or not goes_on:
             self._reset()
         # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
@@ -432,9 +461,7 @@ class BasinMonitor(Callback):
 
     def _reset(self) -> None:
         """Forget another run, so that a monitor can be used for two fits."""
-        self.records.clear()
-        self.skipped_steps.clear()
-        self.zero_loss_step = None
+        self._own.clear()
         self._num_zero_losses = 0
         self._measured_step = None
         self._expected_probe = None
@@ -802,14 +829,16 @@ class BasinMonitor(Callback):
     def _keep(self, record: BasinRecord) -> None:
         self._num_failures = 0
         if self._reaches_zero_loss(record):
-            self.zero_loss_step = record.step
+            self._own.zero_loss_step = record.step
         self._num_zero_losses = self._num_zero_losses_with(record)
-        if self.records:  # Names of the inputs of a whole training set are kept of the newest record only.
-            self.records[-1] = replace(self.records[-1], train_merged_inputs=())
-        self.records.append(record)
+        records = self._own.records
+        if records:  # Names of the inputs of a whole training set are kept of the newest record only.
+            records[-1] = replace(records[-1], train_merged_inputs=())
+        records.append(record)
+        self._own.probe = self._probe
 
     def _reaches_zero_loss(self, record: BasinRecord) -> bool:
-        return self.zero_loss_step is None and self._num_zero_losses_with(record) >= self.zero_loss_patience
+        return self._own.zero_loss_step is None and self._num_zero_losses_with(record) >= self.zero_loss_patience
 
     def _num_zero_losses_with(self, record: BasinRecord) -> int:
         """Measurements in a row without a loss, this one included."""
@@ -897,11 +926,11 @@ class BasinMonitor(Callback):
             "probe_size": self._probe_size,
             "probe_fingerprint": self._expected_probe or (self._probe and self._fingerprint(self._probe)),
             "settings": {name: getattr(self, name) for name in _COMPARED_ON_RESUME},
-            "records": [record.to_dict() for record in self.records],
+            "records": [record.to_dict() for record in self._own.records],
             "measured_step": self._measured_step,
-            "zero_loss_step": self.zero_loss_step,
+            "zero_loss_step": self._own.zero_loss_step,
             "num_zero_losses": self._num_zero_losses,
-            "skipped_steps": list(self.skipped_steps),
+            "skipped_steps": list(self._own.skipped_steps),
             "leave_out_loss": self._leave_out_loss,
             "history_path": self._history_path,
             "step_calls": None if self._step_calls is None else list(self._step_calls),
@@ -910,7 +939,7 @@ class BasinMonitor(Callback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # `trainer.test(ckpt_path="best")` loads callbacks too, and would take the history back to the best epoch.
-        self._loads_state = trainer.state.fn == TrainerFn.FITTING
+        self._loads_state = trainer.state.fn == "fit"
         states = checkpoint.get("callbacks") or {}
         if (
             self._loads_state and self.state_key in states and not states[self.state_key]
@@ -952,9 +981,9 @@ class BasinMonitor(Callback):
         for record in records:
             self._keep(record)
         self._measured_step = state.get("measured_step", records[-1].step if records else None)
-        self.zero_loss_step = state.get("zero_loss_step", self.zero_loss_step)
+        self._own.zero_loss_step = state.get("zero_loss_step", self._own.zero_loss_step)
         self._num_zero_losses = state.get("num_zero_losses", self._num_zero_losses)
-        self.skipped_steps = list(state.get("skipped_steps", ()))
+        self._own.skipped_steps[:] = state.get("skipped_steps", ())
         without_loss = bool(records) and all(record.loss is None for record in records)
         self._leave_out_loss = state.get("leave_out_loss", without_loss)
         self._history_path = state.get("history_path")
@@ -988,9 +1017,9 @@ class BasinMonitor(Callback):
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
         dropped = ("log", "log_dict", "_initial", "_gathered", "_group", "_lenience", "_step_loss")
         kept = {name: value for name, value in vars(self).items() if name not in dropped}
-        # A weak reference has no state.
         nothing = dict.fromkeys(("_initial", "_gathered", "_group", "_lenience", "_step_loss"))
-        return kept | nothing | {"_fitted": _nothing}
+        # A weak reference has no state. Two copies never fill one list.
+        return kept | nothing | {"_fitted": _nothing, "_own": copy.copy(self._own)}
 
 
 def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:

@@ -4,10 +4,16 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_basin.lightnings import (
+    EARLY_STOPPINGS,
+    Callback,
+    EarlyStopping,
+    LRSchedulerConfig,
+    ModelCheckpoint,
+    Trainer,
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ def misunderstandings(trainer: Trainer, logs: Callable[[str], bool], cadence: Ca
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and logs(callback.monitor):
             yield from _of_checkpoint(trainer, callback, cadence)
         # One that has a way of its own to look at values is left alone.
-        is_plain = getattr(type(callback), "on_train_epoch_end", None) is EarlyStopping.on_train_epoch_end
+        check = getattr(type(callback), "on_train_epoch_end", None)
+        is_plain = any(check is plain.on_train_epoch_end for plain in EARLY_STOPPINGS)
         if isinstance(callback, EarlyStopping) and is_plain and logs(callback.monitor):
             yield from _of_early_stopping(trainer, callback, cadence)
     for config in trainer.lr_scheduler_configs:

@@ -8,13 +8,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from tqdm import tqdm
 
 from lightning_basin.history import HistoryFile
+from lightning_basin.lightnings import CSVLogger, LightningModule, Logger, TensorBoardLogger
 from lightning_basin.loggers import log_scalars
 from lightning_basin.monitor import BasinMonitor
 from lightning_basin.probe import Probe

@@ -8,13 +8,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_basin.layers import call_module
+from lightning_basin.lightnings import Callback, LightningModule, Logger, MisconfigurationException, Trainer
 from lightning_basin.measurement import Behavior, Probabilities
 from lightning_basin.probe import Probe
 from lightning_basin.training_set import TrainingSet, as_probes

@@ -5,12 +5,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from lightning_basin.keys import Key, did_you_mean, left_out, mistaken_for, possible_keys
 from lightning_basin.layers import find_layers
+from lightning_basin.lightnings import Callback, MisconfigurationException, Trainer
 from lightning_basin.naming import printable
 
 

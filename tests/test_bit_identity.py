@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lightning_basin import BasinMonitor
+from tests.lightning_packages import (
+    CombinedLoader,
+    CSVLogger,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader, Dataset, IterableDataset
-
-from lightning_basin import BasinMonitor
 from tests.training import (
     Eventful,
     EventfulManual,

@@ -1,16 +1,18 @@
 """LightningCLI builds the callbacks from a file, and writes a file that builds them again."""
 
 import inspect
+from importlib import import_module
 from importlib.metadata import entry_points
 
 import pytest
 from torch import nn
 
 from lightning_basin import BasinMonitor
+from tests.lightning_packages import PACKAGE
 from tests.training import Regressor, loader, steps
 
 pytest.importorskip("jsonargparse")
-from lightning.pytorch.cli import LightningCLI  # Needs jsonargparse as soon as it is imported.
+LightningCLI = import_module(f"{PACKAGE}.cli").LightningCLI  # Needs jsonargparse as soon as it is imported.
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,14 +10,13 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_basin import BasinMonitor
 from lightning_basin.copying import DeepCopier
 from lightning_basin.replica import replicas
+from tests.lightning_packages import Callback, CSVLogger, Trainer
 from tests.training import Eventful, make_trainer, regression_data, steps, witnessed
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_basin import BasinMonitor
+from tests.lightning_packages import Callback, ModelCheckpoint, TensorBoardLogger
 from tests.training import Regressor, Unmeasurable, make_trainer, repeated_loader, steps, timeless
 
 pytestmark = pytest.mark.usefixtures("one_thread")

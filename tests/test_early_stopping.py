@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import LightningModule
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_basin import BasinMonitor, RankEarlyStopping
+from tests.lightning_packages import (
+    EarlyStopping,
+    EarlyStoppingReason,
+    LightningModule,
+    MisconfigurationException,
+    ModelCheckpoint,
+)
 from tests.training import Regressor, Scripted, loader, make_trainer, scripted_loader, seeded, steps
 
 rank_stopping = partial(RankEarlyStopping, after_zero_loss=False)

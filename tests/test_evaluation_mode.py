@@ -2,16 +2,15 @@
 
 import copy
 
-import lightning as L
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_basin import BasinMonitor, measure_basin
 from tests.exact import ExactNetwork, exact_rank, integers, jacobian
+from tests.lightning_packages import LightningModule, MisconfigurationException, Trainer
 from tests.networks import drawn
 
 
@@ -270,7 +269,7 @@ def test_an_expert_that_evaluation_does_not_choose_has_rank_zero():
     assert record.notes == ()
 
 
-class Lit(L.LightningModule):
+class Lit(LightningModule):
     def __init__(self, net):
         super().__init__()
         self.net, self.loss_fn = net, nn.MSELoss()
@@ -287,7 +286,7 @@ class Lit(L.LightningModule):
 
 def fitted(net, tmp_path, *callbacks):
     data = TensorDataset(drawn(24, 3, seed=3).float(), drawn(24, 2, seed=4).float())
-    trainer = L.Trainer(
+    trainer = Trainer(
         max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path, callbacks=list(callbacks),
     )  # fmt: skip

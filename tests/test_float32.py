@@ -5,7 +5,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_basin import BasinMonitor, measure_basin
@@ -15,6 +14,7 @@ from lightning_basin.probe import Probe
 from tests import models
 from tests.exact import exact_rank, jacobian
 from tests.layer_types import TYPES, integer_case, trained_case
+from tests.lightning_packages import MisconfigurationException
 from tests.networks import Composed
 from tests.test_plan import convolutional, images
 

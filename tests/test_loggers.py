@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from lightning_basin import BasinMonitor
 from lightning_basin.loggers import log_scalars
+from tests.lightning_packages import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tests.training import Regressor, loader, make_trainer, repeated_loader, steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")

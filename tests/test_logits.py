@@ -3,7 +3,6 @@
 import mpmath
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_basin import BasinMonitor, measure_basin
 from lightning_basin.functional.logits import seen_outputs
 from tests.fuzz_brackets import Link, check_bracket, fuzz
+from tests.lightning_packages import LightningModule
 from tests.networks import drawn, filled
 from tests.training import make_trainer, seeded
 

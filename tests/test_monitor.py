@@ -1,6 +1,5 @@
 import copy
 import csv
-import importlib
 import json
 import math
 import socket
@@ -16,17 +15,24 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_basin import BasinMonitor, Probe, RankEarlyStopping, measure_basin
+from tests.lightning_packages import (
+    Callback,
+    CSVLogger,
+    EarlyStopping,
+    LightningModule,
+    MisconfigurationException,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    PassThroughProfiler,
+    SimpleProfiler,
+    TensorBoardLogger,
+)
 from tests.training import (
     Eventful,
     Inline,
@@ -1625,27 +1631,6 @@ def test_what_cannot_be_measured_raises_before_the_first_training_step(tmp_path,
     with pytest.raises(MisconfigurationException, match=message):
         make_trainer(tmp_path, make_monitor()).fit(module, loader(160))
     assert module.num_training_steps == 0
-
-
-def test_trainer_of_the_other_package_is_refused(tmp_path):
-    other = importlib.import_module("pytorch_lightning")
-
-    class Other(other.LightningModule):
-        def training_step(self, batch, batch_idx):
-            raise AssertionError("training has started")
-
-        def configure_optimizers(self):
-            return None
-
-    trainer = other.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        callbacks=[BasinMonitor()],
-    )
-    with pytest.raises(MisconfigurationException, match="Trainer of the `lightning` package, got pytorch_lightning"):
-        trainer.fit(Other(), loader())
 
 
 def test_two_monitors_with_one_prefix_are_refused_by_lightning(tmp_path):

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from lightning_basin import BasinMonitor, measure_basin
 from lightning_basin.naming import escaped, printable
+from tests.lightning_packages import (
+    CSVLogger,
+    EarlyStopping,
+    LightningModule,
+    MisconfigurationException,
+    TensorBoardLogger,
+)
 from tests.training import loader, make_trainer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*LeafSpec")]

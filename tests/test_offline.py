@@ -5,15 +5,13 @@ import runpy
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributed import checkpoint as distributed_checkpoint
 
 from lightning_basin import BasinMonitor, measure_checkpoints
 from lightning_basin.__main__ import main
+from tests.lightning_packages import MisconfigurationException, ModelCheckpoint, TensorBoardLogger, WeightAveraging
 from tests.training import (
     Regressor,
     Scripted,

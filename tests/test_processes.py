@@ -14,10 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -29,6 +25,14 @@ from lightning_basin.messages import message_group
 from lightning_basin.metrics import BehavioralGradientRank, DuplicatedActivations, HessianNullity
 from lightning_basin.processes import leading
 from lightning_basin.record import BasinRecord
+from tests.lightning_packages import (
+    Callback,
+    DDPStrategy,
+    EarlyStopping,
+    MisconfigurationException,
+    ModelCheckpoint,
+    ModelParallelStrategy,
+)
 from tests.teams import CASES, Counting, options_of, perceptron
 from tests.training import (
     Eventful,

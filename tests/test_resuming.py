@@ -3,10 +3,10 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_basin import BasinMonitor, BasinRecord, RankEarlyStopping, measure_checkpoints
 from lightning_basin.resuming import read_state
+from tests.lightning_packages import EarlyStopping
 from tests.training import Regressor, loader, make_trainer, repeated_loader, steps, timeless
 
 pytestmark = pytest.mark.usefixtures("one_thread")

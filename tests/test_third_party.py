@@ -8,12 +8,11 @@ import math
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_basin import BasinMonitor, Probe, measure_basin
+from tests.lightning_packages import LightningModule, MisconfigurationException
 from tests.training import fingerprint, make_trainer, seeded, steps
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]

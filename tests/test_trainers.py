@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from lightning_basin import BasinMonitor, RankEarlyStopping
+from tests.lightning_packages import BatchSizeFinder, LearningRateFinder, Tuner
 from tests.training import Regressor, fingerprint, loader, make_trainer, regression_data, seeded, steps, timeless
 
 pytestmark = pytest.mark.usefixtures("one_thread")

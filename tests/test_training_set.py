@@ -3,12 +3,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_basin import BasinMonitor, MergedInput, Probe, measure_basin
 from lightning_basin.training_set import TrainingSet, as_probes
+from tests.lightning_packages import MisconfigurationException
 from tests.training import Eventful, Regressor, Witness, make_trainer, regression_data
 
 

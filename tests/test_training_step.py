@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_basin import BasinMonitor, measure_basin, measure_checkpoints
+from tests.lightning_packages import LightningModule, MisconfigurationException, ModelCheckpoint
 from tests.training import loader, make_trainer, seeded, steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,6 @@ from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import checkpoint
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_basin import BasinRecord
+from tests.lightning_packages import Callback, LightningModule, Trainer
 
 
 @contextmanager

@@ -1,0 +1,131 @@
+"""The Lightning packages that are installed: ``lightning`` and ``pytorch_lightning`` have every class once each.
+
+A name here stands for the classes of this name of all packages together, in annotations, ``isinstance`` and
+``issubclass``. A trainer asks whether a callback is one of its own package: what inherits from ``BaseCallback`` is one
+in all. Nothing else in this project imports a Lightning package.
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+from importlib import import_module
+from operator import or_
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__all__ = [
+    "EARLY_STOPPINGS",
+    "BaseCallback",
+    "BaseEarlyStopping",
+    "CSVLogger",
+    "Callback",
+    "DDPStrategy",
+    "DeepSpeedStrategy",
+    "EarlyStopping",
+    "EarlyStoppingReason",
+    "FSDPStrategy",
+    "LRSchedulerConfig",
+    "LightningModule",
+    "Logger",
+    "MLFlowLogger",
+    "MisconfigurationException",
+    "ModelCheckpoint",
+    "ModelParallelStrategy",
+    "Profiler",
+    "StochasticWeightAveraging",
+    "Strategy",
+    "TensorBoardLogger",
+    "Trainer",
+    "early_stopping_reasons",
+]
+
+
+def _installed() -> list[ModuleType]:
+    packages, problems = [], []
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            packages.append(import_module(name))
+        except Exception as problem:  # noqa: PERF203 - one that does not fit torch must not cost the other
+            problems.append(problem)
+    if not packages:
+        raise problems[0]
+    return packages
+
+
+_PACKAGES = _installed()
+
+
+def _each(module: str, name: str) -> tuple[Any, ...]:
+    """The classes of a name, package by package; old packages lack some."""
+    modules = (import_module(f"{package.__name__}.{module}") for package in _PACKAGES)
+    return tuple(vars(found)[name] for found in modules if name in vars(found))
+
+
+def _base(classes: Sequence[Any]) -> Any:
+    """A class that inherits from all of them, and is constructed as the first, whose attributes are those of all."""
+    first, *others = classes
+    silent = [type(first.__name__, (other,), {"__init__": _accept_nothing}) for other in others]
+    return type(first.__name__, (first, *silent), {"__module__": __name__})
+
+
+def _accept_nothing(_: object) -> None:
+    """Ends the chain of constructors that ``super().__init__()`` of the first class begins."""
+
+
+if TYPE_CHECKING:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import Callback as BaseCallback
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+    from lightning.pytorch.callbacks import EarlyStopping as BaseEarlyStopping
+    from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+    from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
+    from lightning.pytorch.profilers import Profiler
+    from lightning.pytorch.strategies import (
+        DDPStrategy,
+        DeepSpeedStrategy,
+        FSDPStrategy,
+        ModelParallelStrategy,
+        Strategy,
+    )
+    from lightning.pytorch.utilities.types import LRSchedulerConfig
+else:
+    Callback = reduce(or_, _each("callbacks", "Callback"))
+    EarlyStopping = reduce(or_, _each("callbacks", "EarlyStopping"))
+    EarlyStoppingReason = reduce(or_, _each("callbacks.early_stopping", "EarlyStoppingReason"))
+    ModelCheckpoint = reduce(or_, _each("callbacks", "ModelCheckpoint"))
+    StochasticWeightAveraging = reduce(or_, _each("callbacks", "StochasticWeightAveraging"))
+    LightningModule = reduce(or_, _each("core", "LightningModule"))
+    LRSchedulerConfig = reduce(or_, _each("utilities.types", "LRSchedulerConfig"))
+    Trainer = reduce(or_, _each("trainer", "Trainer"))
+    Logger = reduce(or_, _each("loggers", "Logger"))
+    MLFlowLogger = reduce(or_, _each("loggers", "MLFlowLogger"))
+    Profiler = reduce(or_, _each("profilers", "Profiler"))
+    Strategy = reduce(or_, _each("strategies", "Strategy"))
+    DDPStrategy = reduce(or_, _each("strategies", "DDPStrategy"))
+    DeepSpeedStrategy = reduce(or_, _each("strategies", "DeepSpeedStrategy"))
+    FSDPStrategy = reduce(or_, _each("strategies", "FSDPStrategy"))
+    ModelParallelStrategy = reduce(or_, _each("strategies", "ModelParallelStrategy"))
+
+    CSVLogger, TensorBoardLogger = _each("loggers", "CSVLogger")[0], _each("loggers", "TensorBoardLogger")[0]
+    BaseCallback = _base(_each("callbacks", "Callback"))
+    BaseEarlyStopping = _base(_each("callbacks", "EarlyStopping"))
+
+    class MisconfigurationException(*_each("utilities.exceptions", "MisconfigurationException")):
+        """What every package raises, and so every program catches, where settings do not fit together."""
+
+
+EARLY_STOPPINGS: tuple[type[EarlyStopping], ...] = _each("callbacks", "EarlyStopping")
+"""One class of each package."""
+
+
+def early_stopping_reasons(trainer: Any = None) -> type[EarlyStoppingReason]:
+    """The reasons for which callbacks stop, of the package that a trainer is of: those of two packages are never equal.
+
+    Args:
+        trainer: ``None`` means one of the first package that is installed.
+    """
+    package = next((package for package in _PACKAGES if isinstance(trainer, package.Trainer)), _PACKAGES[0])
+    reasons: type[EarlyStoppingReason] = import_module(
+        f"{package.__name__}.callbacks.early_stopping"
+    ).EarlyStoppingReason
+    return reasons
