@@ -60,7 +60,8 @@ class BasinMonitor(Callback):
     every random state is put back. A measurement that fails costs one warning and nothing else.
 
     A baseline is measured at the first training step, so that a monitored key exists from then on. With a probe that
-    needs more than one batch, the initial weights are kept until enough batches have come by.
+    needs more than one batch, the initial weights are kept until enough batches have come by; what monitors a key
+    passes over its checks until there is a value. A key that no measurement can have is refused before the first step.
 
     Logged keys, with ``basin`` for ``prefix``: ``basin/<quantity>`` for the network,
     ``basin_layer_<quantity>/<layer>`` for each layer (``basin_block_<quantity>/<range>`` above 32 layers),
@@ -106,10 +107,11 @@ class BasinMonitor(Callback):
             Which measurements are skipped then depends on the speed of the machine.
         max_failures: Stop measuring after so many failures in a row; ``None`` tries again every time.
         history: Also write every measurement to ``<prefix>.csv`` or ``<prefix>.jsonl`` in the log directory, or to
-            ``<prefix>-1.csv`` where another run has left one.
+            ``<prefix>-1.csv`` where another run has left one. ``prefix`` must then make the name of a file.
         on_other_probe: Whether to ``"raise"`` on resuming with another ``probe`` than that of the run so far, whose
             curves would mean something else from there on; or to ``"replace"`` it.
-        prefix: First part of every key; two monitors in one trainer need two.
+        prefix: First part of every key; two monitors in one trainer need two. Control characters and markup, in it and
+            in names of layers, are percent-encoded in keys, files and messages.
 
     Raises:
         MisconfigurationException: At construction for values out of range; at the start of the fit, before the first

@@ -179,9 +179,10 @@ class Lenience:
             key = self._key(watcher)
             assert key is not None, "one of this monitor's"
             if not _is_late(key.quantity, self._settings) and key.quantity not in left_out(self._settings):
+                saving = ", and saves no ranked weights until then" if watcher.is_saving else ""
                 yield (
                     f"{watcher.name} is passed over until there is a value for it, as the first measurement brought "
-                    f"none{did_you_mean(watcher.key, keys) if key.part else ''}"
+                    f"none{saving}{did_you_mean(watcher.key, keys) if key.part else ''}"
                 )
 
     def end(self, present: Collection[str] | None = None) -> None:
