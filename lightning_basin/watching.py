@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_basin.keys import Key, did_you_mean, left_out, mistaken_for, possible_keys
 from lightning_basin.layers import find_layers
-from lightning_basin.naming import printable
+from lightning_basin.naming import escaped, printable
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,9 @@ def _check_foreign(watcher: Watcher, keys: Collection[str], prefixes: Sequence[s
             f"{watcher.name} looks for a value that no BasinMonitor logs: their prefixes are {list(prefixes)}. Did you "
             f"mean {meant!r}?"
         )
-    prefixed = next((key for key in keys if key.partition("/")[2] == watcher.key and not key.endswith("loss")), None)
-    if prefixed is not None:
+    # A quantity without a prefix may be a value of the user's own; a loss is, most likely.
+    prefixed = f"{escaped(prefixes[0])}/{watcher.key}"
+    if prefixed in keys and not watcher.key.endswith("loss"):
         yield f"{watcher.name} looks for a value that BasinMonitor does not log. Did you mean {prefixed!r}?"
 
 

@@ -273,6 +273,14 @@ def test_a_value_of_the_users_own_or_of_another_monitor_is_left_alone(tmp_path, 
     assert trainer.current_epoch == 2
 
 
+@pytest.mark.parametrize(("key", "is_said"), [("gradient_rank", True), ("loss", False), ("hidden", False)])
+def test_a_quantity_without_a_prefix_is_asked_about(tmp_path, key, is_said):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(tmp_path, EarlyStopping(key, strict=False), BasinMonitor(20, hessian=False), max_epochs=1)
+    assert any(f"Did you mean 'basin/{key}'?" in str(warning.message) for warning in said) == is_said
+
+
 def test_a_layer_that_is_only_part_of_what_is_measured_is_refused(tmp_path):
     stopping = EarlyStopping("basin_layer_gradient_rank/hidden")
     with pytest.raises(MisconfigurationException, match="Did you mean 'basin_layer_gradient_rank/readout'"):
