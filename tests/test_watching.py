@@ -77,8 +77,13 @@ def fit(root, *callbacks, module=None, batches=None, **options):
     return trainer
 
 
-@pytest.mark.parametrize("watcher", WATCHERS)
-@pytest.mark.parametrize("options", TRAINERS)
+COMBINED = [
+    *((watcher, options) for watcher in ("stopping after validation", "checkpoint") for options in TRAINERS),
+    *((watcher, options) for watcher in WATCHERS for options in ("validation in the epoch", "one batch")),
+]
+
+
+@pytest.mark.parametrize(("watcher", "options"), dict.fromkeys(COMBINED))
 def test_nobody_ends_a_run_whose_probe_is_not_full_at_the_first_check(tmp_path, watcher, options):
     callback, monitor = WATCHERS[watcher](tmp_path), BasinMonitor(hessian=False)
     settings = {name: getattr(callback, name, None) for name in ("strict", "verbose", "save_top_k")}
