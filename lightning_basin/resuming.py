@@ -51,7 +51,7 @@ def read_state(state: Any, settings: Sequence[str], own: str | None) -> tuple[di
     stated = read.get("settings", {})
     read["settings"] = {name: stated[name] for name in settings if _is_builtin(stated.get(name, _NOTHING))}
     wrong = {
-        "parts that are missing or damaged": _FORM.keys() - good,
+        "parts that are missing or damaged": (_FORM.keys() - good) | ({*_READ_APART} - state.keys()),
         "unknown parts": state.keys() - _FORM.keys() - {*_READ_APART},
         "unknown fields of its records": unknown,
         "unknown or damaged settings": stated.keys() - read["settings"].keys(),
@@ -81,9 +81,11 @@ def read_probe(state: Any, own: str | None = None) -> dict[str, Any]:
     plain, expected = state.get("probe"), state.get("probe_fingerprint")
     if not isinstance(expected, str | None):
         raise ValueError(f"what its probe is known by is {_kind(expected)}")
-    if plain is None or (own is not None and expected == own):
-        if expected is None and state.get("records"):
-            raise ValueError("it has records, and nothing of their probe")
+    if own is not None and expected == own:
+        return {"probe": None, "probe_fingerprint": own}
+    if plain is None:  # None was full yet, or none that a checkpoint can hold.
+        if (expected is None and state.get("records")) or (own is None and "probe" not in state):
+            raise ValueError("no probe in it")
         return {"probe": None, "probe_fingerprint": expected}
     try:
         probe = Probe(**plain)
