@@ -139,6 +139,9 @@ def test_a_given_probe_needs_none_of_the_checkpoint(tmp_path, written):
     given = changed("probe", to=None)
     said, monitor = resume(tmp_path, written, given, BasinMonitor((inputs, targets), hessian=False))
     assert not said
+    unknown = ANEW["neither probe nor fingerprint"]
+    said, monitor = resume(tmp_path, written, unknown, BasinMonitor((inputs, targets), hessian=False))
+    assert (len(said), steps(monitor)) == (1, [6, 9, 12])
     said, monitor = resume(
         tmp_path, written, ANEW["a probe of another structure"], BasinMonitor((inputs, targets), hessian=False)
     )
