@@ -137,12 +137,13 @@ def left_out(settings: Mapping[str, Any]) -> dict[str, str]:
         'hessian=False'
     """
     missing: dict[str, str] = {}
+    of_training_set = [name for name in NETWORK_QUANTITIES if name.startswith("train_")]
     of_hessian = [name for name in NETWORK_QUANTITIES if name.startswith(_OF_HESSIAN)]
     for name, leaves_out, quantities in (
         ("hessian", settings["hessian"] is False, of_hessian),
         ("dtype", settings["dtype"] == "float32", of_hessian),
         ("verify_null_space", settings["verify_null_space"] is None, ["surviving_fraction"]),
-        ("duplicates_over", settings["duplicates_over"] is None, [q for q in NETWORK_QUANTITIES if q[:6] == "train_"]),
+        ("duplicates_over", settings["duplicates_over"] is None, of_training_set),
     ):
         if leaves_out:
             missing |= dict.fromkeys(quantities, f"{name}={settings[name]!r}")

@@ -78,7 +78,8 @@ class BasinMonitor(BaseCallback):
     every random state is put back. A measurement that fails costs one warning and nothing else.
 
     A baseline is measured at the first training step, so that a monitored key exists from then on. With a probe that
-    needs more than one batch, the initial weights are kept until enough batches have come by.
+    needs more than one batch, the initial weights are kept until enough batches have come by; what monitors a key
+    passes over its checks until there is a value. A key that no measurement can have is refused before the first step.
 
     Logged keys, with ``basin`` for ``prefix``: ``basin/<quantity>`` for the network,
     ``basin_layer_<quantity>/<layer>`` for each layer (``basin_block_<quantity>/<range>`` above 32 layers),
@@ -124,10 +125,11 @@ class BasinMonitor(BaseCallback):
             Which measurements are skipped then depends on the speed of the machine.
         max_failures: Stop measuring after so many failures in a row; ``None`` tries again every time.
         history: Also write every measurement to ``<prefix>.csv`` or ``<prefix>.jsonl`` in the log directory, or to
-            ``<prefix>-1.csv`` where another run has left one.
+            ``<prefix>-1.csv`` where another run has left one. ``prefix`` must then make the name of a file.
         on_other_probe: Whether to ``"raise"`` on resuming with another ``probe`` than that of the run so far, whose
             curves would mean something else from there on; or to ``"replace"`` it.
-        prefix: First part of every key; two monitors in one trainer need two.
+        prefix: First part of every key; two monitors in one trainer need two. Control characters and markup, in it and
+            in names of layers, are percent-encoded in keys, files and messages.
 
     Raises:
         MisconfigurationException: At construction for values out of range; at the start of the fit, before the first
@@ -526,6 +528,13 @@ class BasinMonitor(BaseCallback):
             step = read_training_step(module, batch, trainer)
         except Exception:  # Whatever a step raises that is run alone: then the batch has to say it.
             return
+        unseen = step.unseen_layers(module)
+        if unseen:
+            self._say(
+                f"The measured outputs do not depend on the layers {unseen}, which training trains otherwise (by a "
+                f"penalty, or through other outputs): their ranks are 0. HINT: pass BasinMonitor(behavior=...)",
+                warn=True,
+            )
         loss_fn = None if self.loss_fn is not None else quiet_loss(found_loss(module), trainer)
         if agrees_with(step, module, batch, quiet_behavior(None, trainer), loss_fn, with_loss=self.loss_fn is None):
             return

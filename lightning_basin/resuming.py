@@ -51,7 +51,7 @@ def read_state(state: Any, settings: Sequence[str], own: str | None) -> tuple[di
     stated = read.get("settings", {})
     read["settings"] = {name: stated[name] for name in settings if _is_builtin(stated.get(name, _NOTHING))}
     wrong = {
-        "parts that are missing or damaged": _FORM.keys() - good,
+        "parts that are missing or damaged": (_FORM.keys() - good) | ({*_READ_APART} - state.keys()),
         "unknown parts": state.keys() - _FORM.keys() - {*_READ_APART},
         "unknown fields of its records": unknown,
         "unknown or damaged settings": stated.keys() - read["settings"].keys(),
@@ -84,9 +84,11 @@ def read_probe(state: Any, own: str | None = None) -> dict[str, Any]:
     calls = state.get("step_calls")
     if not _is_a(calls, list[int] | None):
         raise ValueError(f"the losses from which its outputs were read are {_kind(calls)}")
-    if plain is None or (own is not None and expected == own):
-        if expected is None and state.get("records"):
-            raise ValueError("it has records, and nothing of their probe")
+    if own is not None and expected == own:
+        return {"probe": None, "probe_fingerprint": own, "step_calls": calls}
+    if plain is None:  # None was full yet, or none that a checkpoint can hold.
+        if (expected is None and state.get("records")) or (own is None and "probe" not in state):
+            raise ValueError("no probe in it")
         return {"probe": None, "probe_fingerprint": expected, "step_calls": calls}
     try:
         probe = Probe(**plain)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from lightning_basin.layers import Network, agreement_rtol
+from lightning_basin.layers import Network, agreement_rtol, find_layers
 from lightning_basin.precision import RaisedPrecision
 from lightning_basin.probe import Probe, float64_device, map_tensors, split_batch, tensors_of
 from lightning_basin.replica import at_rest, isolated_evaluation, replicas
@@ -211,6 +211,11 @@ class TrainingStep:
     is_whole: bool
     trained: frozenset[str]
     reached: frozenset[str]
+
+    def unseen_layers(self, module: nn.Module) -> list[str]:
+        """Names of the layers to which the step gives gradients, and on which the outputs do not depend."""
+        unseen = self.trained - self.reached
+        return [layer.name for layer in find_layers(module) if not unseen.isdisjoint(layer.parameters)]
 
     def __str__(self) -> str:
         """One sentence."""

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_basin.keys import Key, did_you_mean, left_out, mistaken_for, possible_keys
 from lightning_basin.layers import find_layers
 from lightning_basin.lightnings import Callback, MisconfigurationException, Trainer
-from lightning_basin.naming import printable
+from lightning_basin.naming import escaped, printable
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,9 @@ def _check_foreign(watcher: Watcher, keys: Collection[str], prefixes: Sequence[s
             f"{watcher.name} looks for a value that no BasinMonitor logs: their prefixes are {list(prefixes)}. Did you "
             f"mean {meant!r}?"
         )
-    prefixed = next((key for key in keys if key.partition("/")[2] == watcher.key and not key.endswith("loss")), None)
-    if prefixed is not None:
+    # A quantity without a prefix may be a value of the user's own; a loss is, most likely.
+    prefixed = f"{escaped(prefixes[0])}/{watcher.key}"
+    if prefixed in keys and not watcher.key.endswith("loss"):
         yield f"{watcher.name} looks for a value that BasinMonitor does not log. Did you mean {prefixed!r}?"
 
 
@@ -178,9 +179,10 @@ class Lenience:
             key = self._key(watcher)
             assert key is not None, "one of this monitor's"
             if not _is_late(key.quantity, self._settings) and key.quantity not in left_out(self._settings):
+                saving = ", and saves no ranked weights until then" if watcher.is_saving else ""
                 yield (
                     f"{watcher.name} is passed over until there is a value for it, as the first measurement brought "
-                    f"none{did_you_mean(watcher.key, keys) if key.part else ''}"
+                    f"none{saving}{did_you_mean(watcher.key, keys) if key.part else ''}"
                 )
 
     def end(self, present: Collection[str] | None = None) -> None:

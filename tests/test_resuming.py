@@ -76,6 +76,7 @@ GOES_ON = {
     "no path": changed("history_path", without=True),
     "a path that is a number": changed("history_path", to=3),
     "no size of the probe": changed("probe_size", without=True),
+    "no fingerprint": changed("probe_fingerprint", without=True),
 }
 SAME_PROBE = {
     "a record without a field": changed("records", 1, "gradient_rank", without=True),
@@ -95,6 +96,8 @@ ANEW = {
     "a word": lambda _: "state",
     "an empty dictionary": lambda _: {},
     "an empty list": lambda _: [],
+    "no probe": changed("probe", without=True),
+    "neither probe nor fingerprint": lambda state: state.update(probe=None, probe_fingerprint=None),
     "a probe that is a tensor": changed("probe", to=torch.zeros(30, 3)),
     "a probe that is a pair": changed("probe", to=(torch.zeros(30, 3), torch.zeros(30, 2))),
     "a probe of another structure": changed("probe", "weights", to=torch.zeros(30)),
@@ -136,6 +139,9 @@ def test_a_given_probe_needs_none_of_the_checkpoint(tmp_path, written):
     given = changed("probe", to=None)
     said, monitor = resume(tmp_path, written, given, BasinMonitor((inputs, targets), hessian=False))
     assert not said
+    unknown = ANEW["neither probe nor fingerprint"]
+    said, monitor = resume(tmp_path, written, unknown, BasinMonitor((inputs, targets), hessian=False))
+    assert (len(said), steps(monitor)) == (1, [6, 9, 12])
     said, monitor = resume(
         tmp_path, written, ANEW["a probe of another structure"], BasinMonitor((inputs, targets), hessian=False)
     )

@@ -436,6 +436,18 @@ def test_a_penalty_is_said_to_be_missing(tmp_path, caplog):
     assert integers(monitor.records[0]) == integers(other.records[0])
 
 
+def test_layers_that_are_trained_otherwise_are_said_to_be_unseen(tmp_path):
+    class Regularised(Classifier):
+        def training_step(self, batch, batch_idx):
+            beside = self.tokens(batch["tokens"]).square().mean()
+            return F.cross_entropy(self.logits(batch), batch["label"]) + 0.1 * beside
+
+    monitor = BasinMonitor(20)
+    with pytest.warns(UserWarning, match=r"do not depend on the layers \['tokens.0', 'tokens.1'\], which training"):
+        fitted(tmp_path, Regularised(), monitor)
+    assert [monitor.records[0].layers[f"tokens.{index}"].gradient_rank for index in (0, 1)] == [0, 0]
+
+
 def test_a_loss_that_is_passed_takes_outputs_and_targets_of_the_step(tmp_path):
     monitor = BasinMonitor(20, loss_fn=lambda outputs, targets: outputs.square().sum() + 0 * targets.sum())
     fitted(tmp_path, CrossEntropy(), monitor)

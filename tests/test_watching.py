@@ -75,8 +75,13 @@ def fit(root, *callbacks, module=None, batches=None, **options):
     return trainer
 
 
-@pytest.mark.parametrize("watcher", WATCHERS)
-@pytest.mark.parametrize("options", TRAINERS)
+COMBINED = [
+    *((watcher, options) for watcher in ("stopping after validation", "checkpoint") for options in TRAINERS),
+    *((watcher, options) for watcher in WATCHERS for options in ("validation in the epoch", "one batch")),
+]
+
+
+@pytest.mark.parametrize(("watcher", "options"), dict.fromkeys(COMBINED))
 def test_nobody_ends_a_run_whose_probe_is_not_full_at_the_first_check(tmp_path, watcher, options):
     callback, monitor = WATCHERS[watcher](tmp_path), BasinMonitor(hessian=False)
     settings = {name: getattr(callback, name, None) for name in ("strict", "verbose", "save_top_k")}
@@ -269,6 +274,14 @@ def test_a_value_of_the_users_own_or_of_another_monitor_is_left_alone(tmp_path, 
         return
     trainer = fit(tmp_path, EarlyStopping(key, strict=False, patience=99), *monitors)
     assert trainer.current_epoch == 2
+
+
+@pytest.mark.parametrize(("key", "is_said"), [("gradient_rank", True), ("loss", False), ("hidden", False)])
+def test_a_quantity_without_a_prefix_is_asked_about(tmp_path, key, is_said):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(tmp_path, EarlyStopping(key, strict=False), BasinMonitor(20, hessian=False), max_epochs=1)
+    assert any(f"Did you mean 'basin/{key}'?" in str(warning.message) for warning in said) == is_said
 
 
 def test_a_layer_that_is_only_part_of_what_is_measured_is_refused(tmp_path):
