@@ -1,5 +1,6 @@
 """What the arguments of a `BasinMonitor` must be."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from lightning_basin.curvature import HESSIAN_MODES
 from lightning_basin.lightnings import MisconfigurationException
 from lightning_basin.measurement import check_precision
+from lightning_basin.record import tag
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -23,15 +25,38 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         value = arguments[name]
         if not holds(value):
             raise MisconfigurationException(f"`BasinMonitor({name}={value!r})` must {what}")
-    if arguments["history"] is not None and not _names_a_file(arguments["prefix"]):
-        raise MisconfigurationException(
-            f"`BasinMonitor(prefix={arguments['prefix']!r})` must be the name of a file where history= writes a table: "
-            f"at most 200 bytes, and none of {_NOT_IN_FILES}"
-        )
+    if arguments["history"] is not None:
+        check_file_name(arguments["prefix"], arguments["history"])
     try:
         check_precision(arguments["dtype"], arguments["hessian"], arguments["rtol"])
     except ValueError as error:
         raise MisconfigurationException(f"`BasinMonitor(dtype={arguments['dtype']!r})`: {error}") from error
+
+
+def check_file_name(prefix: str, ending: str) -> None:
+    """Refuse a prefix after which no file can be named, on any of the usual systems.
+
+    Args:
+        prefix: Of a monitor.
+        ending: Of the file, ``"csv"`` or ``"jsonl"``.
+
+    Raises:
+        MisconfigurationException: If the name would be too long, none, that of a device, or lead to another folder.
+    """
+    longest = f".{tag(prefix)}-9999.{ending}"  # While it is written, where earlier runs have left others.
+    if "/" in prefix or "\\" in prefix or "\0" in prefix or _DEVICE.fullmatch(prefix.partition(".")[0].strip()):
+        why = "a prefix without slashes that is no name of a device"
+    elif not prefix or len(longest.encode()) > _LONGEST_NAME:
+        why = f"a prefix of 1 to {_LONGEST_NAME - len(longest) + len(tag(prefix))} letters"
+    else:
+        return
+    raise MisconfigurationException(
+        f"`BasinMonitor(prefix=..., history={ending!r})` writes <prefix>.{ending} and needs {why}, got {prefix[:60]!r}"
+    )
+
+
+_LONGEST_NAME = 255  # Bytes, of a file on the usual file systems.
+_DEVICE = re.compile("con|prn|aux|nul|com[0-9]|lpt[0-9]", re.IGNORECASE)
 
 
 def as_builtin(value: Any) -> Any:
@@ -42,18 +67,6 @@ def as_builtin(value: Any) -> Any:
         3
     """
     return value.item() if isinstance(value, np.generic) else value
-
-
-_NOT_IN_FILES = '\\:*?"<>|'
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable() and bool(value.strip())
-
-
-def _names_a_file(prefix: str) -> bool:
-    is_short = len(prefix.encode()) <= 200  # noqa: PLR2004 - of the 255 bytes that file systems take
-    return is_short and prefix.strip(". ") != "" and not any(character in prefix for character in _NOT_IN_FILES)
 
 
 def _at_least_one(value: Any) -> bool:
@@ -85,6 +98,6 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("loss_fn", _no_word_but("behavioral"), "be callable or 'behavioral'"),
     ("behavior", _no_word_but("outputs", "probabilities"), "be callable, 'outputs' or 'probabilities'"),
     ("on_other_probe", lambda value: value in ("raise", "replace"), "be 'raise' or 'replace'"),
-    ("prefix", _is_name, "be a word of printable characters"),
+    ("prefix", lambda value: isinstance(value, str), "be a string"),
     ("history", lambda value: value in ("csv", "jsonl", None), "be 'csv', 'jsonl' or None"),
 )

@@ -70,6 +70,8 @@ class DeepCopier:
         self._originals: list[Any] = []  # Alive, so that no other object gets the identity of one of them.
         self.weakly_held: list[Any] = []
         """Copies that weak references lead to: nothing else may keep them alive."""
+        self.failure: str | None = None
+        """Why the first object that could not be copied could not be."""
 
     def copy(self, item: Any) -> Any:
         """The copy of an object, the same one at every call."""
@@ -102,10 +104,16 @@ class DeepCopier:
     def _tensor(self, item: Tensor) -> Tensor:
         if is_lazy(item):
             return copy.deepcopy(item)
-        detached = item.detach()
-        value = as_dtype(detached, self._dtype)
-        value = detached.clone() if value is detached else value
-        return nn.Parameter(value, requires_grad=item.requires_grad) if isinstance(item, nn.Parameter) else value
+        with torch._C.DisableTorchFunctionSubclass():  # A subclass may need attributes for `to` that it has lost.
+            detached = item.detach()
+            value = as_dtype(detached, self._dtype)
+            value = detached.clone() if value is detached else value
+        if isinstance(item, nn.Parameter):
+            return nn.Parameter(value, requires_grad=item.requires_grad)
+        if type(value) is not type(item):
+            value = value.as_subclass(type(item))
+            vars(value).update(self.copy(vars(item)))
+        return value
 
     def _module(self, item: nn.Module) -> nn.Module:
         if isinstance(item, torch._dynamo.OptimizedModule):
@@ -146,6 +154,8 @@ class DeepCopier:
             if _is_of_the_machine(error):
                 raise
             self._forget(size)
+            if self.failure is None:
+                self.failure = f"copying {type(item).__name__} failed with {type(error).__name__}: {error}"
             return item
 
     def _forget(self, size: int) -> None:

@@ -3,11 +3,12 @@
 from typing import Any, Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_basin.arguments import as_builtin
+from lightning_basin.keys import Key, did_you_mean
 from lightning_basin.lightnings import (
     BaseEarlyStopping,
     Callback,
@@ -18,7 +19,10 @@ from lightning_basin.lightnings import (
     early_stopping_reasons,
 )
 from lightning_basin.monitor import BasinMonitor
-from lightning_basin.record import BasinRecord
+from lightning_basin.naming import printable
+from lightning_basin.notices import warn
+from lightning_basin.record import BasinRecord, rank_in_doubt
+from lightning_basin.watching import keys_of
 
 
 class RankEarlyStopping(BaseEarlyStopping):
@@ -28,8 +32,10 @@ class RankEarlyStopping(BaseEarlyStopping):
     times. This one looks at each measurement once, at the moment it is taken, wherever the two callbacks stand in
     the list.
 
-    Ranks that say nothing of the network are passed over: those that fill the probe (``saturated``), that depend on the
-    tolerance (``ill_defined``), or that are lower bounds (``max_outputs``).
+    It waits for zero loss: before, a rank that stays as it is says nothing of where training will end. A rank that
+    is not the network's own never stops a run, as it may stand still where the network's moves: one that is
+    *saturated* (that of the probe), *ill-defined* (that of the tolerance) or a *lower bound* (``max_outputs``).
+    Such measurements are passed over, also where the quantity is only computed from such a rank.
 
     Args:
         monitor: Key of the quantity.
@@ -38,9 +44,9 @@ class RankEarlyStopping(BaseEarlyStopping):
         patience: For so many measurements in a row.
         min_delta: See ``mode``.
         stopping_threshold: Stop at once when the value is beyond this; with ``"min"`` and ``"max"`` only.
-        after_zero_loss: Whether to look only at measurements from the one on at which the loss has reached zero. A rank
-            may rest long before a network is trained, so that ``False`` takes a ``patience`` that fits the run.
-        strict: Raise when the quantity is not measured.
+        after_zero_loss: Look only at measurements from the one on at which the loss on the probe has reached zero, see
+            ``zero_loss_threshold`` of `BasinMonitor`. ``False`` looks at all, and is for runs without such a moment.
+        strict: Refuse, at the start of the fit, a quantity that the monitor is set not to measure; ``False`` warns.
         check_finite: Stop when the value is not finite.
         verbose: Log improvements too; why training stopped is always logged.
 
@@ -94,7 +100,7 @@ class RankEarlyStopping(BaseEarlyStopping):
         )
         self.after_zero_loss = after_zero_loss
         self._basin_monitor: BasinMonitor | None = None
-        self._has_warned = False
+        self._said: set[str] = set()
 
     @property
     def stopping_reason(self) -> EarlyStoppingReason:
@@ -121,26 +127,42 @@ class RankEarlyStopping(BaseEarlyStopping):
         self._basin_monitor = next((monitor for monitor in monitors if monitor.logs(self.monitor)), None)
         if self._basin_monitor is None:
             prefixes = [monitor.prefix for monitor in monitors]
+            keys = [key for monitor in monitors for key in keys_of(vars(monitor), pl_module)]
+            hint = ". HINT: `Trainer(callbacks=[BasinMonitor(), RankEarlyStopping()])`"
             raise MisconfigurationException(
                 f"`RankEarlyStopping(monitor={self.monitor!r})` needs a BasinMonitor that logs this key, "
-                f"got {f'those with prefixes {prefixes}' if prefixes else 'none'}. HINT: "
-                f"`Trainer(callbacks=[BasinMonitor(), RankEarlyStopping()])`"
+                f"got {f'those with prefixes {prefixes}' if prefixes else 'none'}"
+                f"{did_you_mean(self.monitor, keys) or hint}"
             )
+        self._said.clear()
         self._basin_monitor.subscribe(self.on_measurement)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        unread = self.state_dict()
+        try:
+            super().load_state_dict(state_dict)
+            counts = (self.wait_count, self.stopped_epoch, self.patience)
+            if not isinstance(self.best_score, Tensor) or not all(isinstance(count, int) for count in counts):
+                raise TypeError("it holds other things than numbers")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # Damaged, or of another version.
+            super().load_state_dict(unread)
+            warn(
+                f"{self._name} counts anew: its state in the checkpoint cannot be read. {type(error).__name__}: {error}"
+            )
 
     def on_measurement(self, trainer: Trainer, record: BasinRecord) -> None:
         """Take the newest measurement into account, and stop training if it is the last straw."""
         basin_monitor = self._basin_monitor
         assert basin_monitor is not None, "set up before it listens"
         if self.after_zero_loss and basin_monitor.zero_loss_step is None:
-            if record.loss is None and not self._has_warned:
-                self._has_warned = True
-                rank_zero_warn(
-                    "RankEarlyStopping waits for a loss of zero, and no loss is measured: it will not stop this run. "
-                    "HINT: pass BasinMonitor(loss_fn=...), or RankEarlyStopping(after_zero_loss=False)"
+            if record.loss is None:
+                self._say(
+                    f"{self._name} waits for zero loss, and none is measured: it will not stop this run. HINT: pass "
+                    f"RankEarlyStopping(after_zero_loss=False), or BasinMonitor(loss_fn=...)"
                 )
             return
-        if self.monitor in record.undecided(basin_monitor.prefix):
+        if self._is_in_doubt(record, basin_monitor.prefix):
             return
         values = basin_monitor.monitored(record)
         if self.monitor not in values and any(
@@ -152,6 +174,24 @@ class RankEarlyStopping(BaseEarlyStopping):
         reason = self.stopping_reason_message
         if reason is not None and reason != stopped_before and not self.verbose:
             rank_zero_info(reason)
+
+    def _is_in_doubt(self, record: BasinRecord, prefix: str) -> bool:
+        """Whether the value is none of the network itself, but of how it was measured; says so once."""
+        key = Key.of(self.monitor, prefix)
+        assert key is not None, "one that the monitor logs"
+        reason = rank_in_doubt(key.quantity, key.measured(record), projected=record.projected)
+        if reason is not None:
+            self._say(f"{self._name} passes over ranks that are {reason}")
+        return reason is not None
+
+    @property
+    def _name(self) -> str:
+        return f"RankEarlyStopping(monitor={printable(self.monitor)!r})"
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warn(message)
 
     def _check(self, trainer: Trainer, values: dict[str, Tensor]) -> None:
         """As the base class does it, on values of a record: those of the trainer may be of an earlier one."""

@@ -18,6 +18,7 @@ from lightning_basin.functional.duplicates import largest_entry
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
 from lightning_basin.functional.sketch import DenseGradients, LayerGradients, StackedGradients
 from lightning_basin.layers import Chunk, Layer, Network, Trace, TracedProbe, agreement_rtol
+from lightning_basin.naming import escaped
 from lightning_basin.operations import ElementwiseUse, Leaving, ProductUse, Source, Use
 from lightning_basin.probe import tensors_of
 from lightning_basin.rounding import rounding_noise
@@ -97,7 +98,7 @@ def layer_gradients(
             yield measured
         else:
             waiting.append(
-                (layer, f"layer {layer.name!r} is measured row by row: its parameters are used in other ways")
+                (layer, f"layer {escaped(layer.name)!r} is measured row by row: its parameters are used in other ways")
             )
     for group in _groups(waiting, lambda item: item[0].num_parameters * check.num_rows, max_elements):
         if sum(layer.num_parameters for layer, _ in group) * check.num_rows <= max_elements:
@@ -131,6 +132,8 @@ class AutogradCheck:
         names = [name for layer in network.layers for name in layer.parameters]
         self._expected = dict(zip(names, combined, strict=True))
         self._shapes = dict(zip(names, parameters, strict=True))
+        if not all(bool(gradient.isfinite().all()) for gradient in combined if gradient is not None):
+            _refuse_infinite_gradients(traced)
 
     @property
     def num_rows(self) -> int:
@@ -218,12 +221,40 @@ class AutogradCheck:
         return combined
 
 
+def _refuse_infinite_gradients(traced: TracedProbe) -> None:
+    """Say on which inputs, and in which layers, gradients of finite outputs are not finite.
+
+    Raises:
+        ValueError: Always.
+    """
+    network, parameters = traced.network, traced.network.parameters()
+    owners = [layer.name for layer in network.layers for _ in layer.parameters]
+    layers: dict[str, None] = {}
+    inputs: list[int] = []
+    for index in range(traced.probe.size):
+        try:  # Alone, as what is not finite spoils all inputs of a batch.
+            row = network.rows(network.outputs(traced.probe.select([index])))
+        except (TypeError, ValueError):  # Some modules cannot run one.
+            row = network.rows(network.outputs(traced.probe))[index]
+        found = torch.autograd.grad(row.sum(), parameters, allow_unused=True)
+        is_bad = [gradient is not None and not bool(gradient.isfinite().all()) for gradient in found]
+        layers |= {name: None for name, bad in zip(owners, is_bad, strict=True) if bad}
+        inputs += [index] if any(is_bad) else []
+    raise ValueError(
+        f"gradients must be finite, but are NaN or infinite in the layers {list(layers)} on {len(inputs)} of the "
+        f"{traced.probe.size} inputs, the first of them input {inputs[0] if inputs else 0}, although all outputs are "
+        f"finite: keep sqrt, log, division and norm away from 0 also where torch.where or a mask does not take them "
+        f"(by clamp, before), attention away from sets that are all padding, or leave these inputs out"
+    )
+
+
 def _none_exceeds(values: Sequence[Tensor], limits: Sequence[Tensor]) -> bool:
     return all(bool(value <= limit) for value, limit in zip(values, limits, strict=True))
 
 
 def _without_effect(layer: Layer) -> str:
-    return f"layer {layer.name!r} has no effect: its gradients are the rounding of terms that cancel, and count as zero"
+    name = escaped(layer.name)
+    return f"layer {name!r} has no effect: its gradients are the rounding of terms that cancel, and count as zero"
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
@@ -308,7 +339,7 @@ def _in_pieces(traced: TracedProbe, layer: Layer, cuts: Cuts, check: AutogradChe
         for number in numbers:
             found = _measured_uses(traced, {layer: cuts}, number)[layer]
             if found is None:
-                raise RuntimeError(f"two evaluations of layer {layer.name!r} use its parameters differently")
+                raise RuntimeError(f"two evaluations of layer {escaped(layer.name)!r} use its parameters differently")
             yield _from_uses(traced.network, layer, found, check.num_rows)
 
     return PiecewiseGradients(
@@ -713,8 +744,8 @@ def _some_columns(
 
 def _disagreement(names: Sequence[str]) -> str:
     return (
-        f"the gradients of layers {names} cannot be computed: two evaluations of them disagree; a hook on a tensor "
-        f"that changes gradients, or a backward pass that draws random numbers, has this effect"
+        f"the gradients of layers {[*map(escaped, names)]} cannot be computed: two evaluations of them disagree; a "
+        f"hook on a tensor that changes gradients, or a backward pass that draws random numbers, has this effect"
     )
 
 

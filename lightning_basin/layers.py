@@ -20,6 +20,7 @@ from lightning_basin.operations import Operations, recorded_operations
 from lightning_basin.precision import RaisedPrecision
 from lightning_basin.probe import Probe, map_tensors, tensors_of
 from lightning_basin.processes import Team
+from lightning_basin.remedies import remedy
 
 _Result = TypeVar("_Result")
 
@@ -199,9 +200,12 @@ class Network:
             if is_out_of_memory(error):
                 raise
             raise ValueError(
-                f"calling the module on the inputs failed with {type(error).__name__}: {error}; {hint}"
+                f"calling the module on the inputs failed with {type(error).__name__}: {error}; "
+                f"{remedy(error, tensors_of(probe.inputs))}"
             ) from error
-        if not isinstance(outputs, Tensor):
+        if isinstance(outputs, Tensor):
+            outputs = as_plain(outputs)
+        else:
             raise TypeError(f"the outputs must be a tensor, got {type(outputs).__name__}: {hint}")
         if not outputs.is_floating_point():
             raise TypeError(f"the outputs must be floating point numbers, got {outputs.dtype}: {hint}")
@@ -286,8 +290,14 @@ class Network:
     def _trace(self, probe: Probe) -> Trace:
         trained = {name: self.named_parameters[name] for layer in self.layers for name in layer.parameters}
         constants = [*self.named_parameters.values(), *self.module.buffers()]
-        with recorded_operations(trained, constants, num_inputs=probe.size) as operations:
-            trace = self._passed(probe)
+        try:
+            with recorded_operations(trained, constants, num_inputs=probe.size) as operations:
+                trace = self._passed(probe)
+        except ValueError as error:
+            # Torch 2.13 makes no tensor of a subclass by `Tensor.__new__` while operations are recorded.
+            if "Creating a new Tensor subclass" not in str(error):
+                raise
+            return self._passed(probe)
         trace.operations = operations
         return trace
 
@@ -417,9 +427,10 @@ def _recording(network: Network, trace: Trace) -> Iterator[None]:
 
     def leave(name: str) -> Callable[..., Any]:
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
-            first = tensors_of(output)[:1]
+            first = [as_plain(tensor) for tensor in tensors_of(output)[:1]]
             trace.leaving.setdefault(name, []).extend(map(without_transforms, first))
-            return clones.passed_on(output) if isinstance(output, Tensor) else output
+            # A clone of a subclass would lack the attributes of the instance.
+            return clones.passed_on(output) if type(output) is Tensor else output
 
         return hook
 
@@ -432,6 +443,20 @@ def _recording(network: Network, trace: Trace) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def as_plain(tensor: Tensor) -> Tensor:
+    """A tensor of a subclass as one of torch, by none of the methods that the subclass overrides.
+
+    Example:
+        >>> class Labelled(Tensor): ...
+        >>> type(as_plain(torch.ones(1).as_subclass(Labelled))).__name__
+        'Tensor'
+    """
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
 
 
 def without_transforms(tensor: Tensor) -> Tensor:
@@ -475,6 +500,7 @@ class _Clones:
         """A clone, or what left the layer before, where nothing was done in between: much of all memory."""
         if is_functorch_wrapped_tensor(entering):
             return without_transforms(entering)
+        entering = as_plain(entering)
         twin, left = self._left.get(id(entering), (None, entering))
         is_same = twin is not None and twin() is entering and entering.layout == torch.strided
         return left if is_same and torch.equal(left, entering) else entering.clone()

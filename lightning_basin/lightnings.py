@@ -23,6 +23,7 @@ __all__ = [
     "EarlyStopping",
     "EarlyStoppingReason",
     "FSDPStrategy",
+    "LRSchedulerConfig",
     "LightningModule",
     "Logger",
     "MLFlowLogger",
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
         ModelParallelStrategy,
         Strategy,
     )
+    from lightning.pytorch.utilities.types import LRSchedulerConfig
 else:
     Callback = reduce(or_, _each("callbacks", "Callback"))
     EarlyStopping = reduce(or_, _each("callbacks", "EarlyStopping"))
@@ -93,6 +95,7 @@ else:
     ModelCheckpoint = reduce(or_, _each("callbacks", "ModelCheckpoint"))
     StochasticWeightAveraging = reduce(or_, _each("callbacks", "StochasticWeightAveraging"))
     LightningModule = reduce(or_, _each("core", "LightningModule"))
+    LRSchedulerConfig = reduce(or_, _each("utilities.types", "LRSchedulerConfig"))
     Trainer = reduce(or_, _each("trainer", "Trainer"))
     Logger = reduce(or_, _each("loggers", "Logger"))
     MLFlowLogger = reduce(or_, _each("loggers", "MLFlowLogger"))

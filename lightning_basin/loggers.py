@@ -40,8 +40,14 @@ def _accepted(logger: Logger, scalars: Mapping[str, float]) -> list[dict[str, fl
     """The values under names, and in portions, that a logger takes."""
     if not isinstance(logger, MLFlowLogger):
         return [dict(scalars)]
-    named = [(_REFUSED_BY_MLFLOW.sub("_", key), value) for key, value in scalars.items()]
-    return [dict(named[start : start + _MLFLOW_BATCH]) for start in range(0, len(named), _MLFLOW_BATCH)]
+    named: dict[str, float] = {}
+    for key in sorted(scalars, key=lambda key: _REFUSED_BY_MLFLOW.search(key) is not None):  # As they are, first.
+        accepted = _REFUSED_BY_MLFLOW.sub("_", key)
+        while accepted in named:
+            accepted += "_"
+        named[accepted] = scalars[key]
+    items = list(named.items())
+    return [dict(items[start : start + _MLFLOW_BATCH]) for start in range(0, len(items), _MLFLOW_BATCH)]
 
 
 def set_callback_metrics(trainer: Trainer, scalars: Mapping[str, float], is_ours: Callable[[str], bool]) -> None:

@@ -29,12 +29,14 @@ from lightning_basin.copying import is_out_of_memory
 from lightning_basin.curvature import HESSIAN_MODES, MAX_DENSE_PARAMETERS, HessianMeasurement, HessianMode
 from lightning_basin.evaluation_mode import as_trained
 from lightning_basin.functional.duplicates import (
+    DirectionsOfMerged,
     dead_units,
     duplicate_classes,
     duplicated_activations,
     gradient_rank_bound,
     merged_directions,
     merged_linear_directions,
+    nested_rank_bound,
 )
 from lightning_basin.functional.hessian import NullSpace
 from lightning_basin.functional.output_curvature import softmax_jacobian
@@ -53,12 +55,14 @@ from lightning_basin.layers import (
     rounding_rtol,
 )
 from lightning_basin.messages import MessageGroup
+from lightning_basin.naming import escaped
 from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.precision import RaisedPrecision
 from lightning_basin.probe import Probe, float64_device, tensors_of
 from lightning_basin.processes import Team, follow
 from lightning_basin.ranks import Part, RankMeasurement
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
+from lightning_basin.remedies import needs_float32
 from lightning_basin.replica import at_rest, isolated_evaluation, replicas, settle_embeddings
 from lightning_basin.rounding import rounding_noise
 from lightning_basin.training_set import as_probes
@@ -223,8 +227,8 @@ def measure_basin(
     ) as evaluation:
         notes = list(evaluation.notes)
         num_directions = _num_directions(probe.size, evaluation.num_outputs, max_outputs)
-        is_projected = num_directions < evaluation.num_outputs
-        if is_projected:
+        projected = num_directions < evaluation.num_outputs
+        if projected:
             notes.append(
                 f"ranks are lower bounds: the {evaluation.num_outputs} outputs of each input are seen along "
                 f"{num_directions} random orthonormal directions"
@@ -253,11 +257,7 @@ def measure_basin(
             warnings.warn(f"the training set is left out. {type(error).__name__}: {error}", stacklevel=2)
     record = _assembled(evaluation, ranks, null_spaces, duplicates, curvature)
     return replace(
-        record,
-        notes=tuple(notes),
-        step=step,
-        measure_seconds=time.perf_counter() - started,
-        ranks_are_lower_bounds=is_projected,
+        record, projected=projected, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started
     )
 
 
@@ -558,7 +558,12 @@ def evaluated(
     device = _device(module)
     with isolated_evaluation(device, dtype), at_rest(module):
         probe = probe.to(device, dtype)
-        network, few, loss_fn, note = _evaluable(module, loss_fn, behavior, probe, dtype, gradient_dtype)
+        try:
+            network, few, loss_fn, note = _evaluable(module, loss_fn, behavior, probe, dtype, gradient_dtype)
+        except ValueError as error:
+            if dtype == torch.float64 and needs_float32(error):
+                _check_float32_helps(module, behavior, probe, error)
+            raise
         plan = None
         if planned is not None:
             plan = planned(network, *few)
@@ -581,6 +586,18 @@ def evaluated(
         if team is not None and not _is_the_same_everywhere(team, trace.outputs.detach()):
             traced.team = None
         yield Evaluation(traced, loss_fn, loss, layout, plan, () if note is None else (note,))
+
+
+def _check_float32_helps(module: nn.Module, behavior: ModuleBehavior | None, probe: Probe, refused: ValueError) -> None:
+    """Where an operation knows float32 only, say what float32 is refused for, if it does not help."""
+    replica, behavior = replicas(module, behavior, dtype=torch.float32)
+    network, probe = Network(replica, behavior, dtype=torch.float32), probe.to(_device(module), torch.float32)
+    try:
+        with torch.no_grad():
+            if not torch.equal(network.outputs(probe), network.outputs(probe)):
+                raise ValueError("two evaluations differ, as the module keeps a state that changes")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"neither float64 nor float32 runs {type(module).__name__}: {error}") from refused
 
 
 def _evaluable(
@@ -809,9 +826,9 @@ def _selected_parts(layers: Sequence[Layer], selection: LayerSelection) -> tuple
     names = list(by_name) if isinstance(selection, str) else list(selection)
     unknown = [name for name in names if name not in by_name]
     if unknown:
-        raise ValueError(f"layers must be among {list(by_name)}, got {unknown}")
+        raise ValueError(f"layers must be among {[*map(escaped, by_name)]}, got {[*map(escaped, unknown)]}")
     if len(set(names)) < len(names):
-        raise ValueError(f"layers must be named once each, got {names}")
+        raise ValueError(f"layers must be named once each, got {[*map(escaped, names)]}")
     parts = [Part("layer", name, (by_name[name],)) for name in names]
     if selection == "auto":
         for block, members in layer_blocks(names).items():
@@ -997,29 +1014,58 @@ def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations]
     bound = gradient_rank_bound(num_parameters, num_outputs, [(0, probe.size)])
     if rank.rank == bound:  # And none is below the rank.
         return bound
-    for name, classes in sorted(candidates, key=lambda candidate: _num_classes(candidate[1])):
-        if num_outputs * _num_classes(classes) >= bound:
+    every = torch.arange(probe.size)
+    cuts: dict[int, list[_Cut]] = {}
+    # Errors of all cuts that are used add up: each has its part of the tolerance.
+    share = 1.0 / max(1, len(candidates))
+    merging = [place for place, (_, classes) in enumerate(candidates) if _num_classes(classes) < probe.size]
+    for place in sorted(merging, key=lambda place: _num_classes(candidates[place][1])):
+        name, classes = candidates[place]
+        cuts[place] = _cuts_at(evaluation, activations, name, classes, rank, share)
+        for classes, directions in cuts[place]:
+            bound = gradient_rank_bound(bound, num_outputs, [(directions(every), _num_classes(classes))])
+        in_order = [cut for _, found in sorted(cuts.items()) for cut in found]
+        bound = min(bound, nested_rank_bound(probe.size, num_outputs, in_order))
+        if rank.rank == bound:
             break
-        crossings = _crossings(evaluation, activations, name, classes, rank)
-        bound = gradient_rank_bound(bound, num_outputs, crossings)
     return bound
 
 
-def _crossings(
-    evaluation: Evaluation, activations: dict[str, LayerActivations], name: str, classes: Tensor, rank: GradientRank
-) -> list[tuple[int, int]]:
-    """How much rank lies before a layer, and how many classes of inputs cross it, as far as this explains the rank."""
+_Cut = tuple[Tensor, DirectionsOfMerged]
+
+
+def _cuts_at(
+    evaluation: Evaluation,
+    activations: dict[str, LayerActivations],
+    name: str,
+    classes: Tensor,
+    rank: GradientRank,
+    share: float,
+) -> list[_Cut]:
+    """Classes of inputs that are merged where a layer begins, and how much rank lies before it inside of them.
+
+    Args:
+        evaluation: Of the probe.
+        activations: Of the probe.
+        name: Of the layer.
+        classes: First member of each input's class, by what enters the layer.
+        rank: Of the network.
+        share: Fraction of the tolerance of the rank that merging these inputs may use up.
+
+    Returns:
+        None where more than what enters the layer crosses it; else one or two.
+    """
     network, traced = evaluation.network, evaluation.traced
     used = [False] * len(network.parameters())
     for chunk in traced.chunks():
         used = list(map(or_, used, parameters_before(network, chunk.trace, name)))
     # Half of the tolerance is for B4, and as much again for what three combinations may miss.
-    tolerance = rank.rtol * rank.largest / 4
+    tolerance = share * rank.rtol * rank.largest / 4
     if merging_error(traced, classes, used) > tolerance:
         return []
     parameters = zip(network.parameters(), used, strict=True)
     num_before = sum(parameter.numel() for parameter, is_used in parameters if is_used)
-    crossings = [(num_before, _num_classes(classes))]
+    cuts: list[_Cut] = [(classes, lambda _: num_before)]
     passages: list[Passage | None] = []
     for chunk in traced.chunks():
         few = activations if traced.is_whole else layer_activations(network, chunk.probe, chunk.trace)
@@ -1029,16 +1075,25 @@ def _crossings(
         # What the tighter bounds ask of a class: the same signals before the cut as well.
         alike = duplicate_classes(through.signals.flatten(1), rtol=rank.rtol)
         classes = duplicate_classes(torch.stack([classes, alike], dim=1), rtol=0.0)
-        directions = merged_directions(classes, through.signals)
-        if through.inputs is not None:
-            # B4 takes its tolerance from the largest row; probabilities have smaller gradients than the outputs.
-            largest_row = float((through.signals.norm(dim=2).amax(1) * through.inputs.norm(dim=1)).max())
-            rtol = rank.rtol * min(1.0, rank.largest / largest_row) if largest_row > 0.0 else rank.rtol
-            linear = merged_linear_directions(classes, through.signals, through.inputs, rtol=rtol)
-            directions = min(directions, linear)
-        if directions < num_before and merging_error(traced, classes, used, through) <= tolerance:
-            crossings.append((directions, _num_classes(classes)))
-    return crossings
+        if merging_error(traced, classes, used, through) <= tolerance:
+            cuts.append((classes, partial(_directions_through, classes, through, num_before, rank, share)))
+    return cuts
+
+
+def _directions_through(
+    classes: Tensor, through: Passage, num_before: int, rank: GradientRank, share: float, kept: Tensor
+) -> int:
+    """Bounds B2, B3 and B4 for some of the inputs."""
+    signals = through.signals[kept.to(through.signals.device)]
+    members = duplicate_classes(classes[kept].unsqueeze(1), rtol=0.0)
+    directions = min(num_before, merged_directions(members, signals))
+    if through.inputs is None or directions == 0:
+        return directions
+    inputs = through.inputs[kept.to(through.inputs.device)]
+    # B4 takes its tolerance from the largest row; probabilities have smaller gradients than the outputs.
+    largest_row = float((signals.norm(dim=2).amax(1) * inputs.norm(dim=1)).max())
+    rtol = share * rank.rtol * (min(1.0, rank.largest / largest_row) if largest_row > 0.0 else 1.0)
+    return min(directions, merged_linear_directions(members, signals, inputs, rtol=rtol))
 
 
 def _num_classes(classes: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 from weakref import ref
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_basin.arguments import as_builtin, check_arguments
-from lightning_basin.checkpointed import MonitorState
 from lightning_basin.copying import is_out_of_memory
 from lightning_basin.curvature import HessianMode
 from lightning_basin.gathering import GatheredModule
 from lightning_basin.history import HistoryFile, unused
+from lightning_basin.keys import Key
 from lightning_basin.lightnings import (
     BaseCallback,
     Callback,
@@ -38,6 +37,9 @@ from lightning_basin.loggers import batches_that_stepped, log_scalars, set_callb
 from lightning_basin.measurement import Precision, Probabilities, check_measurable, follow_measurement, measure_basin
 from lightning_basin.messages import MessageGroup, close_group, message_group
 from lightning_basin.monitored import Cadence, misunderstandings
+from lightning_basin.naming import escaped
+from lightning_basin.notices import inform
+from lightning_basin.notices import warn as _warn
 from lightning_basin.null_space import verify_null_space as verified_null_space
 from lightning_basin.overhead import OverheadLimit, announced
 from lightning_basin.plan import MemoryBudgetError
@@ -46,9 +48,18 @@ from lightning_basin.processes import Team, leading
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import replicas
 from lightning_basin.results import Latest, Results
+from lightning_basin.resuming import read_state
 from lightning_basin.state import fingerprint, probe_state
-from lightning_basin.subject import LOSS_ATTRIBUTES, found_loss, quiet_behavior, quiet_loss, whole_training_set
+from lightning_basin.subject import (
+    LOSS_ATTRIBUTES,
+    check_one_loader,
+    found_loss,
+    quiet_behavior,
+    quiet_loss,
+    whole_training_set,
+)
 from lightning_basin.training_step import StepLoss, agrees_with, read_training_step, step_behavior
+from lightning_basin.watching import Lenience, check_watchers, watchers
 
 _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
 """They change the numbers, not only which there are."""
@@ -201,6 +212,7 @@ class BasinMonitor(BaseCallback):
         self._initial: tuple[nn.Module, int, int] | None = None  # for the baseline: its step and x axis beside it
         self._gathered: GatheredModule | None = None  # where a strategy shards the module
         self._group: MessageGroup | None = None  # where several processes have the module
+        self._lenience: Lenience | None = None  # Of those who look for a value that there is not yet.
         self._is_checked = False
         self._leave_out_loss = False
         self._history_file: HistoryFile | None = None
@@ -303,7 +315,7 @@ class BasinMonitor(BaseCallback):
 
     def logs(self, key: str) -> bool:
         """Whether a metric's key is one of this monitor's."""
-        return key.startswith(tuple(f"{self.prefix}{part}" for part in ("/", "_layer_", "_block_", "_stats/")))
+        return Key.of(key, self.prefix) is not None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -337,11 +349,21 @@ class BasinMonitor(BaseCallback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._end_lenience()
         if stage == "fit":  # The listeners of the next fit subscribe at its set-up.
             self._listeners.clear()
             if self._group is not None:
                 close_group(self._group)
                 self._group = None
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end_lenience()  # There is no teardown.
+
+    def _end_lenience(self) -> None:
+        if self._lenience is not None:
+            self._lenience.end()
+            self._lenience = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -357,10 +379,11 @@ class BasinMonitor(BaseCallback):
         self._has_begun, self._latest.results = True, self._own
         if trainer.global_step == 0 or not goes_on:
             self._reset()
-        elif self.records:  # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
-            set_callback_metrics(trainer, self.monitored(self.records[-1]), self.logs)
+        # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
+        values = self._newest_values(trainer)
+        set_callback_metrics(trainer, values, self.logs)
         self._start_history(trainer)
-        self._warn_of_misunderstandings(trainer)
+        self._look_at_watchers(trainer, pl_module, values)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -411,7 +434,7 @@ class BasinMonitor(BaseCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.max_overhead is not None and self.skipped_steps:
             num_due = len(self.records) + len(self.skipped_steps)
-            rank_zero_info(
+            inform(
                 f"BasinMonitor(max_overhead={self.max_overhead:g}) skipped {len(self.skipped_steps)} of {num_due} "
                 f"measurements, see skipped_steps"
             )
@@ -466,11 +489,13 @@ class BasinMonitor(BaseCallback):
 
     def _take_probe(self, trainer: Trainer, whole: Callable[[], nn.Module] | None, batch: Any) -> str | None:
         """Collect inputs until there are enough; the first time, with the module, say what cannot be measured."""
-        module = None if whole is None else whole()
         try:
+            module = None if whole is None else whole()
             if module is not None:
                 self._read_step(module, batch, trainer)
             if self._probe is None:
+                if self.batch_fn is None and not self._takes_whole_batches:
+                    check_one_loader(trainer)
                 self._collector.add(batch)
                 if self._collector.complete:
                     self._probe = self._collector.probe()
@@ -651,13 +676,24 @@ class BasinMonitor(BaseCallback):
         """Measure a module as it is now, or the one that ``whole`` gives."""
         record = self._measured(trainer, pl_module, step, whole)
         self._measured_step = step  # Not before: an interrupted measurement is one that a resumed run has to make.
+        values = {}
+        if record is not None:
+            self._keep(record)
+            values = self.monitored(record)
+            set_callback_metrics(trainer, values, self.logs)
+        self._let_check(values)
         if record is None:
             return
-        self._keep(record)
-        set_callback_metrics(trainer, self.monitored(record), self.logs)
         self._publish(trainer, record, log_step)
         for listener in self._listeners:
             listener(trainer, record)
+
+    def _let_check(self, values: Mapping[str, float]) -> None:
+        """Let those who monitor a value look at it from now on, and say who still finds none."""
+        if self._lenience is not None:
+            self._lenience.end(values)
+            for problem in self._lenience.unmet(values):
+                self._say(problem, warn=True)
 
     def _measured(
         self, trainer: Trainer, pl_module: nn.Module, step: int, whole: Callable[[], nn.Module] | None
@@ -694,11 +730,13 @@ class BasinMonitor(BaseCallback):
         self, trainer: Trainer, whole: Callable[[], nn.Module], step: int, team: Team | None
     ) -> BasinRecord | None:
         limited = nullcontext() if self._overhead is None else self._overhead.measuring()
-        with limited, announced(f"Measuring {self.prefix} at step {step}"):
+        with limited, announced(f"Measuring {escaped(self.prefix)} at step {step}"):
             return self._record(trainer, whole, step, team)
 
     def _publish(self, trainer: Trainer, record: BasinRecord, log_step: int) -> None:
-        skipped = {} if self._overhead is None else {f"{self.prefix}/skipped_measurements": len(self.skipped_steps)}
+        skipped = (
+            {} if self._overhead is None else {f"{escaped(self.prefix)}/skipped_measurements": len(self.skipped_steps)}
+        )
         for problem in log_scalars(trainer.loggers, self.logged(record) | skipped, step=log_step):
             self._say(problem, warn=True)
         self._write_history(lambda file: file.append(self.row(record)))
@@ -749,7 +787,7 @@ class BasinMonitor(BaseCallback):
         if trainer is None:
             return nullcontext()
         profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
-        return profiler.profile(f"[BasinMonitor]{self.prefix}.{action}")
+        return profiler.profile(f"[BasinMonitor]{escaped(self.prefix)}.{action}")
 
     def _verified(self, trainer: Trainer | None, module: nn.Module, record: BasinRecord) -> BasinRecord:
         """The record, with what survives of steps along null directions where that was asked for."""
@@ -793,13 +831,14 @@ class BasinMonitor(BaseCallback):
         if self._reaches_zero_loss(record):
             self._own.zero_loss_step = record.step
         self._num_zero_losses = self._num_zero_losses_with(record)
-        if self.records:  # Names of the inputs of a whole training set are kept of the newest record only.
-            self.records[-1] = replace(self.records[-1], train_merged_inputs=())
-        self.records.append(record)
+        records = self._own.records
+        if records:  # Names of the inputs of a whole training set are kept of the newest record only.
+            records[-1] = replace(records[-1], train_merged_inputs=())
+        records.append(record)
         self._own.probe = self._probe
 
     def _reaches_zero_loss(self, record: BasinRecord) -> bool:
-        return self.zero_loss_step is None and self._num_zero_losses_with(record) >= self.zero_loss_patience
+        return self._own.zero_loss_step is None and self._num_zero_losses_with(record) >= self.zero_loss_patience
 
     def _num_zero_losses_with(self, record: BasinRecord) -> int:
         """Measurements in a row without a loss, this one included."""
@@ -808,13 +847,32 @@ class BasinMonitor(BaseCallback):
         return self._num_zero_losses + 1 if is_zero else 0
 
     def _zero_loss_scalar(self) -> dict[str, float]:
-        return {} if self.zero_loss_step is None else {f"{self.prefix}/zero_loss_step": float(self.zero_loss_step)}
+        return (
+            {}
+            if self.zero_loss_step is None
+            else {f"{escaped(self.prefix)}/zero_loss_step": float(self.zero_loss_step)}
+        )
 
-    def _warn_of_misunderstandings(self, trainer: Trainer) -> None:
+    def _newest_values(self, trainer: Trainer) -> dict[str, float]:
+        """What callbacks find after the newest measurement: what is monitored stays from earlier ones."""
+        values = self.monitored(self.records[-1]) if self.records else {}
+        missing = {watcher.key for watcher in watchers(trainer) if self.logs(watcher.key)} - values.keys()
+        for record in self.records if missing else ():
+            values |= {key: value for key, value in self.logged(record).items() if key in missing}
+        return values
+
+    def _look_at_watchers(self, trainer: Trainer, pl_module: nn.Module, values: Mapping[str, float]) -> None:
+        """Refuse or warn of what cannot work, and let nobody end the run for a value that there is not yet."""
         cadence = Cadence(self.every_n_epochs, self.every_n_train_steps, self.every_n_epochs_after_zero_loss)
-        late = tuple(f"{self.prefix}/{name}" for name in ("zero_loss_step", "surviving_fraction"))
-        for problem in misunderstandings(trainer, self.logs, cadence, late=late):
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+        prefixes = [callback.prefix for callback in callbacks if isinstance(callback, BasinMonitor)]
+        problems = [
+            *misunderstandings(trainer, self.logs, cadence),
+            *check_watchers(trainer, vars(self), pl_module, prefixes),
+        ]
+        for problem in problems:
             self._say(problem, warn=True)
+        self._lenience = Lenience(trainer, vars(self), values)
 
     def _start_history(self, trainer: Trainer) -> None:
         """Begin the file with the records of the run that is resumed."""
@@ -831,12 +889,16 @@ class BasinMonitor(BaseCallback):
             )
         elif trainer.is_global_zero:
             path = Path(folder) / f"{tag(self.prefix)}.{self.history}"
-            own = None if self._history_path is None else Path(self._history_path)
-            # One that an earlier run has left is not written over.
-            path = own if own is not None and own.parent == path.parent and own.suffix == path.suffix else unused(path)
-            self._history_path = str(path)
             self._history_file = HistoryFile(path)
-            self._write_history(lambda file: file.write(map(self.row, self.records)))
+            self._write_history(self._begin_history)
+
+    def _begin_history(self, file: HistoryFile) -> None:
+        own = None if self._history_path is None else Path(self._history_path)
+        # One that an earlier run has left is not written over.
+        is_own = own is not None and own.parent == file.path.parent and own.suffix == file.path.suffix
+        file.path = own if own is not None and is_own else unused(file.path)
+        self._history_path = str(file.path)
+        file.write(map(self.row, self.records))
 
     def _write_history(self, write: Callable[[HistoryFile], None]) -> None:
         if self._history_file is not None:
@@ -848,7 +910,7 @@ class BasinMonitor(BaseCallback):
     def _say(self, message: str, *, warn: bool = False) -> None:
         if message not in self._said:
             self._said.add(message)
-            (_warn if warn else rank_zero_info)(message)
+            (_warn if warn else inform)(message)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -878,67 +940,86 @@ class BasinMonitor(BaseCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # `trainer.test(ckpt_path="best")` loads callbacks too, and would take the history back to the best epoch.
         self._loads_state = trainer.state.fn == "fit"
+        states = checkpoint.get("callbacks") or {}
+        if (
+            self._loads_state and self.state_key in states and not states[self.state_key]
+        ):  # Not loaded by lightning 2.6.
+            self.load_state_dict(states[self.state_key])
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._loads_state:
             return
-        try:
-            state = MonitorState.read(state_dict, _COMPARED_ON_RESUME)
-        except ValueError as error:
+        own = fingerprint(self._probe) if self._explicit_probe and self._probe is not None else None
+        state, problems = read_state(state_dict, _COMPARED_ON_RESUME, own)
+        self._reset()
+        if problems:
+            same = ", on the same probe" if state is not None and state["probe"] is not None else ""
+            done = "goes on with the rest" if state is not None and "records" in state else f"measures anew{same}"
             self._say(
-                f"BasinMonitor begins anew: its state in the checkpoint is damaged or of another version. {error}",
+                f"BasinMonitor {done}: its state in the checkpoint is damaged, or of another version, with "
+                f"{'; '.join(problems)}",
                 warn=True,
             )
+        if state is None:
             return
-        self._step_calls = None if state.step_calls is None else tuple(state.step_calls)
+        self._step_calls = None if state["step_calls"] is None else tuple(state["step_calls"])
         self._load_probe(state)
         self._is_loaded = True
-        for name, before in state.settings.items():
+        for name, before in state.get("settings", {}).items():
             if before != getattr(self, name):
                 self._say(
                     f"The run so far was measured with {name}={before!r}, it goes on with {getattr(self, name)!r}: its "
                     f"curves may jump here",
                     warn=True,
                 )
-        self._own = Results(state.records, state.skipped_steps, state.zero_loss_step)
-        self._measured_step = state.measured_step
-        self._num_zero_losses = state.num_zero_losses
-        self._leave_out_loss = state.leave_out_loss
-        self._history_path = state.history_path
+        self._load_history(state)
 
-    def _load_probe(self, state: MonitorState) -> None:
+    def _load_history(self, state: Mapping[str, Any]) -> None:
+        """Go on with the records; what is missing beside them follows from them."""
+        records: list[BasinRecord] = state.get("records", [])
+        for record in records:
+            self._keep(record)
+        self._measured_step = state.get("measured_step", records[-1].step if records else None)
+        self._own.zero_loss_step = state.get("zero_loss_step", self._own.zero_loss_step)
+        self._num_zero_losses = state.get("num_zero_losses", self._num_zero_losses)
+        self._own.skipped_steps[:] = state.get("skipped_steps", ())
+        without_loss = bool(records) and all(record.loss is None for record in records)
+        self._leave_out_loss = state.get("leave_out_loss", without_loss)
+        self._history_path = state.get("history_path")
+
+    def _load_probe(self, state: Mapping[str, Any]) -> None:
         """Go on with the probe of the run so far, or refuse another one."""
-        before = state.probe_fingerprint
+        before, size = state["probe_fingerprint"], state.get("probe_size", self._probe_size)
         self._expected_probe, self._is_probe_refused = None, False
         if before is None:  # No probe was full yet.
             return
         is_other = (
             fingerprint(self._probe) != before
             if self._explicit_probe and self._probe is not None
-            else self._probe_size != state.probe_size
+            else self._probe_size != size
         )
         if is_other and self.on_other_probe == "raise":
             raise MisconfigurationException(
                 f"`BasinMonitor(probe=...)` is not the one of the run so far: that was "
-                f"{_described(state.probe_size)}, this is {_described(self._probe_size)}. HINT: pass the same, "
+                f"{_described(size)}, this is {_described(self._probe_size)}. HINT: pass the same, "
                 f"or BasinMonitor(on_other_probe='replace')"
             )
         if self._explicit_probe:
             return
         self._collector, self._probe = self._new_collector(), None
-        if state.probe is not None and not is_other:
-            self._probe = state.probe
+        if state["probe"] is not None and not is_other:
+            self._probe = state["probe"]
         elif self.on_other_probe == "raise":
             self._expected_probe = before
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
-        dropped = ("log", "log_dict", "_initial", "_gathered", "_group", "_step_loss")
+        dropped = ("log", "log_dict", "_initial", "_gathered", "_group", "_lenience", "_step_loss")
         kept = {name: value for name, value in vars(self).items() if name not in dropped}
+        nothing = dict.fromkeys(("_initial", "_gathered", "_group", "_lenience", "_step_loss"))
         # A weak reference has no state. Two copies never fill one list.
-        kept |= {"_own": copy.copy(self._own)}
-        return kept | {"_initial": None, "_gathered": None, "_group": None, "_step_loss": None, "_fitted": _nothing}
+        return kept | nothing | {"_fitted": _nothing, "_own": copy.copy(self._own)}
 
 
 def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
@@ -962,14 +1043,6 @@ def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
 
 def _described(probe_size: int) -> str:
     return f"probe={probe_size}" if probe_size else "a given batch"
-
-
-def _warn(message: str) -> None:
-    """Warn; where a filter makes errors of warnings, say it in another way: a measurement must never end a run."""
-    try:
-        rank_zero_warn(message)
-    except Warning:
-        rank_zero_info(message)
 
 
 def _nothing() -> None:

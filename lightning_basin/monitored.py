@@ -4,7 +4,16 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lightning_basin.lightnings import EARLY_STOPPINGS, Callback, EarlyStopping, ModelCheckpoint, Trainer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_basin.lightnings import (
+    EARLY_STOPPINGS,
+    Callback,
+    EarlyStopping,
+    LRSchedulerConfig,
+    ModelCheckpoint,
+    Trainer,
+)
 
 
 @dataclass(frozen=True)
@@ -47,16 +56,13 @@ class Cadence:
         return checkpoint._every_n_train_steps >= 1 and checkpoint._every_n_train_steps % self.every_n_train_steps == 0
 
 
-def misunderstandings(
-    trainer: Trainer, logs: Callable[[str], bool], cadence: Cadence, *, late: tuple[str, ...]
-) -> Iterator[str]:
+def misunderstandings(trainer: Trainer, logs: Callable[[str], bool], cadence: Cadence) -> Iterator[str]:
     """Say where a callback that monitors a measured value cannot do what is meant.
 
     Args:
         trainer: At the start of training, when every callback is set up.
         logs: Whether a key is one of the measured values.
         cadence: When they are measured.
-        late: Keys that are not there from the first measurement on.
 
     Returns:
         One sentence for each, with what to change.
@@ -70,11 +76,9 @@ def misunderstandings(
         is_plain = any(check is plain.on_train_epoch_end for plain in EARLY_STOPPINGS)
         if isinstance(callback, EarlyStopping) and is_plain and logs(callback.monitor):
             yield from _of_early_stopping(trainer, callback, cadence)
-            if callback.strict and callback.monitor in late:
-                yield (
-                    f"EarlyStopping(monitor={callback.monitor!r}) looks for a value that is not there from the start, "
-                    f"and would raise. HINT: pass strict=False"
-                )
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, ReduceLROnPlateau) and config.monitor is not None and logs(config.monitor):
+            yield from _of_scheduler(trainer, config, config.scheduler.patience, cadence)
 
 
 def _of_early_stopping(trainer: Trainer, stopping: EarlyStopping, cadence: Cadence) -> Iterator[str]:
@@ -95,6 +99,21 @@ def _of_early_stopping(trainer: Trainer, stopping: EarlyStopping, cadence: Caden
             f"{name} counts its checks, and finds each value up to {epochs} times: patience={stopping.patience} is "
             f"over before the next measurement. HINT: pass patience={epochs * stopping.patience}, or use "
             f"RankEarlyStopping, whose patience counts measurements"
+        )
+
+
+def _of_scheduler(trainer: Trainer, config: LRSchedulerConfig, patience: int, cadence: Cadence) -> Iterator[str]:
+    between: float = cadence.epochs_between(trainer)
+    if config.interval == "step":
+        between = cadence.every_n_train_steps or between * cadence.steps_in_epoch(trainer)
+    if between == math.inf:
+        return
+    steps = math.ceil(between / config.frequency)
+    if patience < steps - 1:  # The first of them may find a better value, and the others do not.
+        yield (
+            f"{type(config.scheduler).__name__}(monitor={config.monitor!r}) counts its steps, and finds each value up "
+            f"to {steps} times: patience={patience} is over before the next measurement. HINT: pass "
+            f"patience={steps * (patience + 1) - 1}"
         )
 
 

@@ -18,6 +18,7 @@ from lightning_basin.loggers import log_scalars
 from lightning_basin.monitor import BasinMonitor
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord, tag
+from lightning_basin.resuming import read_probe
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -164,14 +165,17 @@ def _read(path: Path, *, weights_only: bool) -> Mapping[str, Any]:
 
 
 def _described(path: Path, content: Mapping[str, Any], state_key: str) -> _Checkpoint:
-    state = content.get("callbacks", {}).get(state_key, {})
-    probe = state.get("probe")
+    state = content.get("callbacks", {}).get(state_key)
+    try:
+        probe = None if state is None else read_probe(state)["probe"]
+    except ValueError:  # Damaged, or of another version: the weights can be measured all the same.
+        probe = None
     return _Checkpoint(
         path=path,
         step=content["global_step"],
         log_step=max(0, _batches_that_stepped(content) - 1),
-        probe=None if probe is None else Probe(**probe),
-        step_calls=state.get("step_calls"),
+        probe=probe,
+        step_calls=None if state is None or probe is None else state.get("step_calls"),
     )
 
 

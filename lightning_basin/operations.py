@@ -152,6 +152,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
             uses = self._copies(func, args, leaving)
         else:
             uses = _HANDLERS[func](self, leaving, *args, **kwargs) if func in _HANDLERS else []
+        if not is_fixed and func._schema.is_mutable:
+            self._forget_written(func, args, kwargs)
         results = func(*args, **kwargs)
         tensors = tensors_of(results)
         if uses and not tensors[0].is_complex():  # Derivatives by complex numbers follow other rules.
@@ -195,6 +197,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
         if id(tensor) in self._parts:
             return False
         return id(tensor) in self._fixed or (tensor._is_view() and id(tensor._base) in self._fixed)
+
+    def _forget_written(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """What depends on an input is written into a tensor: neither it nor a view of it is fixed any more."""
+        written: set[int] = set()
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                written |= {
+                    tensor.untyped_storage().data_ptr() for tensor in tensors_of(value) if self._is_fixed(tensor)
+                }
+        if written:
+            self._fixed = {
+                key: tensor for key, tensor in self._fixed.items() if tensor.untyped_storage().data_ptr() not in written
+            }
 
     def _copies(self, func: Any, args: tuple[Any, ...], leaving: Leaving) -> list[Use]:
         """A use, where a parameter is copied for each input."""

@@ -13,6 +13,7 @@ from lightning_basin.copying import tensors_held_by
 from lightning_basin.curvature import LAYER_PRODUCTS, NETWORK_PRODUCTS, HessianLimits
 from lightning_basin.gradients import GROUP_ELEMENTS, GradientMethod, LayerSize, layer_sizes
 from lightning_basin.layers import Network, Trace
+from lightning_basin.naming import escaped
 from lightning_basin.operations import ProductUse
 from lightning_basin.probe import Probe
 
@@ -173,9 +174,9 @@ def plan_measurement(
     name, smallest = max(((name, size.smallest) for name, size in sizes.items()), key=itemgetter(1))
     if smallest > passes.group:
         raise MemoryBudgetError(
-            f"a measurement must fit into memory_budget, {_gib(budget)}, but the gradients of layer {name!r} need "
-            f"{_gib(copies * _NUMBER * smallest)} beside {_gib(fixed + passes.held)}: take a smaller probe, {fewer}"
-            f"or a larger memory_budget"
+            f"a measurement must fit into memory_budget, {_gib(budget)}, but the gradients of layer {escaped(name)!r} "
+            f"need {_gib(copies * _NUMBER * smallest)} beside {_gib(fixed + passes.held)}: take a smaller probe, "
+            f"{fewer}or a larger memory_budget"
         )
     peak = copies * _NUMBER * min(passes.group, sum(size.peak for size in sizes.values()))
     limits = None

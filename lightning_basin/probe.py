@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class Probe:
     targets: Any = None
 
     def __post_init__(self) -> None:
+        _check_containers((self.inputs, self.targets))
         tensors = tensors_of(self.inputs)
         if not tensors:
             raise TypeError(
@@ -179,6 +181,7 @@ class ProbeCollector:
             if self._splits_pairs
             else (batch, None)
         )
+        _check_containers(pair)
         pair = map_tensors(_copied, pair)
         Probe.from_batches([*self._batches, pair], self._size)
         self._batches.append(pair)
@@ -232,6 +235,35 @@ def _is_sequence_of(length: int, item: Any) -> bool:
     return isinstance(item, tuple | list) and len(item) == length
 
 
+def _check_containers(collection: Any) -> None:
+    """Refuse containers that cannot be made again from other tensors, wherever they stand.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    if isinstance(collection, PackedSequence):
+        raise TypeError(
+            "a batch must hold padded sequences, with the inputs along the first axis, got a PackedSequence: pass "
+            "batch_fn=lambda batch: (pad_packed_sequence(batch[0], batch_first=True), batch[1]), and a behavior that "
+            "packs the padded sequences and their lengths again"
+        )
+    if isinstance(collection, Mapping):
+        items = list(collection.values())
+        if tensors_of(items):
+            try:
+                map_tensors(Tensor.detach, collection)
+            except Exception as error:
+                raise TypeError(
+                    f"a batch must hold tensors in dicts, tuples and lists, got {_described(collection)}, which cannot "
+                    f"be made of other tensors: pass batch_fn=lambda batch: ({', '.join(_two_parts(collection))})"
+                ) from error
+    else:
+        items = list(collection) if isinstance(collection, tuple | list) else []
+    for item in items:
+        if not isinstance(item, Tensor) and tensors_of(item):
+            _check_containers(item)
+
+
 def _two_parts(batch: Any) -> list[str]:
     """Two parts of a batch that hold tensors, as they are written in Python: most often inputs and targets."""
     found = ["inputs", "targets"]
@@ -246,7 +278,7 @@ def _two_parts(batch: Any) -> list[str]:
 
 def _described(batch: Any) -> str:
     if isinstance(batch, Mapping):
-        return f"{type(batch).__name__} with keys {list(batch)}"
+        return f"{type(batch).__name__} with keys {[*batch.keys()]}"
     return f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
 
 

@@ -7,19 +7,19 @@ from statistics import quantiles
 from textwrap import shorten
 from typing import Any
 
+from lightning_basin.functional import RANK_TOLERANCES
+from lightning_basin.naming import escaped
+
 MAX_LAYER_CURVES = 32
 """Above this number of layers a network is drawn by blocks: more curves than this nobody reads."""
 
 ILL_DEFINED_GAP = 3.0
 """A rank whose gap is below three digits depends on the tolerance."""
 
-_MARKUP = frozenset("\\[]<>|`*")
-"""What terminals, TensorBoard and Markdown take for more than a character."""
-
 _MERGED = ("merged_inputs", "train_merged_inputs")
 
-_RANKS = ("gradient_rank", "gradient_nullity", "gradient_effective_rank")
-"""Beginnings of the names of quantities that follow from the rank."""
+OUTPUT_QUANTITIES = ("duplicated_activations", "duplicated_activations_exact", "train_duplicated_activations")
+"""Names of what is measured of the outputs, as of what enters a layer."""
 
 _STATISTICS = ("gradient_rank", "gradient_rank_deficit", "hessian_nullity", "duplicated_activations", "dead_units")
 
@@ -129,7 +129,11 @@ class LayerRecord:
 
     def quantities(self) -> dict[str, float]:
         """Every quantity that was measured, by name, in the order in which it is documented."""
-        named: dict[str, float | None] = {
+        return {name: value for name, value in self._named().items() if value is not None}
+
+    def _named(self) -> dict[str, float | None]:
+        """Every quantity that there is, by name."""
+        return {
             "gradient_rank": self.gradient_rank,
             "gradient_rank_deficit": self.gradient_rank_deficit,
             "gradient_nullity": self.gradient_nullity,
@@ -151,7 +155,6 @@ class LayerRecord:
             "train_duplicated_activations": self.train_duplicated_activations,
             "dead_units": self.dead_units,
         }
-        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +176,10 @@ class BasinRecord(LayerRecord):
         train_merged_inputs: ``merged_inputs`` of the training set.
         layers: By name in ``named_modules()``; ``""`` is the root.
         blocks: Of networks with more than 32 layers, by range of names.
+        projected: Whether ranks are lower bounds, those of random combinations of outputs (``max_outputs``).
         notes: What a reader should know about how the numbers were obtained.
         measure_seconds: Wall time.
         step: Optimizer steps taken, ``None`` outside of training.
-        ranks_are_lower_bounds: Whether the outputs were seen along some random directions only (``max_outputs``).
     """
 
     num_inputs: int
@@ -191,29 +194,27 @@ class BasinRecord(LayerRecord):
     train_merged_inputs: tuple[MergedInput, ...] = ()
     layers: Mapping[str, LayerRecord] = field(default_factory=dict)
     blocks: Mapping[str, LayerRecord] = field(default_factory=dict)
+    projected: bool = False
     notes: tuple[str, ...] = ()
     measure_seconds: float = 0.0
     step: int | None = None
-    ranks_are_lower_bounds: bool = False
 
     @property
     def log10_loss(self) -> float | None:
         """``log10`` of the loss, at least -40: a linear curve of the loss hides where it reaches zero."""
         return None if self.loss is None or self.loss < 0 else math.log10(max(self.loss, 1e-40))
 
-    def quantities(self) -> dict[str, float]:
-        """Every quantity of the network that was measured, by name."""
-        named = super().quantities()
+    def _named(self) -> dict[str, float | None]:
+        named = super()._named()
         named |= {f"gradient_rank_at_{tolerance:.0e}": rank for tolerance, rank in self.gradient_rank_at.items()}
-        own: dict[str, float | None] = {
+        return named | {
             "gradient_rank_bound": self.gradient_rank_bound,
             "surviving_fraction": self.surviving_fraction,
             "loss": self.loss,
             "log10_loss": self.log10_loss,
             "train_num_inputs": self.train_num_inputs,
+            "measure_seconds": self.measure_seconds,
         }
-        named |= {name: value for name, value in own.items() if value is not None}
-        return named | {"measure_seconds": self.measure_seconds}
 
     def scalars(self, prefix: str = "basin") -> dict[str, float]:
         """The record as logged: ``<prefix>/<name>``, ``<prefix>_layer_<name>/<layer>``, ``<prefix>_stats/<name>_<p>``.
@@ -221,51 +222,25 @@ class BasinRecord(LayerRecord):
         Above ``MAX_LAYER_CURVES`` layers, ``<prefix>_block_<name>/<range>`` takes the place of the layers' keys.
 
         Args:
-            prefix: First part of every key.
+            prefix: First part of every key. Control characters and markup in it and in names of layers are
+                percent-encoded.
         """
-        named = {
-            key: float(value)
-            for record, keys in self._keyed_parts(prefix)
-            for key, value in zip(keys, record.quantities().values(), strict=True)
-        }
+        prefix = escaped(prefix)
+        named = {f"{prefix}/{name}": float(value) for name, value in self.quantities().items()}
         parts, kind = (self.blocks, "block") if self.blocks else (self.layers, "layer")
-        tags = _tags(parts)
-        outputs = {
-            "duplicated_activations": self.output_duplicated_activations,
-            "duplicated_activations_exact": self.output_duplicated_activations_exact,
-            "train_duplicated_activations": self.train_output_duplicated_activations,
-        }
-        for name, count in outputs.items():
+        tags = tags_of(parts)
+        for part, record in parts.items():
+            for name, value in record.quantities().items():
+                named[f"{prefix}_{kind}_{name}/{tags[part]}"] = float(value)
+        counts = (
+            self.output_duplicated_activations,
+            self.output_duplicated_activations_exact,
+            self.train_output_duplicated_activations,
+        )
+        for name, count in zip(OUTPUT_QUANTITIES, counts, strict=True):
             if count is not None and "output" not in tags.values():
                 named[f"{prefix}_{kind}_{name}/output"] = float(count)
         return named | {f"{prefix}_stats/{name}": value for name, value in self._statistics()}
-
-    def undecided(self, prefix: str = "basin") -> set[str]:
-        """Keys of ranks that say nothing of the network: saturated, ill-defined, or lower bounds.
-
-        Args:
-            prefix: As of `scalars`.
-        """
-        keys = {
-            key
-            for record, names in self._keyed_parts(prefix)
-            if self._is_undecided(record)
-            for key, name in zip(names, record.quantities(), strict=True)
-            if name.startswith(_RANKS)
-        }
-        if any(record is not self for record, _ in self._keyed_parts(prefix) if self._is_undecided(record)):
-            keys |= {f"{prefix}_stats/{name}" for name, _ in self._statistics() if name.startswith(_RANKS)}
-        return keys
-
-    def _is_undecided(self, record: LayerRecord) -> bool:
-        return self.ranks_are_lower_bounds or record.saturated or record.ill_defined
-
-    def _keyed_parts(self, prefix: str) -> Iterator[tuple[LayerRecord, list[str]]]:
-        """The network, then each layer or block, with the keys of its quantities."""
-        yield self, [f"{prefix}/{name}" for name in self.quantities()]
-        parts, kind = (self.blocks, "block") if self.blocks else (self.layers, "layer")
-        for part, tagged in _tags(parts).items():
-            yield parts[part], [f"{prefix}_{kind}_{name}/{tagged}" for name in parts[part].quantities()]
 
     def _statistics(self) -> Iterator[tuple[str, float]]:
         for name in _STATISTICS:
@@ -375,7 +350,8 @@ _COLUMNS = {
 def _table(record: BasinRecord) -> str:
     rows = [["layer", *_COLUMNS]]
     parts = record.blocks or record.layers
-    for name, part in [*((tag(name), part) for name, part in parts.items()), ("network", record)]:
+    tags = tags_of(parts)
+    for name, part in [*((tags[name], part) for name, part in parts.items()), ("network", record)]:
         rows.append([name, *(_cell(part, attribute) for attribute in _COLUMNS.values())])
     if record.output_duplicated_activations is not None:
         cells = {"layer": "output", "duplicates": f"{record.output_duplicated_activations:,}"}
@@ -452,26 +428,24 @@ def _range_name(first: str, last: str) -> str:
     """``layers.0-1`` from ``layers.0`` and ``layers.1``; both names where they have no common part."""
     stem, _, number = last.rpartition(".")
     joint = first.rpartition(".")[0] == stem and number.isdigit()
-    return f"{tag(first)}-{number if joint else tag(last)}"
+    return f"{_without_slash(first)}-{number if joint else _without_slash(last)}"
 
 
 def tag(layer: str) -> str:
-    r"""A layer's name as it stands in a logged key: ``root`` for the root, no slash, nothing that a display obeys.
-
-    Control characters (colors of a terminal, line breaks) and markup become hexadecimal escapes.
+    """A layer's name as it stands in a logged key: ``root`` for the root, no slash, and what is special escaped.
 
     Example:
-        >>> tag("encoder/conv[0]"), tag("")
-        ('encoder.conv\\x5b0\\x5d', 'root')
+        >>> tag(""), tag("fc1"), tag("a/[b]")
+        ('root', 'fc1', 'a.%5Bb%5D')
     """
-    shown = (
-        character if character.isprintable() and character not in _MARKUP else f"\\x{ord(character):02x}"
-        for character in layer.replace("/", ".")
-    )
-    return "".join(shown) or "root"
+    return escaped(_without_slash(layer))
 
 
-def _tags(layers: Iterable[str]) -> dict[str, str]:
+def _without_slash(layer: str) -> str:
+    return layer.replace("/", ".") or "root"
+
+
+def tags_of(layers: Iterable[str]) -> dict[str, str]:
     """Tags of layers, told apart by a prime where two names look the same without their slash."""
     tags: dict[str, str] = {}
     for layer in layers:
@@ -479,6 +453,61 @@ def _tags(layers: Iterable[str]) -> dict[str, str]:
         while tags[layer] in list(tags.values())[:-1]:
             tags[layer] += "'"
     return tags
+
+
+def rank_in_doubt(quantity: str, parts: Sequence[LayerRecord], *, projected: bool) -> str | None:
+    """Why a rank, or what is computed from it, says more of the measurement than of the network.
+
+    Args:
+        quantity: Its name; of statistics over layers, with the quantile behind it.
+        parts: The network, the layer, or the layers that the statistics are over.
+        projected: Whether ranks are lower bounds.
+
+    Returns:
+        What such a rank is, with what helps; ``None`` for a rank that is the network's own, or no rank at all.
+    """
+    if quantity.startswith(("gradient_rank_gap", "gradient_rank_bound")) or not quantity.startswith(_RANKS):
+        return None
+    if projected:
+        return "lower bounds, those of random combinations of outputs. HINT: pass a smaller BasinMonitor(probe=...)"
+    if any(_looks_saturated(part, quantity) for part in parts):
+        return "saturated, those of the probe and not of the network. HINT: pass a larger BasinMonitor(probe=...)"
+    if quantity.startswith(_AT_OWN_TOLERANCE):
+        return None
+    if any(part.ill_defined for part in parts):
+        return f"ill-defined, as no gap of {ILL_DEFINED_GAP:g} digits separates what counts from what does not"
+    return None
+
+
+_RANKS = ("gradient_rank", "gradient_nullity", "gradient_effective_rank")
+_AT_OWN_TOLERANCE = ("gradient_rank_at_", "gradient_effective_rank")
+
+
+def _looks_saturated(part: LayerRecord, quantity: str) -> bool:
+    if not quantity.startswith("gradient_rank_at_"):
+        return part.saturated
+    return part.quantities().get(quantity) == part.num_rows < part.num_parameters
+
+
+def _names(of: type[LayerRecord], **fields: Any) -> tuple[str, ...]:
+    sizes: dict[str, Any] = {"num_parameters": 0, "num_rows": 0, "gradient_rank": 0, "gradient_rank_gap": None}
+    ranks: dict[str, Any] = {
+        "gradient_rank_at": dict.fromkeys(RANK_TOLERANCES, 0),
+        "gradient_effective_rank": None,
+        "gradient_rtol": 0.0,
+        "gradient_method": "",
+    }
+    return tuple(of(**sizes, **ranks, **fields)._named())
+
+
+LAYER_QUANTITIES = _names(LayerRecord)
+"""Names of all quantities of a layer, in the order in which they are documented."""
+
+NETWORK_QUANTITIES = _names(BasinRecord, num_inputs=0)
+"""The same of the network; ``zero_loss_step`` is one of a run."""
+
+STATISTICS = tuple(f"{name}_{quantile}" for name in _STATISTICS for quantile in ("p10", "median", "p90"))
+"""Names of quantiles over the layers."""
 
 
 def _fields(record: LayerRecord) -> dict[str, Any]:

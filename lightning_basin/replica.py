@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
 from lightning_basin.copying import DeepCopier, parts_of
+from lightning_basin.naming import escaped
 from lightning_basin.precision import RaisedPrecision
 
 
@@ -68,7 +69,7 @@ def replicas(
         copies = [copier.copy(item) for item in (module, *callables)]
         for replica in map(_owner, copies):
             if replica is not None:  # Not by truth: a module may have a length, and that be 0.
-                _prepare(replica, originals, training=training)
+                _prepare(replica, originals, training=training, failure=copier.failure)
     inside = {id(part) for part in copies[0].modules()}
     outside = [item for item in copier.weakly_held if id(item) not in inside]
     if outside:  # Nothing else holds these.
@@ -76,12 +77,13 @@ def replicas(
     return tuple(copies)
 
 
-def _prepare(replica: nn.Module, originals: Collection[int], *, training: bool) -> None:
+def _prepare(replica: nn.Module, originals: Collection[int], *, training: bool, failure: str | None) -> None:
     """Make sure that a copy shares nothing with its original, and put it into its mode."""
     for part in parts_of(replica):
         if id(part) in originals:
             shared = f"tensor of shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-            raise TypeError(f"{type(replica).__name__} must be copied, but a copy of it shares its {shared}")
+            cause = "" if failure is None else f": {failure}"
+            raise TypeError(f"{type(replica).__name__} must be copied, but a copy of it shares its {shared}{cause}")
     if not training:
         replica.eval()
     elif not replica.training:
@@ -118,9 +120,11 @@ def _owner(item: Any) -> nn.Module | None:
 def _check_parameters(part: nn.Module) -> None:
     for name, parameter in part.named_parameters(recurse=False):
         if is_lazy(parameter):
-            raise ValueError(f"parameter {name!r} has no shape yet: run one forward pass before measuring")
+            raise ValueError(f"parameter {escaped(name)!r} has no shape yet: run one forward pass before measuring")
         if parameter.requires_grad and parameter.is_complex():
-            raise TypeError(f"trainable parameters must be real, but {name!r} is complex: split it into two real ones")
+            raise TypeError(
+                f"trainable parameters must be real, but {escaped(name)!r} is complex: split it into two real ones"
+            )
 
 
 @contextmanager
@@ -135,7 +139,7 @@ def at_rest(module: nn.Module) -> Iterator[None]:
 
     def refuse(part: nn.Module, _: Any) -> None:
         if id(part) in names and threading.get_ident() == thread:
-            name = names[id(part)]
+            name = escaped(names[id(part)])
             raise ValueError(
                 f"a copy of the module is measured, but {f'its part {name!r}' if name else 'the module'} itself is "
                 f"run, found in a global variable or through the trainer: use the module that is passed in"

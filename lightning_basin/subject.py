@@ -49,7 +49,7 @@ def quiet_behavior(
         for part in module.modules():
             if isinstance(part, LightningModule) and vars(part).get("log") is not _ignore:
                 _silence(part, trainer)
-        with _collectives_refused(trainer):
+        with collectives_refused(trainer):
             return call(module, inputs)
 
     return Probabilities(outputs) if behavior == "probabilities" else outputs
@@ -80,7 +80,7 @@ def quiet_loss(loss_fn: Any, trainer: Trainer | None) -> Any:
         return loss_fn
 
     def loss(outputs: Any, targets: Any) -> Any:
-        with _collectives_refused(trainer):
+        with collectives_refused(trainer):
             return loss_fn(outputs, targets)
 
     return loss
@@ -180,6 +180,22 @@ class _QuietOptimizer(_Nothing):
         return None if closure is None else closure()
 
 
+def check_one_loader(trainer: Trainer) -> None:
+    """Refuse batches that hold one of each of several loaders: a pair of them is no pair of inputs and targets.
+
+    Raises:
+        TypeError: If there are several; it says what to pass.
+    """
+    loaders = trainer.train_dataloader
+    if not isinstance(loaders, list | tuple | dict) or len(loaders) < 2:  # noqa: PLR2004
+        return
+    first = next(iter(loaders)) if isinstance(loaders, dict) else 0
+    raise TypeError(
+        f"a training batch must be a pair of inputs and targets, but holds a batch of each of {len(loaders)} loaders: "
+        f"pass batch_fn=lambda batch: batch[{first!r}] for those of the first"
+    )
+
+
 def whole_training_set(
     duplicates_over: Any, trainer: Trainer | None, *, batch_fn: Callable[..., Any] | None, whole_batches: bool
 ) -> Iterable[Probe] | None:
@@ -236,7 +252,7 @@ _WAITS = re.compile("gather|reduce|broadcast|scatter|all_?to_?all|barrier|send|r
 
 
 @contextmanager
-def _collectives_refused(trainer: Trainer | None) -> Iterator[None]:
+def collectives_refused(trainer: Trainer | None) -> Iterator[None]:
     """Refuse, in this thread, whatever waits for other processes: all of it goes through a process group."""
     if trainer is None or trainer.world_size == 1 or not torch.distributed.is_available():
         yield

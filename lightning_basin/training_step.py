@@ -22,7 +22,7 @@ from lightning_basin.layers import Network, agreement_rtol
 from lightning_basin.precision import RaisedPrecision
 from lightning_basin.probe import Probe, float64_device, map_tensors, split_batch, tensors_of
 from lightning_basin.replica import at_rest, isolated_evaluation, replicas
-from lightning_basin.subject import quiet_step
+from lightning_basin.subject import collectives_refused, quiet_step
 
 _LOSSES = frozenset(
     [
@@ -327,7 +327,7 @@ def _read(
                 parameter.mul_(1 + perturbation)
     objectives: list[Tensor] = []
     quiet_step(replica, trainer, objectives)
-    with RaisedPrecision(torch.float64):
+    with collectives_refused(trainer), RaisedPrecision(torch.float64):
         watch, result = _run(replica, map_tensors(Tensor.clone, probe.inputs))
     total = _total(result, objectives)
     if calls is None:

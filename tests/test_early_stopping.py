@@ -1,20 +1,28 @@
+import re
+import warnings
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_basin import BasinMonitor, RankEarlyStopping
-from tests.lightning_packages import EarlyStopping, EarlyStoppingReason, MisconfigurationException, ModelCheckpoint
-from tests.training import Inline, Regressor, Scripted, loader, make_trainer, scripted_loader, steps
+from tests.lightning_packages import (
+    EarlyStopping,
+    EarlyStoppingReason,
+    LightningModule,
+    MisconfigurationException,
+    ModelCheckpoint,
+)
+from tests.training import Regressor, Scripted, loader, make_trainer, scripted_loader, seeded, steps
+
+rank_stopping = partial(RankEarlyStopping, after_zero_loss=False)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def at_once(*arguments, **options):
-    """Looks at measurements from the first one on."""
-    return RankEarlyStopping(*arguments, **{"after_zero_loss": False} | options)
 
 
 def stop_on(root, stopping, ranks=(6,), losses=(1.0,), *, stopping_first=False, num_batches=1, **options):
@@ -118,7 +126,7 @@ def test_early_stopping_of_lightning_stops_where_the_table_says(tmp_path, stoppi
     ids=["default", "validation in the epoch", "rare validation", "no validation", "min_epochs", "steps", "rare"],
 )
 def test_rank_early_stopping_counts_measurements_in_every_combination(tmp_path, stopping_first, options, epoch):
-    stopping = at_once(mode="min", patience=2)
+    stopping = rank_stopping(mode="min", patience=2)
     found, monitor = stopping_epoch(tmp_path, stopping, FALLING_ONCE, stopping_first=stopping_first, **options)
     assert found == epoch
     ranks = [record.gradient_rank for record in monitor.records]
@@ -169,14 +177,8 @@ def test_what_early_stopping_of_lightning_cannot_do_is_said_at_the_start(tmp_pat
 def test_nothing_is_said_where_early_stopping_of_lightning_does_what_is_meant(tmp_path, recwarn, stopping, options):
     callback = EarlyStopping(**{"monitor": "basin/gradient_rank", "patience": 100} | stopping)
     stop_on(tmp_path, callback, num_batches=2, max_epochs=1, **options)
-    stop_on(tmp_path, at_once(patience=1), num_batches=2, max_epochs=1, monitor={"every_n_epochs": 3})
+    stop_on(tmp_path, rank_stopping(patience=1), num_batches=2, max_epochs=1, monitor={"every_n_epochs": 3})
     assert not [warning for warning in recwarn if "HINT: pass" in str(warning.message)]
-
-
-def test_a_value_that_comes_late_asks_for_a_lenient_early_stopping(tmp_path):
-    stopping = EarlyStopping("basin/zero_loss_step", strict=True, patience=100)
-    with pytest.warns(UserWarning, match="HINT: pass strict=False"), pytest.raises(RuntimeError, match="not available"):
-        stop_on(tmp_path, stopping, max_epochs=1)
 
 
 @pytest.mark.parametrize(
@@ -258,41 +260,176 @@ def test_model_checkpoint_keeps_the_weights_of_the_lowest_rank(tmp_path):
 )
 @pytest.mark.parametrize("stopping_first", [True, False], ids=["before the monitor", "after the monitor"])
 def test_training_stops_at_the_measurement_that_decides(tmp_path, options, ranks, last_step, stopping_first):
-    trainer, monitor = stop_on(tmp_path, at_once(**options), ranks, stopping_first=stopping_first)
+    trainer, monitor = stop_on(tmp_path, rank_stopping(**options), ranks, stopping_first=stopping_first)
     assert trainer.global_step == last_step
     assert steps(monitor) == list(range(last_step + 1))
 
 
 def test_value_that_keeps_moving_never_stops(tmp_path):
-    trainer, _ = stop_on(tmp_path, at_once(patience=1), (6, 5) * 5, max_epochs=9)
+    trainer, _ = stop_on(tmp_path, rank_stopping(patience=1), (6, 5) * 5, max_epochs=9)
     assert trainer.current_epoch == 9
 
 
 def test_patience_counts_measurements_and_not_epochs(tmp_path):
     trainer, monitor = stop_on(
-        tmp_path, at_once(patience=3), max_epochs=30, monitor={"every_n_epochs": 5}, num_batches=2
+        tmp_path, rank_stopping(patience=3), max_epochs=30, monitor={"every_n_epochs": 5}, num_batches=2
     )
     assert trainer.current_epoch == 15
     assert steps(monitor) == [0, 10, 20, 30]
 
 
 def test_cadence_of_steps_stops_inside_an_epoch(tmp_path):
-    trainer, monitor = stop_on(tmp_path, at_once(patience=2), num_batches=20, monitor={"every_n_train_steps": 3})
+    trainer, monitor = stop_on(tmp_path, rank_stopping(patience=2), num_batches=20, monitor={"every_n_train_steps": 3})
     assert trainer.global_step == 6
     assert steps(monitor) == [0, 3, 6]
 
 
 def test_measurements_before_zero_loss_are_not_looked_at(tmp_path):
     losses = (1.0,) * 5 + (0.0,)
-    stopping = at_once(patience=2, after_zero_loss=True)
-    trainer, monitor = stop_on(tmp_path, stopping, losses=losses)
+    trainer, monitor = stop_on(tmp_path, RankEarlyStopping(patience=2), losses=losses)
     assert monitor.zero_loss_step == 5
     assert trainer.global_step == 7
 
 
-def test_without_zero_loss_training_is_not_stopped_after_it(tmp_path):
-    trainer, _ = stop_on(tmp_path, at_once(patience=1, after_zero_loss=True))
+def test_without_zero_loss_training_is_not_stopped(tmp_path):
+    trainer, _ = stop_on(tmp_path, RankEarlyStopping(patience=1))
     assert trainer.current_epoch == 20
+
+
+class WithoutLoss(LightningModule):
+    """A linear map whose training step keeps its loss to itself."""
+
+    def __init__(self, outputs=1, inputs=8):
+        super().__init__()
+        with seeded():
+            self.map = nn.Linear(inputs, outputs, bias=False)
+
+    def forward(self, inputs):
+        return self.map(inputs)
+
+    def training_step(self, batch, batch_idx):
+        return 0.0 * self(batch[0]).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def batches_of(inputs, outputs=1):
+    return DataLoader(TensorDataset(inputs, torch.zeros(len(inputs), outputs)), len(inputs))
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_fn": "behavioral"}], ids=["no loss", "behavioral"])
+@pytest.mark.filterwarnings("ignore:Loss and Hessian are not measured")
+def test_that_nothing_can_reach_zero_loss_is_said_with_the_argument_that_lifts_the_condition(tmp_path, options):
+    monitor = BasinMonitor(probe=8, **options)
+    trainer = make_trainer(tmp_path, monitor, RankEarlyStopping(patience=1), max_epochs=4)
+    with pytest.warns(
+        UserWarning, match=r"will not stop this run. HINT: pass RankEarlyStopping\(after_zero_loss=False"
+    ):
+        trainer.fit(WithoutLoss(), batches_of(torch.eye(8)))
+    assert trainer.current_epoch == 4
+
+
+def test_nothing_is_said_of_zero_loss_where_it_is_not_waited_for(tmp_path, recwarn):
+    trainer = make_trainer(tmp_path, BasinMonitor(probe=8), rank_stopping(patience=1), max_epochs=4)
+    trainer.fit(WithoutLoss(), batches_of(torch.eye(8)))
+    assert trainer.current_epoch == 1
+    assert not [warning for warning in recwarn if "zero loss" in str(warning.message)]
+
+
+# Each has a rank that stays as it is: that of a probe of 5 inputs, 10 singular values two digits apart with a tolerance
+# in their midst, and 2 of 4 outputs.
+IN_DOUBT = {
+    "saturated": (torch.eye(8)[:5], 1, {"probe": 5}),
+    "ill-defined": (torch.diag(10.0 ** -torch.arange(0, 16, 2)), 1, {"probe": 8, "rtol": 1e-5}),
+    "lower bounds": (torch.eye(8)[:3].repeat(3, 1), 4, {"probe": 9, "max_outputs": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", IN_DOUBT)
+@pytest.mark.parametrize(
+    "stopping",
+    [
+        {},
+        {"mode": "min"},
+        {"mode": "max", "stopping_threshold": 0.5},
+        {"monitor": "basin/gradient_nullity"},
+        {"monitor": "basin/gradient_rank_deficit"},
+        {"monitor": "basin_layer_gradient_rank/map"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+@pytest.mark.filterwarnings("ignore:(Loss and Hessian|The probe is too small)")
+def test_a_rank_that_is_not_the_networks_own_never_stops_a_run(tmp_path, kind, stopping):
+    inputs, outputs, options = IN_DOUBT[kind]
+    monitor = BasinMonitor(**options)
+    trainer = make_trainer(tmp_path, monitor, rank_stopping(patience=1, **stopping), max_epochs=4)
+    with pytest.warns(UserWarning, match=f"passes over ranks that are {kind}") as said:
+        trainer.fit(WithoutLoss(outputs), batches_of(inputs, outputs))
+    assert trainer.current_epoch == 4
+    assert len({record.gradient_rank for record in monitor.records}) == 1
+    assert sum("passes over" in str(warning.message) for warning in said) == 1
+
+
+def test_what_is_no_rank_stops_a_run_on_any_probe(tmp_path):
+    stopping = rank_stopping("basin/dead_units", patience=1)
+    trainer = make_trainer(tmp_path, BasinMonitor(probe=5), stopping, max_epochs=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(WithoutLoss(), batches_of(torch.eye(8)[:5]))
+    assert trainer.current_epoch == 1
+
+
+def test_measurements_in_doubt_are_passed_over_and_the_others_counted(tmp_path):
+    # Rank 4 of 4 inputs is saturated: what counts is 3 (twice), and no 4 between them makes a move.
+    stopping = rank_stopping(patience=2)
+    monitor = BasinMonitor(probe=4, hessian=False)
+    trainer = make_trainer(tmp_path, monitor, stopping, max_epochs=20)
+    with pytest.warns(UserWarning, match="saturated"):
+        trainer.fit(Scripted((4, 4, 4, 3, 4, 3, 4, 3, 2)), scripted_loader())
+    assert [record.gradient_rank for record in monitor.records] == [4, 4, 4, 3, 4, 3, 4, 3]
+    assert trainer.global_step == 7
+
+
+def readme_snippet():
+    """The callbacks of the first snippet of the README."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (arguments,) = re.findall(r"L\.Trainer\(callbacks=(\[BasinMonitor.*\])\)", text)
+    return eval(arguments, {"BasinMonitor": BasinMonitor, "RankEarlyStopping": RankEarlyStopping})
+
+
+class Digits(LightningModule):
+    """A classifier of which the default probe shows a rank that is the probe's own, for many epochs."""
+
+    def __init__(self):
+        super().__init__()
+        with seeded():
+            self.network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        self.loss_fn = nn.CrossEntropyLoss()
+
+    def forward(self, images):
+        return self.network(images)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss_fn(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_snippet_of_the_readme_does_not_end_a_digits_run_before_zero_loss(tmp_path):
+    images, labels = load_digits(return_X_y=True)
+    data = TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels))
+    monitor, stopping = readme_snippet()
+    trainer = make_trainer(tmp_path, monitor, stopping, max_epochs=6)
+    trainer.fit(Digits(), DataLoader(data, 32))
+    ranks = [record.gradient_rank for record in monitor.records]
+    assert monitor.zero_loss_step is None
+    assert trainer.current_epoch == 6
+    # It would have been a plateau: every measurement shows the rank of 128 inputs with 10 outputs.
+    assert ranks == [1280] * 7
 
 
 RARE = {"every_n_train_steps": 1, "verify_null_space": 4}
@@ -300,13 +437,13 @@ RARE = {"every_n_train_steps": 1, "verify_null_space": 4}
 
 
 def test_measurements_without_the_quantity_say_nothing_of_it(tmp_path):
-    trainer, monitor = stop_on(tmp_path, at_once("basin/surviving_fraction", patience=2), monitor=RARE)
+    trainer, monitor = stop_on(tmp_path, rank_stopping("basin/surviving_fraction", patience=2), monitor=RARE)
     assert [record.surviving_fraction for record in monitor.records[:5]] == [1.0, None, None, None, 1.0]
     assert trainer.global_step == 8
 
 
 def test_a_value_that_was_not_measured_leaves_the_callback_metrics(tmp_path):
-    trainer, _ = stop_on(tmp_path, at_once(patience=9), max_epochs=2, monitor=RARE)
+    trainer, _ = stop_on(tmp_path, rank_stopping(patience=9), max_epochs=2, monitor=RARE)
     assert "basin/gradient_rank" in trainer.callback_metrics
     assert "basin/surviving_fraction" not in trainer.callback_metrics
 
@@ -325,20 +462,20 @@ class Fails(Scripted):
 def test_a_run_that_raised_leaves_no_early_stopping_behind(tmp_path):
     monitor = BasinMonitor(probe=8, hessian=False)
     with pytest.raises(KeyError, match="a mistake of its own"):
-        make_trainer(tmp_path, monitor, at_once(patience=2)).fit(Fails(), scripted_loader())
+        make_trainer(tmp_path, monitor, rank_stopping(patience=2)).fit(Fails(), scripted_loader())
     trainer = make_trainer(tmp_path, monitor, max_epochs=5)
     trainer.fit(Scripted(), scripted_loader())
     assert trainer.current_epoch == 5
 
 
 def test_any_quantity_can_be_looked_at(tmp_path):
-    stopping = at_once("basin_layer_gradient_nullity/root", mode="max", stopping_threshold=3.5, patience=9)
+    stopping = rank_stopping("basin_layer_gradient_nullity/root", mode="max", stopping_threshold=3.5, patience=9)
     trainer, _ = stop_on(tmp_path, stopping, (6, 5, 4, 3, 2, 1))
     assert trainer.global_step == 4
 
 
 def test_two_conditions_side_by_side_stop_at_the_earlier_one(tmp_path):
-    slow, fast = at_once(patience=9), at_once(mode="min", patience=2)
+    slow, fast = rank_stopping(patience=9), rank_stopping(mode="min", patience=2)
     monitor = BasinMonitor(probe=8)
     trainer = make_trainer(tmp_path, slow, monitor, fast, max_epochs=20)
     trainer.fit(Scripted(), scripted_loader())
@@ -350,7 +487,7 @@ def test_two_conditions_side_by_side_stop_at_the_earlier_one(tmp_path):
 
 
 def test_monitor_of_another_prefix_is_found(tmp_path):
-    stopping = at_once("other/gradient_rank", patience=2)
+    stopping = rank_stopping("other/gradient_rank", patience=2)
     monitors = [BasinMonitor(probe=8), BasinMonitor(probe=8, prefix="other", every_n_epochs=2)]
     trainer = make_trainer(tmp_path, stopping, *monitors, max_epochs=20)
     trainer.fit(Scripted(), scripted_loader())
@@ -358,12 +495,12 @@ def test_monitor_of_another_prefix_is_found(tmp_path):
 
 
 def test_min_epochs_postpones_the_stop(tmp_path):
-    trainer, _ = stop_on(tmp_path, at_once(patience=1), min_epochs=6)
+    trainer, _ = stop_on(tmp_path, rank_stopping(patience=1), min_epochs=6)
     assert trainer.current_epoch == 6
 
 
 def test_fast_dev_run_is_not_stopped(tmp_path):
-    trainer, _ = stop_on(tmp_path, at_once(patience=1), num_batches=5, fast_dev_run=4)
+    trainer, _ = stop_on(tmp_path, rank_stopping(patience=1), num_batches=5, fast_dev_run=4)
     assert trainer.global_step == 4
 
 
@@ -379,7 +516,7 @@ def test_fast_dev_run_is_not_stopped(tmp_path):
     ],
 )
 def test_reason_for_stopping_is_said(tmp_path, caplog, options, message):
-    stopping = at_once(**options)
+    stopping = rank_stopping(**options)
     with caplog.at_level("INFO"):
         stop_on(tmp_path, stopping)
     assert message in stopping.stopping_reason_message
@@ -387,7 +524,7 @@ def test_reason_for_stopping_is_said(tmp_path, caplog, options, message):
 
 
 def test_nothing_is_said_where_training_was_not_stopped(tmp_path):
-    stopping = at_once(patience=100)
+    stopping = rank_stopping(patience=100)
     stop_on(tmp_path, stopping)
     assert stopping.stopping_reason_message is None
     assert stopping.stopping_reason == EarlyStoppingReason.NOT_STOPPED
@@ -400,9 +537,9 @@ def test_nothing_is_said_where_training_was_not_stopped(tmp_path):
 @pytest.mark.parametrize("stopping_first", [True, False])
 def test_resumed_run_goes_on_counting(tmp_path, options, stopping_first):
     ranks = (6, 5, 4)
-    trainer, _ = stop_on(tmp_path, at_once(**options), ranks, max_epochs=4, stopping_first=stopping_first)
+    trainer, _ = stop_on(tmp_path, rank_stopping(**options), ranks, max_epochs=4, stopping_first=stopping_first)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    stopping, monitor = at_once(**options), BasinMonitor(probe=8, hessian=False)
+    stopping, monitor = rank_stopping(**options), BasinMonitor(probe=8, hessian=False)
     callbacks = [stopping, monitor] if stopping_first else [monitor, stopping]
     resumed = make_trainer(tmp_path, *callbacks, max_epochs=20)
     resumed.fit(Scripted(ranks), scripted_loader(), ckpt_path=tmp_path / "half.ckpt")
@@ -431,7 +568,7 @@ def test_run_resumed_from_any_checkpoint_stops_where_the_uninterrupted_one_does(
     ranks = (6, 6, 5, 5, 5, 4)
 
     def fit(*callbacks, **options):
-        stopping, monitor = at_once(patience=6), BasinMonitor(probe=8, hessian=False, **cadence)
+        stopping, monitor = rank_stopping(patience=6), BasinMonitor(probe=8, hessian=False, **cadence)
         trainer = make_trainer(tmp_path, stopping, monitor, *callbacks, max_epochs=20, **options.pop("trainer", {}))
         trainer.fit(Scripted(ranks), scripted_loader(2), scripted_loader(), **options)
         return trainer.global_step, steps(monitor)
@@ -443,7 +580,7 @@ def test_run_resumed_from_any_checkpoint_stops_where_the_uninterrupted_one_does(
 
 
 def test_strict_early_stopping_of_lightning_works_on_resume_with_a_rare_measurement(tmp_path):
-    trainer, _ = stop_on(tmp_path, at_once(patience=99), max_epochs=6, monitor={"every_n_epochs": 5})
+    trainer, _ = stop_on(tmp_path, rank_stopping(patience=99), max_epochs=6, monitor={"every_n_epochs": 5})
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     stopping = EarlyStopping("basin/gradient_rank", strict=True, patience=99)
     resumed = make_trainer(tmp_path, stopping, BasinMonitor(probe=8, every_n_epochs=5, hessian=False), max_epochs=9)
@@ -466,15 +603,15 @@ def test_strict_early_stopping_of_lightning_works_on_resume_with_a_rare_measurem
 )
 def test_argument_out_of_range_raises_at_once(options, message):
     with pytest.raises(MisconfigurationException, match=message):
-        at_once(**options)
+        rank_stopping(**options)
 
 
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
-        (lambda: [at_once()], "needs a BasinMonitor that logs this key, got none"),
-        (lambda: [at_once(), BasinMonitor(prefix="x")], r"got those with prefixes \['x'\]"),
-        (lambda: [at_once("val_loss"), BasinMonitor()], "needs a BasinMonitor that logs this key"),
+        (lambda: [rank_stopping()], "needs a BasinMonitor that logs this key, got none"),
+        (lambda: [rank_stopping(), BasinMonitor(prefix="x")], r"got those with prefixes \['x'\]"),
+        (lambda: [rank_stopping("val_loss"), BasinMonitor()], "needs a BasinMonitor that logs this key"),
     ],
     ids=["no monitor", "another prefix", "another key"],
 )
@@ -485,118 +622,21 @@ def test_missing_monitor_raises_before_training(tmp_path, callbacks, message):
     assert module.num_training_steps == 0
 
 
-def test_strict_stopping_on_a_quantity_that_is_not_measured_raises(tmp_path):
-    with pytest.raises(RuntimeError, match=r"basin/hessian_nullity.*not available"):
-        stop_on(tmp_path, at_once("basin/hessian_nullity"))
+def test_strict_stopping_on_a_quantity_that_is_not_measured_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"hessian_nullity.*`BasinMonitor\(hessian=False\)` does not"):
+        stop_on(tmp_path, rank_stopping("basin/hessian_nullity"))
 
 
 def test_lenient_stopping_on_a_quantity_that_is_not_measured_warns(tmp_path):
-    stopping = at_once("basin/hessian_nullity", strict=False, verbose=True)
+    stopping = rank_stopping("basin/hessian_nullity", strict=False, verbose=True)
     with pytest.warns(RuntimeWarning, match=r"basin/hessian_nullity.*not available"):
         trainer, _ = stop_on(tmp_path, stopping, max_epochs=2)
     assert trainer.current_epoch == 2
 
 
 def test_state_of_early_stopping_loads_with_weights_only(tmp_path):
-    trainer, _ = stop_on(tmp_path, at_once(patience=3), max_epochs=2)
+    trainer, _ = stop_on(tmp_path, rank_stopping(patience=3), max_epochs=2)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     states = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"]
     (state,) = (state for key, state in states.items() if key.startswith("RankEarlyStopping"))
     assert state["wait_count"] == 2
-
-
-# -------------------------------------------------------------------------------------- ranks that say nothing, README
-
-
-class Resting(Regressor):
-    """Learns nothing, so that no rank ever moves."""
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
-def settled(root, basin, module=None, **stopping):
-    """Epochs of a run of 8 whose rank never moves."""
-    trainer = make_trainer(root, basin, at_once(**{"patience": 1} | stopping), max_epochs=8)
-    trainer.fit(module or Resting(), loader())
-    return trainer.current_epoch
-
-
-@pytest.mark.parametrize(
-    ("size", "key", "epochs"),
-    [
-        # 60 inputs see all of the 26 parameters; the 8 outputs of 4 inputs do not.
-        pytest.param(60, "basin/gradient_rank", 1, id="rank"),
-        pytest.param(4, "basin/gradient_rank", 8, id="saturated"),
-        pytest.param(4, "basin/gradient_rank_deficit", 8, id="deficit of a saturated rank"),
-        pytest.param(4, "basin/gradient_nullity", 8, id="nullity of a saturated rank"),
-        pytest.param(4, "basin_layer_gradient_rank/hidden", 8, id="saturated layer"),
-        pytest.param(4, "basin_stats/gradient_rank_median", 8, id="statistics of saturated layers"),
-        pytest.param(4, "basin/duplicated_activations", 1, id="other quantities"),
-    ],
-)
-def test_a_rank_that_fills_the_probe_stops_no_run(tmp_path, size, key, epochs):
-    assert settled(tmp_path, BasinMonitor(size), monitor=key) == epochs
-
-
-@pytest.mark.parametrize("mode", ["min", "max"])
-def test_a_saturated_rank_stops_no_run_beyond_a_threshold_either(tmp_path, mode):
-    threshold = {"min": 1000, "max": 0}[mode]
-    assert settled(tmp_path, BasinMonitor(4), mode=mode, stopping_threshold=threshold) == 8
-
-
-def test_a_rank_that_is_a_lower_bound_stops_no_run(tmp_path):
-    monitor = BasinMonitor(60, max_outputs=1)
-    assert settled(tmp_path, monitor) == 8
-    assert monitor.records[-1].ranks_are_lower_bounds
-
-
-def test_a_rank_without_a_gap_stops_no_run(tmp_path):
-    # The Vandermonde matrix of 40 points in [0, 1] has singular values down to rounding, without any gap.
-    module = Powers()
-    monitor = BasinMonitor((torch.linspace(0, 1, 40).unsqueeze(1), torch.zeros(40, 1)))
-    assert settled(tmp_path, monitor, module) == 8
-    assert monitor.records[-1].ill_defined
-
-
-class Powers(Resting):
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Linear(30, 1)
-
-    def forward(self, x):
-        return self.net(x[:, :1] ** torch.arange(1, 31))
-
-
-def test_a_run_without_a_loss_is_told_that_it_will_not_be_stopped(tmp_path):
-    module = Inline()
-    with pytest.warns(
-        UserWarning, match="waits for a loss of zero, and no loss is measured: it will not stop this run"
-    ):
-        make_trainer(tmp_path, BasinMonitor(30), RankEarlyStopping()).fit(module, loader())
-
-
-def test_the_snippet_of_the_readme_stops_no_run_on_digits_before_zero_loss(tmp_path):
-    digits = load_digits()
-    inputs, labels = torch.tensor(digits.data / 16).float(), torch.tensor(digits.target)
-    train_loader = DataLoader(TensorDataset(inputs, labels), 64, shuffle=True)
-    torch.manual_seed(0)
-    trainer = make_trainer(tmp_path, BasinMonitor(hessian=False), RankEarlyStopping(patience=5), max_epochs=8)
-    trainer.fit(Digits(), train_loader)
-    assert trainer.current_epoch == 8
-
-
-class Digits(Regressor):
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
-        self.loss_fn = torch.nn.CrossEntropyLoss()
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, _):
-        return self.loss_fn(self(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)

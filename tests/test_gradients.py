@@ -367,3 +367,62 @@ def test_measuring_leaves_no_hooks_and_no_gradients():
     measured(network, probe)
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+# Tensors made by a factory, into which what depends on the inputs is written.
+
+
+def empty_in_turn(m, x):
+    outs = torch.empty(len(x), 6, dtype=torch.float64).zero_()
+    for position in range(6):
+        outs[:, position] = (x == position).double()
+    return m.head(outs)
+
+
+def sums_in_turn(m, x):
+    """A state that every step adds to."""
+    total = torch.zeros(6, len(x), dtype=torch.float64).mT
+    for _ in range(3):
+        total += torch.eye(6, dtype=torch.float64)[x] / 3
+    return m.head(total)
+
+
+def into(write, *, dtype=torch.float64, positions=1):
+    def function(m, x):
+        made = torch.zeros(len(x) * positions, 6, dtype=dtype)
+        write(made, x.repeat_interleave(positions))
+        return m.head(made.double()).view(len(x), -1)
+
+    return function
+
+
+def by_out(made, x):
+    torch.mul(torch.eye(6, dtype=made.dtype)[x], 1, out=made)
+
+
+WRITES = {
+    "F.one_hot": lambda m, x: m.head(nn.functional.one_hot(x, 6).double()),
+    "scatter_ of integers": into(lambda made, x: made.scatter_(1, x[:, None], 1), dtype=torch.long),
+    "scatter_": into(lambda made, x: made.scatter_(1, x[:, None], 1.0)),
+    "scatter_add_": into(lambda made, x: made.scatter_add_(1, x[:, None], torch.ones(len(x), 1, dtype=made.dtype))),
+    "at indices": into(lambda made, x: made.__setitem__((torch.arange(len(x)), x), 1.0)),
+    "at indices, of truths": into(lambda made, x: made.__setitem__((torch.arange(len(x)), x), 1), dtype=torch.bool),
+    "masked_fill_": into(lambda made, x: made.masked_fill_(x[:, None] == torch.arange(6), 1.0)),
+    "copy_": into(lambda made, x: made.copy_(torch.eye(6, dtype=made.dtype)[x])),
+    "a view": into(lambda made, x: made.view(-1, 2, 3).copy_(torch.eye(6)[x].view(-1, 2, 3))),
+    "out=": into(by_out),
+    "two positions": into(lambda made, x: made.scatter_(1, x[:, None], 1.0), positions=2),
+    "in turn": empty_in_turn,
+    "sums in turn": sums_in_turn,
+}
+
+
+@pytest.mark.parametrize("function", WRITES.values(), ids=WRITES)
+def test_what_is_written_into_a_new_tensor_is_seen_to_depend_on_the_inputs(function):
+    # Five of six words: with the bias five independent rows, for each of two outputs; 2 positions are the same twice.
+    words = torch.tensor([0, 1, 2, 3, 4, 0, 2, 2])
+    network = Network(filled(Composed(function, head=nn.Linear(6, 2))))
+    found = measured(network, Probe(words))["head"]
+    assert found.structured
+    assert found.note is None
+    assert int(torch.linalg.matrix_rank(found.gradients.rows())) == 10

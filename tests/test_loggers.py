@@ -50,6 +50,16 @@ def test_mlflow_gets_names_that_it_takes_and_more_values_than_it_takes_at_once(t
     assert metrics == {key.replace("'", "_"): value for key, value in scalars.items()}
 
 
+@pytest.mark.filterwarnings("error:MLFlow only allows")
+def test_mlflow_gets_a_name_for_each_value_also_where_it_refuses_what_tells_them_apart(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # Else mlflow 3 wants a database.
+    logger = MLFlowLogger(tracking_uri=f"file:{tmp_path}")
+    assert log_scalars([logger], {"a(": 1.0, "a%": 2.0, "a_": 3.0, "ä": 4.0, "ö": 5.0}, step=7) == []
+    metrics = logger.experiment.get_run(logger.run_id).data.metrics
+    assert metrics == {"a_": 3.0, "a__": 1.0, "a___": 2.0, "_": 4.0, "__": 5.0}
+
+
 # ------------------------------------------------------------------------------------------- what each logger keeps
 
 

@@ -1,11 +1,13 @@
 import dataclasses
 from collections import namedtuple
+from collections.abc import Mapping
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
 from lightning_basin import Probe
-from lightning_basin.probe import as_dtype, map_tensors, tensors_of
+from lightning_basin.probe import ProbeCollector, as_dtype, map_tensors, split_batch, tensors_of
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -220,3 +222,64 @@ def test_sparse_tensors_are_refused(make):
         ValueError, match=r"all tensors of a probe must be dense, got torch.sparse_\w+: pass tensor.to_d"
     ):
         Probe(make(torch.eye(3)))
+
+
+# Containers that are not made of other tensors.
+
+
+class ByBatch(Mapping):
+    """A mapping that is iterated over input by input, as a TensorDict."""
+
+    def __init__(self, fields, batch_size):
+        self.fields, self.batch_size = fields, batch_size
+
+    def __getitem__(self, key):
+        return self.fields[key]
+
+    def __iter__(self):
+        return iter(range(self.batch_size))
+
+    def __len__(self):
+        return self.batch_size
+
+    def keys(self):
+        return self.fields.keys()
+
+    def values(self):
+        return self.fields.values()
+
+    def items(self):
+        return self.fields.items()
+
+
+PACKED = pack_sequence([torch.ones(3, 2), torch.ones(1, 2)])
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((PACKED, torch.ones(2)), "got a PackedSequence: pass batch_fn="),
+        ({"x": [PACKED], "y": torch.ones(2)}, "got a PackedSequence: pass batch_fn="),
+        (ByBatch({"seen": torch.ones(64, 3), "done": torch.ones(64)}, 64), r"ByBatch with keys \['seen', 'done'\]"),
+        ((ByBatch({"seen": torch.ones(64, 3)}, 64), torch.ones(64)), r"\(batch\['seen'\], None\)"),
+    ],
+    ids=["packed", "packed inside", "mapping", "mapping in a pair"],
+)
+@pytest.mark.parametrize("take", [Probe, ProbeCollector(9, whole_batches=True).add], ids=["a probe", "from batches"])
+def test_containers_that_cannot_be_made_again_are_refused_in_one_sentence(take, batch, message):
+    with pytest.raises(TypeError, match=message) as refused:
+        take(batch)
+    assert len(str(refused.value)) < 400
+
+
+def test_a_batch_by_other_keys_is_refused_by_its_keys():
+    with pytest.raises(TypeError, match=r"got ByBatch with keys \['seen'\]: pass batch_fn=") as refused:
+        split_batch(ByBatch({"seen": torch.ones(64, 3)}, 64))
+    assert len(str(refused.value)) < 250
+
+
+def test_a_tensordict_is_refused_by_its_keys():
+    tensordict = pytest.importorskip("tensordict")
+    batch = tensordict.TensorDict({"seen": torch.ones(64, 3), "done": torch.ones(64)}, batch_size=[64])
+    with pytest.raises(TypeError, match=r"TensorDict with keys \['seen', 'done'\]"):
+        Probe(batch)

@@ -30,6 +30,7 @@ from tests.lightning_packages import (
     DDPStrategy,
     EarlyStopping,
     MisconfigurationException,
+    ModelCheckpoint,
     ModelParallelStrategy,
 )
 from tests.teams import CASES, Counting, options_of, perceptron
@@ -191,6 +192,31 @@ def stopped(rank, root):
             options = {"module": Scripted((6, 5)), "batches": scripted_loader(2), "max_epochs": 9}
             last_steps.append(fit(root, *callbacks, **options)[0].global_step)
     return {"last_steps": last_steps}
+
+
+def watched(rank, root):
+    """Strict callbacks that check after each batch, before the probe is full; then where nothing can be measured."""
+
+    def behavior(module, inputs):
+        if rank == 0 and len(inputs) == 25:  # The check before training has seen the first batch of 10 only.
+            raise torch.linalg.LinAlgError("did not converge")
+        return module(inputs)
+
+    found = []
+    for option in ({}, {"behavior": behavior}):
+        monitor = BasinMonitor(25, hessian=False, **option)
+        stopping = EarlyStopping("basin/gradient_rank", patience=99, check_on_train_epoch_end=False)
+        saving = ModelCheckpoint(root / f"watched{len(found)}", monitor="basin/gradient_rank")
+        trainer = make_trainer(
+            *(root, saving, stopping, monitor),
+            strategy=DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT),
+            devices=2,
+            val_check_interval=1,
+            enable_checkpointing=True,
+        )
+        trainer.fit(Eventful(), loader(80, 10), loader(10, 10))
+        found.append((steps(monitor), trainer.global_step, stopping.wait_count, stopping.strict, saving.save_top_k))
+    return found
 
 
 def failing(rank, root):
@@ -470,6 +496,7 @@ def fits(tmp_path_factory):
         (
             "measured",
             "stopped",
+            "watched",
             "failing",
             "failing_beside",
             "giving_up",
@@ -567,6 +594,16 @@ def test_both_processes_stop_at_the_same_step(fits):
     assert first == second
     # One step an epoch, ranks 6, 5, 5, 5: Lightning's callback looks at 5, 5, 5, ours also at the baseline.
     assert first == [3, 3, 3, 3]
+
+
+def test_nobody_ends_a_run_on_two_processes_for_a_value_that_is_not_there(fits):
+    first, second = (process["watched"] for process in fits)
+    assert first == second
+    measured, failed = first
+    # Full in the midst of the first four batches; of eight checks, those before it count nothing.
+    assert (measured[:2], measured[3:]) == (([0, 4, 8], 8), (True, 1))
+    assert 0 < measured[2] < 7
+    assert failed == ([], 8, 0, True, 1)
 
 
 def test_measurement_that_fails_on_one_process_ends_no_run(fits):

@@ -607,3 +607,21 @@ def test_gradient_rank_at_follows_a_spectrum_of_known_decades():
     energies = [length**2 for length in lengths.tolist()]
     shares = [energy / sum(energies) for energy in energies]
     assert record.gradient_effective_rank == pytest.approx(math.exp(-sum(s * math.log(s) for s in shares)), rel=1e-9)
+
+
+def test_inputs_that_merge_at_different_layers_are_bounded_each_at_its_own():
+    # For the left half all units of the first layer are off; for the right half, of which this layer tells every input,
+    # all of the second. So either half moves each of two outputs in one way. No single cut says it: 27 activations
+    # enter the second layer, and 26 inputs on the left reach the third one through units that are on.
+    net = nn.Sequential(nn.Linear(2, 20), nn.ReLU(), nn.Linear(20, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(2).repeat(10, 1))
+        net[0].bias.zero_()
+        net[2].weight.zero_()
+        net[2].weight[:, 0] = -1.0
+        net[2].bias.fill_(1.0)
+        net[4].weight.copy_(torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]))
+    steps = torch.arange(2.0, 28.0).double()
+    inputs = torch.cat([torch.stack([-steps, -steps], 1), torch.stack([steps, torch.ones_like(steps)], 1)])
+    record = measure_basin(net, inputs)
+    assert (record.gradient_rank, record.gradient_rank_bound) == (4, 4)

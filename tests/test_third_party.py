@@ -8,12 +8,11 @@ import math
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_basin import BasinMonitor, Probe, measure_basin
+from tests.lightning_packages import LightningModule, MisconfigurationException
 from tests.training import fingerprint, make_trainer, seeded, steps
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -135,11 +134,13 @@ def test_classifier_of_transformers_has_a_hessian_with_its_labels_named(tmp_path
     assert baseline.hessian_nullity_lower <= baseline.hessian_nullity_upper
 
 
-def test_module_of_transformers_without_arguments_says_what_to_pass(tmp_path):
+def test_module_of_transformers_is_measured_without_arguments(tmp_path):
     batches = lambda: token_batches(of_sentences=True)  # noqa: E731
-    refused(tmp_path, classifier, batches, "got dict with keys .*'labels'.*: pass batch_fn")
-    whole = {"batch_fn": lambda batch: (dict(batch), None)}
-    refused(tmp_path, classifier, batches, "must be a tensor, got SequenceClassifierOutput: pass behavior", **whole)
+    plain, told = BasinMonitor(16), BasinMonitor(16, behavior=lambda module, batch: module(**batch).logits)
+    for monitor in (plain, told):
+        fit(tmp_path, classifier, batches, monitor)
+    assert [r.gradient_rank for r in plain.records] == [r.gradient_rank for r in told.records]
+    assert all(record.loss is not None and record.hessian_nullity_lower is not None for record in plain.records)
 
 
 # --------------------------------------------------------------------------------------------- pytorch-forecasting
@@ -187,8 +188,13 @@ def test_forecaster_needs_its_prediction_named(tmp_path, kind, num_outputs):
     assert monitor.records[0].num_rows == 16 * num_outputs
 
 
-def test_forecaster_without_arguments_says_what_to_pass(tmp_path):
-    refused(tmp_path, lambda: forecaster("NBeats"), windows, "must be a tensor, got Output: pass behavior")
+@pytest.mark.parametrize("name", ["NBeats"])
+def test_forecaster_is_measured_without_arguments(tmp_path, name):
+    monitor = BasinMonitor(16)
+    _, module = fit(tmp_path, lambda: forecaster(name), windows, monitor)
+    _, other = fit(tmp_path, lambda: forecaster(name), windows)
+    assert fingerprint(module.state_dict()) == fingerprint(other.state_dict())
+    assert all(record.gradient_rank > 0 for record in monitor.records)
 
 
 # ------------------------------------------------------------------------------------------------------ chemprop

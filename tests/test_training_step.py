@@ -329,6 +329,33 @@ def test_two_loaders_are_measured_together(tmp_path):
     assert monitor.records[0].num_rows == 8 * 6
 
 
+class InlineOfTwoLoaders(Base):
+    """Its loss cannot be read, and its forward would take a pair of batches."""
+
+    def forward(self, first, second):
+        return self.net(first.flatten(1))
+
+    def training_step(self, batch, batch_idx):
+        batches = batch.values() if isinstance(batch, dict) else batch
+        return sum((self.net(image.flatten(1)) - label[:, None]).square().mean() for image, label in batches)
+
+
+@pytest.mark.parametrize("form", [list, dict])
+def test_batches_of_two_loaders_are_no_pair(tmp_path, form):
+    loaders = [DataLoader(ITEMS, 8, collate_fn=stacked), DataLoader(ITEMS, 8, collate_fn=stacked)]
+    loaders = loaders if form is list else dict(zip("ab", loaders, strict=True))
+    key = {list: "0", dict: "'a'"}[form]
+    with pytest.raises(
+        MisconfigurationException, match=rf"each of 2 loaders: pass batch_fn=lambda batch: batch\[{key}\]"
+    ):
+        make_trainer(tmp_path, BasinMonitor(8), max_epochs=1).fit(InlineOfTwoLoaders(), loaders)
+    monitor = BasinMonitor(
+        8, batch_fn=lambda batch: batch[0 if form is list else "a"], behavior=lambda m, x: m.net(x.flatten(1))
+    )
+    make_trainer(tmp_path, monitor, max_epochs=1).fit(InlineOfTwoLoaders(), loaders)
+    assert monitor.records[0].num_rows == 8 * 3
+
+
 # --- what today's rules say, and what is no function of outputs and targets -------------------------------------------
 
 

@@ -1,9 +1,12 @@
 """Which inputs a layer no longer tells apart, and how much rank that costs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Generator, Tensor
+
+DirectionsOfMerged = Callable[[Tensor], int]
+"""From indices of some inputs to the number of directions of the differences of gradients inside their classes."""
 
 
 def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6, scales: Tensor | None = None) -> Tensor:
@@ -281,6 +284,41 @@ def gradient_rank_bound(num_parameters: int, num_outputs: int, cuts: Iterable[tu
         25
     """
     return min([num_parameters, *(before + num_outputs * distinct for before, distinct in cuts)])
+
+
+def nested_rank_bound(num_inputs: int, num_outputs: int, cuts: Sequence[tuple[Tensor, DirectionsOfMerged]]) -> int:
+    """The largest rank that inputs leave possible which merge at one cut after the other, each class at its own.
+
+    Take a set S of inputs, with rows G_S of the gradients, and one cut. Let R be the first member of each class in S.
+    Each row of G_S is that of a member of R plus a difference inside a class, so that
+    ``rank(G_S) <= directions(S) + rank(G_R)`` with the directions of the differences in S. The same holds for R and
+    any further cut: what an early cut has merged cheaply, a later one need not pay for.
+
+    Args:
+        num_inputs: k.
+        num_outputs: Outputs per input, c.
+        cuts: In the order in which they are crossed; for each the first member of each input's class, shape ``(k,)``,
+            and from indices of some inputs the largest number of directions of differences inside their classes.
+
+    Example:
+        Of five inputs two merge at a first cut behind one parameter, and the others at a second one behind three:
+
+        >>> first = torch.tensor([0, 0, 2, 3, 4]), lambda kept: 1
+        >>> second = torch.tensor([0, 0, 2, 2, 2]), lambda kept: 3
+        >>> nested_rank_bound(5, 2, [first, second])
+        7
+    """
+    costs = [(0, torch.arange(num_inputs))]
+    for classes, directions in cuts:
+        ways = []
+        for cost, kept in costs:
+            first = _first_members(classes[kept]) == torch.arange(kept.numel())
+            num_merged = kept.numel() - int(first.sum())
+            if num_merged:
+                ways.append((cost + min(directions(kept), num_outputs * num_merged), kept[first]))
+        if ways:
+            costs.append(min(ways, key=lambda way: way[0] + num_outputs * way[1].numel()))
+    return min(cost + num_outputs * kept.numel() for cost, kept in costs)
 
 
 def merged_directions(classes: Tensor, signals: Tensor) -> int:

@@ -1,0 +1,73 @@
+"""What to do about an error that a module raises on the inputs of a probe."""
+
+import re
+from collections.abc import Sequence
+
+from torch import Tensor
+
+_BEHAVIOR = "pass behavior=lambda module, inputs: ... that returns one row of outputs per input"
+
+_ONLY_FLOAT32 = re.compile(
+    r"expected scalar type Float but found Double|not implemented for 'Double'|expects? (?:a )?float32"
+    r"|must be float32|found dtype Double but expected Float|only supports? float32",
+    re.IGNORECASE,
+)
+
+_REMEDIES = (
+    (
+        re.compile(r"is missing the required \"forward\" function"),
+        "it has no forward: pass behavior=lambda module, inputs: ... that calls its parts, as training_step does",
+    ),
+    (
+        re.compile(r"missing \d+ required (?:positional|keyword-only) arguments?"),
+        "pass all that forward takes as inputs=(first, second), in a run by batch_fn=, or a behavior",
+    ),
+    (
+        re.compile(
+            r"takes (?:from )?\d+ .*positional arguments? but \d+ (?:was|were) given|unexpected keyword argument"
+        ),
+        "pass only what forward takes as inputs, or a behavior that takes out of them what it needs",
+    ),
+    (
+        re.compile(r"must have the same dtype|scalar types?: Long|used as indices must be|found (?:Long|Byte|Int)"),
+        "convert the inputs to the type that the module expects, in a run by batch_fn, or in a behavior",
+    ),
+    (
+        re.compile(r"shapes cannot be multiplied|size mismatch|to have \d+ channels|must match the size|Expected \d+D"),
+        "bring the inputs into the shape that the module expects, in a run by batch_fn, or in a behavior",
+    ),
+    (
+        re.compile(r"on the same device"),
+        "register tensors that the module keeps as buffers, so that they move with it",
+    ),
+)
+
+
+def needs_float32(error: BaseException) -> bool:
+    """Whether an operation knows float32 only.
+
+    Example:
+        >>> needs_float32(RuntimeError("expected scalar type Float but found Double"))
+        True
+    """
+    return _ONLY_FLOAT32.search(str(error)) is not None
+
+
+def remedy(error: BaseException, inputs: Sequence[Tensor]) -> str:
+    """What helps, by the cause; a behavior where the cause is not known.
+
+    Args:
+        error: What the module has raised.
+        inputs: The tensors that it was called on.
+
+    Example:
+        >>> remedy(TypeError("forward() missing 1 required positional argument: 'y'"), [])[:40]
+        'pass all that forward takes as inputs=(f'
+    """
+    if needs_float32(error):
+        return "an operation that knows float32 only is measured with dtype='float32'"
+    for pattern, text in _REMEDIES:
+        if pattern.search(str(error)):
+            shapes = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in inputs)
+            return f"got {shapes}: {text}" if "convert" in text or "shape" in text else text
+    return _BEHAVIOR

@@ -1,0 +1,102 @@
+"""Messages name the cause, and the remedy that helps."""
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from lightning_basin import measure_basin
+from tests.networks import Composed, drawn
+
+LONG = torch.zeros(5, 3, dtype=torch.long)
+
+
+class Headless(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+
+    def forward(self, x, mask):
+        return self.net(x) * mask
+
+
+class Single(nn.Module):
+    """An operation for float32 only, as kernels of one's own are."""
+
+    def __init__(self, *, keeps=False):
+        super().__init__()
+        self.net, self.keeps = nn.Linear(3, 2), keeps
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if x.dtype != torch.float32:
+            raise RuntimeError("expected scalar type Float but found Double")
+        if self.keeps:
+            self.seen += 1
+        return self.net(x) + self.seen
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "message"),
+    [
+        (Headless(), torch.ones(5, 3), "it has no forward: pass behavior=.* as training_step does"),
+        (Two(), torch.ones(5, 3), "missing 1 required positional argument: 'mask'; pass all that forward takes"),
+        (nn.Linear(4, 2), torch.ones(5, 3), r"got float64 \\(5, 3\\): bring the inputs into the shape"),
+        (nn.Conv2d(3, 2, 2), torch.ones(5, 2, 4, 4), "bring the inputs into the shape"),
+        (nn.Linear(3, 2), LONG, r"got int64 \\(5, 3\\): convert the inputs to the type"),
+        (nn.Embedding(3, 2), torch.zeros(5), "convert the inputs to the type"),
+        (Single(), torch.ones(5, 3), "float32 only is measured with dtype='float32'"),
+        (Single(keeps=True), torch.ones(5, 3), "neither float64 nor float32 runs Single: two evaluations differ"),
+    ],
+    ids=["no forward", "missing argument", "shape", "channels", "integers", "floats", "float32", "neither"],
+)
+def test_a_module_that_cannot_be_called_is_refused_with_what_helps(module, inputs, message):
+    with pytest.raises(ValueError, match=message.replace("\\\\", "\\")):
+        measure_basin(module, inputs)
+
+
+def test_what_the_message_proposes_helps():
+    assert measure_basin(Single(), drawn(5, 3).float(), dtype="float32").gradient_rank == 8
+
+
+def rooted(m, x):
+    h = m.first(x)
+    return m.last(torch.where(h > 0, h.sqrt(), torch.zeros_like(h)))
+
+
+@pytest.mark.parametrize("memory_budget", [None, 700_000])
+def test_gradients_that_are_not_finite_are_refused_with_layers_and_inputs(memory_budget):
+    # The square root of what is below zero is not taken, and its derivative is NaN all the same.
+    module = Composed(rooted, first=nn.Linear(2, 2), last=nn.Linear(2, 1)).double()
+    with torch.no_grad():
+        module.first.weight.copy_(torch.eye(2))
+        module.first.bias.zero_()
+    inputs = drawn(9, 2).abs() + 0.1
+    inputs[3, 0] = inputs[6, 1] = -1.0
+    message = (
+        r"in the layers \['first'\] on 2 of the 9 inputs, the first of them input 3, although all outputs are finite"
+    )
+    with pytest.raises(ValueError, match=message):
+        measure_basin(module, inputs, memory_budget=memory_budget)
+
+
+def test_attention_over_a_set_that_is_all_padding_is_refused_with_its_input():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.last = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x, padding):
+            attended, _ = self.attention(x, x, x, key_padding_mask=padding)
+            return self.last(attended.masked_fill(padding[..., None], 0.0).mean(1))
+
+    padding = torch.zeros(6, 5, dtype=torch.bool)
+    padding[2] = True
+    with pytest.raises(ValueError, match="on 1 of the 6 inputs, the first of them input 2"):
+        measure_basin(Masked(), (drawn(6, 5, 4), padding))
