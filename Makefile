@@ -6,13 +6,17 @@ INSTALLED := .venv/.installed
 
 SECONDS ?= 60
 
-.PHONY: demo test fuzz bench check examples install third-party clean
+.PHONY: demo test test-pytorch-lightning fuzz bench check examples install third-party clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# What looks at a trainer, in the trainer of the other package.
+test-pytorch-lightning: $(INSTALLED)
+	LIGHTNING=pytorch_lightning $(BIN)/python -m pytest $$(grep -lE "tests.(training|lightning_packages) import" tests/test_*.py | grep -v third_party)
 
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)

@@ -76,6 +76,8 @@ class RankEarlyStopping(BaseEarlyStopping):
         check_finite: bool = True,
         verbose: bool = False,
     ) -> None:
+        if mode not in self.mode_dict:
+            raise MisconfigurationException(f"`RankEarlyStopping(mode={mode!r})` must be in {tuple(self.mode_dict)}")
         if patience < 1:
             raise MisconfigurationException(f"`RankEarlyStopping(patience={patience})` must be at least 1")
         if min_delta < 0:

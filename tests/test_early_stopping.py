@@ -597,7 +597,7 @@ def test_strict_early_stopping_of_lightning_works_on_resume_with_a_rare_measurem
         ({"patience": 0}, r"patience=0\).* at least 1"),
         ({"min_delta": -1.0}, r"min_delta=-1.0\).* not be negative"),
         ({"stopping_threshold": 3}, "needs a direction"),
-        ({"mode": "down"}, "`mode` can be"),
+        ({"mode": "down"}, "must be in "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
