@@ -88,7 +88,8 @@ def quiet_loss(loss_fn: Any, trainer: Trainer | None) -> Any:
 
 def _silence(module: LightningModule, trainer: Trainer | None) -> None:
     """Let a copy log nothing, by itself, through its trainer or by a callback of which it has a hook."""
-    optimizers = [_QuietOptimizer() for _ in range(1 if trainer is None else max(1, len(trainer.optimizers)))]
+    of_the_run = (None if trainer is None else trainer.optimizers) or [torch.optim.SGD([torch.zeros(1)])]
+    optimizers = [_QuietOptimizer(optimizer) for optimizer in of_the_run]
     vars(module).update(
         dict.fromkeys(_EFFECTS, _ignore),
         optimizers=lambda *_, **__: optimizers if len(optimizers) > 1 else optimizers[0],
@@ -172,8 +173,8 @@ class _Nothing:
         """Nothing was opened."""
 
 
-class _QuietOptimizer(_Nothing):
-    """An optimizer that moves no parameter."""
+class _QuietOptimizer(_Nothing, _StandIn):
+    """An optimizer that moves no parameter, of the class of another one."""
 
     def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
         """Only run what computes the loss."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_basin import BasinMonitor, RankEarlyStopping
 from lightning_basin.lightnings import BaseCallback, Callback, EarlyStopping, LightningModule, Trainer
@@ -191,6 +192,30 @@ def test_averaged_weights_of_the_package_are_left_out_as_they_renew_batch_statis
     averaging = package.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
     fit(package, tmp_path, monitor, averaging, module=module)
     assert steps(monitor) == [0, 3, 6]
+
+
+def test_a_step_that_asks_what_its_optimizer_is_can_be_read(package, tmp_path):
+    module = import_module(f"{package.__name__}.demos.boring_classes").ManualOptimBoringModel()
+    inputs = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    module.train_dataloader = lambda: DataLoader(inputs, 8)
+    monitor = BasinMonitor(probe=32)
+    trainer = package.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[monitor],
+    )
+    trainer.fit(module)
+    # Of 33 parameters for each of two outputs, 32 inputs see 32; the loss is the mean square of the outputs less 1.
+    assert [record.gradient_rank for record in monitor.records] == [64, 64]
+    assert [record.hessian_nullity for record in monitor.records] == [2, 2]
+    outputs = module(monitor.probe.inputs)
+    assert monitor.records[-1].loss == pytest.approx(float((outputs - 1).square().mean()), rel=1e-4)
 
 
 ALONE = """
