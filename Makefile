@@ -6,13 +6,17 @@ INSTALLED := .venv/.installed
 
 SECONDS ?= 60
 
-.PHONY: demo test test-pytorch-lightning fuzz bench check examples install third-party clean
+.PHONY: demo test slow test-pytorch-lightning fuzz bench check examples install third-party clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# The rest: half a minute and more each.
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
 
 # What looks at a trainer, in the trainer of the other package.
 test-pytorch-lightning: $(INSTALLED)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_basin.activations import (
     InputLayout,
@@ -186,6 +187,7 @@ def measure_basin(
         (2, 1, 1)
     """
     started = time.perf_counter()
+    _check_order(module, inputs, targets)
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
     _check_settings(probe, loss_fn, behavior, hessian, rtol, duplicate_rtol, max_outputs, layers, memory_budget, dtype)
     if not _is_number(seed, int):
@@ -341,6 +343,25 @@ def check_measurable(
         )
 
 
+def _check_order(module: Any, inputs: Any, targets: Any) -> None:
+    """Refuse arguments in another order, or of another kind, before anything is done with them.
+
+    Raises:
+        TypeError: If they are; it says what to pass.
+    """
+    if isinstance(module, type):
+        raise TypeError(f"module must be a torch.nn.Module, got the class {module.__name__}: pass an instance of it")
+    if not isinstance(module, nn.Module):
+        swapped = ": pass the module first, then the inputs" if isinstance(inputs, nn.Module) else ""
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}{swapped}")
+    if isinstance(inputs, DataLoader | Dataset):
+        raise TypeError(
+            f"inputs must be a batch, got {type(inputs).__name__}: pass the parts of next(iter(loader)) of a loader"
+        )
+    if callable(targets):
+        raise TypeError(f"targets must be data, got {type(targets).__name__}, which can be called: pass loss_fn=...")
+
+
 def _check_settings(
     probe: Probe,
     loss_fn: LossFunction | Literal["behavioral"] | None,
@@ -371,7 +392,11 @@ def _check_settings(
     if isinstance(max_outputs, int) and max_outputs < 1:
         raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
     if callable(loss_fn) and probe.targets is None:
-        raise ValueError("a loss_fn needs targets to compare the outputs with, got none: pass targets, or no loss_fn")
+        is_pair = isinstance(probe.inputs, tuple | list) and len(probe.inputs) == 2  # noqa: PLR2004
+        raise ValueError(
+            f"a loss_fn needs targets to compare the outputs with, got none: pass targets, or no loss_fn"
+            f"{'; inputs is a pair: if it is one of inputs and targets, pass these apart' if is_pair else ''}"
+        )
 
 
 def check_precision(dtype: Precision, hessian: HessianMode, rtol: float | None) -> None:

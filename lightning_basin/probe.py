@@ -41,7 +41,7 @@ class Probe:
         if not tensors:
             raise TypeError(
                 f"the inputs of a probe must be a tensor or a tuple, list or dict with tensors in it, "
-                f"got {type(self.inputs).__name__}"
+                f"got {type(self.inputs).__name__}{_as_tensor_hint(self.inputs)}"
             )
         for tensor in tensors + tensors_of(self.targets):
             if tensor.layout != torch.strided:
@@ -233,6 +233,11 @@ def split_batch(
 
 def _is_sequence_of(length: int, item: Any) -> bool:
     return isinstance(item, tuple | list) and len(item) == length
+
+
+def _as_tensor_hint(inputs: Any) -> str:
+    is_numbers = isinstance(inputs, list | tuple) and inputs and isinstance(inputs[0], list | tuple | float | int)
+    return ": pass torch.as_tensor(inputs)" if is_numbers or hasattr(inputs, "__array__") else ""
 
 
 def _check_containers(collection: Any) -> None:

@@ -1,9 +1,11 @@
 """Messages name the cause, and the remedy that helps."""
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_basin import measure_basin
 from tests.networks import Composed, drawn
@@ -100,3 +102,29 @@ def test_attention_over_a_set_that_is_all_padding_is_refused_with_its_input():
     padding[2] = True
     with pytest.raises(ValueError, match="on 1 of the 6 inputs, the first of them input 2"):
         measure_basin(Masked(), (drawn(6, 5, 4), padding))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(5, 3), nn.Linear(3, 2)), "got Tensor: pass the module first, then the inputs"),
+        ((nn.Linear, torch.ones(5, 3)), "got the class Linear: pass an instance of it"),
+        ((lambda x: x, torch.ones(5, 3)), "module must be a torch.nn.Module, got function"),
+        ((nn.Linear(3, 2), torch.ones(5, 3), nn.MSELoss()), "targets must be data, got MSELoss.*: pass loss_fn="),
+        (
+            (nn.Linear(3, 2), DataLoader(TensorDataset(torch.ones(5, 3)))),
+            "inputs must be a batch, got DataLoader: pass",
+        ),
+        ((nn.Linear(3, 2), np.ones((5, 3))), r"got ndarray: pass torch.as_tensor\(inputs\)"),
+        ((nn.Linear(3, 2), [[1.0, 2.0, 3.0]]), r"got list: pass torch.as_tensor\(inputs\)"),
+    ],
+    ids=["swapped", "class", "function", "loss as targets", "loader", "NumPy", "list of numbers"],
+)
+def test_arguments_in_another_order_are_refused_with_what_to_pass(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        measure_basin(*arguments)
+
+
+def test_a_pair_as_inputs_is_asked_about_where_targets_are_missing():
+    with pytest.raises(ValueError, match="inputs is a pair: if it is one of inputs and targets, pass these apart"):
+        measure_basin(nn.Linear(3, 2), (torch.ones(5, 3), torch.ones(5, 2)), loss_fn=nn.MSELoss())
