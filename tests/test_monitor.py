@@ -1607,7 +1607,10 @@ def not_a_number(outputs, targets):
             id="loss that is no scalar",
         ),
         pytest.param(
-            Regressor, lambda: BasinMonitor((torch.zeros(4, 9), None)), "bring the inputs into the shape", id="probe of another shape"
+            Regressor,
+            lambda: BasinMonitor((torch.zeros(4, 9), None)),
+            "bring the inputs into the shape",
+            id="probe of another shape",
         ),
         pytest.param(
             Regressor,
