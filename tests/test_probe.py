@@ -278,8 +278,12 @@ def test_a_batch_by_other_keys_is_refused_by_its_keys():
     assert len(str(refused.value)) < 250
 
 
-def test_a_tensordict_is_refused_by_its_keys():
+def test_a_tensordict_is_refused_by_its_keys_and_taken_as_a_whole():
     tensordict = pytest.importorskip("tensordict")
     batch = tensordict.TensorDict({"seen": torch.ones(64, 3), "done": torch.ones(64)}, batch_size=[64])
     with pytest.raises(TypeError, match=r"TensorDict with keys \['seen', 'done'\]"):
-        Probe(batch)
+        split_batch(batch)
+    collector = ProbeCollector(100, whole_batches=True)
+    collector.add(batch)
+    collector.add(batch)
+    assert (Probe(batch).size, collector.probe().size) == (64, 100)
