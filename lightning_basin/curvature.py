@@ -411,6 +411,7 @@ class HessianMeasurement(Generic[Part]):
         else:
             residual = self._products().residual_matrix(chunk_size=batch)
             hessian = residual + gradients.mT @ weighted_rows(gradients, self._curvature.matrices)
+        _check_finite(hessian, layers)
         positions = torch.arange(hessian.shape[0], device=hessian.device)
         columns = dict(zip(layers, torch.split(positions, [layer.num_parameters for layer in layers]), strict=True))
         null_spaces = {}
@@ -515,7 +516,10 @@ class HessianProducts:
 
         def product(direction: Tensor) -> Tensor:
             total = self._sum_over_shares(own_product, indices, direction)
-            return total + self._gauss_newton_product(indices, direction) if is_apart else total
+            if is_apart:
+                total += self._gauss_newton_product(indices, direction)
+            _check_finite(total, layers)
+            return total
 
         return product
 
@@ -722,6 +726,17 @@ def _prepare_products(
 
 def _with_products(share: TracedProbe, method: Callable[..., _Result], *args: Any) -> _Result:
     return method(share.kept, *args)
+
+
+def _check_finite(rows: Tensor, layers: Sequence[Layer]) -> None:
+    """Refuse second derivatives that are not finite, by the layers in whose rows they stand."""
+    parts = torch.split(rows, [layer.num_parameters for layer in layers])
+    names = [layer.name for layer, part in zip(layers, parts, strict=True) if not bool(part.isfinite().all())]
+    if names:
+        raise RuntimeError(
+            f"second derivatives must be finite, but are NaN or infinite in the layers {names}: keep square roots, "
+            f"norms and powers below 2 away from 0"
+        )
 
 
 def _num_parameters(layers: Sequence[Layer]) -> int:

@@ -205,6 +205,10 @@ class Network:
             ) from error
         if isinstance(outputs, Tensor):
             outputs = as_plain(outputs)
+            if outputs.layout != torch.strided:
+                raise TypeError(
+                    f"the outputs must be dense, got {outputs.layout}: pass a behavior that returns outputs.to_dense()"
+                )
         else:
             raise TypeError(f"the outputs must be a tensor, got {type(outputs).__name__}: {hint}")
         if not outputs.is_floating_point():

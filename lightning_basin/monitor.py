@@ -423,6 +423,10 @@ class BasinMonitor(BaseCallback):
         if self._probe is None or self._measured_step is None:  # An epoch with fewer inputs than were asked for.
             if self._probe is None and self._collector.num_inputs:
                 self._probe = self._collector.probe()
+                self._say(
+                    f"The probe has {self._probe.size} inputs, not {self._probe_size}: an epoch has no more. HINT: pass "
+                    f"a probe=(inputs, targets) of your own for more"
+                )
             self._probe = trainer.strategy.broadcast(self._probe, 0)
             self._refuse_another_probe()
             self._measure_baseline(trainer, pl_module)

@@ -128,3 +128,25 @@ def test_arguments_in_another_order_are_refused_with_what_to_pass(arguments, mes
 def test_a_pair_as_inputs_is_asked_about_where_targets_are_missing():
     with pytest.raises(ValueError, match="inputs is a pair: if it is one of inputs and targets, pass these apart"):
         measure_basin(nn.Linear(3, 2), (torch.ones(5, 3), torch.ones(5, 2)), loss_fn=nn.MSELoss())
+
+
+def test_sparse_outputs_are_refused_with_what_helps():
+    module = Composed(lambda m, x: m.net(x).to_sparse(), net=nn.Linear(3, 2))
+    with pytest.raises(
+        TypeError, match=r"must be dense, got torch.sparse_coo: pass a behavior that returns .*to_dense"
+    ):
+        measure_basin(module, drawn(5, 3))
+
+
+@pytest.mark.parametrize("hessian", ["bracket", "dense"])
+def test_second_derivatives_that_are_not_finite_leave_the_hessian_out_with_their_layer(hessian):
+    # |h|^1.5 has the slope 0 at 0, and an infinite second derivative.
+    module = Composed(
+        lambda m, x: m.last(m.first(x).abs().pow(1.5)), first=nn.Linear(2, 2, bias=False), last=nn.Linear(2, 1)
+    )
+    inputs = drawn(6, 2)
+    inputs[2] = 0.0
+    with pytest.warns(UserWarning, match=r"NaN or infinite in the layers \['first'"):
+        record = measure_basin(module, inputs, drawn(6, 1, seed=1), loss_fn=nn.MSELoss(), hessian=hessian)
+    assert record.hessian_nullity is None
+    assert record.gradient_rank > 0
