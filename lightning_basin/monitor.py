@@ -424,8 +424,8 @@ class BasinMonitor(BaseCallback):
             if self._probe is None and self._collector.num_inputs:
                 self._probe = self._collector.probe()
                 self._say(
-                    f"The probe has {self._probe.size} inputs, not {self._probe_size}: an epoch has no more. HINT: pass "
-                    f"a probe=(inputs, targets) of your own for more"
+                    f"The probe has {self._probe.size} inputs, not {self._probe_size}: an epoch has no more. HINT: for "
+                    f"more, pass BasinMonitor(probe=(inputs, targets))"
                 )
             self._probe = trainer.strategy.broadcast(self._probe, 0)
             self._refuse_another_probe()
