@@ -73,6 +73,7 @@ def curve(root, key):
     return [(event.step, event.value) for event in events.Scalars(key)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scenario", "last_saved"), [("measurement", 4), ("checkpoint", 4)])
 def test_run_killed_in_the_middle_goes_on_where_it_was_saved(tmp_path, scenario, last_saved):
     killed, whole = tmp_path / "killed", tmp_path / "whole"

@@ -75,13 +75,14 @@ def rank_and_peak(budget, script=PEAK):
     return int(rank), int(kibibytes) * 1024
 
 
-@pytest.mark.parametrize("mebibytes", [112, 192, 1024])
+@pytest.mark.parametrize("mebibytes", [pytest.param(112, marks=pytest.mark.slow), 192, 1024])
 def test_the_peak_stays_under_the_budget_and_the_rank_is_the_same(mebibytes):
     rank, peak = rank_and_peak(mebibytes * MEBIBYTE)
     assert rank == 96  # Two outputs on each of 48 random images: no direction is lost.
     assert peak < mebibytes * MEBIBYTE
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_larger_than_the_budget_is_measured_in_pieces_under_it():
     # Its factors, 48 x 8 + 96 x 40000 numbers, are 29 MiB; with the vectors that sketch them, and copies, 264.
     rank, peak = rank_and_peak(130 * MEBIBYTE, PEAK_OF_A_HUGE_LAYER)
@@ -138,6 +139,7 @@ def test_the_plan_says_how_each_layer_is_measured():
     assert "(2 layers, 1 of them in pieces)" in words
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_many_measurements():
     script = (
         "import resource, torch; from torch import nn; from lightning_basin import measure_basin\n"
