@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_basin.layers import ModuleBehavior, Network, agreement_rtol, call_module
+from lightning_basin.layers import ModuleBehavior, Network, agreement_rtol, call_module, parameters_in_graph
 from lightning_basin.probe import Probe
 from lightning_basin.replica import replicas
 
@@ -58,29 +58,6 @@ class AsTrained:
     note: str
 
 
-def reached_parameters(network: Network, outputs: Tensor) -> set[str]:
-    """Names of the trained parameters in the graph of some outputs.
-
-    Example:
-        >>> layer = nn.Linear(2, 1)
-        >>> sorted(reached_parameters(Network(layer), layer(torch.ones(1, 2))))
-        ['bias', 'weight']
-    """
-    names = {id(parameter): name for name, parameter in network.named_parameters.items()}
-    found, waiting = set(), [outputs.grad_fn]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in names:
-            found.add(names[id(variable)])
-        for following, _ in () if node is None else node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    return found
-
-
 def as_trained(
     module: nn.Module,
     loss_fn: Any,
@@ -107,7 +84,7 @@ def as_trained(
             reached in any mode.
     """
     trained = {name for layer in network.layers for name in layer.parameters}
-    unreached = trained - reached_parameters(network, outputs)
+    unreached = trained - parameters_in_graph(outputs, network.named_parameters)
     if not unreached:
         return None
     few = probe.select(range(outputs.shape[0]))
@@ -146,7 +123,7 @@ def _reached_in_training(
     replica, _, behavior = replicas(module, loss_fn, behavior, dtype=dtype, training=True)
     network = Network(replica, behavior, dtype=dtype)
     try:
-        return reached_parameters(network, network.outputs(few))
+        return parameters_in_graph(network.outputs(few), network.named_parameters)
     except (TypeError, ValueError):
         return set()
 
@@ -158,9 +135,9 @@ def _reached_by_others(network: Network, probe: Probe, *, start: int) -> Iterato
             outputs = network.outputs(probe.select(range(first, min(first + _FEW, probe.size))))
         except (TypeError, ValueError):
             outputs = network.outputs(probe)
-            yield reached_parameters(network, outputs)
+            yield parameters_in_graph(outputs, network.named_parameters)
             return
-        yield reached_parameters(network, outputs)
+        yield parameters_in_graph(outputs, network.named_parameters)
 
 
 def _without_cut(

@@ -128,6 +128,32 @@ def find_layers(module: nn.Module) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
+def parameters_in_graph(result: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
+    """Names of the parameters on which a result depends, by its graph.
+
+    Args:
+        result: A tensor with or without a graph.
+        parameters: Tensors that may be in it, by name.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> sorted(parameters_in_graph(layer(torch.ones(1, 2)), dict(layer.named_parameters())))
+        ['bias', 'weight']
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found: set[str] = set()
+    waiting, seen = [result.grad_fn], {result.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        name = names.get(id(getattr(node, "variable", None)))
+        found |= set() if name is None else {name}
+        for following, _ in () if node is None else node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
 class Network:
     """A module as a function from inputs to outputs that can be looked into.
 

@@ -1018,7 +1018,7 @@ def _with_training_set(duplicates: _Duplicates, classes: Mapping[str | None, Ten
 
 
 def _rank_bound(evaluation: Evaluation, activations: dict[str, LayerActivations], rank: GradientRank) -> int | None:
-    """The tightest bound over all layers; each is looked at only where it could lower the bound.
+    """The tightest bound over nested cuts; layers are looked at until it is the rank, those with fewest classes first.
 
     Args:
         evaluation: Of the probe.

@@ -58,7 +58,7 @@ from lightning_basin.subject import (
     quiet_loss,
     whole_training_set,
 )
-from lightning_basin.training_step import StepLoss, agrees_with, read_training_step, step_behavior
+from lightning_basin.training_step import StepLoss, TrainingStep, agrees_with, read_training_step, step_behavior
 from lightning_basin.watching import Lenience, check_watchers, watchers
 
 _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
@@ -482,12 +482,7 @@ class BasinMonitor(BaseCallback):
             self._probe = None
 
     def _new_collector(self) -> ProbeCollector:
-        return ProbeCollector(
-            self._probe_size,
-            batch_fn=self.batch_fn,
-            whole_batches=self._takes_whole_batches,
-            splits_pairs=self._step_calls is None,
-        )
+        return ProbeCollector(self._probe_size, batch_fn=self._batch_fn, whole_batches=callable(self.behavior))
 
     def _whole(self, pl_module: nn.Module) -> Callable[[], nn.Module]:
         """Gives the module with all of its parameters on rank zero; all processes must ask for it together."""
@@ -500,7 +495,7 @@ class BasinMonitor(BaseCallback):
             if module is not None:
                 self._read_step(module, batch, trainer)
             if self._probe is None:
-                if self.batch_fn is None and not self._takes_whole_batches:
+                if self._batch_fn is None and not callable(self.behavior):
                     check_one_loader(trainer)
                 self._collector.add(batch)
                 if self._collector.complete:
@@ -532,15 +527,9 @@ class BasinMonitor(BaseCallback):
             step = read_training_step(module, batch, trainer)
         except Exception:  # Whatever a step raises that is run alone: then the batch has to say it.
             return
-        unseen = step.unseen_layers(module)
-        if unseen:
-            self._say(
-                f"The measured outputs do not depend on the layers {unseen}, which training trains otherwise (by a "
-                f"penalty, or through other outputs): their ranks are 0. HINT: pass BasinMonitor(behavior=...)",
-                warn=True,
-            )
         loss_fn = None if self.loss_fn is not None else quiet_loss(found_loss(module), trainer)
         if agrees_with(step, module, batch, quiet_behavior(None, trainer), loss_fn, with_loss=self.loss_fn is None):
+            self._warn_of_unseen_layers(step, module)
             return
         try:
             check_measurable(
@@ -555,10 +544,20 @@ class BasinMonitor(BaseCallback):
         self._step_calls = step.calls
         self._collector = self._new_collector()
         self._say(str(step))
+        self._warn_of_unseen_layers(step, module)
+
+    def _warn_of_unseen_layers(self, step: TrainingStep, module: nn.Module) -> None:
+        unseen = step.unseen_layers(module)
+        if unseen:
+            self._say(
+                f"The measured outputs do not depend on the layers {unseen}, which training trains otherwise (by a "
+                f"penalty, or through other outputs): their ranks are 0. HINT: pass BasinMonitor(behavior=...)",
+                warn=True,
+            )
 
     @property
-    def _takes_whole_batches(self) -> bool:
-        return callable(self.behavior) or self._step_calls is not None
+    def _batch_fn(self) -> Callable[..., Any] | None:
+        return self.batch_fn if self._step_calls is None else _whole_batch
 
     @property
     def _behavior(self) -> Callable[..., Any] | Literal["outputs", "probabilities"] | None:
@@ -663,8 +662,8 @@ class BasinMonitor(BaseCallback):
         return whole_training_set(
             self.duplicates_over,
             trainer,
-            batch_fn=_whole_batch if self._step_calls is not None else self.batch_fn,
-            whole_batches=self._takes_whole_batches,
+            batch_fn=self._batch_fn,
+            whole_batches=callable(self.behavior),
         )
 
     def _measure_baseline(self, trainer: Trainer, pl_module: LightningModule) -> None:

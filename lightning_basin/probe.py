@@ -136,7 +136,6 @@ class ProbeCollector:
         batch_fn: From a batch to a pair of inputs and targets. ``None`` takes a pair as it is, and a tensor, or a
             sequence of one, as inputs without targets.
         whole_batches: Take any other batch as inputs without targets, instead of refusing it.
-        splits_pairs: Whether a pair is inputs and targets, and not a batch like any other.
 
     Example:
         >>> collector = ProbeCollector(size=5)
@@ -145,17 +144,9 @@ class ProbeCollector:
         (False, 3)
     """
 
-    def __init__(
-        self,
-        size: int,
-        *,
-        batch_fn: Callable[[Any], Any] | None = None,
-        whole_batches: bool = False,
-        splits_pairs: bool = True,
-    ) -> None:
+    def __init__(self, size: int, *, batch_fn: Callable[[Any], Any] | None = None, whole_batches: bool = False) -> None:
         self._size = size
         self._batch_fn = batch_fn
-        self._splits_pairs = splits_pairs
         self._whole_batches = whole_batches
         self._batches: list[tuple[Any, Any]] = []
 
@@ -176,11 +167,7 @@ class ProbeCollector:
             TypeError: If inputs and targets cannot be told apart.
             ValueError: If the batch does not fit to the ones before, which are kept.
         """
-        pair = (
-            split_batch(batch, self._batch_fn, whole_batches=self._whole_batches)
-            if self._splits_pairs
-            else (batch, None)
-        )
+        pair = split_batch(batch, self._batch_fn, whole_batches=self._whole_batches)
         _check_containers(pair)
         pair = map_tensors(_copied, pair)
         Probe.from_batches([*self._batches, pair], self._size)

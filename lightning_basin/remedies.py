@@ -13,34 +13,29 @@ _ONLY_FLOAT32 = re.compile(
     re.IGNORECASE,
 )
 
-_REMEDIES = (
-    (
-        re.compile(r"is missing the required \"forward\" function"),
-        "it has no forward: pass behavior=lambda module, inputs: ... that calls its parts, as training_step does",
+_BY_MESSAGE = {
+    r"is missing the required \"forward\" function": (
+        "it has no forward: pass behavior=lambda module, inputs: ... that calls its parts, as training_step does"
     ),
-    (
-        re.compile(r"missing \d+ required (?:positional|keyword-only) arguments?"),
-        "pass all that forward takes as inputs=(first, second), in a run by batch_fn=, or a behavior",
+    r"missing \d+ required (?:positional|keyword-only) arguments?": (
+        "pass all that forward takes as inputs=(first, second), in a run by batch_fn=, or a behavior"
     ),
-    (
-        re.compile(
-            r"takes (?:from )?\d+ .*positional arguments? but \d+ (?:was|were) given|unexpected keyword argument"
-        ),
-        "pass only what forward takes as inputs, or a behavior that takes out of them what it needs",
+    r"takes (?:from )?\d+ .*positional arguments? but \d+ (?:was|were) given|unexpected keyword": (
+        "pass only what forward takes as inputs, or a behavior that takes out of them what it needs"
     ),
-    (
-        re.compile(r"must have the same dtype|scalar types?: Long|used as indices must be|found (?:Long|Byte|Int)"),
-        "convert the inputs to the type that the module expects, in a run by batch_fn, or in a behavior",
+    r"on the same device": "register tensors that the module keeps as buffers, so that they move with it",
+}
+"""What helps, by a pattern in the message of torch 2.13 or of Python."""
+
+_BY_MESSAGE_ABOUT_INPUTS = {
+    r"must have the same dtype|scalar types?: Long|used as indices must be|found (?:Long|Byte|Int)": (
+        "convert the inputs to the type that the module expects, in a run by batch_fn, or in a behavior"
     ),
-    (
-        re.compile(r"shapes cannot be multiplied|size mismatch|to have \d+ channels|must match the size|Expected \d+D"),
-        "bring the inputs into the shape that the module expects, in a run by batch_fn, or in a behavior",
+    r"shapes cannot be multiplied|size mismatch|to have \d+ channels|must match the size|Expected \d+D": (
+        "bring the inputs into the shape that the module expects, in a run by batch_fn, or in a behavior"
     ),
-    (
-        re.compile(r"on the same device"),
-        "register tensors that the module keeps as buffers, so that they move with it",
-    ),
-)
+}
+"""The same where types and shapes of the inputs tell more."""
 
 
 def needs_float32(error: BaseException) -> bool:
@@ -66,8 +61,11 @@ def remedy(error: BaseException, inputs: Sequence[Tensor]) -> str:
     """
     if needs_float32(error):
         return "an operation that knows float32 only is measured with dtype='float32'"
-    for pattern, text in _REMEDIES:
-        if pattern.search(str(error)):
-            shapes = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in inputs)
-            return f"got {shapes}: {text}" if "convert" in text or "shape" in text else text
+    for pattern, text in _BY_MESSAGE.items():
+        if re.search(pattern, str(error)):
+            return text
+    for pattern, text in _BY_MESSAGE_ABOUT_INPUTS.items():
+        if re.search(pattern, str(error)):
+            kinds = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in inputs)
+            return f"got {kinds}: {text}"
     return _BEHAVIOR

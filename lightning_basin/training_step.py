@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from lightning_basin.layers import Network, agreement_rtol, find_layers
+from lightning_basin.layers import Network, agreement_rtol, find_layers, parameters_in_graph
 from lightning_basin.precision import RaisedPrecision
 from lightning_basin.probe import Probe, float64_device, map_tensors, split_batch, tensors_of
 from lightning_basin.replica import at_rest, isolated_evaluation, replicas
@@ -303,12 +303,14 @@ def agrees_with(
             outputs = network.outputs(probe)
             if not _is_close(outputs.detach(), step.outputs):
                 return False
-            if not step.reached <= _reached({id(p): name for name, p in replica.named_parameters()}, outputs):
+            if not step.reached <= parameters_in_graph(outputs, dict(replica.named_parameters())):
                 return False
             if not with_loss or (loss_fn is None and step.loss is None):
                 return True
-            if loss_fn is None or step.value is None:
-                return step.value is None and loss_fn is not None
+            if loss_fn is None:
+                return False
+            if step.value is None:  # Nothing says that another loss than that of the module is trained.
+                return True
             with RaisedPrecision(torch.float64):
                 value = loss_fn(outputs, probe.targets).detach()
             return _is_close(value, value.new_tensor(step.value))
@@ -348,7 +350,7 @@ def _read(
         target.reshape(probe.size, -1) if target.shape[0] != probe.size else target
         for target in _targets_of(chosen, probe.size)
     )
-    names = {id(parameter): name for name, parameter in replica.named_parameters() if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in replica.named_parameters() if parameter.requires_grad}
     return TrainingStep(
         calls=tuple(calls),
         probe=Probe(probe.inputs, targets),
@@ -357,8 +359,8 @@ def _read(
         value=None if total is None else float(total.detach()),
         names=tuple(call.name for call in chosen),
         is_whole=is_whole,
-        trained=_reached(names, total),
-        reached=_reached(names, outputs),
+        trained=frozenset() if total is None else frozenset(parameters_in_graph(total, trained)),
+        reached=frozenset(parameters_in_graph(outputs, trained)),
     )
 
 
@@ -405,7 +407,7 @@ def _total(result: Any, objectives: Sequence[Tensor]) -> Tensor | None:
 
 
 def _contributing(calls: Sequence[LossCall], total: Tensor | None) -> list[int]:
-    """Positions of the losses that the total depends on; all of them where it is not known."""
+    """Positions of the losses that the total depends on; the first one where it is not known."""
     if total is None:
         return list(range(len(calls)))[:1]
     values = [call.value for call in calls]
@@ -461,20 +463,6 @@ def _joined(calls: Sequence[LossCall], num_inputs: int) -> Tensor:
                 f"the losses must take rows of all {num_inputs} inputs, got outputs of shape {tuple(tensor.shape)}"
             )
     return torch.cat([tensor.reshape(num_inputs, -1) for tensor in outputs], 1)
-
-
-def _reached(names: dict[int, str], result: Tensor | None) -> frozenset[str]:
-    """Names of the parameters in the graph of a result."""
-    waiting = [] if result is None else [result.grad_fn]
-    seen, found = set(waiting), set()
-    while waiting:
-        node = waiting.pop()
-        found.add(names.get(id(getattr(node, "variable", None)), ""))
-        for following, _ in () if node is None else node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    return frozenset(found - {""})
 
 
 def _have_equal_constants(first: TrainingStep, second: TrainingStep) -> bool:

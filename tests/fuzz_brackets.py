@@ -4,9 +4,7 @@
 `mpmath` numbers.
 """
 
-import itertools
 import random
-import time
 from dataclasses import dataclass
 
 import mpmath
@@ -443,13 +441,3 @@ def check_bracket(seed):
             for name, layer in record.layers.items():
                 check_part(layer, exact, list(range(at, at + layer.num_parameters)), f"{where}, layer {name}")
                 at += layer.num_parameters
-
-
-def fuzz(first_seed=0, seconds=float("inf")):
-    """Check one seed after the other, and say which one fails; returns how many were checked."""
-    end = time.monotonic() + seconds
-    for seed in itertools.count(first_seed):
-        if time.monotonic() >= end:
-            return seed - first_seed
-        check_bracket(seed)
-    return None
