@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from operator import or_
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -28,7 +28,6 @@ from lightning_basin.functional.rank import EPSILON, Spectrum
 from lightning_basin.functional.sketch import LayerGradients, SpectrumAccumulator
 from lightning_basin.layers import Layer, Network, Trace, TracedProbe, agreement_rtol
 from lightning_basin.probe import Probe
-from lightning_basin.processes import Team
 
 HESSIAN_MODES = ("auto", "dense", "bracket", "gauss-newton")
 
@@ -53,7 +52,6 @@ _LARGEST_RTOL = 1e-3  # to which it is known: three digits of a scale
 _GRAPH_ELEMENTS = (
     2**26
 )  # float64 numbers in activations whose graph is kept: 512 MiB, some times that with the gradients
-_SHARED_ELEMENTS = 2**16  # and in those from which on a product takes longer than its messages: some 2 ms
 _ROUNDING_FACTOR = 1e3  # by how much rounding may grow on its way into a Hessian
 _LEAST_SCALE = 1e-60  # of a loss that is taken as it is
 _OTHER_SCALES = (0.3, 0.03)  # of the weights, at which outputs are not saturated
@@ -62,7 +60,6 @@ _NUM_DIRECTIONS = 3  # along which differences must contradict a derivative: at 
 _NUM_COMBINATIONS = 4  # of rows, whose mean square is that of the whole matrix within a factor of some units
 
 Part = TypeVar("Part")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +114,7 @@ class HessianMeasurement(Generic[Part]):
         self._limits = HessianLimits() if limits is None else limits
         self._chunk_size = self._limits.chunk_size
         network, trace = traced.network, traced.whole
-        self._network, self._probe, self._trace, self._traced = network, traced.probe, trace, traced
+        self._network, self._probe, self._trace = network, traced.probe, trace
         self._parts, self._rtol, self._generator = parts, rtol, generator
         self._seen = seen_outputs(loss_fn, trace.outputs, self._outputs_elsewhere)
         self._scale = _scale_of(self._seen.curvature)
@@ -139,7 +136,7 @@ class HessianMeasurement(Generic[Part]):
         self._rows: dict[Layer, Tensor] = {}
         self._square_norms: dict[Layer, float] = {}
         self._curved: dict[str, bool] = {}
-        self._spectra: dict[Part, Callable[[], Spectrum]] = {}
+        self._spectra: dict[Part, Spectrum] = {}
         self._accumulators: dict[Part, SpectrumAccumulator] = {}
         if self._multiple is None:
             self._accumulators = {
@@ -246,7 +243,7 @@ class HessianMeasurement(Generic[Part]):
             for part in [part for part in self._accumulators if layer in self._parts[part]]:
                 self._accumulators[part].add(rows)
                 if len(self._parts[part]) == 1:  # Complete: judge it now and free its memory.
-                    self._spectra[part] = self._started(part)
+                    self._spectra[part] = self._accumulators.pop(part).spectrum()
         self._note_curved(layer, rows)
 
     def _square_norm(self, gradients: LayerGradients) -> float:
@@ -298,11 +295,9 @@ class HessianMeasurement(Generic[Part]):
         """Of the rows whose products are the Gauss-Newton part, where these are not the behavioral gradients."""
         if self._curvature.factors is None:
             return {}
-        self._spectra |= {part: self._started(part) for part in list(self._accumulators)}
-        return {part: self._resolved(part, spectrum()) for part, spectrum in self._spectra.items()}
-
-    def _started(self, part: Part) -> Callable[[], Spectrum]:
-        return self._traced.started(self._accumulators.pop(part))
+        self._spectra |= {part: accumulator.spectrum() for part, accumulator in self._accumulators.items()}
+        self._accumulators.clear()
+        return {part: self._resolved(part, spectrum) for part, spectrum in self._spectra.items()}
 
     def _brackets(self, spectra: Mapping[Part, Spectrum]) -> dict[Part, NullSpace]:
         """What products prove; nothing where the loss is not convex in the outputs alone."""
@@ -323,14 +318,12 @@ class HessianMeasurement(Generic[Part]):
         return {part: found[part] for part in self._parts}
 
     def _products(self) -> "HessianProducts":
-        team = self._traced.team if _num_activations(self._trace) >= _SHARED_ELEMENTS else None
         products = HessianProducts(
             self._network,
             self._probe,
             self._trace,
             self._curvature,
             chunk_size=self._chunk_size,
-            team=team,
             link=self._seen.link,
         )
         products.check(self._is_curved)
@@ -457,8 +450,6 @@ class HessianProducts:
         trace: Of the probe.
         curvature: Of the loss, in all outputs.
         chunk_size: Inputs that are differentiated together, where memory asks for it.
-        team: Processes that take the products on a share of the inputs each; ``None`` takes them here.
-        indices: Where the inputs stand in the whole probe; ``None`` means that they are the whole.
         link: What made the outputs of the logits that the loss is a function of; ``None`` where these are the outputs.
     """
 
@@ -470,23 +461,19 @@ class HessianProducts:
         curvature: OutputCurvature,
         *,
         chunk_size: int | None = None,
-        team: Team | None = None,
-        indices: Tensor | None = None,
         link: Link | None = None,
     ) -> None:
         assert curvature.slope is not None
-        self._network, self._probe, self._curvature, self._team = network, probe, curvature, team
+        self._network, self._probe, self._curvature = network, probe, curvature
         self._parameters, self._link = network.parameters(), link
         self._outputs = self._seen(trace.outputs.detach().reshape(probe.size, -1))
-        self._places = (torch.arange(probe.size) if indices is None else indices).to(self._outputs.device)
         self._slope = curvature.slope
         num_chunks = max(1, -(-_num_activations(trace) // _GRAPH_ELEMENTS))
         if chunk_size is not None:
             num_chunks = max(num_chunks, -(-probe.size // chunk_size))
-        self._chunks = torch.arange(probe.size).tensor_split(min(num_chunks, probe.size))
+        indices = torch.arange(probe.size, device=self._outputs.device)
+        self._chunks = indices.tensor_split(min(num_chunks, probe.size))
         self._kept: dict[bool, list[Tensor]] = {}
-        if team is not None:  # Each process makes one for its share.
-            team.each(_prepare_products, replace(curvature, factors=None), chunk_size, link)
 
     def _seen(self, outputs: Tensor) -> Tensor:
         return outputs if self._link is None else self._link.logits(outputs)
@@ -511,11 +498,10 @@ class HessianProducts:
         names = [name for layer in self._network.layers for name in layer.parameters]
         indices = [index for index, name in enumerate(names) if name in chosen]
         # Inputs that the loss couples must be seen together, except where all are in one graph anyway.
-        is_apart = self._is_coupled and not of_residual and (self._team is not None or len(self._chunks) > 1)
-        own_product = partial(HessianProducts._own_product, of_residual=of_residual or is_apart)
+        is_apart = self._is_coupled and not of_residual and len(self._chunks) > 1
 
         def product(direction: Tensor) -> Tensor:
-            total = self._sum_over_shares(own_product, indices, direction)
+            total = self._sum_of_products(indices, direction, of_residual=of_residual or is_apart)
             if is_apart:
                 total += self._gauss_newton_product(indices, direction)
             _check_finite(total, layers)
@@ -523,18 +509,7 @@ class HessianProducts:
 
         return product
 
-    def _over_shares(self, method: Callable[..., _Result], *args: Any) -> list[_Result]:
-        if self._team is None:
-            return [method(self, *args)]
-        return self._team.each(_with_products, method, *args)
-
-    def _sum_over_shares(self, method: Callable[..., Tensor], *args: Any) -> Tensor:
-        total, *others = self._over_shares(method, *args)
-        for other in others:
-            total += other
-        return total
-
-    def _own_product(self, indices: Sequence[int], direction: Tensor, *, of_residual: bool) -> Tensor:
+    def _sum_of_products(self, indices: Sequence[int], direction: Tensor, *, of_residual: bool) -> Tensor:
         variables = [self._parameters[index] for index in indices]
         total = torch.zeros_like(direction)
         for chunk in self._chunks:
@@ -549,9 +524,6 @@ class HessianProducts:
         Args:
             chunk_size: Columns per batched backward pass.
         """
-        return self._sum_over_shares(partial(HessianProducts._own_residual_matrix, chunk_size=chunk_size))
-
-    def _own_residual_matrix(self, *, chunk_size: int) -> Tensor:
         num_parameters = sum(parameter.numel() for parameter in self._parameters)
         total = self._outputs.new_zeros(num_parameters, num_parameters)
         for chunk in self._chunks:
@@ -562,22 +534,14 @@ class HessianProducts:
 
     def _gauss_newton_product(self, indices: Sequence[int], direction: Tensor) -> Tensor:
         """GᵀAG times a direction: first how all outputs move, then what pulls them back."""
-        moved = torch.cat(self._over_shares(HessianProducts._own_movement, indices, direction))
+        variables = [self._parameters[index] for index in indices]
+        moved = torch.cat([self._directional_derivative(chunk, variables, direction) for chunk in self._chunks])
         pulled = weighted_rows(moved.reshape(-1, 1), self._curvature.matrices).view(moved.shape)
-        return self._sum_over_shares(HessianProducts._own_pull, indices, pulled)
-
-    def _own_movement(self, indices: Sequence[int], direction: Tensor) -> Tensor:
-        variables = [self._parameters[index] for index in indices]
-        return torch.cat([self._directional_derivative(chunk, variables, direction) for chunk in self._chunks])
-
-    def _own_pull(self, indices: Sequence[int], pulled: Tensor) -> Tensor:
-        variables = [self._parameters[index] for index in indices]
-        total = pulled.new_zeros(sum(variable.numel() for variable in variables))
+        total = torch.zeros_like(direction)
         for chunk in self._chunks:
             outputs = self._outputs_of(chunk)
             if outputs.requires_grad:
-                weights = pulled[self._places[chunk]]
-                parts = torch.autograd.grad(outputs, variables, weights, materialize_grads=True)
+                parts = torch.autograd.grad(outputs, variables, pulled[chunk], materialize_grads=True)
                 total += torch.cat([part.flatten() for part in parts])
         return total
 
@@ -608,16 +572,13 @@ class HessianProducts:
         for seed in range(_NUM_DIRECTIONS):
             direction = relative_direction(self._parameters, seed=seed)
             beside = _BESIDE * relative_direction(self._parameters, seed=seed + _NUM_DIRECTIONS)
-            shares = self._over_shares(HessianProducts._own_derivatives, beside, direction)
-            movement, product = torch.cat([moved for moved, _ in shares]), sum(pulled for _, pulled in shares)
-            assert isinstance(product, Tensor)
+            movement, product = self._derivatives_at(beside, direction)
 
             def outputs(step: float, beside: Tensor = beside, direction: Tensor = direction) -> list[Tensor]:
-                return [torch.cat(self._over_shares(HessianProducts._own_moved_outputs, beside + step * direction))]
+                return [self._outputs_at(beside + step * direction)]
 
             def gradient(step: float, beside: Tensor = beside, direction: Tensor = direction) -> list[Tensor]:
-                total = self._sum_over_shares(HessianProducts._own_moved_gradient, beside + step * direction)
-                return list(torch.split(total, sizes))
+                return list(torch.split(self._gradient_at(beside + step * direction), sizes))
 
             wrong = contradicted([movement], outputs) or contradicted(torch.split(product, sizes), gradient)
             if not wrong:
@@ -627,7 +588,7 @@ class HessianProducts:
             f"{self._network.layers[wrong[-1]].name!r} or after it: an operation has a wrong first or second derivative"
         )
 
-    def _own_derivatives(self, shift: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    def _derivatives_at(self, shift: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
         """How the outputs move along a direction, and R times it, at other parameters."""
         moved, total = [], torch.zeros_like(direction)
         with self._network.at(self._moved(shift)):
@@ -637,11 +598,11 @@ class HessianProducts:
                 total += hessian_product(gradient, self._parameters, direction)
         return torch.cat(moved), total
 
-    def _own_moved_outputs(self, shift: Tensor) -> Tensor:
+    def _outputs_at(self, shift: Tensor) -> Tensor:
         with self._network.at(self._moved(shift)), torch.no_grad():
             return torch.cat([self._outputs_of(chunk) for chunk in self._chunks])
 
-    def _own_moved_gradient(self, shift: Tensor) -> Tensor:
+    def _gradient_at(self, shift: Tensor) -> Tensor:
         """Of the linear part of the quadratic model, at other parameters."""
         total = torch.zeros_like(shift)
         with self._network.at(self._moved(shift)):
@@ -661,17 +622,11 @@ class HessianProducts:
         """Refuse an operation of the network that can be differentiated only once, and does not say so."""
         # An expert, say, may be used by the inputs of some chunks only.
         connected = [False] * len(self._parameters)
-        for found in self._over_shares(HessianProducts._own_connections):
-            connected = list(map(or_, connected, found))
-        check_connected(connected, curved)
-
-    def _own_connections(self) -> list[bool]:
-        connected = [False] * len(self._parameters)
         for chunk in self._chunks:
             gradients = self._gradients(chunk, of_residual=False)
             gradient = torch.cat([part.flatten() for part in gradients])
             connected = list(map(or_, connected, is_connected(gradient, self._parameters)))
-        return connected
+        check_connected(connected, curved)
 
     def _gradients(self, chunk: Tensor, *, of_residual: bool) -> list[Tensor]:
         """Gradients of the quadratic model, or of its linear part, on some inputs; kept where they are all."""
@@ -697,35 +652,22 @@ class HessianProducts:
     def _model(self, chunk: Tensor, *, of_residual: bool) -> Tensor:
         """The quadratic model, or its linear part, of some inputs; of inputs that are coupled, as if to these alone."""
         outputs = self._outputs_of(chunk)
-        places = self._places[chunk]
-        model = (self._slope[places] * outputs).sum()
+        model = (self._slope[chunk] * outputs).sum()
         if of_residual:
             return model
         moved = (outputs - self._outputs[chunk]).reshape(-1, 1)
-        return model + 0.5 * (moved * weighted_rows(moved, self._blocks(places))).sum()
+        return model + 0.5 * (moved * weighted_rows(moved, self._blocks(chunk))).sum()
 
     @property
     def _is_coupled(self) -> bool:
         return self._curvature.matrices.shape[0] < self._slope.shape[0]
 
-    def _blocks(self, places: Tensor) -> Tensor:
+    def _blocks(self, chunk: Tensor) -> Tensor:
         matrices = self._curvature.matrices
         if not self._is_coupled:
-            return matrices[places]
-        rows = torch.arange(self._slope.numel(), device=places.device).view(self._slope.shape)[places].flatten()
+            return matrices[chunk]
+        rows = torch.arange(self._slope.numel(), device=chunk.device).view(self._slope.shape)[chunk].flatten()
         return matrices[:, rows][:, :, rows]
-
-
-def _prepare_products(
-    share: TracedProbe, curvature: OutputCurvature, chunk_size: int | None, link: Link | None
-) -> None:
-    share.kept = HessianProducts(
-        share.network, share.probe, share.whole, curvature, chunk_size=chunk_size, indices=share.indices, link=link
-    )
-
-
-def _with_products(share: TracedProbe, method: Callable[..., _Result], *args: Any) -> _Result:
-    return method(share.kept, *args)
 
 
 def _check_finite(rows: Tensor, layers: Sequence[Layer]) -> None:

@@ -14,12 +14,9 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, mayb
 from torch.func import functional_call
 
 from lightning_basin.copying import is_out_of_memory
-from lightning_basin.functional.rank import Spectrum
-from lightning_basin.functional.sketch import SpectrumAccumulator
 from lightning_basin.operations import Operations, recorded_operations
 from lightning_basin.precision import RaisedPrecision
 from lightning_basin.probe import Probe, map_tensors, tensors_of
-from lightning_basin.processes import Team
 from lightning_basin.remedies import remedy
 
 _Result = TypeVar("_Result")
@@ -567,63 +564,31 @@ class TracedProbe:
         network: To run.
         probe: The inputs.
         chunk_size: Inputs per run; the traces of several chunks are not kept, but made anew at each iteration.
-        indices: Where the inputs stand in the whole probe; ``None`` means that they are the whole.
-        team: Processes that have a share of the inputs each, of which this one leads.
-
-    Attributes:
-        kept: What a function that was called on this share has left for the next one.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        probe: Probe,
-        *,
-        chunk_size: int | None = None,
-        indices: Tensor | None = None,
-        team: Team | None = None,
-    ) -> None:
+    def __init__(self, network: Network, probe: Probe, *, chunk_size: int | None = None) -> None:
         self.network = network
         self.probe = probe
         self.chunk_size = probe.size if chunk_size is None else chunk_size
-        self.indices = torch.arange(probe.size) if indices is None else indices
-        self.team = team
-        self.kept: Any = None
         self._whole: Trace | None = None
 
     def chunks(self) -> Iterator[Chunk]:
         """The inputs that are run at once, chunk by chunk."""
+        indices = torch.arange(self.probe.size)
         if self.is_whole:
-            yield Chunk(self.network, self.indices, self.probe, self.whole)
+            yield Chunk(self.network, indices, self.probe, self.whole)
             return
-        num_chunks = -(-self.probe.size // self.chunk_size)
-        for chosen in torch.arange(self.probe.size).tensor_split(num_chunks):
-            yield Chunk(self.network, self.indices[chosen], self.probe.select(chosen))
+        for chosen in indices.tensor_split(-(-self.probe.size // self.chunk_size)):
+            yield Chunk(self.network, chosen, self.probe.select(chosen))
 
     def each(self, function: Callable[..., _Result], *args: Any) -> list[_Result]:
-        """What a function makes of each chunk of inputs, on the process that has it, in the order of the inputs.
+        """What a function makes of each chunk of inputs, in the order of the inputs.
 
         Args:
-            function: Of the network, a chunk and further arguments; where there is a team, all of this is sent.
-            args: Further arguments.
+            function: A function of the network, a chunk and further arguments.
+            args: The further arguments.
         """
-        if self.team is None:
-            return _of_chunks(self, function, *args)
-        return [found for share in self.team.each(_of_chunks, function, *args) for found in share]
-
-    def project_outputs(self, num_outputs: int, num_directions: int, generator: Generator) -> None:
-        """See `Network.project_outputs`; the same directions on all processes."""
-        self.network.project_outputs(num_outputs, num_directions, generator)
-        if self.team is not None:
-            self.team.each(_project_outputs, self.network.projection)
-
-    def started(self, accumulator: SpectrumAccumulator) -> Callable[[], Spectrum]:
-        """The spectrum of what was accumulated; where there is a team, some process decomposes it meanwhile."""
-        if self.team is None or accumulator.is_tiny:
-            spectrum = accumulator.spectrum()
-            return lambda: spectrum
-        found = accumulator.unfinished_spectrum()
-        return (lambda: found) if isinstance(found, Spectrum) else self.team.spread(found.finished)
+        return [function(self.network, chunk, *args) for chunk in self.chunks()]
 
     @property
     def is_whole(self) -> bool:
@@ -637,11 +602,3 @@ class TracedProbe:
             with torch.set_grad_enabled(self.is_whole):
                 self._whole = self.network.trace(self.probe)
         return self._whole
-
-
-def _project_outputs(share: TracedProbe, projection: Tensor | None) -> None:
-    share.network.projection = projection
-
-
-def _of_chunks(traced: TracedProbe, function: Callable[..., _Result], *args: Any) -> list[_Result]:
-    return [function(traced.network, chunk, *args) for chunk in traced.chunks()]

@@ -55,12 +55,10 @@ from lightning_basin.layers import (
     passed_otherwise,
     rounding_rtol,
 )
-from lightning_basin.messages import MessageGroup
 from lightning_basin.naming import escaped
 from lightning_basin.plan import MeasurementPlan, plan_measurement
 from lightning_basin.precision import RaisedPrecision
 from lightning_basin.probe import Probe, float64_device, tensors_of
-from lightning_basin.processes import Team, follow
 from lightning_basin.ranks import Part, RankMeasurement
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput, layer_blocks
 from lightning_basin.remedies import needs_float32
@@ -122,7 +120,6 @@ def measure_basin(
     dtype: Precision = "float64",
     seed: int = 0,
     step: int | None = None,
-    team: Team | None = None,
 ) -> BasinRecord:
     """Measure how flat the basin of a network is, and where it loses information.
 
@@ -165,7 +162,6 @@ def measure_basin(
             same within 4e-6 at least, and the Hessian is left out.
         seed: Of the sketch's random vectors: same seed, same numbers.
         step: Noted in the record.
-        team: Processes that compute a share each, while they are in `follow_measurement`.
 
     Raises:
         TypeError: If there is no input tensor, the outputs are not a floating point tensor, ``duplicates_over`` can be
@@ -225,7 +221,6 @@ def measure_basin(
         planned,
         dtype=DTYPES[dtype],
         with_layout=True,
-        team=team,
     ) as evaluation:
         notes = list(evaluation.notes)
         num_directions = _num_directions(probe.size, evaluation.num_outputs, max_outputs)
@@ -236,7 +231,7 @@ def measure_basin(
                 f"{num_directions} random orthonormal directions"
             )
             _check_projection(behavior)
-            evaluation.traced.project_outputs(evaluation.num_outputs, num_directions, generator)
+            evaluation.network.project_outputs(evaluation.num_outputs, num_directions, generator)
         parts = _selected_parts(evaluation.network.layers, layers)
         readout = _readout(evaluation, behavior)
         curvature = _curvature(evaluation, parts, hessian, rtol, seed, is_plain=readout is None, notes=notes)
@@ -261,24 +256,6 @@ def measure_basin(
     return replace(
         record, projected=projected, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started
     )
-
-
-def follow_measurement(
-    group: MessageGroup, module: nn.Module, behavior: Behavior | None, *, dtype: Precision = "float64"
-) -> None:
-    """Compute a share of what another process measures with `measure_basin`, until it has the record or has failed.
-
-    Nothing raises here: what goes wrong on the share is raised where the measurement is.
-
-    Args:
-        group: Of the team's messages.
-        module: A module like the one that is measured, which stays as it is; numbers are those of the other.
-        behavior: See `measure_basin`.
-        dtype: See `measure_basin`.
-    """
-    device = _device(module)
-    with isolated_evaluation(device, DTYPES[dtype]), at_rest(module):
-        follow(group, partial(_prepared_share, module, _outputs_of(behavior), DTYPES[dtype]))
 
 
 def check_measurable(
@@ -563,7 +540,6 @@ def evaluated(
     dtype: torch.dtype = torch.float64,
     gradient_dtype: torch.dtype = torch.float64,
     with_layout: bool = False,
-    team: Team | None = None,
 ) -> Iterator[Evaluation]:
     """Evaluate a copy of a module once and check what comes out.
 
@@ -576,7 +552,6 @@ def evaluated(
         dtype: Of the copy.
         gradient_dtype: See `Network`.
         with_layout: Whether to find the inputs in what enters and leaves each layer.
-        team: Processes that get a share of the inputs each, where the module can run a few at a time.
     """
     if any(tensor.is_meta for tensor in tensors_of(probe.inputs)):
         raise ValueError("inputs must hold numbers to be measured, got tensors on the device 'meta'")
@@ -589,15 +564,9 @@ def evaluated(
             if dtype == torch.float64 and needs_float32(error):
                 _check_float32_helps(module, behavior, probe, error)
             raise
-        plan = None
-        if planned is not None:
-            plan = planned(network, *few)
-            # Other processes have copies in evaluation mode.
-            team = team if few[0].size < probe.size and note is None else None
+        plan = None if planned is None else planned(network, *few)
         del few  # And its graph.
-        traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size, team=team)
-        if team is not None:
-            _share(team, traced)
+        traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size)
         trace = traced.whole
         _check_outputs(probe, trace.outputs)
         layout = _checked_layout(network, probe, trace, is_wanted=with_layout)
@@ -608,8 +577,6 @@ def evaluated(
             outputs = trace.outputs if traced.is_whole else trace.outputs.detach().requires_grad_()
             loss = _checked_loss(loss_fn, outputs, probe.targets)
             _check_copy(module, loss, "loss_fn")
-        if team is not None and not _is_the_same_everywhere(team, trace.outputs.detach()):
-            traced.team = None
         yield Evaluation(traced, loss_fn, loss, layout, plan, () if note is None else (note,))
 
 
@@ -651,61 +618,6 @@ def _evaluable(
 
 def _device(module: nn.Module) -> torch.device:
     return float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
-
-
-def _share(team: Team, traced: TracedProbe) -> None:
-    """Give each process some inputs in a row; none to the last processes, where there are few inputs."""
-    network, probe, chunk_size = traced.network, traced.probe, traced.chunk_size
-    own, *others = torch.arange(probe.size).tensor_split(max(1, min(team.size, probe.size // _FEW)))
-    state = _state(network.module)
-    team.share(
-        TracedProbe(network, probe.select(own), chunk_size=chunk_size, indices=own),
-        [(state, probe.select(part), part, chunk_size) for part in others],
-    )
-
-
-def _state(replica: nn.Module) -> dict[str, tuple[Tensor, bool]]:
-    """Parameters and buffers, and whether they are trained."""
-    named = dict(replica.named_parameters()) | dict(replica.named_buffers())
-    return {name: (tensor, tensor.requires_grad) for name, tensor in named.items()}
-
-
-def _prepared_share(
-    module: nn.Module,
-    behavior: ModuleBehavior | None,
-    dtype: torch.dtype,
-    state: Mapping[str, tuple[Tensor, bool]],
-    probe: Probe,
-    indices: Tensor,
-    chunk_size: int,
-) -> TracedProbe:
-    """Some inputs of another process, run on a copy of the module here that has its parameters and buffers."""
-    replica, behavior = replicas(module, behavior, dtype=dtype)
-    settle_embeddings(replica, lambda: None)  # Those of the other process are.
-    own = dict(replica.named_parameters()) | dict(replica.named_buffers())
-    if own.keys() != state.keys():
-        raise ValueError(
-            f"all processes must have the same parameters and buffers, but not all have {sorted(own.keys() ^ state)}"
-        )
-    for name, (tensor, is_trained) in state.items():
-        own[name].data = tensor.to(own[name].device)
-        own[name].requires_grad_(is_trained)
-    network = Network(replica, behavior, dtype=dtype)
-    traced = TracedProbe(network, probe, chunk_size=chunk_size, indices=indices)
-    assert traced.whole  # Run before it is asked for.
-    return traced
-
-
-def _is_the_same_everywhere(team: Team, outputs: Tensor) -> bool:
-    """Whether outputs depend on nothing but parameters and buffers, so that each process can compute its share."""
-    found = team.each(_outputs_of_share)
-    if any(share.shape[1:] != outputs.shape[1:] for share in found):
-        return False
-    return float((torch.cat(found) - outputs).abs().max()) <= agreement_rtol(outputs.dtype) * float(outputs.abs().max())
-
-
-def _outputs_of_share(share: TracedProbe) -> Tensor:
-    return share.whole.outputs.detach()
 
 
 def _few_traced(network: Network, probe: Probe) -> tuple[Probe, Trace]:

@@ -22,7 +22,6 @@ from lightning_basin.keys import Key
 from lightning_basin.lightnings import (
     BaseCallback,
     Callback,
-    DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
     LightningModule,
@@ -34,8 +33,7 @@ from lightning_basin.lightnings import (
     Trainer,
 )
 from lightning_basin.loggers import batches_that_stepped, log_scalars, set_callback_metrics
-from lightning_basin.measurement import Precision, Probabilities, check_measurable, follow_measurement, measure_basin
-from lightning_basin.messages import MessageGroup, close_group, message_group
+from lightning_basin.measurement import Precision, Probabilities, check_measurable, measure_basin
 from lightning_basin.monitored import Cadence, misunderstandings
 from lightning_basin.naming import escaped
 from lightning_basin.notices import inform
@@ -44,7 +42,7 @@ from lightning_basin.null_space import verify_null_space as verified_null_space
 from lightning_basin.overhead import OverheadLimit, announced
 from lightning_basin.plan import MemoryBudgetError
 from lightning_basin.probe import Probe, ProbeCollector
-from lightning_basin.processes import Team, leading
+from lightning_basin.processes import PatientBroadcast
 from lightning_basin.record import BasinRecord, tag
 from lightning_basin.replica import replicas
 from lightning_basin.results import Latest, Results
@@ -213,7 +211,7 @@ class BasinMonitor(BaseCallback):
         self._collector = self._new_collector()
         self._initial: tuple[nn.Module, int, int] | None = None  # for the baseline: its step and x axis beside it
         self._gathered: GatheredModule | None = None  # where a strategy shards the module
-        self._group: MessageGroup | None = None  # where several processes have the module
+        self._broadcast: PatientBroadcast | None = None  # While a fit runs.
         self._lenience: Lenience | None = None  # Of those who look for a value that there is not yet.
         self._is_checked = False
         self._leave_out_loss = False
@@ -354,9 +352,9 @@ class BasinMonitor(BaseCallback):
         self._end_lenience()
         if stage == "fit":  # The listeners of the next fit subscribe at its set-up.
             self._listeners.clear()
-            if self._group is not None:
-                close_group(self._group)
-                self._group = None
+            if self._broadcast is not None:
+                self._broadcast.close()
+                self._broadcast = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -370,7 +368,7 @@ class BasinMonitor(BaseCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = trainer.global_step
-        self._group = message_group() if _has_whole_copies(trainer) else None
+        self._broadcast = PatientBroadcast(trainer.strategy.broadcast)
         self._whole_training_set(trainer)
         self._num_failures = 0
         self._overhead = None if self.max_overhead is None else OverheadLimit(self.max_overhead)
@@ -722,11 +720,9 @@ class BasinMonitor(BaseCallback):
             whole = self._whole(pl_module)
         record = None
         if trainer.is_global_zero:
-            with nullcontext() if self._group is None else leading(self._group) as team:
-                record = self._timed(trainer, whole, step, team)
-        elif self._group is not None:
-            follow_measurement(self._group, pl_module, quiet_behavior(self._behavior, trainer), dtype=self.dtype)
-        record = trainer.strategy.broadcast(record, 0)
+            record = self._timed(trainer, whole, step)
+        assert self._broadcast is not None
+        record = self._broadcast(record)
         if record is None:
             self._count_failure(trainer)
         return record
@@ -738,12 +734,10 @@ class BasinMonitor(BaseCallback):
         allowed: bool = trainer.strategy.broadcast(self._overhead.allows_next(), 0)
         return not allowed
 
-    def _timed(
-        self, trainer: Trainer, whole: Callable[[], nn.Module], step: int, team: Team | None
-    ) -> BasinRecord | None:
+    def _timed(self, trainer: Trainer, whole: Callable[[], nn.Module], step: int) -> BasinRecord | None:
         limited = nullcontext() if self._overhead is None else self._overhead.measuring()
         with limited, announced(f"Measuring {escaped(self.prefix)} at step {step}"):
-            return self._record(trainer, whole, step, team)
+            return self._record(trainer, whole, step)
 
     def _publish(self, trainer: Trainer, record: BasinRecord, log_step: int) -> None:
         skipped = (
@@ -761,9 +755,7 @@ class BasinMonitor(BaseCallback):
                 warn=True,
             )
 
-    def _record(
-        self, trainer: Trainer | None, whole: Callable[[], nn.Module], step: int, team: Team | None = None
-    ) -> BasinRecord | None:
+    def _record(self, trainer: Trainer | None, whole: Callable[[], nn.Module], step: int) -> BasinRecord | None:
         try:
             with self._profiled(trainer, "measure"):
                 module = whole()
@@ -785,7 +777,6 @@ class BasinMonitor(BaseCallback):
                     dtype=self.dtype,
                     seed=self.seed,
                     step=step,
-                    team=team,
                 )
         except Exception as error:  # A measurement must never end a training run.
             _warn(
@@ -1027,9 +1018,9 @@ class BasinMonitor(BaseCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
-        dropped = ("log", "log_dict", "_initial", "_gathered", "_group", "_lenience", "_step_loss")
+        dropped = ("log", "log_dict", "_initial", "_gathered", "_broadcast", "_lenience", "_step_loss")
         kept = {name: value for name, value in vars(self).items() if name not in dropped}
-        nothing = dict.fromkeys(("_initial", "_gathered", "_group", "_lenience", "_step_loss"))
+        nothing = dict.fromkeys(("_initial", "_gathered", "_broadcast", "_lenience", "_step_loss"))
         # A weak reference has no state. Two copies never fill one list.
         return kept | nothing | {"_fitted": _nothing, "_own": copy.copy(self._own)}
 
@@ -1075,12 +1066,6 @@ def _cannot_be_gathered(strategy: Strategy) -> bool:
     if isinstance(strategy, ModelParallelStrategy):
         return strategy.device_mesh["tensor_parallel"].size() > 1
     return isinstance(strategy, FSDPStrategy)
-
-
-def _has_whole_copies(trainer: Trainer) -> bool:
-    """Whether each of several processes holds the whole module, so that it can compute a share."""
-    is_replicated = isinstance(trainer.strategy, DDPStrategy) and not isinstance(trainer.strategy, DeepSpeedStrategy)
-    return is_replicated and trainer.world_size > 1
 
 
 def _renews_batch_statistics(trainer: Trainer) -> bool:

@@ -1,6 +1,6 @@
 """Ranks of the behavioral gradients of layers, blocks and the network, each by the cheapest proof that decides."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Literal
@@ -74,7 +74,7 @@ class RankMeasurement:
         self._needs_spectra = needs_spectra
         self._epsilon = torch.finfo(traced.network.dtype).eps
         self._ranks: dict[Part, GradientRank] = {}
-        self._spectra: dict[Part, Callable[[], Spectrum]] = {}
+        self._spectra: dict[Part, Spectrum] = {}
         self._open = {
             part: SpectrumAccumulator(
                 check.num_rows,
@@ -136,9 +136,8 @@ class RankMeasurement:
                 self._conclude([part], independent_rows(self._sums.pop(part)))
             if part in self._open:
                 self._judge(part)
-        spectra = {part: finished() for part, finished in self._spectra.items()}
-        self._ranks |= {part: gradient_rank(spectrum, rtol=self._rtol) for part, spectrum in spectra.items()}
-        return {part: self._ranks[part] for part in self._parts}, spectra
+        self._ranks |= {part: gradient_rank(spectrum, rtol=self._rtol) for part, spectrum in self._spectra.items()}
+        return {part: self._ranks[part] for part in self._parts}, self._spectra
 
     def _add_unless_independent(self, concerned: Sequence[Part], gradients: LayerGradients) -> None:
         gram = None
@@ -173,7 +172,7 @@ class RankMeasurement:
         accumulator = self._open.pop(part)
         proved = None if self._needs_spectra else accumulator.proved_rank(rtol=self._rtol)
         if proved is None:
-            self._spectra[part] = self._traced.started(accumulator)
+            self._spectra[part] = accumulator.spectrum()
         else:
             self._ranks[part] = proved
 

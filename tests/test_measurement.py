@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_basin import BasinRecord, Probe, measure_basin, verify_null_space
-from lightning_basin.measurement import _prepared_share, _state, check_measurable
-from lightning_basin.replica import replicas
+from lightning_basin.measurement import check_measurable
 from tests.exact import (
     Dual,
     ExactNetwork,
@@ -40,7 +39,7 @@ from tests.models import (
     sum_of_squares,
     with_integer_weights,
 )
-from tests.networks import Composed, filled
+from tests.networks import Composed
 
 SEEDS = (0, 1, 2)
 every_case = pytest.mark.parametrize("seed", SEEDS)
@@ -1503,23 +1502,6 @@ def test_inputs_without_numbers_are_refused():
 def test_module_without_outputs_is_refused():
     with pytest.raises(ValueError, match=r"outputs must hold at least one number per input, got shape \(5, 0\)"):
         measure_basin(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 0)), torch.ones(5, 4))
-
-
-def normalising(mean):
-    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    module[1].running_mean.fill_(mean)
-    return filled(module).eval()
-
-
-def test_a_share_has_the_parameters_and_buffers_of_the_process_that_leads():
-    leading, other = normalising(1.0), normalising(5.0)
-    with torch.no_grad():
-        other[0].weight.mul_(2)
-    (replica,) = replicas(leading)
-    probe = Probe(normal(4, 3).double())
-    share = _prepared_share(other, None, torch.float64, _state(replica), probe, torch.arange(4), 4)
-    torch.testing.assert_close(share.whole.outputs, replica(probe.inputs), rtol=0, atol=0)
-    assert other[1].running_mean.tolist() == [5.0, 5.0]
 
 
 SIZES: list[int] = []

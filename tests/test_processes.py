@@ -1,9 +1,7 @@
 """Real processes over gloo. Run as a script, this file is one of them."""
 
-import copy
 import gc
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -20,10 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_basin import BasinMonitor, RankEarlyStopping, measure_basin
-from lightning_basin.measurement import follow_measurement
-from lightning_basin.messages import message_group
 from lightning_basin.metrics import BehavioralGradientRank, DuplicatedActivations, HessianNullity
-from lightning_basin.processes import leading
 from lightning_basin.record import BasinRecord
 from tests.lightning_packages import (
     Callback,
@@ -33,13 +28,10 @@ from tests.lightning_packages import (
     ModelCheckpoint,
     ModelParallelStrategy,
 )
-from tests.teams import CASES, Counting, options_of, perceptron
 from tests.training import (
     Eventful,
     Scripted,
     Witness,
-    fingerprint,
-    global_settings,
     loader,
     make_trainer,
     regression_data,
@@ -58,9 +50,9 @@ TIMEOUT = timedelta(seconds=60)
 # ------------------------------------------------------------------------------------------------ in each process
 
 
-def fit(root, *callbacks, module=None, batches=None, **options):
+def fit(root, *callbacks, module=None, batches=None, timeout=TIMEOUT, **options):
     module = Eventful() if module is None else module
-    strategy = DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT)
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=timeout)
     trainer = make_trainer(root, *callbacks, strategy=strategy, devices=2, **options)
     with seeded(trainer.global_rank):
         trainer.fit(module, batches or loader(80, 10))
@@ -241,24 +233,17 @@ def failing(rank, root):
     return {"steps": steps(monitor), "metrics": basin_metrics(trainer), "last_step": trainer.global_step}
 
 
-def failing_beside(rank, root):
-    """A behavior that fails on the process that follows, in the second measurement only."""
-    armed = []
+def patient(rank, root):
+    """A measurement that takes longer than the process group lets its members wait."""
 
     def behavior(module, inputs):
-        if armed and rank == 1:
-            raise RuntimeError("out of order")
+        if len(inputs) == 15:  # The check before training has seen the first batch of 10 only.
+            time.sleep(3)
         return module(inputs)
 
-    class Arming(Eventful):
-        def on_train_epoch_start(self):
-            armed[:] = [1] if self.current_epoch == 1 else []
-
-    monitor = BasinMonitor(probe=10, behavior=behavior)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        fit(root, monitor, module=Arming(), max_epochs=3)
-    return {"steps": steps(monitor), "said": [str(w.message) for w in said if "out of order" in str(w.message)]}
+    monitor = BasinMonitor(probe=15, behavior=behavior, hessian=False)
+    trainer, _ = fit(root, monitor, max_steps=2, timeout=timedelta(seconds=5))
+    return {"steps": steps(monitor), "last_step": trainer.global_step}
 
 
 def giving_up(rank, root):
@@ -353,79 +338,6 @@ def never_full(rank, root):
     }
 
 
-def teams(rank, root):
-    """Measurements that the first process leads; what the others computed with stays as it was."""
-    torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
-    group = message_group()
-    records, is_untouched, sizes = {}, [], {}
-    for name, case in CASES.items() if group.size() == 2 else [(name, CASES[name]) for name in OF_THREE]:
-        Counting.sizes.clear()
-        module = case.module(rank)
-        if rank == 0:
-            with leading(group) as team:
-                record = measure_basin(module, *case.probe(), **options_of(case, module), team=team)
-            records[name] = record.to_dict()
-            continue
-        before = fingerprint([module.state_dict(), torch.get_rng_state(), random.getstate(), global_settings()])
-        follow_measurement(group, module, case.options.get("behavior"))
-        after = fingerprint([module.state_dict(), torch.get_rng_state(), random.getstate(), global_settings()])
-        sizes[name] = list(Counting.sizes)
-        is_untouched.append(before == after and all(part.grad is None for part in module.parameters()))
-    found = {"records": records, "is_untouched": is_untouched, "sizes": sizes, "failures": failures(rank, group)}
-    torch.distributed.destroy_process_group()
-    return found
-
-
-OF_THREE = ("buffers of their own", "five inputs", "a convolution", "many units, coupled", "many rows")
-
-
-class UnreadableError(MemoryError):
-    """Ends a copy, as one of the machine; it can be pickled, and not be read again: that takes two arguments."""
-
-    def __init__(self, what, where) -> None:
-        super().__init__(f"{what} on {where}")
-
-
-class Breaking(nn.Module):
-    """Fails in its forward pass, or when it is copied, on some processes and in some measurements only."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.layers, self.rank, self.breaks = perceptron(), rank, frozenset()
-
-    def __deepcopy__(self, memo):
-        if ("copy", self.rank) in self.breaks:
-            raise UnreadableError("no copy", self.rank)
-        replica = Breaking(self.rank)
-        replica.layers, replica.breaks = copy.deepcopy(self.layers, memo), self.breaks
-        return replica
-
-    def forward(self, inputs):
-        if ("forward", self.rank) in self.breaks and len(inputs) > 2:  # Two inputs are run first, and alone.
-            raise RuntimeError(f"no outputs on {self.rank}")
-        return self.layers(inputs)
-
-
-def failures(rank, group):
-    """What the first process is told by each of these measurements, the last of which succeeds again."""
-    messages = []
-    for breaks in BREAKS:
-        module = Breaking(rank)
-        module.breaks = frozenset(breaks)
-        if rank:
-            follow_measurement(group, module, None)
-            continue
-        try:
-            with leading(group) as team:
-                messages.append(measure_basin(module, torch.eye(3).repeat(3, 1), team=team).gradient_rank)
-        except (RuntimeError, ValueError, UnreadableError) as error:
-            messages.append(str(error))
-    return messages
-
-
-BREAKS = ([("forward", 1)], [("forward", 0)], [("forward", 0), ("forward", 1)], [("copy", 1)], [("copy", 0)], [])
-
-
 def synchronized(rank, root):
     """The three metrics with other numbers of rows on the two processes, down to none."""
     torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
@@ -492,13 +404,13 @@ def run_processes(root, *scenarios, count=2):
 def fits(tmp_path_factory):
     # Starting two processes takes longer than all they do. The first of these make process groups of their own.
     of_metrics, of_whole_modules = (
-        ("synchronized", "teams"),
+        ("synchronized",),
         (
             "measured",
             "stopped",
             "watched",
             "failing",
-            "failing_beside",
+            "patient",
             "giving_up",
             "limited",
         ),
@@ -506,61 +418,6 @@ def fits(tmp_path_factory):
     of_waiting, of_shards = ("uneven", "never_full", "gathering", "gathering_loss"), ("sharded", "resumed", "refused")
     scenarios = of_metrics + of_whole_modules + of_waiting + of_shards
     return run_processes(tmp_path_factory.mktemp("fits"), *scenarios)
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    return run_processes(tmp_path_factory.mktemp("three"), "teams", count=3)
-
-
-@pytest.fixture(params=["fits", "three"])
-def measured_together(request):
-    """By the number of processes."""
-    return [process["teams"] for process in request.getfixturevalue(request.param)]
-
-
-def differences(found, expected):
-    """Where two records are not the same; numbers that are no integers may differ by rounding."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        names = [name for name in expected if name != "measure_seconds"]
-        return [(name, *where) for name in names for where in differences(found[name], expected[name])]
-    is_close = isinstance(expected, float) and found == pytest.approx(expected, rel=1e-6)
-    return [] if found == expected or is_close else [(found, expected)]
-
-
-@pytest.mark.parametrize(
-    ("start", "name"), [*(("fits", name) for name in CASES), *(("three", name) for name in OF_THREE)]
-)
-def test_several_processes_measure_what_one_does_alone(request, start, name):
-    module = CASES[name].module(0)
-    expected = measure_basin(module, *CASES[name].probe(), **options_of(CASES[name], module))
-    found = request.getfixturevalue(start)[0]["teams"]["records"][name]
-    assert differences(found, expected.to_dict()) == []
-
-
-def test_each_process_runs_its_share_of_the_inputs(fits, three):
-    # Of 25 inputs 13 and 12, or 9, 8 and 8; of five 3 and 2, and nothing for the third process: at least two each.
-    for processes, name, expected in (
-        (fits, "buffers of their own", [{12}]),
-        (fits, "one input", [set()]),
-        (three, "buffers of their own", [{8}, {8}]),
-        (three, "five inputs", [{2}, set()]),
-    ):
-        assert [set(process["teams"]["sizes"][name]) for process in processes[1:]] == expected
-
-
-def test_processes_that_follow_stay_as_they_are(measured_together):
-    assert all(process["is_untouched"] and all(process["is_untouched"]) for process in measured_together[1:])
-
-
-def test_whatever_fails_on_some_process_fails_once_and_nobody_waits(measured_together):
-    forward_1, forward_0, both, copy_1, copy_0, none = measured_together[0]["failures"]
-    assert "no outputs on 1" in forward_1
-    assert "no outputs on 0" in forward_0
-    assert "no outputs on 0" in both
-    assert (copy_1, copy_0) == ("UnreadableError: no copy on 1", "no copy on 0")
-    assert none == 6  # Three distinct inputs, two outputs each.
 
 
 def test_both_processes_hold_equal_records_and_metrics(fits):
@@ -581,7 +438,7 @@ def test_both_processes_hold_the_same_probe(fits):
 def test_baseline_is_that_of_one_process_on_the_same_probe(fits, name):
     first = fits[0][name]
     expected = measure_basin(Eventful(), *first["probe"], loss_fn=nn.MSELoss(), layers="auto", step=0)
-    assert differences(first["records"][0], expected.to_dict()) == []
+    assert timeless([BasinRecord.from_dict(first["records"][0])]) == timeless([expected])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -612,12 +469,8 @@ def test_measurement_that_fails_on_one_process_ends_no_run(fits):
     assert (first["steps"], first["last_step"]) == ([0, 4, 8, 12], 12)  # Without a Hessian at step 8.
 
 
-def test_measurement_that_fails_on_a_process_that_follows_is_missing_on_both_and_said_once(fits):
-    first, second = (process["failing_beside"] for process in fits)
-    assert first["steps"] == second["steps"] == [0, 4, 12]
-    (message,) = first["said"]
-    assert "could not measure at step 8, training goes on" in message
-    assert second["said"] == []
+def test_a_process_waits_for_a_record_longer_than_for_a_gradient(fits):
+    assert [process["patient"] for process in fits] == [{"steps": [0], "last_step": 2}] * 2
 
 
 def test_processes_give_up_together(fits):

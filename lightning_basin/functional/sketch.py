@@ -20,7 +20,6 @@ from lightning_basin.functional.rank import (
     EPSILON,
     GRAM_RESOLUTION,
     GradientRank,
-    RankMethod,
     Spectrum,
     check_rtol,
     default_rtol,
@@ -490,28 +489,21 @@ class SpectrumAccumulator:
         Raises:
             RuntimeError: If some columns have not been added.
         """
-        found = self.unfinished_spectrum()
-        return found if isinstance(found, Spectrum) else found.finished()
-
-    def unfinished_spectrum(self) -> "Spectrum | UnfinishedSpectrum":
-        """The same up to a last decomposition, where it takes one: all random vectors have been drawn.
-
-        Raises:
-            RuntimeError: If some columns have not been added.
-        """
         self._check_complete()
         factored = self._kronecker_spectrum()
         if factored is not None:
             return factored
         self._form_gram()
         if not self._is_small and self._gram is not None:
-            return _unfinished_sketched_spectrum(
+            return sketched_spectrum(
                 self._gram.whole(), self._add_sketches, num_columns=2 * self._num_rows, epsilon=self._epsilon
             )
         rtol = self.default_rtol
         if self._gram is not None and (self._is_rounded or independent_rows(self._gram) is not None):
-            return UnfinishedSpectrum(self._gram.whole(), rtol=rtol, method="gram", epsilon=self._epsilon)
-        return UnfinishedSpectrum(self._matrix(), rtol=rtol, method="svd", epsilon=self._epsilon)
+            return Spectrum(
+                singular_values=_bulk(self._gram.whole())[0], rtol=rtol, method="gram", epsilon=self._epsilon
+            )
+        return Spectrum(singular_values=singular_values(self._matrix()), rtol=rtol, method="svd", epsilon=self._epsilon)
 
     @property
     def _is_rounded(self) -> bool:
@@ -623,47 +615,15 @@ def sketched_spectrum(
         >>> spectrum.singular_values.log10().round().tolist(), spectrum.method
         ([0.0, -3.0, -10.0], 'gram+sketch')
     """
-    found = _unfinished_sketched_spectrum(gram, sketch, num_columns=num_columns, epsilon=epsilon)
-    return found if isinstance(found, Spectrum) else found.finished()
-
-
-def _unfinished_sketched_spectrum(
-    gram: Tensor, sketch: Callable[[], Tensor], *, num_columns: int, epsilon: float
-) -> "Spectrum | UnfinishedSpectrum":
     rtol = default_rtol(gram.shape[0], num_columns, epsilon)
     bulk, num_resolved = _bulk(gram)
     if num_resolved == bulk.numel() or epsilon >= GRAM_RESOLUTION:
         return Spectrum(singular_values=bulk, rtol=rtol, method="gram", epsilon=epsilon)
-    return UnfinishedSpectrum(sketch(), rtol=rtol, method="gram+sketch", epsilon=epsilon, resolved=bulk[:num_resolved])
-
-
-@dataclass(frozen=True, eq=False)
-class UnfinishedSpectrum:
-    """A matrix whose decomposition gives a spectrum.
-
-    Attributes:
-        matrix: The Gram matrix, where this resolves all singular values; a sketch; or the matrix itself.
-        rtol: See `Spectrum`.
-        method: See `Spectrum`.
-        epsilon: See `Spectrum`.
-        resolved: The largest singular values, where the Gram matrix gives these and a sketch those below.
-    """
-
-    matrix: Tensor
-    rtol: float
-    method: RankMethod
-    epsilon: float
-    resolved: Tensor | None = None
-
-    def finished(self) -> Spectrum:
-        """The spectrum."""
-        values = _bulk(self.matrix)[0] if self.method == "gram" else singular_values(self.matrix)
-        if self.resolved is not None:
-            tail = values[self.resolved.numel() :]
-            if self.resolved.numel():
-                tail = tail.clamp(max=float(self.resolved[-1]))
-            values = torch.cat([self.resolved, tail])
-        return Spectrum(singular_values=values, rtol=self.rtol, method=self.method, epsilon=self.epsilon)
+    tail = singular_values(sketch())[num_resolved:]
+    if num_resolved:
+        tail = tail.clamp(max=float(bulk[num_resolved - 1]))
+    values = torch.cat([bulk[:num_resolved], tail])
+    return Spectrum(singular_values=values, rtol=rtol, method="gram+sketch", epsilon=epsilon)
 
 
 def _bulk(gram: Tensor) -> tuple[Tensor, int]:
