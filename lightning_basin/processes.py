@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import distributed as dist
+
+_Item = TypeVar("_Item")
 
 _TIMEOUT = timedelta(days=1)  # A large measurement takes longer than a process group lets its members wait.
 
@@ -25,10 +27,11 @@ class PatientBroadcast:
         self._broadcast = broadcast
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if has_processes else None
 
-    def __call__(self, item: Any) -> Any:
+    def __call__(self, item: _Item) -> _Item:
         """Return the first process's item on every process."""
         if self._group is None:
-            return self._broadcast(item, 0)
+            sent: _Item = self._broadcast(item, 0)
+            return sent
         items = [item]
         dist.broadcast_object_list(items, 0, group=self._group)
         return items[0]
