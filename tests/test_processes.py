@@ -238,10 +238,10 @@ def patient(rank, root):
 
     def behavior(module, inputs):
         if len(inputs) == 15:  # The check before training has seen the first batch of 10 only.
-            time.sleep(3)
+            time.sleep(6)
         return module(inputs)
 
-    monitor = BasinMonitor(probe=15, behavior=behavior, hessian=False)
+    monitor = BasinMonitor(probe=15, behavior=behavior, every_n_train_steps=100)
     trainer, _ = fit(root, monitor, max_steps=2, timeout=timedelta(seconds=5))
     return {"steps": steps(monitor), "last_step": trainer.global_step}
 

@@ -89,14 +89,16 @@ def test_a_rank_without_the_spectrum_does_not_count_rounding_to_float32(shape, r
 
 
 def test_no_sketch_is_taken_where_all_below_the_gram_matrix_is_rounding():
-    gram = rounded_to_float32(50, 200, 10).gram
+    gram = gram_of(rounded_to_float32(50, 200, 10)).whole()
     spectrum = sketched_spectrum(gram, sketch=None, num_columns=100, epsilon=FLOAT32)
     assert (gradient_rank(spectrum).rank, spectrum.method) == (10, "gram")
 
 
 def test_gradients_without_parts_are_where_they_are_said_to_be():
     empty = StackedGradients((), (), num_rows=6, num_columns=4, device=torch.device("meta"))
-    assert {tensor.device.type for tensor in (empty.rows(), empty.gram, empty.sketch(5, generator_of(0)))} == {"meta"}
+    assert {
+        tensor.device.type for tensor in (empty.rows(), gram_of(empty).whole(), empty.sketch(5, generator_of(0)))
+    } == {"meta"}
     assert empty.weighted(torch.zeros(3, 1, 2, device="meta")).rows().device.type == "meta"
 
 
@@ -142,7 +144,7 @@ def test_khatri_rao_shape_is_that_of_its_rows(layout):
 def test_khatri_rao_gram_holds_the_products_of_rows(layout):
     gradients = khatri_rao(**layout)
     rows = rows_by_loop(gradients)
-    torch.testing.assert_close(gradients.gram, torch.from_numpy(rows @ rows.T))
+    torch.testing.assert_close(gram_of(gradients).whole(), torch.from_numpy(rows @ rows.T))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -231,7 +233,9 @@ def test_dense_gradients_are_their_matrix():
     gradients = DenseGradients(matrix)
     assert (gradients.num_rows, gradients.num_columns) == (3, 5)
     assert torch.equal(gradients.rows(), matrix)
-    np.testing.assert_allclose(gradients.gram.numpy(), matrix.numpy() @ matrix.numpy().T, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(
+        gram_of(gradients).whole().numpy(), matrix.numpy() @ matrix.numpy().T, rtol=1e-13, atol=1e-13
+    )
     weights = drawn(3, seed=1)
     np.testing.assert_allclose(gradients.combination(weights).numpy(), weights.numpy() @ matrix.numpy(), rtol=1e-13)
 
@@ -300,7 +304,9 @@ def test_singular_values_above_the_resolution_of_the_gram_matrix_are_those_of_th
     values = np.logspace(0, -12, 13)
     matrix = with_singular_values(20, 60, values, 0)
     gradients = DenseGradients(matrix)
-    spectrum = sketched_spectrum(gradients.gram, lambda: gradients.sketch(40, generator_of(0)), num_columns=40)
+    spectrum = sketched_spectrum(
+        gram_of(gradients).whole(), lambda: gradients.sketch(40, generator_of(0)), num_columns=40
+    )
     resolved = values[values > 5 * GRAM_RESOLUTION]
     # An eigenvalue's error of n eps moves a singular value s by n eps / s / 2: at 1e-6 by 2e-3 of it for n = 20.
     np.testing.assert_allclose(spectrum.singular_values.numpy()[: len(resolved)], resolved, rtol=2e-3)
@@ -310,7 +316,9 @@ def test_a_spectrum_over_twelve_digits_is_followed_to_its_end():
     values = np.logspace(0, -12, 13)
     matrix = with_singular_values(20, 60, values, 0)
     gradients = DenseGradients(matrix)
-    spectrum = sketched_spectrum(gradients.gram, lambda: gradients.sketch(40, generator_of(0)), num_columns=40)
+    spectrum = sketched_spectrum(
+        gram_of(gradients).whole(), lambda: gradients.sketch(40, generator_of(0)), num_columns=40
+    )
     assert spectrum.method == "gram+sketch"
     assert spectrum.singular_values.shape == (20,)
     found = spectrum.singular_values.numpy()
@@ -323,7 +331,7 @@ def test_the_spectrum_is_descending_across_the_seam_of_gram_and_sketch():
     matrix = with_singular_values(30, 80, np.logspace(-5, -9, 30) * 1e5, 1)
     gradients = DenseGradients(matrix)
     values = sketched_spectrum(
-        gradients.gram, lambda: gradients.sketch(60, generator_of(1)), num_columns=60
+        gram_of(gradients).whole(), lambda: gradients.sketch(60, generator_of(1)), num_columns=60
     ).singular_values
     assert bool((values.diff() <= 0).all())
 
@@ -379,7 +387,7 @@ def test_large_gram_matrices_are_symmetric_products(k, c, t):
     stacked = StackedGradients(parts, columns, num_rows=k * c, num_columns=15, device=torch.device("cpu"))
     for gradients in (*parts, stacked):
         rows = gradients.rows().numpy()
-        np.testing.assert_allclose(gradients.gram.numpy(), rows @ rows.T, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(gram_of(gradients).whole().numpy(), rows @ rows.T, rtol=1e-12, atol=1e-12)
     accumulator = SpectrumAccumulator(k * c, 30, generator_of(0))
     accumulator.add(stacked)
     accumulator.add(stacked, lambda: gram_of(stacked))
@@ -425,9 +433,9 @@ def test_wide_dense_and_factored_matrices_are_added():
 
 def test_accumulating_leaves_the_gram_matrices_of_the_parts_as_they_were():
     blocks = wide_blocks(rank=90)
-    before = blocks[0].gram.clone()
+    before = gram_of(blocks[0]).whole().clone()
     gradient_spectrum(blocks, generator=generator_of(0))
-    assert torch.equal(blocks[0].gram, before)
+    assert torch.equal(gram_of(blocks[0]).whole(), before)
 
 
 def test_spectra_are_float64():
@@ -508,9 +516,9 @@ def test_few_columns_are_the_whole_times_orthonormal_vectors(kind):
     assert 48 <= narrow.num_columns < gradients.num_columns
     assert narrow.gram_work < gradients.gram_work / 2
     # narrow = rows @ S: S from as many rows of a full set, and at right angles.
-    left_out = gradients.gram - narrow.gram
+    left_out = gram_of(gradients).whole() - gram_of(narrow).whole()
     assert float(torch.linalg.eigvalsh(left_out).min()) > -1e-9
-    assert int((torch.linalg.eigvalsh(narrow.gram) > 1e-9).sum()) == 24
+    assert int((torch.linalg.eigvalsh(gram_of(narrow).whole()) > 1e-9).sum()) == 24
 
 
 @pytest.mark.parametrize("kind", narrow_parts())

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from lightning_basin import Probe
+from lightning_basin.functional.sketch import gram_of
 from lightning_basin.layers import Network
 from tests.networks import Composed, drawn, filled, finite_differences, measured
 
@@ -60,7 +61,7 @@ def test_gram_matrix_and_sketch_of_a_layer_type_are_those_of_its_rows(name):
     build, shape = LAYERS[name]
     gradients = measured(Network(nonlinear(build())), Probe(drawn(*shape)))["part"].gradients
     rows = gradients.rows()
-    torch.testing.assert_close(gradients.gram, rows @ rows.mT)
+    torch.testing.assert_close(gram_of(gradients).whole(), rows @ rows.mT)
     rank = int(torch.linalg.matrix_rank(rows))
     sketch = gradients.sketch(2 * rows.shape[0], torch.Generator().manual_seed(0))
     assert int(torch.linalg.matrix_rank(sketch)) == rank
@@ -82,7 +83,7 @@ def test_gradients_of_an_embedding_are_those_of_finite_differences(padding_idx):
     assert gradients.structured
     rows = gradients.gradients.rows()
     torch.testing.assert_close(rows, expected, rtol=1e-7, atol=1e-6)
-    torch.testing.assert_close(gradients.gradients.gram, rows @ rows.mT)
+    torch.testing.assert_close(gram_of(gradients.gradients).whole(), rows @ rows.mT)
 
 
 def test_gradients_of_a_bilinear_layer_are_those_of_finite_differences():

@@ -85,11 +85,6 @@ class KhatriRaoGradients:
         return (signals @ self.activations).reshape(k * c, -1)
 
     @property
-    def gram(self) -> Tensor:
-        """Products of all pairs of rows, shape ``(m, m)``; computed anew at each access."""
-        return gram_of(self).whole()
-
-    @property
     def gram_work(self) -> float:
         """Operations that the Gram matrix takes, about."""
         k, c, t, d_out = self.output_gradients.shape
@@ -235,11 +230,6 @@ class DenseGradients:
         return self.matrix
 
     @property
-    def gram(self) -> Tensor:
-        """Products of all pairs of rows, shape ``(m, m)``; computed anew at each access."""
-        return gram_of(self).whole()
-
-    @property
     def gram_work(self) -> float:
         """Operations that the Gram matrix takes, about."""
         return float(self.num_rows) ** 2 * self.num_columns
@@ -307,11 +297,6 @@ class StackedGradients:
         for part, columns in zip(self.parts, self.columns, strict=True):
             rows.index_copy_(1, columns, part.rows())
         return rows
-
-    @property
-    def gram(self) -> Tensor:
-        """Products of all pairs of rows, shape ``(m, m)``; computed anew at each access."""
-        return gram_of(self).whole()
 
     @property
     def gram_work(self) -> float:
