@@ -59,7 +59,7 @@ _BESIDE = 1e-3  # of their size, by which weights are moved to where nothing is 
 _NUM_DIRECTIONS = 3  # along which differences must contradict a derivative: at a kink one may
 _NUM_COMBINATIONS = 4  # of rows, whose mean square is that of the whole matrix within a factor of some units
 
-Part = TypeVar("Part")
+_Part = TypeVar("_Part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class HessianLimits:
     waiting_elements: int = 2**26
 
 
-class HessianMeasurement(Generic[Part]):
+class HessianMeasurement(Generic[_Part]):
     """Sees the gradients of each layer go by, and tells the null spaces of the parts of a network afterwards.
 
     Args:
@@ -102,7 +102,7 @@ class HessianMeasurement(Generic[Part]):
         self,
         traced: TracedProbe,
         loss_fn: Callable[[Tensor], Tensor],
-        parts: Mapping[Part, Sequence[Layer]],
+        parts: Mapping[_Part, Sequence[Layer]],
         *,
         mode: HessianMode,
         rtol: float | None,
@@ -136,8 +136,8 @@ class HessianMeasurement(Generic[Part]):
         self._rows: dict[Layer, Tensor] = {}
         self._square_norms: dict[Layer, float] = {}
         self._curved: dict[str, bool] = {}
-        self._spectra: dict[Part, Spectrum] = {}
-        self._accumulators: dict[Part, SpectrumAccumulator] = {}
+        self._spectra: dict[_Part, Spectrum] = {}
+        self._accumulators: dict[_Part, SpectrumAccumulator] = {}
         if self._multiple is None:
             self._accumulators = {
                 part: SpectrumAccumulator(
@@ -252,7 +252,7 @@ class HessianMeasurement(Generic[Part]):
         combined = [gradients.combination(row) for row in weights.to(self._trace.outputs.device)]
         return float(sum(vector.square().sum() for vector in combined)) / _NUM_COMBINATIONS
 
-    def _resolved(self, part: Part, spectrum: Spectrum) -> Spectrum:
+    def _resolved(self, part: _Part, spectrum: Spectrum) -> Spectrum:
         """Without what the rounding of the factors leaves, where the gradients all but vanish under them."""
         norm = math.sqrt(sum(self._square_norms.get(layer, 0.0) for layer in self._parts[part]))
         values = spectrum.singular_values
@@ -273,7 +273,7 @@ class HessianMeasurement(Generic[Part]):
         """Whether H = P, because no output pulls."""
         return self._curvature.residual_is_zero and self._curvature.factors is not None
 
-    def null_spaces(self, spectra: Mapping[Part, Spectrum]) -> dict[Part, NullSpace]:
+    def null_spaces(self, spectra: Mapping[_Part, Spectrum]) -> dict[_Part, NullSpace]:
         """Null spaces of the diagonal block of each part; none where the Hessian is left out.
 
         Args:
@@ -291,7 +291,7 @@ class HessianMeasurement(Generic[Part]):
             found = self._dense(found)
         return {part: null_space.scaled(self._scale) for part, null_space in found.items()}
 
-    def _own_spectra(self) -> dict[Part, Spectrum]:
+    def _own_spectra(self) -> dict[_Part, Spectrum]:
         """Of the rows whose products are the Gauss-Newton part, where these are not the behavioral gradients."""
         if self._curvature.factors is None:
             return {}
@@ -299,7 +299,7 @@ class HessianMeasurement(Generic[Part]):
         self._accumulators.clear()
         return {part: self._resolved(part, spectrum) for part, spectrum in self._spectra.items()}
 
-    def _brackets(self, spectra: Mapping[Part, Spectrum]) -> dict[Part, NullSpace]:
+    def _brackets(self, spectra: Mapping[_Part, Spectrum]) -> dict[_Part, NullSpace]:
         """What products prove; nothing where the loss is not convex in the outputs alone."""
         if self._takes_products:
             products = self._products()
@@ -334,7 +334,7 @@ class HessianMeasurement(Generic[Part]):
         return [self._curved[name] for layer in self._network.layers for name in layer.parameters]
 
     def _bracket(
-        self, part: Part, spectrum: Spectrum, residual: float | None, largest: float | None = None
+        self, part: _Part, spectrum: Spectrum, residual: float | None, largest: float | None = None
     ) -> NullSpace:
         num_parameters = _num_parameters(self._parts[part])
         multiple = 1.0 if self._multiple is None else self._multiple
@@ -343,7 +343,7 @@ class HessianMeasurement(Generic[Part]):
         )
 
     def _bounded(
-        self, part: Part, spectrum: Spectrum, products: "HessianProducts", inherited: float, max_products: int
+        self, part: _Part, spectrum: Spectrum, products: "HessianProducts", inherited: float, max_products: int
     ) -> NullSpace:
         """The bracket with the bound on R's block that some products give."""
         layers = self._parts[part]
@@ -386,7 +386,7 @@ class HessianMeasurement(Generic[Part]):
             if not of_residual and bound.residual <= _LARGEST_RTOL * bound.value:
                 return
 
-    def _dense(self, brackets: Mapping[Part, NullSpace]) -> dict[Part, NullSpace]:
+    def _dense(self, brackets: Mapping[_Part, NullSpace]) -> dict[_Part, NullSpace]:
         layers = self._network.layers
         gradients = torch.cat([self._rows[layer] for layer in layers], dim=1)
         rounding = _ROUNDING_FACTOR * self._curvature.rounding * float(gradients.square().sum())
