@@ -14,8 +14,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from benchmarks.timing import Stages, Way
-from lightning_basin import curvature, measure_basin
+from lightning_basin import measure_basin
 from lightning_basin.functional.hessian import hessian_matrix, hessian_product
+from lightning_basin.quantities import hessian as curvature
 
 Multiply = Callable[[Tensor], Tensor]
 """From directions to the products with them, both of shape ``(n, N)``."""

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Stages, Way
 from lightning_basin import measure_basin, neural_tangent_kernel
+from lightning_basin.evaluation import open_evaluation
 from lightning_basin.functional.gram import GramMatrix
-from lightning_basin.gradients import AutogradCheck, layer_gradients
-from lightning_basin.measurement import Precision, evaluated
+from lightning_basin.gradients.check import AutogradCheck
+from lightning_basin.gradients.layers import layer_gradients
 from lightning_basin.probe import Probe
+from lightning_basin.settings import Precision
 
 RANKS = "lightning_basin"
 SPECTRA = "lightning_basin, with all singular values"
@@ -40,7 +42,7 @@ def parts(module: nn.Module, inputs: Tensor) -> Stages:
     """The same: the copy, its run and the checks of its outputs apart; and of the rest the products of factors."""
     dtype = next(module.parameters()).dtype
     products = 0.0
-    with evaluated(module, Probe(inputs), None, None, dtype=dtype, gradient_dtype=dtype) as evaluation:
+    with open_evaluation(module, Probe(inputs), None, None, dtype=dtype, gradient_dtype=dtype) as evaluation:
         yield "copy", None
         total = GramMatrix(evaluation.num_rows, dtype=dtype)
         check = AutogradCheck(evaluation.traced, torch.Generator().manual_seed(0))

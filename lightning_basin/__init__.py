@@ -1,8 +1,8 @@
 """Ranks of behavioral gradients, null spaces of Hessians and duplicated activations, live in PyTorch Lightning."""
 
-from lightning_basin.early_stopping import RankEarlyStopping
-from lightning_basin.measurement import measure_basin
-from lightning_basin.monitor import BasinMonitor
+from lightning_basin.callback.early_stopping import RankEarlyStopping
+from lightning_basin.callback.monitor import BasinMonitor
+from lightning_basin.measure import measure_basin
 from lightning_basin.null_space import NullSpaceVerification, verify_null_space
 from lightning_basin.offline import measure_checkpoints
 from lightning_basin.probe import Probe

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lightning_basin.lightnings import MisconfigurationException
-from lightning_basin.monitor import BasinMonitor
+from lightning_basin.callback.lightnings import MisconfigurationException
+from lightning_basin.callback.monitor import BasinMonitor
 from lightning_basin.offline import measure_checkpoints
 from lightning_basin.probe import Probe
 

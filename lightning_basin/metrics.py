@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_basin.functional.duplicates import duplicated_activations
-from lightning_basin.functional.hessian import hessian_nullity
+from lightning_basin.functional.null_space import hessian_nullity
 from lightning_basin.functional.rank import behavioral_gradient_rank, check_rtol
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from lightning_basin.evaluation import open_evaluation
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
 from lightning_basin.functional.manifold import null_directions, surviving_fraction
 from lightning_basin.functional.rank import check_rtol, default_rtol, numerical_rank, singular_values
-from lightning_basin.layers import ModuleBehavior
-from lightning_basin.measurement import evaluated
-from lightning_basin.probe import Probe, tensors_of
+from lightning_basin.network.network import ModuleBehavior
+from lightning_basin.probe import Probe
+from lightning_basin.tensors import tensors_of
 
 MAX_DENSE_ELEMENTS = 2**27
 """Largest number of dense gradients, outputs on the probe times parameters: 1 GiB, of which some copies are needed."""
@@ -88,7 +89,7 @@ def verify_null_space(
         raise ValueError(f"step must be inside (0, 1), got {step}")
     check_rtol(rtol)
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs)
-    with evaluated(module, probe, None, behavior) as evaluation:
+    with open_evaluation(module, probe, None, behavior) as evaluation:
         network, probe = evaluation.network, evaluation.probe
         names = [name for layer in network.layers for name in layer.parameters]
         values = {name: network.named_parameters[name].detach() for name in names}

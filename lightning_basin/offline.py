@@ -12,13 +12,14 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from tqdm import tqdm
 
-from lightning_basin.history import HistoryFile
-from lightning_basin.lightnings import CSVLogger, LightningModule, Logger, TensorBoardLogger
-from lightning_basin.loggers import log_scalars
-from lightning_basin.monitor import BasinMonitor
+from lightning_basin.callback.history import HistoryFile
+from lightning_basin.callback.lightnings import CSVLogger, LightningModule, Logger, TensorBoardLogger
+from lightning_basin.callback.loggers import log_scalars
+from lightning_basin.callback.monitor import BasinMonitor
+from lightning_basin.callback.resuming import read_probe
+from lightning_basin.layer_names import tag
 from lightning_basin.probe import Probe
-from lightning_basin.record import BasinRecord, tag
-from lightning_basin.resuming import read_probe
+from lightning_basin.record import BasinRecord
 
 Paths = str | Path | Sequence[str | Path]
 

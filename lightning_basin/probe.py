@@ -3,14 +3,15 @@
 (In interpretability a probe is a linear classifier on features. Here it is a batch.)
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
+
+from lightning_basin.tensors import as_dtype, check_containers, copied, map_tensors, tensors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class Probe:
     targets: Any = None
 
     def __post_init__(self) -> None:
-        _check_containers((self.inputs, self.targets))
+        check_containers((self.inputs, self.targets))
         tensors = tensors_of(self.inputs)
         if not tensors:
             raise TypeError(
@@ -60,7 +61,7 @@ class Probe:
         if lengths == {0}:
             raise ValueError("a probe must hold at least one input, got an empty batch")
         for name in ("inputs", "targets"):
-            object.__setattr__(self, name, map_tensors(_copied, getattr(self, name)))
+            object.__setattr__(self, name, map_tensors(copied, getattr(self, name)))
 
     @classmethod
     def from_batches(cls, batches: Sequence[tuple[Any, Any]], size: int) -> "Probe":
@@ -128,174 +129,9 @@ class Probe:
         return Probe(*map_tensors(moved, (self.inputs, self.targets)))
 
 
-class ProbeCollector:
-    """Takes a probe from training batches as they come by.
-
-    Args:
-        size: Inputs wanted.
-        batch_fn: From a batch to a pair of inputs and targets. ``None`` takes a pair as it is, and a tensor, or a
-            sequence of one, as inputs without targets.
-        whole_batches: Take any other batch as inputs without targets, instead of refusing it.
-
-    Example:
-        >>> collector = ProbeCollector(size=5)
-        >>> collector.add((torch.zeros(3, 2), torch.zeros(3)))
-        >>> collector.complete, collector.probe().size
-        (False, 3)
-    """
-
-    def __init__(self, size: int, *, batch_fn: Callable[[Any], Any] | None = None, whole_batches: bool = False) -> None:
-        self._size = size
-        self._batch_fn = batch_fn
-        self._whole_batches = whole_batches
-        self._batches: list[tuple[Any, Any]] = []
-
-    @property
-    def num_inputs(self) -> int:
-        """Inputs taken so far, at most as many as were wanted."""
-        return self.probe().size if self._batches else 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether there are as many inputs as were wanted."""
-        return self.num_inputs == self._size
-
-    def add(self, batch: Any) -> None:
-        """Copy what a batch holds: a training step may write to it.
-
-        Raises:
-            TypeError: If inputs and targets cannot be told apart.
-            ValueError: If the batch does not fit to the ones before, which are kept.
-        """
-        pair = split_batch(batch, self._batch_fn, whole_batches=self._whole_batches)
-        _check_containers(pair)
-        pair = map_tensors(_copied, pair)
-        Probe.from_batches([*self._batches, pair], self._size)
-        self._batches.append(pair)
-
-    def probe(self) -> Probe:
-        """The probe of what has been taken so far.
-
-        Raises:
-            ValueError: If nothing has.
-        """
-        return Probe.from_batches(self._batches, self._size)
-
-
-def split_batch(
-    batch: Any, batch_fn: Callable[[Any], Any] | None = None, *, whole_batches: bool = False
-) -> tuple[Any, Any]:
-    """Inputs and targets of a training batch.
-
-    Args:
-        batch: A pair as it is; a tensor, or a sequence of one, as inputs without targets.
-        batch_fn: From any other batch to a pair.
-        whole_batches: Take any other batch as inputs without targets, instead of refusing it.
-
-    Raises:
-        TypeError: If inputs and targets cannot be told apart.
-    """
-    if batch_fn is not None:
-        try:
-            pair = batch_fn(batch)
-        except Exception as error:
-            raise TypeError(
-                f"batch_fn must take a training batch, {_described(batch)}, but failed with "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        if not _is_sequence_of(2, pair):
-            raise TypeError(f"batch_fn must return a pair of inputs and targets, got {_described(pair)}")
-        return pair[0], pair[1]
-    if _is_sequence_of(2, batch):
-        return batch[0], batch[1]
-    if _is_sequence_of(1, batch):
-        return batch[0], None
-    if isinstance(batch, Tensor) or whole_batches:
-        return batch, None
-    raise TypeError(
-        f"a training batch must be a pair of inputs and targets, got {_described(batch)}: pass "
-        f"batch_fn=lambda batch: ({', '.join(_two_parts(batch))}), or probe=(inputs, targets)"
-    )
-
-
-def _is_sequence_of(length: int, item: Any) -> bool:
-    return isinstance(item, tuple | list) and len(item) == length
-
-
 def _as_tensor_hint(inputs: Any) -> str:
     is_numbers = isinstance(inputs, list | tuple) and inputs and isinstance(inputs[0], list | tuple | float | int)
     return ": pass torch.as_tensor(inputs)" if is_numbers or hasattr(inputs, "__array__") else ""
-
-
-def _check_containers(collection: Any) -> None:
-    """Refuse containers that cannot be made again from other tensors, wherever they stand.
-
-    Raises:
-        TypeError: If there is one.
-    """
-    if isinstance(collection, PackedSequence):
-        raise TypeError(
-            "a batch must hold padded sequences, with the inputs along the first axis, got a PackedSequence: pass "
-            "batch_fn=lambda batch: (pad_packed_sequence(batch[0], batch_first=True), batch[1]), and a behavior that "
-            "packs the padded sequences and their lengths again"
-        )
-    if isinstance(collection, Mapping):
-        items = list(collection.values())
-        if tensors_of(items):
-            try:
-                map_tensors(Tensor.detach, collection)
-            except Exception as error:
-                raise TypeError(
-                    f"a batch must hold tensors in dicts, tuples and lists, got {_described(collection)}, which cannot "
-                    f"be made of other tensors: pass batch_fn=lambda batch: ({', '.join(_two_parts(collection))})"
-                ) from error
-    else:
-        items = list(collection) if isinstance(collection, tuple | list) else []
-    for item in items:
-        if not isinstance(item, Tensor) and tensors_of(item):
-            _check_containers(item)
-
-
-def _two_parts(batch: Any) -> list[str]:
-    """Two parts of a batch that hold tensors, as they are written in Python: most often inputs and targets."""
-    found = ["inputs", "targets"]
-    if isinstance(batch, Mapping):
-        found = [f"batch[{key!r}]" for key, part in batch.items() if tensors_of(part)]
-    elif isinstance(batch, tuple | list):
-        found = [f"batch[{index}]" for index, part in enumerate(batch) if tensors_of(part)]
-    elif is_dataclass(batch):
-        found = [f"batch.{item.name}" for item in fields(batch) if tensors_of(getattr(batch, item.name))]
-    return [*found[:2], *("None" for _ in range(2 - len(found)))]
-
-
-def _described(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return f"{type(batch).__name__} with keys {[*batch.keys()]}"
-    return f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
-
-
-_WITHOUT_TENSORS = frozenset([type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.layout])
-"""What arguments of operations mostly are: each is looked through several times."""
-
-
-def tensors_of(collection: Any) -> list[Tensor]:
-    """Every tensor in a nested collection, in the order in which `map_tensors` meets them."""
-    if isinstance(collection, Tensor):
-        return [collection]
-    kind = type(collection)
-    if kind in _WITHOUT_TENSORS:
-        return []
-    if kind in (tuple, list):
-        items: Iterable[Any] = collection
-    elif is_dataclass(collection) and not isinstance(collection, type):
-        items = [getattr(collection, item.name) for item in fields(collection)]
-    elif isinstance(collection, Mapping):
-        items = collection.values()
-    elif isinstance(collection, Sequence) and not isinstance(collection, str | bytes):
-        items = collection
-    else:
-        return []
-    return [tensor for item in items for tensor in tensors_of(item)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,31 +174,3 @@ def _joined(parts: Sequence[Any], size: int) -> Any:
         return torch.cat(list(parts))[:size]
     kind = type(parts[0].items)
     return kind(item for part in parts for item in part.items)[:size]
-
-
-def map_tensors(function: Callable[[Tensor], Any], collection: Any) -> Any:
-    """The same collection with every tensor replaced; containers are new, everything else is shared."""
-    return apply_to_collection(collection, Tensor, function)
-
-
-def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in a floating point type; those of integers and booleans stay. From devices without float64, on the CPU.
-
-    Float64 holds every number of a lower precision; float32 rounds those of float64.
-    """
-    tensor = tensor.to(float64_device(tensor.device))
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """Where to compute what lies on a device: there, or on the CPU if it has no float64.
-
-    Example:
-        >>> float64_device(torch.device("mps"))
-        device(type='cpu')
-    """
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()

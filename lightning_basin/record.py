@@ -1,17 +1,15 @@
 """Frozen results of one measurement, and the keys under which they are logged."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from statistics import quantiles
-from textwrap import shorten
 from typing import Any
 
 from lightning_basin.functional import RANK_TOLERANCES
+from lightning_basin.layer_names import tags_of
 from lightning_basin.naming import escaped
-
-MAX_LAYER_CURVES = 32
-"""Above this number of layers a network is drawn by blocks: more curves than this nobody reads."""
+from lightning_basin.report import hessian_lines, merged_lines, table
 
 ILL_DEFINED_GAP = 3.0
 """A rank whose gap is below three digits depends on the tolerance."""
@@ -271,7 +269,7 @@ class BasinRecord(LayerRecord):
 
     def __str__(self) -> str:
         """A table that can be read in a terminal of 100 columns."""
-        return "\n".join([self._heading(), _table(self), *(f"note: {note}" for note in self.notes)])
+        return "\n".join([self._heading(), table(self), *(f"note: {note}" for note in self.notes)])
 
     def _heading(self) -> str:
         step = "" if self.step is None else f"step {self.step}: "
@@ -290,203 +288,12 @@ class BasinRecord(LayerRecord):
             lines.append(f"duplicated activations bound the rank by {self.gradient_rank_bound}")
         if self.surviving_fraction is not None:
             lines.append(f"null space: {self.surviving_fraction:.4f} of steps along random null directions survive")
-        lines += [*_merged_lines("inputs", self.merged_inputs)]
+        lines += [*merged_lines("inputs", self.merged_inputs)]
         if self.train_num_inputs is not None:
             training_set = f"of {self.train_num_inputs:,} training inputs"
-            lines += [*_merged_lines(training_set, self.train_merged_inputs)] or [f"none {training_set} merged"]
-        lines.extend(_hessian_lines(self))
+            lines += [*merged_lines(training_set, self.train_merged_inputs)] or [f"none {training_set} merged"]
+        lines.extend(hessian_lines(self))
         return "\n".join(lines)
-
-
-def _hessian_lines(record: BasinRecord) -> Iterator[str]:
-    if record.hessian_method is None:
-        return
-    yield f"Hessian by {record.hessian_method}: {_known_nullity(record)}"
-    details = {
-        "zero to rounding": record.hessian_nullity_strict,
-        "negative": record.hessian_negative,
-        "Gauss-Newton nullity": record.gauss_newton_nullity,
-    }
-    counts = [f"{name} {count}" for name, count in details.items() if count is not None]
-    if record.residual_curvature is not None:
-        counts.append(f"residual curvature {record.residual_curvature:.1e}")
-    yield ", ".join(counts)
-
-
-def _known_nullity(record: BasinRecord) -> str:
-    """In one sentence what is known of the nullity."""
-    smallest, residual = record.smallest_curvature, record.residual_curvature
-    sizes = ""
-    if smallest is not None and residual is not None:
-        sizes = f"smallest curvature {smallest:.1e} {{}} 2·residual curvature {2 * residual:.1e}"
-    if record.hessian_certified:
-        because = f": {sizes.format('>')}" if sizes else ""
-        return f"nullity {record.hessian_nullity}, certified{because}"
-    if record.hessian_certified is None:
-        return "nothing is proved of the nullity" + (
-            "" if record.hessian_nullity is None else f", counted {record.hessian_nullity}"
-        )
-    counted = "" if record.hessian_nullity is None else f"nullity {record.hessian_nullity}, certified "
-    between = f"{counted}between {record.hessian_nullity_lower} and {record.hessian_nullity_upper}"
-    if record.hessian_resolving_loss is not None:
-        below = f"below about {record.hessian_resolving_loss:.0e}" if record.hessian_resolving_loss else "exactly zero"
-        return f"{between}: resolve by training until the loss is {below}"
-    if smallest is not None and residual is not None and smallest > 2 * residual and record.hessian_rtol is not None:
-        return f"{between}: smallest curvature {smallest:.1e} against the tolerance {record.hessian_rtol:.1e}"
-    return f"{between}: {sizes.format('against')}" if sizes else between
-
-
-_COLUMNS = {
-    "parameters": "num_parameters",
-    "rank": "gradient_rank",
-    "deficit": "gradient_rank_deficit",
-    "nullity": "gradient_nullity",
-    "Hessian nullity": "hessian_nullity",
-    "duplicates": "duplicated_activations",
-    "dead units": "dead_units",
-}
-
-
-def _table(record: BasinRecord) -> str:
-    rows = [["layer", *_COLUMNS]]
-    parts = record.blocks or record.layers
-    tags = tags_of(parts)
-    for name, part in [*((tags[name], part) for name, part in parts.items()), ("network", record)]:
-        rows.append([name, *(_cell(part, attribute) for attribute in _COLUMNS.values())])
-    if record.output_duplicated_activations is not None:
-        cells = {"layer": "output", "duplicates": f"{record.output_duplicated_activations:,}"}
-        rows.insert(-1, [cells.get(column, "") for column in rows[0]])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-
-
-def _merged_lines(what: str, merged: Sequence[MergedInput]) -> Iterator[str]:
-    """At most one line: how many inputs merged, and the first of them at each layer."""
-    if not merged:
-        return
-    at: dict[str | None, list[MergedInput]] = {}
-    for item in merged:
-        at.setdefault(item.layer, []).append(item)
-    parts = [
-        f"{len(items)} at {'output' if layer is None else tag(layer)} ({', '.join(map(_pair, items[:3]))}"
-        + (", ...)" if len(items) > 3 else ")")  # noqa: PLR2004 - some examples
-        for layer, items in at.items()
-    ]
-    yield shorten(f"{len(merged):,} {what} merged, first {'; '.join(parts)}", 100, placeholder=" ...")
-
-
-def _pair(merged: MergedInput) -> str:
-    return f"{merged.index}={merged.equals}"
-
-
-def _cell(record: LayerRecord, attribute: str) -> str:
-    value = getattr(record, attribute)
-    if attribute == "hessian_nullity" and value is None and record.hessian_nullity_upper is not None:
-        return f"{record.hessian_nullity_lower:,} to {record.hessian_nullity_upper:,}"
-    return "" if value is None else f"{value:,}"
-
-
-def layer_blocks(names: Sequence[str]) -> dict[str, list[str]]:
-    """Group the layers of a deep network into at most ``MAX_LAYER_CURVES`` blocks; none for fewer layers.
-
-    A block is what shares a name up to its first number; where that leaves too many, neighbours are joined.
-
-    Args:
-        names: Of the layers, in order.
-
-    Example:
-        >>> names = [f"layers.{i}.{part}" for i in range(17) for part in ("norm", "linear")]
-        >>> list(layer_blocks(names).items())[1]
-        ('layers.1', ['layers.1.norm', 'layers.1.linear'])
-    """
-    if len(names) <= MAX_LAYER_CURVES:
-        return {}
-    blocks: dict[str, list[str]] = {}
-    for name in names:
-        parts = name.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-        blocks.setdefault(".".join(parts[: numbers[0] + 1] if numbers else parts), []).append(name)
-    if len(blocks) <= MAX_LAYER_CURVES:
-        return blocks
-    keys = list(blocks)
-    size = -(-len(keys) // MAX_LAYER_CURVES)
-    joined = {}
-    for start in range(0, len(keys), size):
-        range_of = keys[start : start + size]
-        name = range_of[0] if len(range_of) == 1 else _range_name(range_of[0], range_of[-1])
-        joined[name] = [layer for key in range_of for layer in blocks[key]]
-    return joined
-
-
-def _range_name(first: str, last: str) -> str:
-    """``layers.0-1`` from ``layers.0`` and ``layers.1``; both names where they have no common part."""
-    stem, _, number = last.rpartition(".")
-    joint = first.rpartition(".")[0] == stem and number.isdigit()
-    return f"{_without_slash(first)}-{number if joint else _without_slash(last)}"
-
-
-def tag(layer: str) -> str:
-    """A layer's name as it stands in a logged key: ``root`` for the root, no slash, and what is special escaped.
-
-    Example:
-        >>> tag(""), tag("fc1"), tag("a/[b]")
-        ('root', 'fc1', 'a.%5Bb%5D')
-    """
-    return escaped(_without_slash(layer))
-
-
-def _without_slash(layer: str) -> str:
-    return layer.replace("/", ".") or "root"
-
-
-def tags_of(layers: Iterable[str]) -> dict[str, str]:
-    """Tags of layers, told apart by a prime where two names look the same without their slash."""
-    tags: dict[str, str] = {}
-    for layer in layers:
-        tags[layer] = tag(layer)
-        while tags[layer] in list(tags.values())[:-1]:
-            tags[layer] += "'"
-    return tags
-
-
-def rank_in_doubt(quantity: str, parts: Sequence[LayerRecord], *, projected: bool) -> str | None:
-    """Why a rank, or what is computed from it, says more of the measurement than of the network.
-
-    Args:
-        quantity: Its name; of statistics over layers, with the quantile behind it.
-        parts: The network, the layer, or the layers that the statistics are over.
-        projected: Whether ranks are lower bounds.
-
-    Returns:
-        What such a rank is, with what helps; ``None`` for a rank that is the network's own, or no rank at all.
-    """
-    if quantity.startswith(("gradient_rank_gap", "gradient_rank_bound")) or not quantity.startswith(_RANKS):
-        return None
-    if projected:
-        return "lower bounds, those of random combinations of outputs. HINT: pass a smaller BasinMonitor(probe=...)"
-    if any(_looks_saturated(part, quantity) for part in parts):
-        return "saturated, those of the probe and not of the network. HINT: pass a larger BasinMonitor(probe=...)"
-    if quantity.startswith(_AT_OWN_TOLERANCE):
-        return None
-    if any(part.ill_defined for part in parts):
-        return f"ill-defined, as no gap of {ILL_DEFINED_GAP:g} digits separates what counts from what does not"
-    return None
-
-
-_RANKS = ("gradient_rank", "gradient_nullity", "gradient_effective_rank")
-_AT_OWN_TOLERANCE = ("gradient_rank_at_", "gradient_effective_rank")
-
-
-def _looks_saturated(part: LayerRecord, quantity: str) -> bool:
-    if not quantity.startswith("gradient_rank_at_"):
-        return part.saturated
-    return part.quantities().get(quantity) == part.num_rows < part.num_parameters
 
 
 def _names(of: type[LayerRecord], **fields: Any) -> tuple[str, ...]:

@@ -4,12 +4,15 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
+from lightning_basin.evaluation import open_evaluation
 from lightning_basin.functional.gram import GramMatrix
-from lightning_basin.gradients import AutogradCheck, layer_gradients
-from lightning_basin.layers import ModuleBehavior, Network, Trace
-from lightning_basin.measurement import DTYPES, Precision, check_memory_budget, check_precision, evaluated
-from lightning_basin.plan import MeasurementPlan, plan_measurement
+from lightning_basin.gradients.check import AutogradCheck
+from lightning_basin.gradients.layers import layer_gradients
+from lightning_basin.memory import MeasurementPlan, plan_measurement
+from lightning_basin.network.network import ModuleBehavior, Network
+from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
+from lightning_basin.settings import DTYPES, Precision, check_memory_budget, check_precision
 
 
 def neural_tangent_kernel(
@@ -66,7 +69,7 @@ def neural_tangent_kernel(
             memory_budget=memory_budget,
         )
 
-    with evaluated(
+    with open_evaluation(
         module, probe, None, behavior, planned, dtype=DTYPES[dtype], gradient_dtype=DTYPES[dtype]
     ) as evaluation:
         kernel = GramMatrix(evaluation.num_rows, evaluation.rows.device, dtype=DTYPES[dtype])

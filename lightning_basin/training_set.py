@@ -10,7 +10,8 @@ import torch
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_basin.probe import Probe, split_batch
+from lightning_basin.batches import split_batch
+from lightning_basin.probe import Probe
 
 _BATCH_SIZE = 256  # of data sets that come without one
 

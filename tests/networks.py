@@ -3,8 +3,10 @@
 import torch
 from torch import nn
 
-from lightning_basin.gradients import GROUP_ELEMENTS, AutogradCheck, layer_gradients
-from lightning_basin.layers import TracedProbe
+from lightning_basin.gradients.check import AutogradCheck
+from lightning_basin.gradients.layers import layer_gradients
+from lightning_basin.limits import GROUP_ELEMENTS
+from lightning_basin.network.runs import TracedProbe
 
 
 def drawn(*shape, seed=0):

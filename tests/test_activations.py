@@ -3,8 +3,10 @@ import torch
 from torch import nn
 
 from lightning_basin import Probe, measure_basin
-from lightning_basin.activations import layer_activations, merging_error, parameters_before
-from lightning_basin.layers import Network, TracedProbe
+from lightning_basin.network.network import Network
+from lightning_basin.network.runs import TracedProbe
+from lightning_basin.quantities.activations import layer_activations
+from lightning_basin.quantities.passage import merging_error, parameters_before
 from tests.networks import Composed, drawn, filled
 
 

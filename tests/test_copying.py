@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_basin import BasinMonitor
-from lightning_basin.copying import DeepCopier
-from lightning_basin.replica import replicas
+from lightning_basin.network.copying import DeepCopier
+from lightning_basin.network.replica import replicas
 from tests.lightning_packages import Callback, CSVLogger, Trainer
 from tests.training import Eventful, make_trainer, regression_data, steps, witnessed
 

@@ -8,14 +8,16 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_basin import curvature, measure_basin
-from lightning_basin.curvature import HessianProducts
+from lightning_basin import measure_basin
 from lightning_basin.functional import hessian
+from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
+from lightning_basin.functional.gradients import StackedGradients
 from lightning_basin.functional.output_curvature import output_curvature
-from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients, StackedGradients
-from lightning_basin.layers import Network
+from lightning_basin.network.isolation import isolated_evaluation
+from lightning_basin.network.network import Network
 from lightning_basin.probe import Probe
-from lightning_basin.replica import isolated_evaluation
+from lightning_basin.quantities import hessian as curvature
+from lightning_basin.quantities.hessian_products import HessianProducts
 from tests.networks import Composed, drawn, filled
 
 # --- products -------------------------------------------------------------------------------------------------------

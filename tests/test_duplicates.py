@@ -7,11 +7,9 @@ from lightning_basin.functional.duplicates import (
     duplicate_classes,
     duplicated_activations,
     finer_classes,
-    gradient_rank_bound,
     joined_classes,
-    merged_directions,
-    merged_linear_directions,
 )
+from lightning_basin.functional.rank_bound import gradient_rank_bound, merged_directions, merged_linear_directions
 
 
 def classes_by_closure(activations, rtol):

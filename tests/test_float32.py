@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lightning_basin import BasinMonitor, measure_basin
-from lightning_basin.layers import rounding_rtol
-from lightning_basin.measurement import check_measurable
+from lightning_basin.measure import check_measurable
+from lightning_basin.network.rounding import rounding_rtol
 from lightning_basin.probe import Probe
 from tests import models
 from tests.exact import exact_rank, jacobian

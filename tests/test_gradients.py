@@ -4,8 +4,9 @@ import torch.utils.checkpoint
 from torch import nn
 
 from lightning_basin import Probe
-from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients, gram_of
-from lightning_basin.layers import Network
+from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
+from lightning_basin.functional.gradients import gram_of
+from lightning_basin.network.network import Network
 from tests.networks import Composed, drawn, filled, finite_differences, linear_twice, measured, sequences
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")

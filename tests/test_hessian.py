@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_basin.functional.hessian import hessian_matrix, hessian_null_space, hessian_nullity
+from lightning_basin.functional.hessian import hessian_matrix
 from lightning_basin.functional.jacobian import weighted_rows
+from lightning_basin.functional.null_space import hessian_null_space, hessian_nullity
 from lightning_basin.functional.output_curvature import OutputCurvature, output_curvature
 from lightning_basin.functional.rank import default_rtol
 

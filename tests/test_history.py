@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lightning_basin.history import HistoryFile
+from lightning_basin.callback.history import HistoryFile
 
 
 def lines(history):

@@ -4,7 +4,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_basin import Probe
-from lightning_basin.layers import Network, call_module, find_layers
+from lightning_basin.network.layers import find_layers
+from lightning_basin.network.network import Network, call_module
 from tests.networks import Composed, drawn, filled
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_basin import BasinMonitor, RankEarlyStopping
-from lightning_basin.lightnings import BaseCallback, Callback, EarlyStopping, LightningModule, Trainer
+from lightning_basin.callback.lightnings import BaseCallback, Callback, EarlyStopping, LightningModule, Trainer
 from tests.training import loader, seeded, steps, timeless
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_basin import BasinMonitor
-from lightning_basin.loggers import log_scalars
+from lightning_basin.callback.loggers import log_scalars
 from tests.lightning_packages import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tests.training import Regressor, loader, make_trainer, repeated_loader, steps
 

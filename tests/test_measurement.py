@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_basin import BasinRecord, Probe, measure_basin, verify_null_space
-from lightning_basin.measurement import check_measurable
+from lightning_basin.measure import check_measurable
 from tests.exact import (
     Dual,
     ExactNetwork,

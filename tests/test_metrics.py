@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from torchmetrics import MetricCollection
 
 from lightning_basin.functional.duplicates import duplicated_activations
-from lightning_basin.functional.hessian import hessian_nullity
+from lightning_basin.functional.null_space import hessian_nullity
 from lightning_basin.functional.rank import behavioral_gradient_rank
 from lightning_basin.metrics import BehavioralGradientRank, DuplicatedActivations, HessianNullity
 

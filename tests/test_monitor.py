@@ -969,7 +969,7 @@ SAID = {}
 
 
 def test_a_long_measurement_is_announced_while_it_runs(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("lightning_basin.overhead.LONG_SECONDS", 0.01)
+    monkeypatch.setattr("lightning_basin.callback.overhead.LONG_SECONDS", 0.01)
     begun = "Measuring basin at step 0 is taking more than 0.01 s"
     monkeypatch.setitem(SAID, "messages", caplog)
 

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_basin import curvature, measure_basin
+from lightning_basin import measure_basin
 from lightning_basin.functional.output_curvature import output_curvature
+from lightning_basin.quantities import hessian as curvature
 from tests.networks import drawn
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_basin import Probe, measure_basin
-from lightning_basin.measurement import check_measurable
-from lightning_basin.plan import MemoryBudgetError
+from lightning_basin.measure import check_measurable
+from lightning_basin.memory import MemoryBudgetError
 
 MEBIBYTE = 2**20
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_basin import measure_basin
-from lightning_basin.precision import RaisedPrecision
+from lightning_basin.network.precision import RaisedPrecision
 
 THIRD = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
 

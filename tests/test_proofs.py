@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_basin.functional.proofs import (
+from lightning_basin.functional.certificates import (
     OVERSAMPLING,
     independent_rows,
     rank_of_sketch,
     smallest_singular_values,
 )
-from lightning_basin.functional.sketch import DenseGradients, KhatriRaoGradients, gram_of
+from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
+from lightning_basin.functional.gradients import gram_of
 
 
 def orthonormal(rows, columns, generator):

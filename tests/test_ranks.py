@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 from lightning_basin import measure_basin
-from lightning_basin.gradients import AutogradCheck
-from lightning_basin.layers import Network, TracedProbe
+from lightning_basin.gradients.check import AutogradCheck
+from lightning_basin.network.network import Network
+from lightning_basin.network.runs import TracedProbe
 from lightning_basin.probe import Probe
-from lightning_basin.ranks import Part, RankMeasurement
+from lightning_basin.quantities.ranks import RankMeasurement
+from lightning_basin.quantities.scopes import Scope
 
 
 def drawn(*shape, seed=0):
@@ -116,7 +118,7 @@ def test_layers_that_are_not_needed_are_not_differentiated(num_tried):
         module[layer].requires_grad_(requires_grad=False)
     network = Network(module)
     traced = TracedProbe(network, Probe(inputs))
-    whole = Part("network", "", network.layers)
+    whole = Scope("network", "", network.layers)
     generator = torch.Generator().manual_seed(0)
     measurement = RankMeasurement(
         [whole],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_basin import BasinRecord, LayerRecord
-from lightning_basin.record import MAX_LAYER_CURVES, layer_blocks, tag
+from lightning_basin.layer_names import MAX_LAYER_CURVES, layer_blocks, tag
 
 TOLERANCES = (1e-12, 1e-8, 1e-6, 1e-4, 1e-2)
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.utils import checkpoint
 
 from lightning_basin import measure_basin
-from lightning_basin.precision import RaisedPrecision
-from lightning_basin.replica import isolated_evaluation, replicas
+from lightning_basin.network.isolation import isolated_evaluation
+from lightning_basin.network.precision import RaisedPrecision
+from lightning_basin.network.replica import replicas
 
 CPU = torch.device("cpu")
 

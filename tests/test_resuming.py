@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_basin import BasinMonitor, BasinRecord, RankEarlyStopping, measure_checkpoints
-from lightning_basin.resuming import read_state
+from lightning_basin.callback.resuming import read_state
 from tests.lightning_packages import EarlyStopping
 from tests.training import Regressor, loader, make_trainer, repeated_loader, steps, timeless
 

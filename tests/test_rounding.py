@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_basin import gradients, measure_basin
-from lightning_basin.rounding import rounding_noise
+from lightning_basin import measure_basin
+from lightning_basin.gradients import layers as gradients
+from lightning_basin.network.rounding import rounding_noise
 from tests.networks import Composed, drawn, filled
 
 UNIT = torch.finfo(torch.float64).eps

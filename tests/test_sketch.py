@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
+from lightning_basin.functional.gradients import StackedGradients, gram_of
 from lightning_basin.functional.rank import (
     GRAM_RESOLUTION,
     default_rtol,
@@ -11,13 +13,9 @@ from lightning_basin.functional.rank import (
     numerical_rank,
     singular_values,
 )
-from lightning_basin.functional.sketch import (
-    DenseGradients,
-    KhatriRaoGradients,
+from lightning_basin.functional.spectrum import (
     SpectrumAccumulator,
-    StackedGradients,
     gradient_spectrum,
-    gram_of,
     rows_independent_in_few_columns,
     sketched_spectrum,
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_basin import Probe
-from lightning_basin.state import fingerprint, probe_state
+from lightning_basin.callback.state import fingerprint, probe_state
 
 
 @dataclass

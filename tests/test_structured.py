@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from lightning_basin import Probe
-from lightning_basin.functional.sketch import gram_of
-from lightning_basin.layers import Network
+from lightning_basin.functional.gradients import gram_of
+from lightning_basin.network.network import Network
 from tests.networks import Composed, drawn, filled, finite_differences, measured
 
 CONVOLUTIONS = {

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from lightning_basin import neural_tangent_kernel
-from lightning_basin.layers import Network, rounding_rtol
-from lightning_basin.measurement import MAX_ROWS
-from lightning_basin.plan import MemoryBudgetError
+from lightning_basin.limits import MAX_ROWS
+from lightning_basin.memory import MemoryBudgetError
+from lightning_basin.network.isolation import isolated_evaluation
+from lightning_basin.network.network import Network
+from lightning_basin.network.replica import replicas
+from lightning_basin.network.rounding import rounding_rtol
 from lightning_basin.probe import Probe
-from lightning_basin.replica import isolated_evaluation, replicas
 from tests import models
 from tests.exact import jacobian
 from tests.layer_types import TYPES, trained_case

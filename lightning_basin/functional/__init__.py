@@ -5,26 +5,14 @@ N parameters, d features of an activation, r columns of a sketch.
 """
 
 from lightning_basin.functional.duplicate_stream import DuplicateSearch, streamed_duplicate_classes
-from lightning_basin.functional.duplicates import (
-    dead_units,
-    duplicate_classes,
-    duplicated_activations,
-    gradient_rank_bound,
-    merged_directions,
-    merged_linear_directions,
-)
-from lightning_basin.functional.hessian import (
-    NullSpace,
-    hessian_matrix,
-    hessian_null_space,
-    hessian_nullity,
-    hessian_product,
-    null_space_bracket,
-)
+from lightning_basin.functional.duplicates import dead_units, duplicate_classes, duplicated_activations
+from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
+from lightning_basin.functional.hessian import hessian_matrix, hessian_product
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows, weighted_rows
 from lightning_basin.functional.lanczos import NormBound, norm_bounds
 from lightning_basin.functional.manifold import null_directions, surviving_fraction
-from lightning_basin.functional.output_curvature import OutputCurvature, output_curvature, softmax_jacobian
+from lightning_basin.functional.null_space import NullSpace, hessian_null_space, hessian_nullity, null_space_bracket
+from lightning_basin.functional.output_curvature import OutputCurvature, output_curvature
 from lightning_basin.functional.rank import (
     RANK_TOLERANCES,
     GradientRank,
@@ -37,12 +25,9 @@ from lightning_basin.functional.rank import (
     rank_gap,
     singular_values,
 )
-from lightning_basin.functional.sketch import (
-    DenseGradients,
-    KhatriRaoGradients,
-    gradient_spectrum,
-    sketched_spectrum,
-)
+from lightning_basin.functional.rank_bound import gradient_rank_bound, merged_directions, merged_linear_directions
+from lightning_basin.functional.softmax import softmax_jacobian
+from lightning_basin.functional.spectrum import gradient_spectrum, sketched_spectrum
 
 __all__ = [
     "RANK_TOLERANCES",

@@ -59,7 +59,7 @@ class GradientRank:
         largest: The largest singular value, within a factor of two where the method is ``"sketch"``; where some columns
             proved the rank, that of these.
         method: How the singular values were obtained, see `Spectrum`; ``"cholesky"`` or ``"sketch"`` where the rank
-            was proved without these, see `lightning_basin.functional.proofs`.
+            was proved without these, see `lightning_basin.functional.certificates`.
     """
 
     rank: int

@@ -1,0 +1,1 @@
+"""The callbacks: all that knows Lightning."""

@@ -1,0 +1,102 @@
+"""What the arguments of a `BasinMonitor` must be."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lightning_basin.callback.lightnings import MisconfigurationException
+from lightning_basin.layer_names import tag
+from lightning_basin.settings import HESSIAN_MODES, check_precision
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse values that mean nothing, before anything is measured.
+
+    Args:
+        arguments: By name.
+
+    Raises:
+        MisconfigurationException: For the first argument that is not as it must be; it says how that is.
+    """
+    for name, holds, what in _RULES:
+        value = arguments[name]
+        if not holds(value):
+            raise MisconfigurationException(f"`BasinMonitor({name}={value!r})` must {what}")
+    if arguments["history"] is not None:
+        check_file_name(arguments["prefix"], arguments["history"])
+    try:
+        check_precision(arguments["dtype"], arguments["hessian"], arguments["rtol"])
+    except ValueError as error:
+        raise MisconfigurationException(f"`BasinMonitor(dtype={arguments['dtype']!r})`: {error}") from error
+
+
+def check_file_name(prefix: str, ending: str) -> None:
+    """Refuse a prefix after which no file can be named, on any of the usual systems.
+
+    Args:
+        prefix: Of a monitor.
+        ending: Of the file, ``"csv"`` or ``"jsonl"``.
+
+    Raises:
+        MisconfigurationException: If the name would be too long, none, that of a device, or lead to another folder.
+    """
+    longest = f".{tag(prefix)}-9999.{ending}"  # While it is written, where earlier runs have left others.
+    if "/" in prefix or "\\" in prefix or "\0" in prefix or _DEVICE.fullmatch(prefix.partition(".")[0].strip()):
+        why = "a prefix without slashes that is no name of a device"
+    elif not prefix or len(longest.encode()) > _LONGEST_NAME:
+        why = f"a prefix of 1 to {_LONGEST_NAME - len(longest) + len(tag(prefix))} letters"
+    else:
+        return
+    raise MisconfigurationException(
+        f"`BasinMonitor(prefix=..., history={ending!r})` writes <prefix>.{ending} and needs {why}, got {prefix[:60]!r}"
+    )
+
+
+_LONGEST_NAME = 255  # Bytes, of a file on the usual file systems.
+_DEVICE = re.compile("con|prn|aux|nul|com[0-9]|lpt[0-9]", re.IGNORECASE)
+
+
+def as_builtin(value: Any) -> Any:
+    """A number of NumPy as one of Python, which a checkpoint may hold; anything else as it is.
+
+    Example:
+        >>> as_builtin(np.int64(3))
+        3
+    """
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _at_least_one(value: Any) -> bool:
+    return not isinstance(value, int) or value >= 1
+
+
+def _share(value: float | None) -> bool:
+    return value is None or 0.0 < value < 1.0
+
+
+def _no_word_but(*words: str) -> Callable[[Any], bool]:
+    return lambda value: not isinstance(value, str) or value in words
+
+
+_COUNTS = (
+    *("every_n_epochs", "every_n_train_steps", "every_n_epochs_after_zero_loss", "every_n_spectra"),
+    *("zero_loss_patience", "max_outputs", "memory_budget", "verify_null_space", "max_failures"),
+)
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    *((name, _at_least_one, "be at least 1") for name in _COUNTS),
+    ("verify_null_space", _no_word_but("zero_loss"), "be a number or 'zero_loss'"),
+    ("max_outputs", _no_word_but("auto"), "be a number or 'auto'"),
+    ("rtol", _share, "be inside (0, 1)"),
+    ("max_overhead", _share, "be inside (0, 1)"),
+    ("duplicate_rtol", lambda value: 0.0 <= value < 1.0, "be inside [0, 1)"),
+    ("zero_loss_threshold", lambda value: value >= 0.0, "be >= 0"),
+    ("duplicates_over", _no_word_but("train"), "be 'train', a data set or batches"),
+    ("hessian", lambda value: value is False or value in HESSIAN_MODES, f"be in {HESSIAN_MODES} or False"),
+    ("loss_fn", _no_word_but("behavioral"), "be callable or 'behavioral'"),
+    ("behavior", _no_word_but("outputs", "probabilities"), "be callable, 'outputs' or 'probabilities'"),
+    ("on_other_probe", lambda value: value in ("raise", "replace"), "be 'raise' or 'replace'"),
+    ("prefix", lambda value: isinstance(value, str), "be a string"),
+    ("history", lambda value: value in ("csv", "jsonl", None), "be 'csv', 'jsonl' or None"),
+)

@@ -1,0 +1,75 @@
+"""Where measured values go: every logger, under names that it takes, at the step of Lightning's own curves."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from lightning_basin.callback.lightnings import Logger, MLFlowLogger, Trainer
+
+_REFUSED_BY_MLFLOW = re.compile(r"[^a-zA-Z0-9_/. -]")
+_MLFLOW_BATCH = 1000  # So many values MLflow takes in one request.
+
+
+def log_scalars(loggers: Iterable[Logger], scalars: Mapping[str, float], *, step: int) -> list[str]:
+    """Hand values to every logger, as one row where it has rows.
+
+    Args:
+        loggers: Any number of them.
+        scalars: By key.
+        step: On the x axis.
+
+    Returns:
+        A sentence for each logger that failed: a training run is worth more than a curve.
+    """
+    problems = [_problem_of(logger, scalars, step) for logger in loggers]
+    return [problem for problem in problems if problem is not None]
+
+
+def _problem_of(logger: Logger, scalars: Mapping[str, float], step: int) -> str | None:
+    try:
+        for accepted in _accepted(logger, scalars):
+            logger.log_metrics(accepted, step=step)
+    except Exception as error:  # Whatever a logger raises: a full disk, a server that does not answer.
+        return f"{type(logger).__name__} could not log. {type(error).__name__}: {error}"
+    return None
+
+
+def _accepted(logger: Logger, scalars: Mapping[str, float]) -> list[dict[str, float]]:
+    """The values under names, and in portions, that a logger takes."""
+    if not isinstance(logger, MLFlowLogger):
+        return [dict(scalars)]
+    named: dict[str, float] = {}
+    for key in sorted(scalars, key=lambda key: _REFUSED_BY_MLFLOW.search(key) is not None):  # As they are, first.
+        accepted = _REFUSED_BY_MLFLOW.sub("_", key)
+        while accepted in named:
+            accepted += "_"
+        named[accepted] = scalars[key]
+    items = list(named.items())
+    return [dict(items[start : start + _MLFLOW_BATCH]) for start in range(0, len(items), _MLFLOW_BATCH)]
+
+
+def set_callback_metrics(trainer: Trainer, scalars: Mapping[str, float], is_ours: Callable[[str], bool]) -> None:
+    """Put values where callbacks find them, in place of all that stand there under keys of the same kind.
+
+    A value that is not among the new ones stays where something monitors it: a strict ``EarlyStopping`` raises without.
+
+    Args:
+        trainer: Its own values are not looked at: reading ``callback_metrics`` would compute its metrics, too early.
+        scalars: By key.
+        is_ours: Whether a key is one of this kind.
+    """
+    metrics = getattr(trainer._logger_connector, "_callback_metrics", None)  # As of lightning 2.4 - 2.6.
+    metrics = trainer.callback_metrics if metrics is None else metrics
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+    monitored = {getattr(monitoring, "monitor", None) for monitoring in (*callbacks, *trainer.lr_scheduler_configs)}
+    for key in [key for key in metrics if is_ours(key) and key not in scalars and key not in monitored]:
+        del metrics[key]
+    # Early stopping squeezes what it finds; float64 keeps large integers.
+    metrics.update({key: torch.tensor(value, dtype=torch.float64) for key, value in scalars.items()})
+
+
+def batches_that_stepped(trainer: Trainer) -> int:
+    """The x axis of Lightning's own curves: private, but what its LearningRateMonitor uses (lightning 2.5 - 2.6)."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

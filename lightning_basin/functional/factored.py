@@ -1,0 +1,254 @@
+"""Behavioral gradients of one layer as a matrix, factored or dense.
+
+Axis letters: k inputs, c outputs per input, m = k * c rows, t positions of a sequence (or calls of one layer).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Generator, Tensor
+
+from lightning_basin.functional.gram import GramMatrix
+from lightning_basin.functional.jacobian import weighted_rows
+from lightning_basin.functional.projections import (
+    CACHED_ELEMENTS,
+    CHUNK_ELEMENTS,
+    WAITING_ELEMENTS,
+    fourier_sketch,
+    gaussian,
+    mixed,
+    slices,
+)
+from lightning_basin.functional.rank import singular_values
+
+
+@dataclass(frozen=True, eq=False)
+class KhatriRaoGradients:
+    r"""Gradients by a matrix that multiplies what enters, kept as their factors.
+
+    Row (x, j) of the gradients is that of output j on input x by the matrix, row by row:
+    :math:`\sum_t b_{xjt} a_{xt}^T`. A linear layer has one position t for each element of a sequence, a convolution one
+    for each place of its kernel. A bias is one more activation, which is always 1; a look-up has one-hot activations.
+
+    Attributes:
+        activations: What is multiplied, shape ``(k, t, d_in)``.
+        output_gradients: Derivative of each output by the products, shape ``(k, c, t, d_out)``.
+    """
+
+    activations: Tensor
+    output_gradients: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """Number of inputs times outputs per input."""
+        return self.output_gradients.shape[0] * self.output_gradients.shape[1]
+
+    @property
+    def num_columns(self) -> int:
+        """Number of entries of the matrix."""
+        return self.activations.shape[-1] * self.output_gradients.shape[-1]
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers that are held."""
+        return self.activations.numel() + self.output_gradients.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.activations.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors, in which they are multiplied."""
+        return self.activations.dtype
+
+    def rows(self) -> Tensor:
+        """The gradients themselves, shape ``(m, d_out * d_in)``."""
+        k, c, t, d_out = self.output_gradients.shape
+        signals = self.output_gradients.transpose(2, 3).reshape(k, c * d_out, t)
+        return (signals @ self.activations).reshape(k * c, -1)
+
+    @property
+    def gram_work(self) -> float:
+        """Operations that the Gram matrix takes, about."""
+        k, c, t, d_out = self.output_gradients.shape
+        by_pair = d_out if t == 1 else self.num_columns
+        return (k * c) ** 2 * by_pair + (0.0 if t == 1 else 2.0 * k * c * t * self.num_columns)
+
+    def add_gram(self, gram: GramMatrix) -> None:
+        r"""Add the products of all pairs of rows.
+
+        With one position, :math:`G G^T = (A A^T \otimes 1 1^T) \circ B B^T`, which never forms a row.
+        """
+        k, c, t, d_out = self.output_gradients.shape
+        if t == 1:
+            activations = self.activations.reshape(k, -1)
+            gram.add_scaled_products(self.output_gradients.reshape(k * c, d_out), activations @ activations.mT)
+            return
+        units = max(1, CHUNK_ELEMENTS // max(1, k * c * self.activations.shape[-1]))
+        for start in range(0, d_out, units):
+            chosen = self.output_gradients[..., start : start + units].transpose(2, 3).reshape(k, -1, t)
+            gram.add_products((chosen @ self.activations).reshape(k * c, -1))
+
+    def narrowed(self, num_columns: int, generator: Generator) -> "KhatriRaoGradients":
+        """Times random orthonormal vectors, Kronecker products of such: ``num_columns`` of them, or hardly more.
+
+        Rows that are independent then are so in the whole, whose singular values are no smaller (Weyl, 1912).
+        """
+        k, c, t, d_out = self.output_gradients.shape
+        d_in = self.activations.shape[-1]
+        share = math.sqrt(min(1.0, num_columns / max(1, self.num_columns)))
+        if t == 1:  # What enters costs nothing; the c rows of an input need as many directions of what leaves.
+            from_inputs, from_outputs = d_in, max(c, math.ceil(num_columns / max(1, min(k, d_in))))
+        else:
+            from_inputs, from_outputs = math.ceil(d_in * share), math.ceil(d_out * share)
+        return replace(
+            self,
+            activations=mixed(self.activations, from_inputs, generator),
+            output_gradients=mixed(self.output_gradients, from_outputs, generator),
+        )
+
+    def kronecker_spectrum(self) -> Tensor | None:
+        r"""Singular values where all inputs have the same derivatives, as for a linear layer at the end.
+
+        Then :math:`G = A \otimes B`, whose singular values are the products of those of A and of B. Shape
+        ``(min(m, N),)``; ``None`` where derivatives differ.
+        """
+        k, c, t, d_out = self.output_gradients.shape
+        signals = self.output_gradients[:1]
+        if t != 1 or k == 0 or not bool((self.output_gradients == signals).all()):
+            return None
+        left, right = singular_values(self.activations.reshape(k, -1)), singular_values(signals.view(c, d_out))
+        products = torch.outer(left, right).flatten().sort(descending=True).values
+        return torch.cat([products, products.new_zeros(min(self.num_rows, self.num_columns) - len(products))])
+
+    def sketch(self, num_columns: int, generator: Generator) -> Tensor:
+        r"""The matrix times random rank-one vectors, the Khatri-Rao sketch, shape ``(m, num_columns)``.
+
+        :math:`Y_{(x,j),i} = \sum_t (u_i \cdot b_{xjt})(v_i \cdot \tilde a_{xt})` with Gaussian u and v. Rank-one
+        functionals span the dual space, so that almost surely the rank is ``min(num_columns, rank)``.
+        Scaled so that ``Y @ Y.T`` has the Gram matrix as its mean.
+        """
+        k, c, t, d_out = self.output_gradients.shape
+        if t > 1 and self.activations.shape[-1] < num_columns and k * c * self.num_columns <= WAITING_ELEMENTS:
+            # Fewer operations. The rows take much more than their factors: some of them at a time.
+            inputs = max(1, CACHED_ELEMENTS // max(1, c * self.num_columns))
+            parts = (self._of_inputs(chunk).rows() for chunk in slices(k, inputs))
+            return fourier_sketch(parts, (k * c, self.num_columns), num_columns, generator, self.device)
+        left = gaussian(d_out, num_columns, generator, like=self.activations)
+        right = gaussian(self.activations.shape[-1], num_columns, generator, like=self.activations)
+        sketch = self.activations.new_empty(k, c, num_columns)
+        inputs = max(1, CHUNK_ELEMENTS // max(1, c * t * num_columns))
+        right.div_(math.sqrt(num_columns))
+        for chunk in slices(k, inputs):
+            entering = self.activations[chunk] @ right
+            if t == 1:
+                torch.matmul(self.output_gradients[chunk].squeeze(2), left, out=sketch[chunk]).mul_(entering)
+            else:
+                sketch[chunk] = (self.output_gradients[chunk] @ left).mul_(entering.unsqueeze(1)).sum(2)
+        return sketch.view(k * c, num_columns)
+
+    def _of_inputs(self, chosen: slice) -> "KhatriRaoGradients":
+        return replace(self, activations=self.activations[chosen], output_gradients=self.output_gradients[chosen])
+
+    def combination(self, weights: Tensor) -> Tensor:
+        """``weights @ rows()`` without the rows; ``weights`` and result have shapes ``(m,)`` and ``(N,)``."""
+        k, c = self.output_gradients.shape[:2]
+        signals = torch.einsum("kj,kjto->kto", weights.view(k, c).to(self.dtype), self.output_gradients)
+        return torch.einsum("kto,ktd->od", signals, self.activations).flatten().to(weights.dtype)
+
+    def magnitudes(self) -> "KhatriRaoGradients":
+        """With the magnitude of every term in place of the term: bounds what may cancel in their sums."""
+        return replace(self, activations=self.activations.abs(), output_gradients=self.output_gradients.abs())
+
+    def weighted(self, blocks: Tensor) -> "KhatriRaoGradients | DenseGradients":
+        """Rows combined within each input, ``weighted_rows(rows(), blocks)``, by combining their factors.
+
+        Args:
+            blocks: Shape ``(k, c', c)``; or ``(1, m', m)``, which mixes inputs and gives dense rows.
+        """
+        k, _, t, d_out = self.output_gradients.shape
+        if blocks.shape[0] != k:
+            return DenseGradients(self.rows()).weighted(blocks)
+        signals = (blocks @ self.output_gradients.flatten(2)).view(k, -1, t, d_out)
+        return replace(self, output_gradients=signals)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseGradients:
+    """Gradients of any layer as the matrix they are.
+
+    Attributes:
+        matrix: Shape ``(m, N)``.
+    """
+
+    matrix: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """Number of inputs times outputs per input."""
+        return self.matrix.shape[0]
+
+    @property
+    def num_columns(self) -> int:
+        """Number of parameters."""
+        return self.matrix.shape[1]
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers that are held."""
+        return self.matrix.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.matrix.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix."""
+        return self.matrix.dtype
+
+    def rows(self) -> Tensor:
+        """The matrix, shape ``(m, N)``."""
+        return self.matrix
+
+    @property
+    def gram_work(self) -> float:
+        """Operations that the Gram matrix takes, about."""
+        return float(self.num_rows) ** 2 * self.num_columns
+
+    def add_gram(self, gram: GramMatrix) -> None:
+        """Add the products of all pairs of rows."""
+        gram.add_products(self.matrix)
+
+    def narrowed(self, num_columns: int, generator: Generator) -> "DenseGradients":
+        """Times random orthonormal vectors, each of which mixes columns of its own; see `KhatriRaoGradients.narrowed`.
+
+        The last columns, fewer than ``num_columns``, may be left out.
+        """
+        mixed = self.num_columns // max(1, num_columns)
+        if mixed <= 1:
+            return self
+        drawn = gaussian(mixed, num_columns, generator, like=self.matrix)
+        columns = self.matrix[:, : mixed * num_columns].reshape(-1, mixed, num_columns)
+        return DenseGradients(torch.einsum("mgs,gs->ms", columns, drawn / drawn.norm(dim=0)))
+
+    def sketch(self, num_columns: int, generator: Generator) -> Tensor:
+        """The matrix times random vectors, see `fourier_sketch`; shape ``(m, num_columns)``."""
+        parts = (self.matrix[chunk] for chunk in slices(self.num_rows, CHUNK_ELEMENTS // max(1, self.num_columns)))
+        return fourier_sketch(parts, (self.num_rows, self.num_columns), num_columns, generator, self.device)
+
+    def combination(self, weights: Tensor) -> Tensor:
+        """``weights @ rows()``; shapes ``(m,)`` and ``(N,)``."""
+        return (weights.to(self.dtype) @ self.matrix).to(weights.dtype)
+
+    def magnitudes(self) -> "DenseGradients":
+        """With the magnitude of every entry."""
+        return DenseGradients(self.matrix.abs())
+
+    def weighted(self, blocks: Tensor) -> "DenseGradients":
+        """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
+        return DenseGradients(weighted_rows(self.matrix, blocks))

@@ -1,0 +1,73 @@
+"""Random projections of matrices of gradients: fewer columns, the same rank."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Generator, Tensor
+
+CHUNK_ELEMENTS = 2**21  # float64 numbers in a temporary: 16 MiB
+CACHED_ELEMENTS = 2**18  # and in one that stays in the cache until it is used: 2 MiB
+WAITING_ELEMENTS = 2**26  # and in the matrices or factors that wait for their sketch: 512 MiB
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, max(1, size)):
+        yield slice(start, min(length, start + max(1, size)))
+
+
+def fourier_sketch(
+    parts: Iterable[Tensor], shape: tuple[int, int], num_columns: int, generator: Generator, device: torch.device
+) -> Tensor:
+    """A matrix times a subsampled random Fourier transform, shape ``(m, num_columns)``.
+
+    The transform costs ``N log N`` a row where a Gaussian matrix costs ``N * num_columns`` (Woolfe, Liberty, Rokhlin
+    and Tygert, 2008). Its frequencies repeat on columns at equal distances, all that is used where every eighth channel
+    is alive: so the columns are put into a random order first. The diagonal is random and continuous: it keeps the rank
+    almost surely if any does, which almost every order makes sure of. Scaled so that ``Y @ Y.T`` has the Gram matrix
+    as its mean.
+
+    Args:
+        parts: Rows of the matrix, all of them one after the other.
+        shape: Of the matrix, ``(m, N)``.
+        num_columns: Of the sketch.
+        generator: On the CPU.
+        device: Of the matrix.
+    """
+    length = _fast_length(max(shape[1], num_columns + 2))
+    order = torch.randperm(shape[1], generator=generator).to(device)
+    diagonal = torch.rand(shape[1], generator=generator, dtype=torch.float64).add_(0.5)
+    diagonal = diagonal.mul_(torch.randint(0, 2, diagonal.shape, generator=generator).mul_(2).sub_(1)).to(device)
+    # The imaginary parts of the first and the last frequency are always zero: leave both out.
+    picked = torch.randperm(length - 2, generator=generator)[:num_columns].add_(2).to(device)
+    sketch, start = torch.empty(shape[0], num_columns, dtype=torch.float64, device=device), 0
+    for part in parts:
+        for rows in torch.split(part, max(1, CACHED_ELEMENTS // length)):
+            mixed = torch.gather(rows, 1, order.expand_as(rows)).mul_(diagonal)  # Faster than any indexing.
+            spectrum = torch.view_as_real(torch.fft.rfft(mixed, n=length)).flatten(1)
+            torch.gather(spectrum, 1, picked.expand(len(rows), -1), out=sketch[start : start + len(rows)])
+            start += len(rows)
+    # Each picked cosine or sine has mean square 1/2; the diagonal has mean square 13/12.
+    return sketch.mul_(math.sqrt(2 * 12 / 13 / num_columns))
+
+
+def _fast_length(least: int) -> int:
+    """The smallest even number without other prime factors than 2, 3 and 5: of such lengths are fast transforms."""
+    lengths: list[int] = []
+    for odd in (3**i * 5**j for i in range(4) for j in range(3)):
+        length = 2 * odd
+        while length < least:
+            length *= 2
+        lengths.append(length)
+    return min(lengths)
+
+
+def mixed(tensor: Tensor, count: int, generator: Generator) -> Tensor:
+    """The last axis along random orthonormal directions, as many as asked for; unless there are no more."""
+    length = tensor.shape[-1]
+    return tensor if count >= length else tensor @ torch.linalg.qr(gaussian(length, count, generator, like=tensor)).Q
+
+
+def gaussian(rows: int, columns: int, generator: Generator, *, like: Tensor) -> Tensor:
+    # Drawn on the CPU: the same numbers on every device. In float32: as random, in a fifth of the time.
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(like.device, torch.float64)

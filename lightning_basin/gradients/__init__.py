@@ -1,0 +1,1 @@
+"""Behavioral gradients of each layer."""

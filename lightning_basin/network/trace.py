@@ -1,0 +1,141 @@
+"""What enters and leaves each layer in one forward pass."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _DisableFuncTorch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_bdim
+
+from lightning_basin.network.network import Network
+from lightning_basin.operations.uses import Operations
+from lightning_basin.tensors import tensors_of
+
+NO_OUTPUTS = torch.empty(0)  # Until there are some.
+
+
+@dataclass(eq=False)
+class Trace:
+    """What one forward pass showed.
+
+    Attributes:
+        outputs: Attached to the graph, one row per input.
+        entering: Tensors that entered each layer, over all its calls, in the order of first entry.
+        leaving: The (first) tensor that left each call of a layer.
+        num_first: How many layers were entered before any had been left: the first one, and what it sits in.
+        operations: Those that use trainable parameters.
+    """
+
+    outputs: Tensor
+    entering: dict[str, list[Tensor]] = field(default_factory=dict)
+    leaving: dict[str, list[Tensor]] = field(default_factory=dict)
+    num_first: int = 0
+    operations: Operations = field(default_factory=Operations)
+
+    def detached(self) -> "Trace":
+        """The same without the graph, in which no operation can be found again."""
+        entering, leaving = (
+            {name: [tensor.detach() for tensor in tensors] for name, tensors in noted.items()}
+            for noted in (self.entering, self.leaving)
+        )
+        operations = Operations(num_elements=self.operations.num_elements)
+        return Trace(self.outputs.detach(), entering, leaving, self.num_first, operations)
+
+
+@contextmanager
+def recording(network: Network, trace: Trace) -> Iterator[None]:
+    """Hooks on every layer that fill a trace, gone afterwards."""
+    handles = []
+    clones = _Clones()
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if not trace.leaving:
+                trace.num_first += name not in trace.entering
+            trace.entering.setdefault(name, []).extend(map(clones.of, tensors_of((args, kwargs))))
+
+        return hook
+
+    def leave(name: str) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any, output: Any) -> Any:
+            first = [as_plain(tensor) for tensor in tensors_of(output)[:1]]
+            trace.leaving.setdefault(name, []).extend(map(without_transforms, first))
+            # A clone of a subclass would lack the attributes of the instance.
+            return clones.passed_on(output) if type(output) is Tensor else output
+
+        return hook
+
+    try:
+        for layer in network.layers:
+            part = network.module.get_submodule(layer.name)
+            handles.append(part.register_forward_pre_hook(enter(layer.name), with_kwargs=True))
+            handles.append(part.register_forward_hook(leave(layer.name), prepend=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def as_plain(tensor: Tensor) -> Tensor:
+    """A tensor of a subclass as one of torch, by none of the methods that the subclass overrides.
+
+    Example:
+        >>> class Labelled(Tensor): ...
+        >>> type(as_plain(torch.ones(1).as_subclass(Labelled))).__name__
+        'Tensor'
+    """
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
+
+
+def without_transforms(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor inside of `torch.func` transforms, which is of no use after these have ended.
+
+    Args:
+        tensor: Any tensor; one that is seen by no transform stays as it is.
+
+    Returns:
+        With the axes over which `torch.func.vmap` maps in front, that of the outermost one first.
+
+    Example:
+        >>> seen = []
+        >>> mapped = torch.vmap(lambda x: seen.append(without_transforms(x)) or x)(torch.ones(3, 2))
+        >>> seen[0].shape
+        torch.Size([3, 2])
+    """
+    if not is_functorch_wrapped_tensor(tensor):
+        return tensor
+    while is_functorch_wrapped_tensor(tensor):
+        axis = maybe_get_bdim(tensor)  # Negative where the transform is a derivative.
+        tensor = get_unwrapped(tensor)
+        tensor = tensor if axis < 0 else tensor.movedim(axis, 0)
+    with _DisableFuncTorch():
+        return tensor.clone()
+
+
+class _Clones:
+    """Tensors as they entered and left layers: what is done in place later cannot change them."""
+
+    def __init__(self) -> None:
+        self._left: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def passed_on(self, left: Tensor) -> Tensor:
+        """A clone that goes on in place of what left a layer."""
+        clone = left.clone()
+        self._left[id(clone)] = weakref.ref(clone), left
+        return clone
+
+    def of(self, entering: Tensor) -> Tensor:
+        """A clone, or what left the layer before, where nothing was done in between: much of all memory."""
+        if is_functorch_wrapped_tensor(entering):
+            return without_transforms(entering)
+        entering = as_plain(entering)
+        twin, left = self._left.get(id(entering), (None, entering))
+        is_same = twin is not None and twin() is entering and entering.layout == torch.strided
+        return left if is_same and torch.equal(left, entering) else entering.clone()

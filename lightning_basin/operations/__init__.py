@@ -1,0 +1,1 @@
+"""Which operation of a forward pass uses which parameter."""

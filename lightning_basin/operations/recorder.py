@@ -1,0 +1,171 @@
+"""Record which operations use which parameter while a network runs.
+
+A parameter reaches the outputs only through the operations that take it, whatever the module is called that holds it:
+a linear layer, attention and a recurrent cell all multiply a matrix with what enters. So the gradients of an input
+follow from what entered each operation and the derivatives of the outputs by what left it, without one gradient with
+respect to a parameter.
+
+What is not known here is not recorded. Whether the recorded uses are all of them is for the caller to check.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_basin.operations.handlers import HANDLERS
+from lightning_basin.operations.uses import ElementwiseUse, Leaving, Operations, Source, Use, aten
+from lightning_basin.tensors import tensors_of
+
+
+@contextmanager
+def recorded_operations(
+    parameters: Mapping[str, Tensor], constants: Sequence[Tensor], *, num_inputs: int
+) -> Iterator[Operations]:
+    """Record the operations that use parameters while the body runs.
+
+    Args:
+        parameters: By name.
+        constants: Tensors that depend on no input, such as buffers.
+        num_inputs: k; a tensor that is made or repeated to this length has a part for each input.
+    """
+    recorder = Recorder(parameters, constants, num_inputs)
+    with recorder:
+        yield recorder.operations
+    recorder.settle()
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.13 leaves its base untyped
+    """Sees every operation below autograd."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], constants: Sequence[Tensor], num_inputs: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations = Operations()
+        self._num_inputs = num_inputs
+        self._sources = {id(tensor): Source(name, tensor) for name, tensor in parameters.items()}
+        # Tensors that depend on no input. Kept alive, or another tensor could get the same id.
+        self._fixed = {id(tensor): tensor for tensor in (*parameters.values(), *constants)}
+        # Copies of parameters for each input: views of what is fixed, yet not fixed themselves.
+        self._parts: dict[int, Tensor] = {}
+        self._orders: dict[int, Tensor] = {}
+        self._unsettled: list[tuple[Leaving, Tensor]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.settle()
+        kwargs = kwargs or {}
+        arguments = tensors_of((args, kwargs))
+        is_fixed = all(map(self._is_fixed, arguments))
+        leaving = Leaving()
+        # Before the operation runs: it may overwrite what enters it.
+        if is_fixed:
+            uses = self._copies(func, args, leaving)
+        else:
+            uses = HANDLERS[func](self, leaving, *args, **kwargs) if func in HANDLERS else []
+        if not is_fixed and func._schema.is_mutable:
+            self._forget_written(func, args, kwargs)
+        results = func(*args, **kwargs)
+        tensors = tensors_of(results)
+        if uses and not tensors[0].is_complex():  # Derivatives by complex numbers follow other rules.
+            self.operations.uses += uses
+            self._unsettled.append((leaving, tensors[0]))
+        is_copied = is_fixed and (bool(uses) or self._are_repeated_indices(func, args))
+        if is_copied or any(id(tensor) in self._parts for tensor in arguments):
+            shared = {tensor.untyped_storage().data_ptr() for tensor in arguments}
+            self._parts |= {id(tensor): tensor for tensor in tensors if tensor.untyped_storage().data_ptr() in shared}
+        elif is_fixed and not self._has_part_for_each_input(arguments, tensors):
+            self._fixed |= {id(tensor): tensor for tensor in tensors}
+        if not is_fixed and any(tensor.requires_grad for tensor in arguments):
+            self.operations.num_elements += sum(tensor.numel() for tensor in tensors)
+        return results
+
+    def settle(self) -> None:
+        """Note where in the graph the last results are: only after an operation has returned are they in it."""
+        for leaving, tensor in self._unsettled:
+            leaving.shape = tensor.shape
+            if (
+                tensor.grad_fn is not None
+            ):  # A view of a parameter, taken without a graph, requires gradients and has none.
+                leaving.edge = get_gradient_edge(tensor)
+        self._unsettled.clear()
+
+    def placed(self, tensor: Any) -> tuple[Source, Tensor] | None:
+        """The source that a tensor is (a view of), with the entries that it shows; ``None`` for what has none."""
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad or id(tensor) in self._parts:
+            return None
+        base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
+        if id(base) not in self._fixed or base.dtype != tensor.dtype:
+            return None
+        source = self._sources.setdefault(id(base), Source(None, base))
+        # One for all uses: a recurrent cell uses its weights at every step.
+        order = self._orders.get(id(base))
+        if order is None:
+            order = self._orders[id(base)] = _order(base)
+        return source, order.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - base.storage_offset())
+
+    def _is_fixed(self, tensor: Tensor) -> bool:
+        if id(tensor) in self._parts:
+            return False
+        return id(tensor) in self._fixed or (tensor._is_view() and id(tensor._base) in self._fixed)
+
+    def _forget_written(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """What depends on an input is written into a tensor: neither it nor a view of it is fixed any more."""
+        written: set[int] = set()
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                written |= {
+                    tensor.untyped_storage().data_ptr() for tensor in tensors_of(value) if self._is_fixed(tensor)
+                }
+        if written:
+            self._fixed = {
+                key: tensor for key, tensor in self._fixed.items() if tensor.untyped_storage().data_ptr() not in written
+            }
+
+    def _copies(self, func: Any, args: tuple[Any, ...], leaving: Leaving) -> list[Use]:
+        """A use, where a parameter is copied for each input."""
+        if func not in (aten.expand.default, aten.repeat.default) or self._num_inputs == 1:
+            return []
+        tensor, sizes = args[0], args[1]
+        old = (1,) * (len(sizes) - tensor.ndim) + tuple(tensor.shape)
+        copies = [
+            size if func is aten.repeat.default or (length == 1 and size > 0) else 1
+            for size, length in zip(sizes, old, strict=True)
+        ]
+        found = self.placed(tensor)
+        if found is None or not any(count % self._num_inputs == 0 for count in copies if count > 1):
+            return []
+        source, positions = found
+        interleaved = tuple(length for pair in zip(copies, old, strict=True) for length in pair)
+        ones = tuple(length for size in old for length in (1, size))
+        return [ElementwiseUse(source, positions.view(ones), leaving, lambda signal: signal.reshape(interleaved))]
+
+    def _are_repeated_indices(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether integers are repeated for each input, as the places of tokens that look up their embeddings are."""
+        if func not in (aten.expand.default, aten.repeat.default) or self._num_inputs == 1 or not args[1]:
+            return False
+        tensor, sizes = args
+        is_repeated = sizes[0] == self._num_inputs and (tensor.ndim < len(sizes) or tensor.shape[0] == 1)
+        return is_repeated and not tensor.is_floating_point()
+
+    def _has_part_for_each_input(self, arguments: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
+        """Whether a new tensor was made in the number of the inputs, as the first state of a recurrent network is."""
+        return not arguments and any(
+            tensor.is_floating_point() and self._num_inputs in tensor.shape for tensor in results
+        )
+
+
+def _order(base: Tensor) -> Tensor:
+    """Which entries of a tensor, counted in its logical order, stand where in its storage."""
+    order = torch.arange(base.numel(), device=base.device).view(base.shape)
+    if base.is_contiguous():
+        return order
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(base.shape, base.stride(), strict=True))
+    stored = order.new_zeros(extent)
+    stored.as_strided(base.shape, base.stride()).copy_(order)
+    return stored

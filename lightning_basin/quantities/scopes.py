@@ -1,0 +1,47 @@
+"""What a quantity is reported for: a layer, a block of layers, or the network."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_basin.layer_names import layer_blocks
+from lightning_basin.naming import escaped
+from lightning_basin.network.layers import Layer
+from lightning_basin.settings import LayerSelection
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Layers that are reported together: a single one, a block, or the network.
+
+    Attributes:
+        kind: Which of these.
+        name: Of the layer or block.
+        layers: At least one.
+    """
+
+    kind: Literal["layer", "block", "network"]
+    name: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all its layers."""
+        return sum(layer.num_parameters for layer in self.layers)
+
+
+def select_scopes(layers: Sequence[Layer], selection: LayerSelection) -> tuple[Scope, ...]:
+    by_name = {layer.name: layer for layer in layers}
+    if isinstance(selection, str) and selection not in ("auto", "all"):
+        raise ValueError(f"layers must be 'auto', 'all' or a list of names of layers, got {selection!r}")
+    names = list(by_name) if isinstance(selection, str) else list(selection)
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ValueError(f"layers must be among {[*map(escaped, by_name)]}, got {[*map(escaped, unknown)]}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"layers must be named once each, got {[*map(escaped, names)]}")
+    parts = [Scope("layer", name, (by_name[name],)) for name in names]
+    if selection == "auto":
+        for block, members in layer_blocks(names).items():
+            parts.append(Scope("block", block, tuple(by_name[name] for name in members)))
+    return (*parts, Scope("network", "", tuple(layers)))

@@ -1,0 +1,101 @@
+"""A record as sentences and a table for a terminal."""
+
+from collections.abc import Iterator, Sequence
+from textwrap import shorten
+
+from lightning_basin.layer_names import tag, tags_of
+from lightning_basin.record import BasinRecord, LayerRecord, MergedInput
+
+
+def hessian_lines(record: BasinRecord) -> Iterator[str]:
+    if record.hessian_method is None:
+        return
+    yield f"Hessian by {record.hessian_method}: {_known_nullity(record)}"
+    details = {
+        "zero to rounding": record.hessian_nullity_strict,
+        "negative": record.hessian_negative,
+        "Gauss-Newton nullity": record.gauss_newton_nullity,
+    }
+    counts = [f"{name} {count}" for name, count in details.items() if count is not None]
+    if record.residual_curvature is not None:
+        counts.append(f"residual curvature {record.residual_curvature:.1e}")
+    yield ", ".join(counts)
+
+
+def _known_nullity(record: BasinRecord) -> str:
+    """In one sentence what is known of the nullity."""
+    smallest, residual = record.smallest_curvature, record.residual_curvature
+    sizes = ""
+    if smallest is not None and residual is not None:
+        sizes = f"smallest curvature {smallest:.1e} {{}} 2·residual curvature {2 * residual:.1e}"
+    if record.hessian_certified:
+        because = f": {sizes.format('>')}" if sizes else ""
+        return f"nullity {record.hessian_nullity}, certified{because}"
+    if record.hessian_certified is None:
+        return "nothing is proved of the nullity" + (
+            "" if record.hessian_nullity is None else f", counted {record.hessian_nullity}"
+        )
+    counted = "" if record.hessian_nullity is None else f"nullity {record.hessian_nullity}, certified "
+    between = f"{counted}between {record.hessian_nullity_lower} and {record.hessian_nullity_upper}"
+    if record.hessian_resolving_loss is not None:
+        below = f"below about {record.hessian_resolving_loss:.0e}" if record.hessian_resolving_loss else "exactly zero"
+        return f"{between}: resolve by training until the loss is {below}"
+    if smallest is not None and residual is not None and smallest > 2 * residual and record.hessian_rtol is not None:
+        return f"{between}: smallest curvature {smallest:.1e} against the tolerance {record.hessian_rtol:.1e}"
+    return f"{between}: {sizes.format('against')}" if sizes else between
+
+
+_COLUMNS = {
+    "parameters": "num_parameters",
+    "rank": "gradient_rank",
+    "deficit": "gradient_rank_deficit",
+    "nullity": "gradient_nullity",
+    "Hessian nullity": "hessian_nullity",
+    "duplicates": "duplicated_activations",
+    "dead units": "dead_units",
+}
+
+
+def table(record: BasinRecord) -> str:
+    rows = [["layer", *_COLUMNS]]
+    parts = record.blocks or record.layers
+    tags = tags_of(parts)
+    for name, part in [*((tags[name], part) for name, part in parts.items()), ("network", record)]:
+        rows.append([name, *(_cell(part, attribute) for attribute in _COLUMNS.values())])
+    if record.output_duplicated_activations is not None:
+        cells = {"layer": "output", "duplicates": f"{record.output_duplicated_activations:,}"}
+        rows.insert(-1, [cells.get(column, "") for column in rows[0]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def merged_lines(what: str, merged: Sequence[MergedInput]) -> Iterator[str]:
+    """At most one line: how many inputs merged, and the first of them at each layer."""
+    if not merged:
+        return
+    at: dict[str | None, list[MergedInput]] = {}
+    for item in merged:
+        at.setdefault(item.layer, []).append(item)
+    parts = [
+        f"{len(items)} at {'output' if layer is None else tag(layer)} ({', '.join(map(_pair, items[:3]))}"
+        + (", ...)" if len(items) > 3 else ")")  # noqa: PLR2004 - some examples
+        for layer, items in at.items()
+    ]
+    yield shorten(f"{len(merged):,} {what} merged, first {'; '.join(parts)}", 100, placeholder=" ...")
+
+
+def _pair(merged: MergedInput) -> str:
+    return f"{merged.index}={merged.equals}"
+
+
+def _cell(record: LayerRecord, attribute: str) -> str:
+    value = getattr(record, attribute)
+    if attribute == "hessian_nullity" and value is None and record.hessian_nullity_upper is not None:
+        return f"{record.hessian_nullity_lower:,} to {record.hessian_nullity_upper:,}"
+    return "" if value is None else f"{value:,}"
