@@ -37,6 +37,7 @@ Planner = Callable[[Network, Probe, Trace], MeasurementPlan]
 
 
 def loss_function(loss_fn: LossFunction | Literal["behavioral"] | None) -> LossFunction | None:
+    """Return the loss as a function of outputs and targets; ``"behavioral"`` names one."""
     return behavioral_loss if isinstance(loss_fn, str) else loss_fn
 
 
@@ -46,6 +47,7 @@ def behavioral_loss(outputs: Tensor, _: Any) -> Tensor:
 
 
 def squared_distance(outputs: Tensor, others: Tensor) -> Tensor:
+    """Return the sum of squared differences, shape ``()``."""
     return (outputs - others).square().sum()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_basin.functional import RANK_TOLERANCES
 from lightning_basin.layer_names import tags_of
 from lightning_basin.naming import escaped
-from lightning_basin.report import hessian_lines, merged_lines, table
+from lightning_basin.report import heading, table
 
 ILL_DEFINED_GAP = 3.0
 """A rank whose gap is below three digits depends on the tolerance."""
@@ -269,31 +269,7 @@ class BasinRecord(LayerRecord):
 
     def __str__(self) -> str:
         """A table that can be read in a terminal of 100 columns."""
-        return "\n".join([self._heading(), table(self), *(f"note: {note}" for note in self.notes)])
-
-    def _heading(self) -> str:
-        step = "" if self.step is None else f"step {self.step}: "
-        loss = "" if self.loss is None else f", loss {self.loss:.3g}"
-        gap = "none" if self.gradient_rank_gap is None else f"{self.gradient_rank_gap:.1f} digits"
-        flags = "".join(f" [{flag}]" for flag in ("saturated", "ill_defined") if getattr(self, flag))
-        decided = f"rank by {self.gradient_method}, decided at {self.gradient_rtol:.1e} of the largest singular value"
-        elsewhere = ", ".join(f"{rtol:.0e}: {rank}" for rtol, rank in self.gradient_rank_at.items())
-        lines = [
-            f"{step}{self.num_inputs} inputs, {self.num_rows} outputs, {self.num_parameters} parameters{loss}",
-            f"{decided}, gap {gap}{flags}",
-        ]
-        if self.gradient_effective_rank is not None:
-            lines.append(f"rank at {elsewhere}; effective {self.gradient_effective_rank:.1f}")
-        if self.gradient_rank_bound is not None:
-            lines.append(f"duplicated activations bound the rank by {self.gradient_rank_bound}")
-        if self.surviving_fraction is not None:
-            lines.append(f"null space: {self.surviving_fraction:.4f} of steps along random null directions survive")
-        lines += [*merged_lines("inputs", self.merged_inputs)]
-        if self.train_num_inputs is not None:
-            training_set = f"of {self.train_num_inputs:,} training inputs"
-            lines += [*merged_lines(training_set, self.train_merged_inputs)] or [f"none {training_set} merged"]
-        lines.extend(hessian_lines(self))
-        return "\n".join(lines)
+        return "\n".join([*heading(self), table(self), *(f"note: {note}" for note in self.notes)])
 
 
 def _names(of: type[LayerRecord], **fields: Any) -> tuple[str, ...]:

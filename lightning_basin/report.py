@@ -2,12 +2,41 @@
 
 from collections.abc import Iterator, Sequence
 from textwrap import shorten
+from typing import TYPE_CHECKING
 
 from lightning_basin.layer_names import tag, tags_of
-from lightning_basin.record import BasinRecord, LayerRecord, MergedInput
+
+if TYPE_CHECKING:
+    from lightning_basin.record import BasinRecord, LayerRecord, MergedInput
 
 
-def hessian_lines(record: BasinRecord) -> Iterator[str]:
+def heading(record: "BasinRecord") -> list[str]:
+    """The lines above the table: sizes, rank, merged inputs, Hessian."""
+    step = "" if record.step is None else f"step {record.step}: "
+    loss = "" if record.loss is None else f", loss {record.loss:.3g}"
+    gap = "none" if record.gradient_rank_gap is None else f"{record.gradient_rank_gap:.1f} digits"
+    flags = "".join(f" [{flag}]" for flag in ("saturated", "ill_defined") if getattr(record, flag))
+    decided = f"rank by {record.gradient_method}, decided at {record.gradient_rtol:.1e} of the largest singular value"
+    elsewhere = ", ".join(f"{rtol:.0e}: {rank}" for rtol, rank in record.gradient_rank_at.items())
+    lines = [
+        f"{step}{record.num_inputs} inputs, {record.num_rows} outputs, {record.num_parameters} parameters{loss}",
+        f"{decided}, gap {gap}{flags}",
+    ]
+    if record.gradient_effective_rank is not None:
+        lines.append(f"rank at {elsewhere}; effective {record.gradient_effective_rank:.1f}")
+    if record.gradient_rank_bound is not None:
+        lines.append(f"duplicated activations bound the rank by {record.gradient_rank_bound}")
+    if record.surviving_fraction is not None:
+        lines.append(f"null space: {record.surviving_fraction:.4f} of steps along random null directions survive")
+    lines += [*_merged_lines("inputs", record.merged_inputs)]
+    if record.train_num_inputs is not None:
+        training_set = f"of {record.train_num_inputs:,} training inputs"
+        lines += [*_merged_lines(training_set, record.train_merged_inputs)] or [f"none {training_set} merged"]
+    lines.extend(_hessian_lines(record))
+    return lines
+
+
+def _hessian_lines(record: "BasinRecord") -> Iterator[str]:
     if record.hessian_method is None:
         return
     yield f"Hessian by {record.hessian_method}: {_known_nullity(record)}"
@@ -22,7 +51,7 @@ def hessian_lines(record: BasinRecord) -> Iterator[str]:
     yield ", ".join(counts)
 
 
-def _known_nullity(record: BasinRecord) -> str:
+def _known_nullity(record: "BasinRecord") -> str:
     """In one sentence what is known of the nullity."""
     smallest, residual = record.smallest_curvature, record.residual_curvature
     sizes = ""
@@ -56,7 +85,8 @@ _COLUMNS = {
 }
 
 
-def table(record: BasinRecord) -> str:
+def table(record: "BasinRecord") -> str:
+    """One row for each layer or block, the outputs and the network."""
     rows = [["layer", *_COLUMNS]]
     parts = record.blocks or record.layers
     tags = tags_of(parts)
@@ -75,7 +105,7 @@ def table(record: BasinRecord) -> str:
     )
 
 
-def merged_lines(what: str, merged: Sequence[MergedInput]) -> Iterator[str]:
+def _merged_lines(what: str, merged: Sequence["MergedInput"]) -> Iterator[str]:
     """At most one line: how many inputs merged, and the first of them at each layer."""
     if not merged:
         return
@@ -90,11 +120,11 @@ def merged_lines(what: str, merged: Sequence[MergedInput]) -> Iterator[str]:
     yield shorten(f"{len(merged):,} {what} merged, first {'; '.join(parts)}", 100, placeholder=" ...")
 
 
-def _pair(merged: MergedInput) -> str:
+def _pair(merged: "MergedInput") -> str:
     return f"{merged.index}={merged.equals}"
 
 
-def _cell(record: LayerRecord, attribute: str) -> str:
+def _cell(record: "LayerRecord", attribute: str) -> str:
     value = getattr(record, attribute)
     if attribute == "hessian_nullity" and value is None and record.hessian_nullity_upper is not None:
         return f"{record.hessian_nullity_lower:,} to {record.hessian_nullity_upper:,}"

@@ -73,6 +73,12 @@ def check_settings(
     memory_budget: int | None,
     dtype: Precision,
 ) -> None:
+    """Refuse values of another type or out of range.
+
+    Raises:
+        TypeError: If a value has another type.
+        ValueError: If a value is out of range.
+    """
     if hessian is not False and hessian not in HESSIAN_MODES:
         raise ValueError(f"hessian must be one of {HESSIAN_MODES} or False, got {hessian!r}")
     if isinstance(loss_fn, str) and loss_fn != "behavioral":

@@ -52,6 +52,7 @@ def two_parts(batch: Any) -> list[str]:
 
 
 def described(batch: Any) -> str:
+    """Name the type of a batch, and its keys or length."""
     if isinstance(batch, Mapping):
         return f"{type(batch).__name__} with keys {[*batch.keys()]}"
     return f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
@@ -106,4 +107,5 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def copied(tensor: Tensor) -> Tensor:
+    """Return a copy without a graph."""
     return tensor.detach().clone()

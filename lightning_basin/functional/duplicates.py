@@ -259,4 +259,5 @@ def dead_units(outputs: Tensor, *, rtol: float = 1e-6) -> int:
 
 
 def num_classes(classes: Tensor) -> int:
+    """Count the classes."""
     return len(set(classes.tolist()))

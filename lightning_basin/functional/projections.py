@@ -12,6 +12,7 @@ WAITING_ELEMENTS = 2**26  # and in the matrices or factors that wait for their s
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
+    """Yield consecutive slices of at most ``size`` that cover ``length``."""
     for start in range(0, length, max(1, size)):
         yield slice(start, min(length, start + max(1, size)))
 
@@ -69,5 +70,6 @@ def mixed(tensor: Tensor, count: int, generator: Generator) -> Tensor:
 
 
 def gaussian(rows: int, columns: int, generator: Generator, *, like: Tensor) -> Tensor:
+    """Draw a standard normal matrix in float64 on the device of another tensor."""
     # Drawn on the CPU: the same numbers on every device. In float32: as random, in a fifth of the time.
     return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(like.device, torch.float64)

@@ -56,6 +56,7 @@ class GroupFactors:
 
 
 def factors_of_groups(found: OutputDerivatives, samples: Sequence[OutputDerivatives]) -> Iterator[GroupFactors]:
+    """Yield square roots of the curvature of each group of outputs: closed forms where these are a softmax."""
     for members in groups_of([found, *samples]):
         scales = softmax_scales(found.of_groups(members), [sample.of_groups(members) for sample in samples])
         closed = scales.isfinite().all(0)

@@ -111,6 +111,7 @@ def gradients_from_uses(
 
 
 def slots_of(used: Sequence[MeasuredUse]) -> list[_Slot]:
+    """Join uses of the same entries of one source."""
     slots: list[_Slot] = []
     for measured in used:
         slot = next((slot for slot in slots if slot.holds(measured)), None)
@@ -154,6 +155,7 @@ def _in_columns(blocks: Sequence[_Block], num_rows: int, num_columns: int, devic
 
 
 def are_disjoint(columns: Sequence[Tensor], num_columns: int) -> bool:
+    """Whether no column stands in two of the sets."""
     counted = sum(part.numel() for part in columns)
     if not columns or counted > num_columns:
         return not columns

@@ -192,6 +192,7 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 
 def no_gradients(layer: Layer, num_rows: int, device: torch.device) -> LayerGradients:
+    """Return a matrix of zeros for a layer."""
     return StackedGradients((), (), num_rows=num_rows, num_columns=layer.num_parameters, device=device)
 
 
@@ -212,6 +213,7 @@ def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 
 def disagreement(names: Sequence[str]) -> str:
+    """Say that no way to find the gradients of some layers reproduces those of autograd."""
     return (
         f"the gradients of layers {[*map(escaped, names)]} cannot be computed: two evaluations of them disagree; a "
         f"hook on a tensor that changes gradients, or a backward pass that draws random numbers, has this effect"

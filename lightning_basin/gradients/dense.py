@@ -21,6 +21,7 @@ from lightning_basin.tensors import tensors_of
 def dense_gradients(
     traced: TracedProbe, group: Sequence[tuple[Layer, str | None]], check: AutogradCheck
 ) -> Iterator[MeasuredGradients]:
+    """Yield the gradients of a group of layers as dense rows, by the first route that autograd confirms."""
     layers = [layer for layer, _ in group]
     pending = dict(group)
     for rows_of in _ROUTES:

@@ -94,7 +94,7 @@ class Cuts:
         found: dict[int, Use] = {}
         for index, use in uses.items():
             if isinstance(use, ProductUse):
-                part: Use | None = cut_product(use, self, along_outputs, along_inputs)
+                part: Use | None = _cut_product(use, self, along_outputs, along_inputs)
             else:
                 part = _cut_elementwise(use, self.outputs, along_outputs) if along_inputs == 0 else None
             if part is not None:
@@ -113,7 +113,7 @@ def can_be_cut(parameters: Mapping[str, Tensor], uses: Sequence[Use]) -> bool:
     return all(are_disjoint(by_name[name], parameters[name].numel()) for name in parameters if name in by_name)
 
 
-def cut_product(use: ProductUse, cuts: Cuts, along_outputs: int, along_inputs: int) -> ProductUse | None:
+def _cut_product(use: ProductUse, cuts: Cuts, along_outputs: int, along_inputs: int) -> ProductUse | None:
     d_out, d_in = use.positions.shape
     rows, columns = _part(d_out, cuts.outputs, along_outputs), _part(d_in, cuts.inputs, along_inputs)
     if rows.start == rows.stop or columns.start == columns.stop:

@@ -47,10 +47,12 @@ def input_layout(network: Network, probe: Probe, trace: Trace, others: Sequence[
 
 
 def entering_of(name: str, trace: Trace) -> list[Tensor]:
+    """Return the tensors that entered a layer; none where it was not called."""
     return trace.entering.get(name, [])
 
 
 def leaving_of(name: str, trace: Trace) -> list[Tensor]:
+    """Return the tensors that left a layer; none where it was not called."""
     return trace.leaving.get(name, [])
 
 

@@ -175,7 +175,7 @@ class Network:
     def layers_run_by(self, function: Callable[[], Any]) -> list[str]:
         """Names of the layers that are called while a function runs."""
         trace = Trace(outputs=NO_OUTPUTS)
-        with recording(self, trace):
+        with recording(self.module, self.layers, trace):
             function()
         return list(trace.entering)
 
@@ -211,7 +211,7 @@ class Network:
 
     def _passed(self, probe: Probe) -> Trace:
         trace = Trace(outputs=NO_OUTPUTS)
-        with recording(self, trace):
+        with recording(self.module, self.layers, trace):
             trace.outputs = self._outputs(probe)
         return trace
 

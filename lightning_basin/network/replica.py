@@ -122,4 +122,5 @@ def _check_parameters(part: nn.Module) -> None:
 
 
 def device_of(module: nn.Module) -> torch.device:
+    """Return the device on which a module is measured."""
     return float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))

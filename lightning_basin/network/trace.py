@@ -1,7 +1,7 @@
 """What enters and leaves each layer in one forward pass."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._C import _DisableFuncTorch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_bdim
 
-from lightning_basin.network.network import Network
+from lightning_basin.network.layers import Layer
 from lightning_basin.operations.uses import Operations
 from lightning_basin.tensors import tensors_of
 
@@ -47,8 +47,8 @@ class Trace:
 
 
 @contextmanager
-def recording(network: Network, trace: Trace) -> Iterator[None]:
-    """Hooks on every layer that fill a trace, gone afterwards."""
+def recording(module: nn.Module, layers: Sequence[Layer], trace: Trace) -> Iterator[None]:
+    """Hooks on the layers of a module that fill a trace, gone afterwards."""
     handles = []
     clones = _Clones()
 
@@ -70,8 +70,8 @@ def recording(network: Network, trace: Trace) -> Iterator[None]:
         return hook
 
     try:
-        for layer in network.layers:
-            part = network.module.get_submodule(layer.name)
+        for layer in layers:
+            part = module.get_submodule(layer.name)
             handles.append(part.register_forward_pre_hook(enter(layer.name), with_kwargs=True))
             handles.append(part.register_forward_hook(leave(layer.name), prepend=True))
         yield

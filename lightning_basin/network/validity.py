@@ -34,6 +34,11 @@ def check_float32_helps(module: nn.Module, behavior: ModuleBehavior | None, prob
 
 
 def check_outputs(probe: Probe, outputs: Tensor) -> None:
+    """Refuse outputs that are empty or not finite.
+
+    Raises:
+        ValueError: If they are.
+    """
     if outputs.numel() == 0:
         raise ValueError(f"the outputs must hold at least one number per input, got shape {tuple(outputs.shape)}")
     if not bool(outputs.isfinite().all()):
@@ -98,6 +103,12 @@ def check_copy(module: nn.Module, result: Tensor, name: str) -> None:
 
 
 def checked_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
+    """Return the loss, shape ``()``, or refuse what is no differentiable function of outputs and targets.
+
+    Raises:
+        TypeError: If the loss function fails, or does not return one floating point number.
+        ValueError: If the loss is not finite, does not depend on the outputs, or changes from call to call.
+    """
     try:
         loss = _loss_of_equal_shapes(loss_fn, outputs, targets)
     except Exception as error:

@@ -7,14 +7,11 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
-from lightning_basin.operations.recorder import Recorder
-from lightning_basin.operations.uses import ElementwiseUse, Leaving, ProductUse, Use
-
-# Scaling and shifting.
+from lightning_basin.operations.uses import ElementwiseUse, Leaving, ProductUse, Recording, Use
 
 
 def _elementwise(
-    recorder: Recorder,
+    recorder: Recording,
     leaving: Leaving,
     parameter: Any,
     num_axes: int,
@@ -35,7 +32,7 @@ def _elementwise(
 
 
 def shift(
-    recorder: Recorder,
+    recorder: Recording,
     leaving: Leaving,
     bias: Any,
     num_axes: int,
@@ -43,13 +40,14 @@ def shift(
     *,
     axis: int | None = None,
 ) -> list[Use]:
+    """Return the use of a bias that an operation adds to its product."""
     shifted = products[0] if len(products) == 1 else None
     assert not isinstance(shifted, ElementwiseUse)
     return _elementwise(recorder, leaving, bias, num_axes, lambda signal: signal, axis=axis, shifts=shifted)
 
 
 def _fused_cell(
-    recorder: Recorder,
+    recorder: Recording,
     _: Leaving,
     input_gates: Tensor,
     hidden_gates: Tensor,
@@ -79,7 +77,7 @@ def _value(operand: Any, *, copy: bool = False) -> Any:
     return operand.detach().clone() if copy else operand.detach()
 
 
-def _mul(recorder: Recorder, leaving: Leaving, left: Any, right: Any, *, in_place: bool = False) -> list[Use]:
+def _mul(recorder: Recording, leaving: Leaving, left: Any, right: Any, *, in_place: bool = False) -> list[Use]:
     for parameter, other in ((left, right), (right, left)):
         value = _value(other, copy=in_place)
         found = _elementwise(
@@ -94,18 +92,18 @@ def _mul(recorder: Recorder, leaving: Leaving, left: Any, right: Any, *, in_plac
     return []
 
 
-def _add(recorder: Recorder, leaving: Leaving, left: Any, right: Any, *, alpha: float = 1) -> list[Use]:
+def _add(recorder: Recording, leaving: Leaving, left: Any, right: Any, *, alpha: float = 1) -> list[Use]:
     axes = _num_axes(left, right)
     return _elementwise(recorder, leaving, left, axes, lambda signal: signal) or _elementwise(
         recorder, leaving, right, axes, lambda signal: signal * alpha
     )
 
 
-def _sub(recorder: Recorder, leaving: Leaving, left: Any, right: Any, *, alpha: float = 1) -> list[Use]:
+def _sub(recorder: Recording, leaving: Leaving, left: Any, right: Any, *, alpha: float = 1) -> list[Use]:
     return _add(recorder, leaving, left, right, alpha=-alpha)
 
 
-def _div(recorder: Recorder, leaving: Leaving, left: Any, right: Any, *, in_place: bool = False) -> list[Use]:
+def _div(recorder: Recording, leaving: Leaving, left: Any, right: Any, *, in_place: bool = False) -> list[Use]:
     numerator, divisor = _value(left, copy=in_place), _value(right)
     axes = _num_axes(left, right)
     return _elementwise(recorder, leaving, left, axes, lambda signal: signal / divisor) or _elementwise(
@@ -113,13 +111,13 @@ def _div(recorder: Recorder, leaving: Leaving, left: Any, right: Any, *, in_plac
     )
 
 
-def _prelu(recorder: Recorder, leaving: Leaving, entering: Tensor, weight: Tensor) -> list[Use]:
+def _prelu(recorder: Recording, leaving: Leaving, entering: Tensor, weight: Tensor) -> list[Use]:
     negative = entering.detach().clamp(max=0)
     return _elementwise(recorder, leaving, weight, entering.ndim, lambda signal: signal * negative)
 
 
 def _layer_norm(
-    recorder: Recorder,
+    recorder: Recording,
     leaving: Leaving,
     entering: Tensor,
     shape: Sequence[int],
@@ -139,7 +137,7 @@ def _layer_norm(
 
 
 def _rms_norm(
-    recorder: Recorder,
+    recorder: Recording,
     leaving: Leaving,
     entering: Tensor,
     shape: Sequence[int],
@@ -153,7 +151,7 @@ def _rms_norm(
 
 
 def _batch_norm(
-    recorder: Recorder,
+    recorder: Recording,
     leaving: Leaving,
     entering: Tensor,
     weight: Tensor | None,
@@ -174,7 +172,7 @@ def _batch_norm(
 
 
 def _group_norm(
-    recorder: Recorder,
+    recorder: Recording,
     leaving: Leaving,
     entering: Tensor,
     weight: Tensor | None,
@@ -194,7 +192,7 @@ def _group_norm(
 
 
 def _channelwise(
-    recorder: Recorder,
+    recorder: Recording,
     leaving: Leaving,
     num_axes: int,
     weight: Tensor | None,

@@ -5,14 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_basin.operations.recorder import Recorder
-from lightning_basin.operations.uses import Leaving, ProductUse, Use
-
-# Look-ups multiply with one-hot activations. Only the rows of the table that occur can have gradients.
+from lightning_basin.operations.uses import Leaving, ProductUse, Recording, Use
 
 
 def _embedding(
-    recorder: Recorder,
+    recorder: Recording,
     leaving: Leaving,
     table: Tensor,
     indices: Tensor,
@@ -28,7 +25,7 @@ def _embedding(
 
 
 def _embedding_bag(
-    recorder: Recorder,
+    recorder: Recording,
     leaving: Leaving,
     table: Tensor,
     indices: Tensor,
@@ -55,7 +52,7 @@ def _embedding_bag(
     return _lookup(recorder, leaving, table, indices, bags, weights, num_bags)
 
 
-def _index(recorder: Recorder, leaving: Leaving, table: Tensor, indices: Sequence[Tensor | None]) -> list[Use]:
+def _index(recorder: Recording, leaving: Leaving, table: Tensor, indices: Sequence[Tensor | None]) -> list[Use]:
     first = indices[0]
     if len(indices) != 1 or first is None or first.dtype != torch.int64:
         return []
@@ -64,12 +61,12 @@ def _index(recorder: Recorder, leaving: Leaving, table: Tensor, indices: Sequenc
     return _lookup(recorder, leaving, table, flat, places, flat.new_ones(flat.shape, dtype=table.dtype), flat.numel())
 
 
-def _index_select(recorder: Recorder, leaving: Leaving, table: Tensor, axis: int, indices: Tensor) -> list[Use]:
+def _index_select(recorder: Recording, leaving: Leaving, table: Tensor, axis: int, indices: Tensor) -> list[Use]:
     return _index(recorder, leaving, table, [indices]) if axis == 0 else []
 
 
 def _lookup(
-    recorder: Recorder,
+    recorder: Recording,
     leaving: Leaving,
     table: Tensor,
     indices: Tensor,

@@ -1,4 +1,7 @@
-"""Matrix products and convolutions, as uses of the parameters among their arguments."""
+"""Matrix products and convolutions, as uses of the parameters among their arguments.
+
+Every handler takes the recorder, the place of the result and the operation's arguments, and returns the uses.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,20 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_basin.operations.elementwise import shift
-from lightning_basin.operations.recorder import Recorder
-from lightning_basin.operations.uses import Leaving, ProductUse, Source, Use
-
-# Products. Every handler takes the operation's arguments and returns the uses of parameters among them.
+from lightning_basin.operations.uses import Leaving, ProductUse, Recording, Source, Use
 
 
-def _mm(recorder: Recorder, leaving: Leaving, left: Tensor, right: Tensor) -> list[Use]:
+def _mm(recorder: Recording, leaving: Leaving, left: Tensor, right: Tensor) -> list[Use]:
     return _product(
         recorder, leaving, left, right, operand=lambda tensor: tensor.detach(), result=lambda signal: signal
     )
 
 
 def _product(
-    recorder: Recorder,
+    recorder: Recording,
     leaving: Leaving,
     left: Tensor,
     right: Tensor,
@@ -62,7 +62,7 @@ def _product(
     return []
 
 
-def _bmm(recorder: Recorder, leaving: Leaving, left: Tensor, right: Tensor) -> list[Use]:
+def _bmm(recorder: Recording, leaving: Leaving, left: Tensor, right: Tensor) -> list[Use]:
     uses = []
     for index in range(left.shape[0]):
         uses += _product(
@@ -78,7 +78,7 @@ def _bmm(recorder: Recorder, leaving: Leaving, left: Tensor, right: Tensor) -> l
 
 
 def _addmm(
-    recorder: Recorder,
+    recorder: Recording,
     leaving: Leaving,
     bias: Tensor,
     left: Tensor,
@@ -93,7 +93,7 @@ def _addmm(
     return [*products, *shift(recorder, leaving, bias, 2, products)]
 
 
-def _mv(recorder: Recorder, leaving: Leaving, matrix: Tensor, vector: Tensor) -> list[Use]:
+def _mv(recorder: Recording, leaving: Leaving, matrix: Tensor, vector: Tensor) -> list[Use]:
     found = recorder.placed(vector)
     if found is None:
         return []
@@ -112,7 +112,7 @@ def _mv(recorder: Recorder, leaving: Leaving, matrix: Tensor, vector: Tensor) ->
 
 
 def _trilinear(
-    recorder: Recorder, leaving: Leaving, first: Tensor, weight: Tensor, second: Tensor, *layout: Sequence[int]
+    recorder: Recording, leaving: Leaving, first: Tensor, weight: Tensor, second: Tensor, *layout: Sequence[int]
 ) -> list[Use]:
     found = recorder.placed(weight)
     if found is None or tuple(map(tuple, layout)) != ((1, 3), (0,), (1, 2), (2, 3)):  # As F.bilinear calls it.
@@ -132,7 +132,7 @@ def _trilinear(
 
 
 def _convolution(
-    recorder: Recorder,
+    recorder: Recording,
     leaving: Leaving,
     entering: Tensor,
     weight: Tensor,

@@ -6,6 +6,7 @@ scales, shifts or copies (normalisations, biases, positional embeddings, class t
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -94,3 +95,16 @@ class Operations:
 
     uses: list[Use] = field(default_factory=list)
     num_elements: int = 0
+
+
+class Recording(Protocol):
+    """What a handler of an operation may ask of the recorder.
+
+    Attributes:
+        operations: What was recorded so far.
+    """
+
+    operations: Operations
+
+    def placed(self, tensor: Any) -> tuple[Source, Tensor] | None:
+        """The source that a tensor is (a view of), with the entries that it shows; ``None`` for what has none."""

@@ -25,6 +25,7 @@ class DuplicateCounts:
 
 
 def measure_duplicates(evaluation: Evaluation, rtol: float, rank: GradientRank) -> DuplicateCounts:
+    """Count duplicated activations and dead units of each layer and of the network."""
     network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
     activations = layer_activations(network, probe, trace, evaluation.layout)
     classes: dict[str | None, Tensor] = {

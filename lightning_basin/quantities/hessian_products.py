@@ -271,4 +271,5 @@ def check_finite(rows: Tensor, layers: Sequence[Layer]) -> None:
 
 
 def num_activations(trace: Trace) -> int:
+    """Count the elements of all tensors that left a layer."""
     return sum(tensor.numel() for left in trace.leaving.values() for tensor in left)

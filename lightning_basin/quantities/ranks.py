@@ -179,6 +179,11 @@ def behavior_jacobian(evaluation: "Evaluation", behavior: Behavior | None) -> Te
 
 
 def check_projection(behavior: Behavior | None) -> None:
+    """Refuse probabilities where only some directions of the outputs are measured.
+
+    Raises:
+        ValueError: If the behavior is the probabilities.
+    """
     if isinstance(behavior, Probabilities) or behavior == "probabilities":
         raise ValueError(
             f"behavior='probabilities' needs all outputs, of which at most {MAX_ROWS} can be measured at once, and "
@@ -196,6 +201,11 @@ def num_directions_of(num_inputs: int, num_outputs: int, max_outputs: int | str 
 
 
 def check_num_rows(num_inputs: int, num_outputs: int) -> None:
+    """Refuse a probe with more outputs than one decomposition can take.
+
+    Raises:
+        ValueError: If there are more than ``MAX_ROWS``.
+    """
     if num_inputs * num_outputs > MAX_ROWS:
         raise ValueError(
             f"at most {MAX_ROWS} outputs can be measured at once, got {num_inputs} inputs x {num_outputs} outputs: "

@@ -31,6 +31,11 @@ class Scope:
 
 
 def select_scopes(layers: Sequence[Layer], selection: LayerSelection) -> tuple[Scope, ...]:
+    """Return what is reported: the chosen layers, their blocks where these are many, and last the network.
+
+    Raises:
+        ValueError: If a name is unknown, or stands twice.
+    """
     by_name = {layer.name: layer for layer in layers}
     if isinstance(selection, str) and selection not in ("auto", "all"):
         raise ValueError(f"layers must be 'auto', 'all' or a list of names of layers, got {selection!r}")
