@@ -9,14 +9,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_basin import measure_basin
-from lightning_basin.functional import hessian
+from lightning_basin.functional import null_space
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
 from lightning_basin.functional.gradients import StackedGradients
 from lightning_basin.functional.output_curvature import output_curvature
 from lightning_basin.network.isolation import isolated_evaluation
 from lightning_basin.network.network import Network
 from lightning_basin.probe import Probe
-from lightning_basin.quantities import hessian as curvature
+from lightning_basin.quantities import hessian_products
 from lightning_basin.quantities.hessian_products import HessianProducts
 from tests.networks import Composed, drawn, filled
 
@@ -322,7 +322,7 @@ def test_chunks_change_nothing_but_rounding(monkeypatch):
     module = filled(nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)))
     inputs, targets = drawn(7, 3), drawn(7, 2, seed=1)
     whole = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss(), hessian="bracket")
-    monkeypatch.setattr(curvature, "_GRAPH_ELEMENTS", 20)
+    monkeypatch.setattr(hessian_products, "_GRAPH_ELEMENTS", 20)
     chunked = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss(), hessian="bracket")
     assert chunked.residual_curvature == pytest.approx(whole.residual_curvature, rel=1e-9)
     assert chunked.hessian_largest == pytest.approx(whole.hessian_largest, rel=1e-9)
@@ -345,7 +345,7 @@ def test_a_sketch_does_not_overstate_singular_values_by_more_than_the_certificat
     exact = torch.from_numpy(np.linalg.svd(factored.rows().numpy(), compute_uv=False))
     for gradients in (factored, DenseGradients(factored.rows())):
         found = torch.linalg.svdvals(gradients.sketch(2 * k * c, torch.Generator().manual_seed(seed)))
-        assert (found / exact).max() < hessian._SKETCH_FACTOR
+        assert (found / exact).max() < null_space._SKETCH_FACTOR
 
 
 def test_weighted_gradients_are_the_weighted_rows():
@@ -370,7 +370,7 @@ def test_the_gauss_newton_mode_takes_no_product(monkeypatch):
     def refuse(*_):
         raise AssertionError("a product was taken")
 
-    monkeypatch.setattr(curvature, "hessian_product", refuse)
+    monkeypatch.setattr(hessian_products, "hessian_product", refuse)
     module = filled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
     record = measure_basin(module, drawn(5, 3), drawn(5, 2, seed=1), loss_fn=nn.MSELoss(), hessian="gauss-newton")
     assert record.gauss_newton_nullity == record.gradient_nullity == 26 - 10

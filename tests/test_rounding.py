@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_basin import measure_basin
-from lightning_basin.gradients import layers as gradients
+from lightning_basin.gradients import check
 from lightning_basin.network.rounding import rounding_noise
 from tests.networks import Composed, drawn, filled
 
@@ -108,7 +108,7 @@ def test_a_bias_whose_terms_cancel_beside_weights_whose_terms_do_not_needs_no_ot
     def refuse(*_):
         raise AssertionError("rounding is bounded by the magnitudes of the terms")
 
-    monkeypatch.setattr(gradients, "rounding_noise", refuse)
+    monkeypatch.setattr(check, "rounding_noise", refuse)
     record = measure_basin(attending(), drawn(10, 5, 8))
     # Each of 10 inputs mixes 5 values with weights that sum to one, so that keys move it along 4 directions.
     assert record.layers["key"].gradient_rank == 40
