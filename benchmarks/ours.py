@@ -12,7 +12,7 @@ from lightning_basin.functional.gram import GramMatrix
 from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
 from lightning_basin.probe import Probe
-from lightning_basin.settings import Precision
+from lightning_basin.settings import Precision, Settings
 
 RANKS = "lightning_basin"
 SPECTRA = "lightning_basin, with all singular values"
@@ -41,8 +41,9 @@ def kernel(module: nn.Module, inputs: Tensor) -> Stages:
 def parts(module: nn.Module, inputs: Tensor) -> Stages:
     """The same: the copy, its run and the checks of its outputs apart; and of the rest the products of factors."""
     dtype = next(module.parameters()).dtype
+    precision: Precision = "float32" if dtype == torch.float32 else "float64"
     products = 0.0
-    with open_evaluation(module, Probe(inputs), None, None, dtype=dtype, gradient_dtype=dtype) as evaluation:
+    with open_evaluation(module, Probe(inputs), Settings(dtype=precision), gradient_dtype=dtype) as evaluation:
         yield "copy", None
         total = GramMatrix(evaluation.num_rows, dtype=dtype)
         check = AutogradCheck(evaluation.traced, torch.Generator().manual_seed(0))

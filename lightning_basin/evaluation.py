@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from lightning_basin.limits import GROUP_ELEMENTS
 from lightning_basin.memory import MeasurementPlan
 from lightning_basin.network.input_layout import InputLayout, input_layout
 from lightning_basin.network.isolation import at_rest, isolated_evaluation
-from lightning_basin.network.network import LossFunction, ModuleBehavior, Network
+from lightning_basin.network.network import LossFunction, Network
 from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.network.remedies import needs_float32
 from lightning_basin.network.replica import device_of, replicas, settle_embeddings
@@ -27,28 +27,13 @@ from lightning_basin.network.validity import (
     checked_loss,
 )
 from lightning_basin.probe import Probe
-from lightning_basin.settings import Behavior, Probabilities
+from lightning_basin.settings import Settings, behavioral_loss
 from lightning_basin.tensors import tensors_of
 
 _FEW = 2  # inputs that are run at once, where not all are; some modules cannot run a batch of one
 
 Planner = Callable[[Network, Probe, Trace], MeasurementPlan]
 """From a network, some inputs and their trace to how all inputs are measured."""
-
-
-def loss_function(loss_fn: LossFunction | Literal["behavioral"] | None) -> LossFunction | None:
-    """Return the loss as a function of outputs and targets; ``"behavioral"`` names one."""
-    return behavioral_loss if isinstance(loss_fn, str) else loss_fn
-
-
-def behavioral_loss(outputs: Tensor, _: Any) -> Tensor:
-    """Squared distance from the outputs as they are (Bushnaq et al., 2024): zero, with the Hessian 2 GᵀG."""
-    return squared_distance(outputs, outputs.detach())
-
-
-def squared_distance(outputs: Tensor, others: Tensor) -> Tensor:
-    """Return the sum of squared differences, shape ``()``."""
-    return (outputs - others).square().sum()
 
 
 def _raised(loss_fn: LossFunction | None, dtype: torch.dtype) -> LossFunction | None:
@@ -63,23 +48,27 @@ def _raised(loss_fn: LossFunction | None, dtype: torch.dtype) -> LossFunction | 
     return raised
 
 
-def outputs_of(behavior: Behavior | None) -> ModuleBehavior | None:
-    """What gives the module's outputs, which the loss takes; ``None`` calls the module."""
-    if isinstance(behavior, Probabilities):
-        return behavior.outputs
-    return None if isinstance(behavior, str) else behavior
-
-
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A network on a probe, evaluated once."""
+    """A network on a probe, evaluated once. Nothing is checked after this.
 
+    Attributes:
+        settings: What is asked for.
+        traced: The network's runs over the probe.
+        loss_fn: The loss, copied along with the network; ``None`` where there is none.
+        loss: The loss on the probe, shape ``()``.
+        layout: Which part of what enters and leaves each layer belongs to which input.
+        plan: How the measurement is cut to the memory that there is; ``None`` runs all inputs at once.
+        notes: What a reader of the record should know; quantities add to it.
+    """
+
+    settings: Settings
     traced: TracedProbe
     loss_fn: LossFunction | None
     loss: Tensor | None
     layout: InputLayout | None
-    plan: MeasurementPlan | None = None
-    notes: tuple[str, ...] = ()
+    plan: MeasurementPlan | None
+    notes: list[str]
 
     @property
     def network(self) -> Network:
@@ -121,43 +110,46 @@ class Evaluation:
 def open_evaluation(
     module: nn.Module,
     probe: Probe,
-    loss_fn: LossFunction | None,
-    behavior: ModuleBehavior | None,
-    planned: Planner | None = None,
+    settings: Settings,
+    make_plan: Planner | None = None,
     *,
-    dtype: torch.dtype = torch.float64,
     gradient_dtype: torch.dtype = torch.float64,
     with_layout: bool = False,
 ) -> Iterator[Evaluation]:
     """Evaluate a copy of a module once and check what comes out.
 
     Args:
-        module: Stays as it is.
-        probe: The inputs.
-        loss_fn: See `measure_basin`.
-        behavior: See `measure_basin`.
-        planned: Cuts the measurement to the memory that there is; ``None`` runs all inputs at once.
-        dtype: Of the copy.
-        gradient_dtype: See `Network`.
+        module: The module, which stays as it is.
+        probe: The inputs and targets.
+        settings: What is asked for.
+        make_plan: Cuts the measurement to the memory that there is; ``None`` runs all inputs at once.
+        gradient_dtype: The floating point type in which gradients are kept and multiplied.
         with_layout: Whether to find the inputs in what enters and leaves each layer.
+
+    Yields:
+        The evaluation, inside of which random states and global settings may change: all are put back.
+
+    Raises:
+        TypeError: If outputs or loss are not floating point tensors.
+        ValueError: If outputs or loss are not finite, or not functions of the inputs alone.
     """
     if any(tensor.is_meta for tensor in tensors_of(probe.inputs)):
         raise ValueError("inputs must hold numbers to be measured, got tensors on the device 'meta'")
-    device = device_of(module)
+    device, dtype = device_of(module), settings.torch_dtype
     with isolated_evaluation(device, dtype), at_rest(module):
         probe = probe.to(device, dtype)
         try:
-            network, few, loss_fn, note = _evaluable(module, loss_fn, behavior, probe, dtype, gradient_dtype)
+            network, few, loss_fn, note = _evaluable(module, settings, probe, gradient_dtype)
         except ValueError as error:
             if dtype == torch.float64 and needs_float32(error):
-                check_float32_helps(module, behavior, probe, error)
+                check_float32_helps(module, settings.outputs, probe, error)
             raise
-        plan = None if planned is None else planned(network, *few)
+        plan = None if make_plan is None else make_plan(network, *few)
         del few  # And its graph.
         traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size)
         trace = traced.whole
         check_outputs(probe, trace.outputs)
-        layout = checked_layout(network, probe, trace, is_wanted=with_layout)
+        layout = _checked_layout(network, probe, trace, is_wanted=with_layout)
         check_copy(module, trace.outputs, "behavior")
         loss = None
         if loss_fn is not None:
@@ -165,26 +157,22 @@ def open_evaluation(
             outputs = trace.outputs if traced.is_whole else trace.outputs.detach().requires_grad_()
             loss = checked_loss(loss_fn, outputs, probe.targets)
             check_copy(module, loss, "loss_fn")
-        yield Evaluation(traced, loss_fn, loss, layout, plan, () if note is None else (note,))
+        yield Evaluation(settings, traced, loss_fn, loss, layout, plan, [] if note is None else [note])
 
 
 def _evaluable(
-    module: nn.Module,
-    loss_fn: LossFunction | None,
-    behavior: ModuleBehavior | None,
-    probe: Probe,
-    dtype: torch.dtype,
-    gradient_dtype: torch.dtype,
+    module: nn.Module, settings: Settings, probe: Probe, gradient_dtype: torch.dtype
 ) -> tuple[Network, tuple[Probe, Trace], LossFunction | None, str | None]:
     """A copy that evaluates with the gradients of training, run on few inputs; the loss; a note where it needs one."""
-    replica, copied_loss, copied_behavior = replicas(module, loss_fn, behavior, dtype=dtype)
-    network = Network(replica, copied_behavior, dtype=dtype, gradient_dtype=gradient_dtype)
+    dtype = settings.torch_dtype
+    replica, loss_fn, behavior = replicas(module, settings.loss, settings.outputs, dtype=dtype)
+    network = Network(replica, behavior, dtype=dtype, gradient_dtype=gradient_dtype)
     settle_embeddings(replica, lambda: network.outputs(probe))
     few = _few_traced(network, probe)
     check_copy(module, few[1].outputs, "behavior")
-    trained = as_trained(module, loss_fn, behavior, network, probe, few[1].outputs)
+    trained = as_trained(module, settings.loss, settings.outputs, network, probe, few[1].outputs)
     if trained is None:
-        return network, few, _raised(copied_loss, dtype), None
+        return network, few, _raised(loss_fn, dtype), None
     network = Network(trained.module, trained.behavior, dtype=dtype, gradient_dtype=gradient_dtype)
     settle_embeddings(trained.module, lambda: network.outputs(probe))
     return network, _few_traced(network, probe), _raised(trained.loss_fn, dtype), trained.note
@@ -199,7 +187,7 @@ def _few_traced(network: Network, probe: Probe) -> tuple[Probe, Trace]:
         return probe, network.trace(probe)
 
 
-def checked_layout(network: Network, probe: Probe, trace: Trace, *, is_wanted: bool) -> InputLayout | None:
+def _checked_layout(network: Network, probe: Probe, trace: Trace, *, is_wanted: bool) -> InputLayout | None:
     """Where the inputs are in what was traced, seen from other batches; these must have the same outputs."""
     others = passed_otherwise(network, probe, with_layers=is_wanted)
     check_independence(network, probe, trace.outputs.detach(), others)

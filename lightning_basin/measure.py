@@ -1,50 +1,38 @@
 """One measurement: a module and a probe in, a record out."""
 
 import time
-import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import Generator, nn
 
-from lightning_basin.evaluation import Evaluation, behavioral_loss, loss_function, open_evaluation, outputs_of
-from lightning_basin.functional.null_space import NullSpace
+from lightning_basin.evaluation import Evaluation, Planner, open_evaluation
 from lightning_basin.functional.rank import GradientRank
 from lightning_basin.limits import MAX_DENSE_PARAMETERS
 from lightning_basin.memory import MeasurementPlan, plan_measurement
 from lightning_basin.network.network import LossFunction, Network
-from lightning_basin.network.rounding import rounding_rtol
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
+from lightning_basin.quantities.activations import measure_activations
 from lightning_basin.quantities.duplicates import (
     DuplicateCounts,
     block_duplicates,
     measure_duplicates,
     with_training_set,
 )
-from lightning_basin.quantities.hessian import HessianMeasurement, hessian_measurement, measure_null_spaces
-from lightning_basin.quantities.ranks import (
-    behavior_jacobian,
-    check_num_rows,
-    check_projection,
-    measure_ranks,
-    num_directions_of,
-)
+from lightning_basin.quantities.hessian import hessian_measurement, measure_null_spaces, null_space_fields
+from lightning_basin.quantities.rank_bound import measure_rank_bound
+from lightning_basin.quantities.ranks import behavior_jacobian, measure_ranks, project_outputs, rank_fields
 from lightning_basin.quantities.scopes import Scope, select_scopes
-from lightning_basin.quantities.training_set import streamed_classes
 from lightning_basin.record import BasinRecord, LayerRecord
 from lightning_basin.settings import (
-    DTYPES,
     Behavior,
     HessianMode,
     LayerSelection,
     Precision,
-    Probabilities,
+    Settings,
+    behavioral_loss,
     check_order,
-    check_settings,
-    is_number,
 )
 from lightning_basin.training_set import as_probes
 
@@ -129,204 +117,176 @@ def measure_basin(
         >>> record.gradient_rank, record.gradient_rank_deficit, record.gradient_nullity
         (2, 1, 1)
     """
-    started = time.perf_counter()
     check_order(module, inputs, targets)
+    settings = Settings(
+        loss_fn=loss_fn,
+        behavior=behavior,
+        layers=layers,
+        hessian=hessian,
+        rtol=rtol,
+        duplicate_rtol=duplicate_rtol,
+        max_outputs=max_outputs,
+        spectrum=spectrum,
+        memory_budget=memory_budget,
+        dtype=dtype,
+        seed=seed,
+    )
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
-    check_settings(probe, loss_fn, behavior, hessian, rtol, duplicate_rtol, max_outputs, layers, memory_budget, dtype)
-    if not is_number(seed, int):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
-    if dtype == "float32":
-        duplicate_rtol = max(duplicate_rtol, rounding_rtol(torch.float32))
+    return measure(module, probe, settings, duplicates_over=duplicates_over, step=step)
+
+
+def measure(
+    module: nn.Module, probe: Probe, settings: Settings, *, duplicates_over: Any = None, step: int | None = None
+) -> BasinRecord:
+    """Measure what the settings ask for; see `measure_basin`.
+
+    Args:
+        module: The module to measure, which stays as it is.
+        probe: The inputs and targets.
+        settings: What is asked for.
+        duplicates_over: The training set over which duplicated activations are counted too.
+        step: The number of optimizer steps taken, noted in the record.
+    """
+    started = time.perf_counter()
+    settings.check_targets(probe)
     training_set = None if duplicates_over is None else as_probes(duplicates_over)
-    generator = Generator().manual_seed(seed)
-    has_hessian = loss_fn is not None and hessian is not False and dtype == "float64"
-
-    def planned(network: Network, few: Probe, trace: Trace) -> MeasurementPlan:
-        num_outputs = num_directions_of(probe.size, network.rows(trace.outputs).shape[1], max_outputs)
-        check_num_rows(probe.size, num_outputs)
-        parts = select_scopes(network.layers, layers)
-        num_parameters = parts[-1].num_parameters
-        return plan_measurement(
-            network,
-            few,
-            trace,
-            num_inputs=probe.size,
-            num_outputs=num_outputs,
-            num_blocks=sum(part.kind == "block" for part in parts),
-            with_readout=isinstance(behavior, Probabilities) or behavior == "probabilities",
-            with_hessian=has_hessian,
-            with_dense_hessian=has_hessian
-            and (hessian == "dense" or (hessian == "auto" and num_parameters <= MAX_DENSE_PARAMETERS)),
-            memory_budget=memory_budget,
-        )
-
-    with open_evaluation(
-        module,
-        probe,
-        loss_function(loss_fn),
-        outputs_of(behavior),
-        planned,
-        dtype=DTYPES[dtype],
-        with_layout=True,
-    ) as evaluation:
-        notes = list(evaluation.notes)
-        num_directions = num_directions_of(probe.size, evaluation.num_outputs, max_outputs)
-        projected = num_directions < evaluation.num_outputs
-        if projected:
-            notes.append(
-                f"ranks are lower bounds: the {evaluation.num_outputs} outputs of each input are seen along "
-                f"{num_directions} random orthonormal directions"
-            )
-            check_projection(behavior)
-            evaluation.network.project_outputs(evaluation.num_outputs, num_directions, generator)
-        parts = select_scopes(evaluation.network.layers, layers)
-        readout = behavior_jacobian(evaluation, behavior)
-        curvature = hessian_measurement(evaluation, parts, hessian, rtol, seed, is_plain=readout is None, notes=notes)
-        ranks, spectra = measure_ranks(
-            evaluation, parts, rtol, generator, readout, curvature, spectrum=spectrum, notes=notes
-        )
-        null_spaces = measure_null_spaces(curvature, spectra, notes)
-        resolution = ranks[parts[-1]].rtol
-        duplicates = measure_duplicates(evaluation, duplicate_rtol, ranks[parts[-1]])
-    if dtype == "float32":
-        notes.append(
-            f"evaluated in float32: singular values below {resolution:.1e} of the largest count as zero, activations "
-            f"within {duplicate_rtol:.1e} as the same"
-        )
-    if training_set is not None:  # Out here, where its items are read as in training.
-        try:
-            classes = streamed_classes(evaluation.network, training_set, rtol=duplicate_rtol)
-            duplicates = with_training_set(duplicates, classes, evaluation.trace.num_first)
-        except Exception as error:  # Whatever a data set raises: the probe has been measured.
-            warnings.warn(f"the training set is left out. {type(error).__name__}: {error}", stacklevel=2)
-    record = _assembled(evaluation, ranks, null_spaces, duplicates, curvature)
-    return replace(
-        record, projected=projected, notes=tuple(notes), step=step, measure_seconds=time.perf_counter() - started
+    generator = Generator().manual_seed(settings.seed)
+    with open_evaluation(module, probe, settings, _planner(settings, probe), with_layout=True) as evaluation:
+        projected = project_outputs(evaluation, generator)
+        scopes = select_scopes(evaluation.network.layers, settings.layers)
+        hessian_of = hessian_measurement(evaluation, scopes)
+        ranks, spectra = measure_ranks(evaluation, scopes, hessian_of, generator)
+        null_spaces = measure_null_spaces(hessian_of, spectra, evaluation.notes)
+        activations = measure_activations(evaluation)
+        duplicates = measure_duplicates(evaluation, activations)
+        bound = measure_rank_bound(evaluation, activations, ranks[scopes[-1]])
+    if training_set is not None:
+        duplicates = with_training_set(duplicates, evaluation, training_set)
+    _note_precision(evaluation, ranks[scopes[-1]])
+    fields = {scope: rank_fields(ranks[scope]) for scope in scopes}
+    for scope, null_space in null_spaces.items():
+        assert hessian_of is not None
+        fields[scope] |= null_space_fields(null_space, hessian_of)
+    return _assemble(
+        evaluation,
+        fields,
+        duplicates,
+        gradient_rank_bound=bound,
+        projected=projected,
+        step=step,
+        measure_seconds=time.perf_counter() - started,
     )
 
 
 def check_measurable(
-    module: nn.Module,
-    probe: Probe,
-    *,
-    loss_fn: LossFunction | Literal["behavioral"] | None = None,
-    behavior: Behavior | None = None,
-    layers: LayerSelection = "all",
-    max_outputs: int | Literal["auto"] | None = None,
-    num_inputs: int | None = None,
-    is_loss_given: bool = True,
-    memory_budget: int | None = None,
-    dtype: Precision = "float64",
+    module: nn.Module, probe: Probe, settings: Settings, *, num_inputs: int | None = None, is_loss_given: bool = True
 ) -> MeasurementPlan:
     """Evaluate once, so that what cannot be measured is known before anything is.
 
     Args:
-        module: See `measure_basin`.
-        probe: What there is of it.
-        loss_fn: See `measure_basin`.
-        behavior: See `measure_basin`.
-        layers: See `measure_basin`.
-        max_outputs: See `measure_basin`.
-        num_inputs: That the probe will have; ``None`` for those that it has.
-        is_loss_given: Whether ``loss_fn`` was passed by a person. One that was found on the module by its name must be
+        module: The module to measure, which stays as it is.
+        probe: The inputs that there are of the probe.
+        settings: What is asked for.
+        num_inputs: The number of inputs that the probe will have; ``None`` for those that it has.
+        is_loss_given: Whether the loss was passed by a person. A loss that was found on the module by its name must be
             a function of outputs and targets alone: many a method of that name takes inputs and runs the module.
-        memory_budget: See `measure_basin`.
-        dtype: See `measure_basin`.
 
     Returns:
         How large a measurement will be.
 
     Raises:
-        TypeError: See `measure_basin`.
-        ValueError: See `measure_basin`.
-        MemoryBudgetError: See `measure_basin`.
+        TypeError: As `measure_basin`.
+        ValueError: As `measure_basin`.
+        MemoryBudgetError: As `measure_basin`.
     """
-    check_settings(probe, loss_fn, behavior, "auto", None, 0.0, max_outputs, layers, memory_budget, dtype)
-    with open_evaluation(
-        module, probe, loss_function(loss_fn), outputs_of(behavior), dtype=DTYPES[dtype]
-    ) as evaluation:
-        select_scopes(evaluation.network.layers, layers)
+    settings.check_targets(probe)
+    with open_evaluation(module, probe, settings) as evaluation:
+        select_scopes(evaluation.network.layers, settings.layers)
         if not is_loss_given and evaluation.loss_fn is not None:
-            found, outputs, targets = evaluation.loss_fn, evaluation.trace.outputs, evaluation.probe.targets
-            run = evaluation.network.layers_run_by(lambda: found(outputs, targets))
-            if run:
-                raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {run}")
+            _check_loss_runs_no_layer(evaluation, evaluation.loss_fn)
         num_inputs = probe.size if num_inputs is None else num_inputs
-        num_outputs = num_directions_of(num_inputs, evaluation.num_outputs, max_outputs)
-        if num_outputs < evaluation.num_outputs:
-            check_projection(behavior)
-        behavior_jacobian(evaluation, behavior)
-        check_num_rows(num_inputs, num_outputs)
+        num_outputs = settings.num_directions(num_inputs, evaluation.num_outputs)
+        behavior_jacobian(evaluation)
         return plan_measurement(
             evaluation.network,
             evaluation.probe,
             evaluation.trace,
             num_inputs=num_inputs,
             num_outputs=num_outputs,
-            with_readout=isinstance(behavior, Probabilities) or behavior == "probabilities",
-            with_hessian=loss_fn is not None and dtype == "float64",
-            memory_budget=memory_budget,
+            with_readout=settings.counts_probabilities,
+            with_hessian=settings.has_hessian,
+            memory_budget=settings.memory_budget,
         )
 
 
-def _assembled(
-    evaluation: Evaluation,
-    ranks: Mapping[Scope, GradientRank],
-    null_spaces: Mapping[Scope, NullSpace],
-    duplicates: DuplicateCounts,
-    curvature: HessianMeasurement[Scope] | None,
+def _check_loss_runs_no_layer(evaluation: Evaluation, loss_fn: LossFunction) -> None:
+    outputs, targets = evaluation.trace.outputs, evaluation.probe.targets
+    run = evaluation.network.layers_run_by(lambda: loss_fn(outputs, targets))
+    if run:
+        raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {run}")
+
+
+def _planner(settings: Settings, probe: Probe) -> Planner:
+    def plan(network: Network, few: Probe, trace: Trace) -> MeasurementPlan:
+        scopes = select_scopes(network.layers, settings.layers)
+        is_small = scopes[-1].num_parameters <= MAX_DENSE_PARAMETERS
+        is_dense = settings.hessian == "dense" or (settings.hessian == "auto" and is_small)
+        return plan_measurement(
+            network,
+            few,
+            trace,
+            num_inputs=probe.size,
+            num_outputs=settings.num_directions(probe.size, network.rows(trace.outputs).shape[1]),
+            num_blocks=sum(scope.kind == "block" for scope in scopes),
+            with_readout=settings.counts_probabilities,
+            with_hessian=settings.has_hessian,
+            with_dense_hessian=settings.has_hessian and is_dense,
+            memory_budget=settings.memory_budget,
+        )
+
+    return plan
+
+
+def _note_precision(evaluation: Evaluation, rank: GradientRank) -> None:
+    if evaluation.settings.dtype == "float32":
+        evaluation.notes.append(
+            f"evaluated in float32: singular values below {rank.rtol:.1e} of the largest count as zero, activations "
+            f"within {evaluation.settings.resolved_duplicate_rtol:.1e} as the same"
+        )
+
+
+def _assemble(
+    evaluation: Evaluation, fields: Mapping[Scope, Mapping[str, Any]], duplicates: DuplicateCounts, **others: Any
 ) -> BasinRecord:
-    def quantities(part: Scope) -> dict[str, Any]:
-        rank, null_space = ranks[part], null_spaces.get(part)
-        found: dict[str, Any] = {
-            "num_parameters": part.num_parameters,
-            "num_rows": evaluation.num_rows,
-            "gradient_rank": rank.rank,
-            "gradient_rank_gap": rank.gap,
-            "gradient_rank_at": rank.at,
-            "gradient_effective_rank": rank.effective_rank,
-            "gradient_rtol": rank.rtol,
-            "gradient_method": rank.method,
-        }
-        if null_space is not None and curvature is not None:
-            found |= {
-                "hessian_nullity": null_space.nullity,
-                "hessian_nullity_lower": null_space.lower,
-                "hessian_nullity_upper": null_space.upper,
-                "hessian_nullity_strict": null_space.strict,
-                "hessian_negative": null_space.negative,
-                "hessian_largest": null_space.largest,
-                "residual_curvature": null_space.residual_curvature,
-                "smallest_curvature": null_space.smallest_curvature,
-                "gauss_newton_nullity": null_space.gauss_newton_nullity,
-                "hessian_resolving_loss": curvature.resolving_loss(null_space),
-                "hessian_rtol": null_space.rtol,
-                "hessian_method": null_space.method,
-            }
-        return found
+    """Put together what was measured of each scope.
 
-    layers, blocks = {}, {}
-    for part in ranks:
-        if part.kind == "layer":
-            layers[part.name] = LayerRecord(**quantities(part), **duplicates.layers.get(part.name, {}))
-        elif part.kind == "block":
-            members = [duplicates.layers.get(layer.name, {}) for layer in part.layers]
-            blocks[part.name] = LayerRecord(**quantities(part), **block_duplicates(members))
-    (network,) = (part for part in ranks if part.kind == "network")
+    Args:
+        evaluation: The network on the probe.
+        fields: What the record says of each scope, by field.
+        duplicates: What is counted of each layer, and of the network.
+        others: Further fields of the network.
+    """
+    records: dict[Scope, LayerRecord] = {}
+    for scope in list(fields)[:-1]:
+        members = [duplicates.layers.get(layer.name, {}) for layer in scope.layers]
+        counted = members[0] if scope.kind == "layer" else block_duplicates(members)
+        records[scope] = LayerRecord(
+            num_parameters=scope.num_parameters, num_rows=evaluation.num_rows, **fields[scope], **counted
+        )
+    *_, network = fields
+    layers = {scope.name: record for scope, record in records.items() if scope.kind == "layer"}
     order = [layer.name for layer in evaluation.network.layers]
-    return BasinRecord(
-        **quantities(network),
-        **duplicates.network,
-        num_inputs=evaluation.probe.size,
-        loss=_reported_loss(evaluation),
-        gradient_rank_bound=duplicates.rank_bound,
-        layers={name: layers[name] for name in order if name in layers},
-        blocks=blocks,
-    )
-
-
-def _reported_loss(evaluation: Evaluation) -> float | None:
     # The behavioral loss is zero by what it is: no sign of a fit.
-    if evaluation.loss is None or evaluation.loss_fn is behavioral_loss:
-        return None
-    return float(evaluation.loss.detach())
+    has_loss = evaluation.loss is not None and evaluation.loss_fn is not behavioral_loss
+    return BasinRecord(
+        num_parameters=network.num_parameters,
+        num_rows=evaluation.num_rows,
+        num_inputs=evaluation.probe.size,
+        loss=float(evaluation.loss.detach()) if has_loss and evaluation.loss is not None else None,
+        layers={name: layers[name] for name in order if name in layers},
+        blocks={scope.name: record for scope, record in records.items() if scope.kind == "block"},
+        notes=tuple(evaluation.notes),
+        **fields[network],
+        **duplicates.network,
+        **others,
+    )

@@ -10,9 +10,10 @@ from torch import Generator, Tensor, nn
 from lightning_basin.evaluation import open_evaluation
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
 from lightning_basin.functional.manifold import null_directions, surviving_fraction
-from lightning_basin.functional.rank import check_rtol, default_rtol, numerical_rank, singular_values
+from lightning_basin.functional.rank import default_rtol, numerical_rank, singular_values
 from lightning_basin.network.network import ModuleBehavior
 from lightning_basin.probe import Probe
+from lightning_basin.settings import Settings
 from lightning_basin.tensors import tensors_of
 
 MAX_DENSE_ELEMENTS = 2**27
@@ -87,9 +88,9 @@ def verify_null_space(
         raise ValueError(f"num_directions must be at least 1, got {num_directions}")
     if not 0.0 < step < 1.0:
         raise ValueError(f"step must be inside (0, 1), got {step}")
-    check_rtol(rtol)
+    settings = Settings(behavior=behavior, rtol=rtol, seed=seed)
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs)
-    with open_evaluation(module, probe, None, behavior) as evaluation:
+    with open_evaluation(module, probe, settings) as evaluation:
         network, probe = evaluation.network, evaluation.probe
         names = [name for layer in network.layers for name in layer.parameters]
         values = {name: network.named_parameters[name].detach() for name in names}

@@ -1,4 +1,4 @@
-"""What may be asked of a measurement, and checks of it."""
+"""What may be asked of a measurement, checked once."""
 
 import numbers
 from collections.abc import Sequence
@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_basin.functional.rank import check_rtol
+from lightning_basin.limits import AUTO_ROWS, MAX_ROWS
 from lightning_basin.network.network import LossFunction, ModuleBehavior, call_module
+from lightning_basin.network.rounding import rounding_rtol
 from lightning_basin.probe import Probe
 
 HESSIAN_MODES = ("auto", "dense", "bracket", "gauss-newton")
@@ -25,7 +27,7 @@ class Probabilities:
     The loss still takes the outputs themselves.
 
     Attributes:
-        outputs: From the module and the inputs to the outputs, shape ``(k, classes, ...)``.
+        outputs: A function of the module and the inputs that returns the outputs, shape ``(k, classes, ...)``.
     """
 
     outputs: ModuleBehavior = call_module
@@ -42,66 +44,163 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 """Floating point types by the names that measurements take."""
 
 
-def check_order(module: Any, inputs: Any, targets: Any) -> None:
-    """Refuse arguments in another order, or of another kind, before anything is done with them.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is asked of a measurement. `measure_basin` says what each value means.
 
-    Raises:
-        TypeError: If they are; it says what to pass.
-    """
-    if isinstance(module, type):
-        raise TypeError(f"module must be a torch.nn.Module, got the class {module.__name__}: pass an instance of it")
-    if not isinstance(module, nn.Module):
-        swapped = ": pass the module first, then the inputs" if isinstance(inputs, nn.Module) else ""
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}{swapped}")
-    if isinstance(inputs, DataLoader | Dataset):
-        raise TypeError(
-            f"inputs must be a batch, got {type(inputs).__name__}: pass the parts of next(iter(loader)) of a loader"
-        )
-    if callable(targets):
-        raise TypeError(f"targets must be data, got {type(targets).__name__}, which can be called: pass loss_fn=...")
-
-
-def check_settings(
-    probe: Probe,
-    loss_fn: LossFunction | Literal["behavioral"] | None,
-    behavior: Behavior | None,
-    hessian: HessianMode,
-    rtol: float | None,
-    duplicate_rtol: float,
-    max_outputs: int | Literal["auto"] | None,
-    layers: LayerSelection,
-    memory_budget: int | None,
-    dtype: Precision,
-) -> None:
-    """Refuse values of another type or out of range.
+    Attributes:
+        loss_fn: The loss, ``"behavioral"``, or ``None`` for no loss.
+        behavior: The behavior whose gradients count.
+        layers: The layers to report.
+        hessian: How the Hessian is measured.
+        rtol: The relative tolerance of ranks.
+        duplicate_rtol: The relative tolerance within which two activations are the same.
+        max_outputs: The largest number of outputs per input that are measured one by one.
+        spectrum: Whether singular values are wanted where the rank can be proved without them.
+        memory_budget: The bytes that a measurement may use.
+        dtype: The name of the floating point type in which the network is run.
+        seed: The seed of all random vectors.
 
     Raises:
         TypeError: If a value has another type.
         ValueError: If a value is out of range.
+
+    Example:
+        >>> Settings(rtol=2.0)
+        Traceback (most recent call last):
+        ValueError: rtol must be inside (0, 1), got 2.0
     """
-    if hessian is not False and hessian not in HESSIAN_MODES:
-        raise ValueError(f"hessian must be one of {HESSIAN_MODES} or False, got {hessian!r}")
-    if isinstance(loss_fn, str) and loss_fn != "behavioral":
-        raise ValueError(f"loss_fn must be a function of outputs and targets or 'behavioral', got {loss_fn!r}")
-    if isinstance(behavior, str) and behavior not in ("outputs", "probabilities"):
-        raise ValueError(
-            f"behavior must be a function of module and inputs, 'outputs' or 'probabilities', got {behavior!r}"
+
+    loss_fn: LossFunction | Literal["behavioral"] | None = None
+    behavior: Behavior | None = None
+    layers: LayerSelection = "all"
+    hessian: HessianMode = "auto"
+    rtol: float | None = None
+    duplicate_rtol: float = 1e-6
+    max_outputs: int | Literal["auto"] | None = None
+    spectrum: bool = True
+    memory_budget: int | None = None
+    dtype: Precision = "float64"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        check_rtol(self.rtol)
+        check_precision(self.dtype, self.hessian, self.rtol)
+        self._check_types()
+        if not 0.0 <= self.duplicate_rtol < 1.0:
+            raise ValueError(f"duplicate_rtol must be inside [0, 1), got {self.duplicate_rtol}")
+        if isinstance(self.max_outputs, int) and self.max_outputs < 1:
+            raise ValueError(f"max_outputs must be at least 1, got {self.max_outputs}")
+
+    def _check_choices(self) -> None:
+        if self.hessian is not False and self.hessian not in HESSIAN_MODES:
+            raise ValueError(f"hessian must be one of {HESSIAN_MODES} or False, got {self.hessian!r}")
+        if isinstance(self.loss_fn, str) and self.loss_fn != "behavioral":
+            raise ValueError(f"loss_fn must be a function of outputs and targets or 'behavioral', got {self.loss_fn!r}")
+        if isinstance(self.behavior, str) and self.behavior not in ("outputs", "probabilities"):
+            raise ValueError(
+                f"behavior must be a function of module and inputs, 'outputs' or 'probabilities', got {self.behavior!r}"
+            )
+        if isinstance(self.max_outputs, str) and self.max_outputs != "auto":
+            raise ValueError(f"max_outputs must be a number, 'auto' or None, got {self.max_outputs!r}")
+
+    def _check_types(self) -> None:
+        if not _is_number(self.duplicate_rtol, float):
+            raise TypeError(f"duplicate_rtol must be a number, got {self.duplicate_rtol!r}")
+        if not isinstance(self.max_outputs, str | None) and not _is_number(self.max_outputs, int):
+            raise TypeError(f"max_outputs must be an integer, 'auto' or None, got {self.max_outputs!r}")
+        if not isinstance(self.layers, Sequence) or not all(isinstance(name, str) for name in self.layers):
+            raise TypeError(f"layers must be 'auto', 'all' or a list of names of layers, got {self.layers!r}")
+        if self.memory_budget is not None and not _is_number(self.memory_budget, float):
+            raise TypeError(f"memory_budget must be a number of bytes or None, got {self.memory_budget!r}")
+        if not _is_number(self.seed, int):
+            raise TypeError(f"seed must be an integer, got {self.seed!r}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The floating point type in which the network is run and differentiated."""
+        return DTYPES[self.dtype]
+
+    @property
+    def loss(self) -> LossFunction | None:
+        """The loss as a function of outputs and targets."""
+        return behavioral_loss if isinstance(self.loss_fn, str) else self.loss_fn
+
+    @property
+    def outputs(self) -> ModuleBehavior | None:
+        """The function that returns the module's outputs, which the loss takes; ``None`` calls the module."""
+        if isinstance(self.behavior, Probabilities):
+            return self.behavior.outputs
+        return None if isinstance(self.behavior, str) else self.behavior
+
+    @property
+    def counts_probabilities(self) -> bool:
+        """Whether the behavior is the softmax of the outputs."""
+        return isinstance(self.behavior, Probabilities) or self.behavior == "probabilities"
+
+    @property
+    def has_hessian(self) -> bool:
+        """Whether anything of the Hessian is wanted that float64 can tell."""
+        return self.loss_fn is not None and self.hessian is not False and self.dtype == "float64"
+
+    @property
+    def resolved_duplicate_rtol(self) -> float:
+        """The tolerance within which two activations are the same, at least the rounding of the evaluation."""
+        return (
+            self.duplicate_rtol if self.dtype == "float64" else max(self.duplicate_rtol, rounding_rtol(torch.float32))
         )
-    check_rtol(rtol)
-    check_precision(dtype, hessian, rtol)
-    _check_types(duplicate_rtol, max_outputs, layers, memory_budget)
-    if not 0.0 <= duplicate_rtol < 1.0:
-        raise ValueError(f"duplicate_rtol must be inside [0, 1), got {duplicate_rtol}")
-    if isinstance(max_outputs, str) and max_outputs != "auto":
-        raise ValueError(f"max_outputs must be a number, 'auto' or None, got {max_outputs!r}")
-    if isinstance(max_outputs, int) and max_outputs < 1:
-        raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
-    if callable(loss_fn) and probe.targets is None:
-        is_pair = isinstance(probe.inputs, tuple | list) and len(probe.inputs) == 2  # noqa: PLR2004
-        raise ValueError(
-            f"a loss_fn needs targets to compare the outputs with, got none: pass targets, or no loss_fn"
-            f"{'; inputs is a pair: if it is one of inputs and targets, pass these apart' if is_pair else ''}"
-        )
+
+    def num_directions(self, num_inputs: int, num_outputs: int) -> int:
+        """Return along how many directions an input's outputs are seen; all of them where none are projected away.
+
+        Args:
+            num_inputs: The number of inputs, k.
+            num_outputs: The number of outputs per input.
+
+        Raises:
+            ValueError: If there are more outputs than one decomposition can take, or some of the probabilities would be
+                left out.
+        """
+        directions = num_outputs
+        if isinstance(self.max_outputs, int):
+            directions = min(self.max_outputs, num_outputs)
+        elif self.max_outputs == "auto" and num_inputs * num_outputs > MAX_ROWS:
+            directions = max(1, AUTO_ROWS // num_inputs)
+        if directions < num_outputs and self.counts_probabilities:
+            raise ValueError(
+                f"behavior='probabilities' needs all outputs, of which at most {MAX_ROWS} can be measured at once, and "
+                f"cannot be combined with max_outputs: take a smaller probe"
+            )
+        if num_inputs * directions > MAX_ROWS:
+            raise ValueError(
+                f"at most {MAX_ROWS} outputs can be measured at once, got {num_inputs} inputs x {directions} outputs: "
+                f"take a smaller probe, or pass max_outputs"
+            )
+        return directions
+
+    def check_targets(self, probe: Probe) -> None:
+        """Refuse a loss without targets.
+
+        Raises:
+            ValueError: If the loss takes targets and the probe has none.
+        """
+        if callable(self.loss_fn) and probe.targets is None:
+            is_pair = isinstance(probe.inputs, tuple | list) and len(probe.inputs) == 2  # noqa: PLR2004
+            raise ValueError(
+                f"a loss_fn needs targets to compare the outputs with, got none: pass targets, or no loss_fn"
+                f"{'; inputs is a pair: if it is one of inputs and targets, pass these apart' if is_pair else ''}"
+            )
+
+
+def behavioral_loss(outputs: Tensor, _: Any) -> Tensor:
+    """Squared distance from the outputs as they are (Bushnaq et al., 2024): zero, with the Hessian 2 GᵀG."""
+    return squared_distance(outputs, outputs.detach())
+
+
+def squared_distance(outputs: Tensor, others: Tensor) -> Tensor:
+    """Return the sum of squared differences, shape ``()``."""
+    return (outputs - others).square().sum()
 
 
 def check_precision(dtype: Precision, hessian: HessianMode, rtol: float | None) -> None:
@@ -126,26 +225,25 @@ def check_precision(dtype: Precision, hessian: HessianMode, rtol: float | None) 
         )
 
 
-def _check_types(duplicate_rtol: Any, max_outputs: Any, layers: Any, memory_budget: Any) -> None:
-    if not is_number(duplicate_rtol, float):
-        raise TypeError(f"duplicate_rtol must be a number, got {duplicate_rtol!r}")
-    if not isinstance(max_outputs, str | None) and not is_number(max_outputs, int):
-        raise TypeError(f"max_outputs must be an integer, 'auto' or None, got {max_outputs!r}")
-    if not isinstance(layers, Sequence) or not all(isinstance(name, str) for name in layers):
-        raise TypeError(f"layers must be 'auto', 'all' or a list of names of layers, got {layers!r}")
-    check_memory_budget(memory_budget)
-
-
-def check_memory_budget(memory_budget: Any) -> None:
-    """Refuse what is no number of bytes.
+def check_order(module: Any, inputs: Any, targets: Any) -> None:
+    """Refuse arguments in another order, or of another kind, before anything is done with them.
 
     Raises:
-        TypeError: If that is so.
+        TypeError: If they are; it says what to pass.
     """
-    if memory_budget is not None and not is_number(memory_budget, float):
-        raise TypeError(f"memory_budget must be a number of bytes or None, got {memory_budget!r}")
+    if isinstance(module, type):
+        raise TypeError(f"module must be a torch.nn.Module, got the class {module.__name__}: pass an instance of it")
+    if not isinstance(module, nn.Module):
+        swapped = ": pass the module first, then the inputs" if isinstance(inputs, nn.Module) else ""
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}{swapped}")
+    if isinstance(inputs, DataLoader | Dataset):
+        raise TypeError(
+            f"inputs must be a batch, got {type(inputs).__name__}: pass the parts of next(iter(loader)) of a loader"
+        )
+    if callable(targets):
+        raise TypeError(f"targets must be data, got {type(targets).__name__}, which can be called: pass loss_fn=...")
 
 
-def is_number(value: Any, kind: type) -> bool:
+def _is_number(value: Any, kind: type) -> bool:
     """Whether a value is an integer, or any real number where ``kind`` is ``float``; truth is no number."""
     return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)

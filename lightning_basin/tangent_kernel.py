@@ -12,7 +12,7 @@ from lightning_basin.memory import MeasurementPlan, plan_measurement
 from lightning_basin.network.network import ModuleBehavior, Network
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
-from lightning_basin.settings import DTYPES, Precision, check_memory_budget, check_precision
+from lightning_basin.settings import Precision, Settings
 
 
 def neural_tangent_kernel(
@@ -53,11 +53,10 @@ def neural_tangent_kernel(
         tensor([[ 6.,  4.],
                 [ 4., 10.]], dtype=torch.float64)
     """
-    check_precision(dtype, hessian=False, rtol=None)
-    check_memory_budget(memory_budget)
+    settings = Settings(behavior=behavior, hessian=False, memory_budget=memory_budget, dtype=dtype, seed=seed)
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs)
 
-    def planned(network: Network, few: Probe, trace: Trace) -> MeasurementPlan:
+    def make_plan(network: Network, few: Probe, trace: Trace) -> MeasurementPlan:
         num_outputs = network.rows(trace.outputs).shape[1]
         return plan_measurement(
             network,
@@ -69,10 +68,9 @@ def neural_tangent_kernel(
             memory_budget=memory_budget,
         )
 
-    with open_evaluation(
-        module, probe, None, behavior, planned, dtype=DTYPES[dtype], gradient_dtype=DTYPES[dtype]
-    ) as evaluation:
-        kernel = GramMatrix(evaluation.num_rows, evaluation.rows.device, dtype=DTYPES[dtype])
+    dtype_of_products = settings.torch_dtype
+    with open_evaluation(module, probe, settings, make_plan, gradient_dtype=dtype_of_products) as evaluation:
+        kernel = GramMatrix(evaluation.num_rows, evaluation.rows.device, dtype=dtype_of_products)
         check = AutogradCheck(evaluation.traced, Generator().manual_seed(seed))
         for measured in layer_gradients(evaluation.traced, check, max_elements=evaluation.max_elements):
             measured.gradients.add_gram(kernel)

@@ -11,6 +11,7 @@ from lightning_basin import BasinMonitor, measure_basin
 from lightning_basin.measure import check_measurable
 from lightning_basin.network.rounding import rounding_rtol
 from lightning_basin.probe import Probe
+from lightning_basin.settings import Settings
 from tests import models
 from tests.exact import exact_rank, jacobian
 from tests.layer_types import TYPES, integer_case, trained_case
@@ -130,7 +131,7 @@ def test_the_gram_matrix_decides_the_rank_of_a_wide_matrix(spectrum):
 def test_chunks_of_inputs_give_the_same_integers():
     module, inputs = built(convolutional), images(48)
     whole, chunked = (measure_basin(module, inputs, dtype="float32", memory_budget=budget) for budget in BUDGETS)
-    assert check_measurable(module, Probe(inputs), memory_budget=BUDGETS[1], dtype="float32").chunk_size < 48
+    assert check_measurable(module, Probe(inputs), Settings(memory_budget=BUDGETS[1], dtype="float32")).chunk_size < 48
     assert ranks(chunked) == ranks(whole)
     assert chunked.duplicated_activations == whole.duplicated_activations
 
@@ -357,7 +358,10 @@ def test_what_float32_cannot_tell_is_refused_in_one_sentence(name):
 
 def test_the_plan_counts_four_bytes_for_each_number_in_the_graph():
     module, probe = built(convolutional), Probe(images(48))
-    plans = [check_measurable(module, probe, memory_budget=BUDGETS[1], dtype=dtype) for dtype in ("float64", "float32")]
+    plans = [
+        check_measurable(module, probe, Settings(memory_budget=BUDGETS[1], dtype=dtype))
+        for dtype in ("float64", "float32")
+    ]
     # What is kept beside the graph takes eight bytes in both.
     assert 1.4 * plans[0].chunk_size <= plans[1].chunk_size < 48
 

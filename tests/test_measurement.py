@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_basin import BasinRecord, Probe, measure_basin, verify_null_space
 from lightning_basin.measure import check_measurable
+from lightning_basin.settings import Settings
 from tests.exact import (
     Dual,
     ExactNetwork,
@@ -1424,7 +1425,7 @@ class Experts(nn.Module):
 def test_experts_that_are_not_called_in_a_chunk_add_nothing_there(loss_fn, memory_budget):
     module, inputs, targets = Experts(), normal(24, 4), torch.zeros(24, 2)
     inputs = inputs[inputs[:, :3].argmax(1).argsort()]
-    plan = check_measurable(module, Probe(inputs, targets), loss_fn=loss_fn, memory_budget=memory_budget)
+    plan = check_measurable(module, Probe(inputs, targets), Settings(loss_fn=loss_fn, memory_budget=memory_budget))
     assert (plan.chunk_size < 24) == (memory_budget is not None)
     record = measure_basin(module, inputs, targets, loss_fn=loss_fn, hessian="bracket", memory_budget=memory_budget)
     # [x, 1] has rank min(n, 5) for the n inputs of an expert, twice; the common shift is the sum of theirs.

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_basin import Probe, measure_basin
 from lightning_basin.measure import check_measurable
 from lightning_basin.memory import MemoryBudgetError
+from lightning_basin.settings import Settings
 
 MEBIBYTE = 2**20
 
@@ -118,7 +119,9 @@ def test_the_plan_says_what_the_hessian_may_take():
     module, inputs, targets = convolutional(), images(48), torch.randn(48, 2)
 
     def planned(mebibytes, **settings):
-        return check_measurable(module, Probe(inputs, targets), memory_budget=mebibytes * MEBIBYTE, **settings)
+        return check_measurable(
+            module, Probe(inputs, targets), Settings(memory_budget=mebibytes * MEBIBYTE, **settings)
+        )
 
     assert planned(1024).hessian_limits is None
     roomy, narrow = (planned(mebibytes, loss_fn=nn.MSELoss()) for mebibytes in (1024, 112))
@@ -130,7 +133,7 @@ def test_the_plan_says_what_the_hessian_may_take():
 
 def test_the_plan_says_how_each_layer_is_measured():
     def methods(module, inputs, mebibytes):
-        plan = check_measurable(module, Probe(inputs), memory_budget=mebibytes * MEBIBYTE)
+        plan = check_measurable(module, Probe(inputs), Settings(memory_budget=mebibytes * MEBIBYTE))
         return dict(plan.methods), str(plan)
 
     assert methods(convolutional(), images(48), 1024)[0] == {"0": "factors", "2": "factors", "5": "factors"}
@@ -191,7 +194,7 @@ def test_the_hessian_of_inputs_in_chunks_is_that_of_all_at_once(loss_fn, hessian
     if isinstance(loss_fn, nn.CrossEntropyLoss):
         targets = targets.softmax(1)
     plans = [
-        check_measurable(module, Probe(inputs), memory_budget=mebibytes * MEBIBYTE).chunk_size < 24
+        check_measurable(module, Probe(inputs), Settings(memory_budget=mebibytes * MEBIBYTE)).chunk_size < 24
         for mebibytes in (1024, 20)
     ]
     assert plans == [False, True]
@@ -238,7 +241,7 @@ def test_tensors_that_a_module_holds_count_in_the_budget():
     module.tables = [torch.zeros(2**24)]  # 128 MiB in float64.
     with pytest.raises(MemoryBudgetError, match=r"beside 0\.12 GiB of other tensors of the module, needs"):
         measure_basin(module, images(48), memory_budget=112 * MEBIBYTE)
-    assert check_measurable(module, Probe(images(48)), memory_budget=1024 * MEBIBYTE).memory_bytes > 2**27
+    assert check_measurable(module, Probe(images(48)), Settings(memory_budget=1024 * MEBIBYTE)).memory_bytes > 2**27
 
 
 @pytest.mark.parametrize(

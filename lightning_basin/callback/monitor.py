@@ -52,15 +52,16 @@ from lightning_basin.callback.training_step import (
 )
 from lightning_basin.callback.watching import Lenience, check_watchers, watchers
 from lightning_basin.layer_names import tag
-from lightning_basin.measure import check_measurable, measure_basin
+from lightning_basin.measure import check_measurable, measure
 from lightning_basin.memory import MemoryBudgetError
 from lightning_basin.naming import escaped
 from lightning_basin.network.copying import is_out_of_memory
+from lightning_basin.network.network import LossFunction
 from lightning_basin.network.replica import replicas
 from lightning_basin.null_space import verify_null_space as verified_null_space
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
-from lightning_basin.settings import HessianMode, Precision, Probabilities
+from lightning_basin.settings import Behavior, HessianMode, Precision, Probabilities, Settings
 
 _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
 """They change the numbers, not only which there are."""
@@ -533,13 +534,8 @@ class BasinMonitor(BaseCallback):
             self._warn_of_unseen_layers(step, module)
             return
         try:
-            check_measurable(
-                module,
-                Probe(batch),
-                behavior=quiet_behavior(step_behavior(step.calls), trainer),
-                max_outputs=self.max_outputs,
-                dtype=self.dtype,
-            )
+            behavior = quiet_behavior(step_behavior(step.calls), trainer)
+            check_measurable(module, Probe(batch), replace(self._settings(behavior), layers="auto", memory_budget=None))
         except (TypeError, ValueError):  # Inputs that a loss couples, say.
             return
         self._step_calls = step.calls
@@ -599,16 +595,7 @@ class BasinMonitor(BaseCallback):
         if self._probe is None and trainer is not None:  # Fewer, where an epoch has no more.
             size = int(min(size, probe.size * trainer.num_training_batches))
         try:
-            plan = check_measurable(
-                pl_module,
-                probe,
-                behavior=behavior,
-                layers=self.layers,
-                max_outputs=self.max_outputs,
-                num_inputs=size,
-                memory_budget=self.memory_budget,
-                dtype=self.dtype,
-            )
+            plan = check_measurable(pl_module, probe, self._settings(behavior), num_inputs=size)
             self._say(f"BasinMonitor measures {plan}")
         except MemoryBudgetError as error:  # The measurements will say so; training goes on.
             self._say(f"BasinMonitor will not be able to measure: {error}", warn=True)
@@ -628,15 +615,8 @@ class BasinMonitor(BaseCallback):
         try:
             if callable(loss_fn) and probe.targets is None:
                 raise TypeError("it needs targets, and the batches hold none: pass batch_fn or probe=(inputs, targets)")
-            check_measurable(
-                pl_module,
-                probe,
-                loss_fn=loss_fn,
-                behavior=behavior,
-                max_outputs=self.max_outputs,
-                is_loss_given=is_given,
-                dtype=self.dtype,
-            )
+            settings = replace(self._settings(behavior, loss_fn), memory_budget=None)
+            check_measurable(pl_module, probe, settings, is_loss_given=is_given)
         except (TypeError, ValueError) as error:
             if self.loss_fn is not None:
                 raise
@@ -646,6 +626,27 @@ class BasinMonitor(BaseCallback):
                 f"HINT: pass BasinMonitor(loss_fn=...)",
                 warn=True,
             )
+
+    def _settings(self, behavior: Behavior, loss_fn: LossFunction | Literal["behavioral"] | None = None) -> Settings:
+        """What the next measurement is asked for.
+
+        Args:
+            behavior: The behavior, on a copy of the module.
+            loss_fn: The loss; ``None`` leaves loss and Hessian out.
+        """
+        return Settings(
+            loss_fn=loss_fn,
+            behavior=behavior,
+            layers=self._layers,
+            hessian=self.hessian,
+            rtol=self.rtol,
+            duplicate_rtol=self.duplicate_rtol,
+            max_outputs=self.max_outputs,
+            spectrum=len(self.records) % self.every_n_spectra == 0,
+            memory_budget=self.memory_budget,
+            dtype=self.dtype,
+            seed=self.seed,
+        )
 
     @property
     def _layers(self) -> Literal["auto", "all"] | Sequence[str]:
@@ -764,23 +765,13 @@ class BasinMonitor(BaseCallback):
                 module = whole()
                 assert self._probe is not None
                 self._probe = self._with_step_loss(module, self._probe, trainer)
-                record = measure_basin(
-                    module,
-                    self._probe,
-                    loss_fn=quiet_loss(self._loss_fn(module), trainer),
-                    behavior=quiet_behavior(self._behavior, trainer),
-                    layers=self._layers,
-                    hessian=self.hessian,
-                    rtol=self.rtol,
-                    duplicate_rtol=self.duplicate_rtol,
-                    duplicates_over=self._whole_training_set(trainer),
-                    max_outputs=self.max_outputs,
-                    spectrum=len(self.records) % self.every_n_spectra == 0,
-                    memory_budget=self.memory_budget,
-                    dtype=self.dtype,
-                    seed=self.seed,
-                    step=step,
+                behavior, loss_fn = (
+                    quiet_behavior(self._behavior, trainer),
+                    quiet_loss(self._loss_fn(module), trainer),
                 )
+                settings = self._settings(behavior, loss_fn)
+                training_set = self._whole_training_set(trainer)
+                record = measure(module, self._probe, settings, duplicates_over=training_set, step=step)
         except Exception as error:  # A measurement must never end a training run.
             _warn(
                 f"BasinMonitor could not measure at step {step}{_goes_on(trainer)}. "

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_basin.evaluation import Evaluation
 from lightning_basin.functional.duplicates import duplicate_classes, finer_classes, largest_entry
 from lightning_basin.gradients.assemble import concatenated
 from lightning_basin.network.input_layout import (
@@ -59,6 +60,11 @@ class LayerActivations:
                 else finer_classes(self._known[coarser], self.entering, rtol=rtol, scales=self.scales)
             )
         return self._known[rtol]
+
+
+def measure_activations(evaluation: Evaluation) -> dict[str, LayerActivations]:
+    """Return what enters and leaves each called layer on the probe, in the order of first entry."""
+    return layer_activations(evaluation.network, evaluation.probe, evaluation.trace, evaluation.layout)
 
 
 def layer_activations(

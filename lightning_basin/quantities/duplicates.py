@@ -1,6 +1,7 @@
 """Numbers of duplicated activations and dead units, by layer and of the network."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from lightning_basin.evaluation import Evaluation
 from lightning_basin.functional.duplicates import dead_units, duplicate_classes, duplicated_activations, num_classes
-from lightning_basin.functional.rank import GradientRank
-from lightning_basin.quantities.activations import LayerActivations, layer_activations
-from lightning_basin.quantities.rank_bound import measure_rank_bound
+from lightning_basin.probe import Probe
+from lightning_basin.quantities.activations import LayerActivations
+from lightning_basin.quantities.training_set import streamed_classes
 from lightning_basin.record import MergedInput
 
 
@@ -21,13 +22,16 @@ class DuplicateCounts:
 
     layers: Mapping[str, Mapping[str, Any]]
     network: Mapping[str, Any]
-    rank_bound: int | None
 
 
-def measure_duplicates(evaluation: Evaluation, rtol: float, rank: GradientRank) -> DuplicateCounts:
-    """Count duplicated activations and dead units of each layer and of the network."""
-    network, probe, trace = evaluation.network, evaluation.probe, evaluation.trace
-    activations = layer_activations(network, probe, trace, evaluation.layout)
+def measure_duplicates(evaluation: Evaluation, activations: Mapping[str, LayerActivations]) -> DuplicateCounts:
+    """Count duplicated activations and dead units of each layer and of the network.
+
+    Args:
+        evaluation: The network on the probe.
+        activations: What enters and leaves each layer, by name.
+    """
+    probe, trace, rtol = evaluation.probe, evaluation.trace, evaluation.settings.resolved_duplicate_rtol
     classes: dict[str | None, Tensor] = {
         name: found for name, layer in activations.items() if (found := layer.classes(rtol)) is not None
     }
@@ -45,7 +49,7 @@ def measure_duplicates(evaluation: Evaluation, rtol: float, rank: GradientRank) 
         "output_duplicated_activations_exact": duplicated_activations(outputs, rtol=0.0),
         "merged_inputs": merged_inputs_of(classes | {None: output_classes}),
     }
-    return DuplicateCounts(layers=layers, network=totals, rank_bound=measure_rank_bound(evaluation, activations, rank))
+    return DuplicateCounts(layers=layers, network=totals)
 
 
 def merged_inputs_of(classes: Mapping[str | None, Tensor]) -> tuple[MergedInput, ...]:
@@ -58,8 +62,28 @@ def merged_inputs_of(classes: Mapping[str | None, Tensor]) -> tuple[MergedInput,
 
 
 def with_training_set(
-    duplicates: DuplicateCounts, classes: Mapping[str | None, Tensor], num_first: int
+    duplicates: DuplicateCounts, evaluation: Evaluation, training_set: Iterable[Probe]
 ) -> DuplicateCounts:
+    """Count duplicates over a whole training set too, outside of the evaluation: its items are read as in training.
+
+    Args:
+        duplicates: What was counted on the probe.
+        evaluation: The network on the probe.
+        training_set: The training set, in parts; iterated over several times.
+
+    Warns:
+        UserWarning: If the training set cannot be evaluated; it is left out then.
+    """
+    rtol = evaluation.settings.resolved_duplicate_rtol
+    try:
+        classes = streamed_classes(evaluation.network, training_set, rtol=rtol)
+    except Exception as error:  # Whatever a data set raises: the probe has been measured.
+        warnings.warn(f"the training set is left out. {type(error).__name__}: {error}", stacklevel=3)
+        return duplicates
+    return _with_classes(duplicates, classes, evaluation.trace.num_first)
+
+
+def _with_classes(duplicates: DuplicateCounts, classes: Mapping[str | None, Tensor], num_first: int) -> DuplicateCounts:
     """What was counted on the probe, and the same over the whole training set beside it."""
     counts = {name: first.numel() - num_classes(first) for name, first in classes.items()}
     first_layers = list(duplicates.layers)[:num_first]

@@ -4,12 +4,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
-from lightning_basin.evaluation import Evaluation, behavioral_loss, squared_distance
+from lightning_basin.evaluation import Evaluation
 from lightning_basin.functional.gradients import LayerGradients
 from lightning_basin.functional.hessian import hessian_matrix, is_connected
 from lightning_basin.functional.jacobian import weighted_rows
@@ -31,7 +31,7 @@ from lightning_basin.network.rounding import agreement_rtol
 from lightning_basin.network.runs import TracedProbe
 from lightning_basin.quantities.hessian_products import HessianProducts, check_finite, num_activations
 from lightning_basin.quantities.scopes import Scope
-from lightning_basin.settings import HessianMode
+from lightning_basin.settings import HessianMode, behavioral_loss, squared_distance
 
 _SLACK = 2.0  # factor within which the norm of R is bounded
 _DENSE_SLACK = 1.01  # the same where products are cheap beside all of H
@@ -406,18 +406,15 @@ def _num_parameters(layers: Sequence[Layer]) -> int:
     return sum(layer.num_parameters for layer in layers)
 
 
-def hessian_measurement(
-    evaluation: Evaluation,
-    parts: Sequence[Scope],
-    hessian: HessianMode,
-    rtol: float | None,
-    seed: int,
-    *,
-    is_plain: bool,
-    notes: list[str],
-) -> HessianMeasurement[Scope] | None:
-    """What will measure the Hessian; ``None`` where there is nothing to look at."""
-    if evaluation.loss_fn is None or hessian is False:
+def hessian_measurement(evaluation: Evaluation, scopes: Sequence[Scope]) -> HessianMeasurement[Scope] | None:
+    """Return what will measure the Hessian; ``None`` where there is nothing to look at.
+
+    Args:
+        evaluation: The network on the probe.
+        scopes: The scopes to report, the network last.
+    """
+    settings, notes = evaluation.settings, evaluation.notes
+    if evaluation.loss_fn is None or settings.hessian is False:
         return None
     if evaluation.network.dtype != torch.float64:
         notes.append("the Hessian is left out: its null space is not resolved by second derivatives in float32")
@@ -432,11 +429,11 @@ def hessian_measurement(
         measurement = HessianMeasurement(
             evaluation.traced,
             lambda outputs: loss_fn(outputs, targets),
-            {part: part.layers for part in parts},
-            mode=hessian,
-            rtol=rtol,
-            generator=Generator().manual_seed(seed),
-            is_plain=is_plain,
+            {scope: scope.layers for scope in scopes},
+            mode=settings.hessian,
+            rtol=settings.rtol,
+            generator=Generator().manual_seed(settings.seed),
+            is_plain=not settings.counts_probabilities,
             limits=None if evaluation.plan is None else evaluation.plan.hessian_limits,
         )
     except (RuntimeError, ArithmeticError, ValueError) as error:  # Not every loss can be differentiated twice.
@@ -462,3 +459,21 @@ def measure_null_spaces(
     except (RuntimeError, ArithmeticError, ValueError) as error:  # Not every operation can be differentiated twice.
         _leave_out_hessian(error, notes)
         return {}
+
+
+def null_space_fields(null_space: NullSpace, hessian: HessianMeasurement[Any]) -> dict[str, Any]:
+    """Return what a record says of a null space, by field."""
+    return {
+        "hessian_nullity": null_space.nullity,
+        "hessian_nullity_lower": null_space.lower,
+        "hessian_nullity_upper": null_space.upper,
+        "hessian_nullity_strict": null_space.strict,
+        "hessian_negative": null_space.negative,
+        "hessian_largest": null_space.largest,
+        "residual_curvature": null_space.residual_curvature,
+        "smallest_curvature": null_space.smallest_curvature,
+        "gauss_newton_nullity": null_space.gauss_newton_nullity,
+        "hessian_resolving_loss": hessian.resolving_loss(null_space),
+        "hessian_rtol": null_space.rtol,
+        "hessian_method": null_space.method,
+    }

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -15,12 +16,10 @@ from lightning_basin.functional.softmax import softmax_jacobian
 from lightning_basin.functional.spectrum import SpectrumAccumulator, rows_independent_in_few_columns
 from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
-from lightning_basin.limits import AUTO_ROWS, MAX_ROWS
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.runs import TracedProbe
 from lightning_basin.quantities.hessian import HessianMeasurement
 from lightning_basin.quantities.scopes import Scope
-from lightning_basin.settings import Behavior, Probabilities
 
 _NUM_TRIED = 2  # layers, whose gradients may show that those of the network are independent
 
@@ -165,9 +164,13 @@ def _are_distinct(outputs: Tensor) -> bool:
     return len(torch.unique(rows, dim=0)) == len(rows)
 
 
-def behavior_jacobian(evaluation: "Evaluation", behavior: Behavior | None) -> Tensor | None:
-    """Derivative of the behavior by the outputs, as blocks for `weighted_rows`; ``None`` where they are the same."""
-    if not isinstance(behavior, Probabilities) and behavior != "probabilities":
+def behavior_jacobian(evaluation: Evaluation) -> Tensor | None:
+    """Return the behavior's derivative by the outputs, as blocks for `weighted_rows`; ``None`` where they are the same.
+
+    Raises:
+        ValueError: If the behavior is probabilities and the outputs have no axis of classes.
+    """
+    if not evaluation.settings.counts_probabilities:
         return None
     shape = evaluation.trace.outputs.shape
     if len(shape) == 1 or shape[1] < 2:  # noqa: PLR2004 - classes
@@ -178,73 +181,75 @@ def behavior_jacobian(evaluation: "Evaluation", behavior: Behavior | None) -> Te
     return softmax_jacobian(evaluation.trace.outputs.to(torch.float64))
 
 
-def check_projection(behavior: Behavior | None) -> None:
-    """Refuse probabilities where only some directions of the outputs are measured.
+def project_outputs(evaluation: Evaluation, generator: Generator) -> bool:
+    """See the outputs along fewer random directions, where there are too many of them to be measured one by one.
 
-    Raises:
-        ValueError: If the behavior is the probabilities.
+    Args:
+        evaluation: The network on the probe; its rows are projected from now on.
+        generator: A generator on the CPU, which draws the directions.
+
+    Returns:
+        Whether they are, so that ranks are lower bounds.
     """
-    if isinstance(behavior, Probabilities) or behavior == "probabilities":
-        raise ValueError(
-            f"behavior='probabilities' needs all outputs, of which at most {MAX_ROWS} can be measured at once, and "
-            f"cannot be combined with max_outputs: take a smaller probe"
-        )
-
-
-def num_directions_of(num_inputs: int, num_outputs: int, max_outputs: int | str | None) -> int:
-    """Along how many directions the outputs of an input are seen; all of them where none are projected away."""
-    if isinstance(max_outputs, int):
-        return min(max_outputs, num_outputs)
-    if max_outputs == "auto" and num_inputs * num_outputs > MAX_ROWS:
-        return max(1, AUTO_ROWS // num_inputs)
-    return num_outputs
-
-
-def check_num_rows(num_inputs: int, num_outputs: int) -> None:
-    """Refuse a probe with more outputs than one decomposition can take.
-
-    Raises:
-        ValueError: If there are more than ``MAX_ROWS``.
-    """
-    if num_inputs * num_outputs > MAX_ROWS:
-        raise ValueError(
-            f"at most {MAX_ROWS} outputs can be measured at once, got {num_inputs} inputs x {num_outputs} outputs: "
-            f"take a smaller probe, or pass max_outputs"
-        )
+    num_outputs = evaluation.num_outputs
+    num_directions = evaluation.settings.num_directions(evaluation.probe.size, num_outputs)
+    if num_directions == num_outputs:
+        return False
+    evaluation.notes.append(
+        f"ranks are lower bounds: the {num_outputs} outputs of each input are seen along {num_directions} random "
+        f"orthonormal directions"
+    )
+    evaluation.network.project_outputs(num_outputs, num_directions, generator)
+    return True
 
 
 def measure_ranks(
-    evaluation: Evaluation,
-    parts: Sequence[Scope],
-    rtol: float | None,
-    generator: Generator,
-    readout: Tensor | None,
-    curvature: HessianMeasurement[Scope] | None,
-    *,
-    spectrum: bool,
-    notes: list[str],
+    evaluation: Evaluation, scopes: Sequence[Scope], hessian: HessianMeasurement[Scope] | None, generator: Generator
 ) -> tuple[dict[Scope, GradientRank], dict[Scope, Spectrum]]:
-    """Ranks of the behavioral gradients of each part; and singular values, unless neither they nor these are wanted."""
-    max_elements = evaluation.max_elements
+    """Find the ranks of the behavioral gradients of each scope.
+
+    Args:
+        evaluation: The network on the probe.
+        scopes: The scopes to report, the network last.
+        hessian: Is shown the gradients of the outputs on the way; ``None`` where the Hessian is not measured.
+        generator: A generator on the CPU, for random vectors.
+
+    Returns:
+        The ranks, and the singular values where the rank was not proved without them.
+    """
+    settings, jacobian = evaluation.settings, behavior_jacobian(evaluation)
     check = AutogradCheck(evaluation.traced, generator)
     measurement = RankMeasurement(
-        parts,
+        scopes,
         evaluation.traced,
         check,
-        rtol=rtol,
+        rtol=settings.rtol,
         generator=generator,
-        max_waiting=max_elements // 2,
-        needs_spectra=spectrum or curvature is not None,
-        is_plain=readout is None,
+        max_waiting=evaluation.max_elements // 2,
+        needs_spectra=settings.spectrum or hessian is not None,
+        is_plain=jacobian is None,
     )
-    measurement.try_last_layers(max_elements=max_elements)
+    measurement.try_last_layers(max_elements=evaluation.max_elements)
     if measurement.is_complete:
         return measurement.finished()
-    for measured in layer_gradients(evaluation.traced, check, max_elements=max_elements):
-        gradients = measured.gradients if readout is None else measured.gradients.weighted(readout)
-        measurement.add(measured.layer, gradients)
-        if curvature is not None:
-            curvature.add(measured.layer, measured.gradients)
+    for measured in layer_gradients(evaluation.traced, check, max_elements=evaluation.max_elements):
+        measurement.add(
+            measured.layer, measured.gradients if jacobian is None else measured.gradients.weighted(jacobian)
+        )
+        if hessian is not None:
+            hessian.add(measured.layer, measured.gradients)
         if measured.note is not None:
-            notes.append(measured.note)
+            evaluation.notes.append(measured.note)
     return measurement.finished()
+
+
+def rank_fields(rank: GradientRank) -> dict[str, Any]:
+    """Return what a record says of a rank, by field."""
+    return {
+        "gradient_rank": rank.rank,
+        "gradient_rank_gap": rank.gap,
+        "gradient_rank_at": rank.at,
+        "gradient_effective_rank": rank.effective_rank,
+        "gradient_rtol": rank.rtol,
+        "gradient_method": rank.method,
+    }
