@@ -154,9 +154,9 @@ def measure(
     with open_evaluation(module, probe, settings, _planner(settings, probe), with_layout=True) as evaluation:
         projected = project_outputs(evaluation, generator)
         scopes = select_scopes(evaluation.network.layers, settings.layers)
-        hessian_of = hessian_measurement(evaluation, scopes)
-        ranks, spectra = measure_ranks(evaluation, scopes, hessian_of, generator)
-        null_spaces = measure_null_spaces(hessian_of, spectra, evaluation.notes)
+        hessian = hessian_measurement(evaluation, scopes)
+        ranks, spectra = measure_ranks(evaluation, scopes, hessian, generator)
+        null_spaces = measure_null_spaces(hessian, spectra, evaluation.notes)
         activations = measure_activations(evaluation)
         duplicates = measure_duplicates(evaluation, activations)
         bound = measure_rank_bound(evaluation, activations, ranks[scopes[-1]])
@@ -165,8 +165,7 @@ def measure(
     _note_precision(evaluation, ranks[scopes[-1]])
     fields = {scope: rank_fields(ranks[scope]) for scope in scopes}
     for scope, null_space in null_spaces.items():
-        assert hessian_of is not None
-        fields[scope] |= null_space_fields(null_space, hessian_of)
+        fields[scope] |= null_space_fields(null_space)
     return _assemble(
         evaluation,
         fields,

@@ -16,8 +16,8 @@ from lightning_basin.functional.output_curvature import output_curvature
 from lightning_basin.network.isolation import isolated_evaluation
 from lightning_basin.network.network import Network
 from lightning_basin.probe import Probe
-from lightning_basin.quantities import hessian_products
-from lightning_basin.quantities.hessian_products import HessianProducts
+from lightning_basin.quantities import hessian_products, quadratic_model
+from lightning_basin.quantities.hessian_products import hessian_operator, residual_matrix
 from tests.networks import Composed, drawn, filled
 
 # --- products -------------------------------------------------------------------------------------------------------
@@ -119,16 +119,16 @@ def test_products_are_differences_of_gradients(kind, chunk_size, loss):
         trace = network.trace(probe)
         targets = trace.outputs.detach() + drawn(*trace.outputs.shape, seed=2)
         found = output_curvature(lambda outputs: loss(outputs, targets), trace.outputs)
-        products = HessianProducts(network, probe, trace, found, chunk_size=chunk_size)
+        model = quadratic_model.quadratic_model(network, probe, trace, found, chunk_size=chunk_size)
         direction = drawn(sum(layer.num_parameters for layer in network.layers), seed=3)
         direction /= direction.norm()
 
         def linear(outputs):
             return (found.slope * outputs).sum()
 
-        for of_residual, differentiated in ((False, lambda outputs: loss(outputs, targets)), (True, linear)):
+        for part, differentiated in ((model, lambda outputs: loss(outputs, targets)), (model.linear_part, linear)):
             expected = differences(network, probe, differentiated, direction)
-            product = products.operator(network.layers, of_residual=of_residual)(direction)
+            product = hessian_operator(part, network.layers)(direction)
             # The error is of fourth order in the step, 1e-12 times fifth derivatives near 1e3 of the scale; rounding
             # adds 1e-16 / 1e-3 of the gradient.
             torch.testing.assert_close(product, expected, rtol=1e-6, atol=1e-8 * float(expected.norm()))
@@ -142,8 +142,10 @@ def test_residual_curvature_of_chunks_adds_up_to_the_matrix_of_all_products(kind
         network = Network(filled(build()))
         trace = network.trace(probe)
         found = output_curvature(lambda outputs: outputs.pow(4).sum(), trace.outputs)
-        product = HessianProducts(network, probe, trace, found).operator(network.layers, of_residual=True)
-        matrix = HessianProducts(network, probe, trace, found, chunk_size=2).residual_matrix(chunk_size=7)
+        model = quadratic_model.quadratic_model(network, probe, trace, found)
+        product = hessian_operator(model.linear_part, network.layers)
+        chunked = quadratic_model.quadratic_model(network, probe, trace, found, chunk_size=2)
+        matrix = residual_matrix(chunked, chunk_size=7)
         for index in range(0, len(matrix), 10):
             unit = torch.eye(len(matrix), dtype=torch.float64)[index]
             torch.testing.assert_close(matrix[index], product(unit), rtol=1e-9, atol=1e-12 * float(matrix.abs().max()))
@@ -157,15 +159,15 @@ def test_products_with_a_layer_are_those_of_its_diagonal_block(kind):
         network = Network(filled(build()))
         trace = network.trace(probe)
         found = output_curvature(lambda outputs: outputs.pow(4).sum(), trace.outputs)
-        products = HessianProducts(network, probe, trace, found)
+        model = quadratic_model.quadratic_model(network, probe, trace, found).linear_part
         sizes = [layer.num_parameters for layer in network.layers]
-        whole = products.operator(network.layers, of_residual=True)
+        whole = hessian_operator(model, network.layers)
         for index, layer in enumerate(network.layers):
             direction = drawn(sizes[index], seed=index)
             parts = [torch.zeros(size, dtype=torch.float64) for size in sizes]
             parts[index] = direction
             expected = whole(torch.cat(parts)).split(sizes)[index]
-            torch.testing.assert_close(products.operator([layer], of_residual=True)(direction), expected)
+            torch.testing.assert_close(hessian_operator(model, [layer])(direction), expected)
 
 
 # --- brackets -------------------------------------------------------------------------------------------------------
@@ -322,7 +324,7 @@ def test_chunks_change_nothing_but_rounding(monkeypatch):
     module = filled(nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)))
     inputs, targets = drawn(7, 3), drawn(7, 2, seed=1)
     whole = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss(), hessian="bracket")
-    monkeypatch.setattr(hessian_products, "_GRAPH_ELEMENTS", 20)
+    monkeypatch.setattr(quadratic_model, "_GRAPH_ELEMENTS", 20)
     chunked = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss(), hessian="bracket")
     assert chunked.residual_curvature == pytest.approx(whole.residual_curvature, rel=1e-9)
     assert chunked.hessian_largest == pytest.approx(whole.hessian_largest, rel=1e-9)
@@ -345,7 +347,7 @@ def test_a_sketch_does_not_overstate_singular_values_by_more_than_the_certificat
     exact = torch.from_numpy(np.linalg.svd(factored.rows().numpy(), compute_uv=False))
     for gradients in (factored, DenseGradients(factored.rows())):
         found = torch.linalg.svdvals(gradients.sketch(2 * k * c, torch.Generator().manual_seed(seed)))
-        assert (found / exact).max() < null_space._SKETCH_FACTOR
+        assert (found / exact).max() < null_space.SKETCH_FACTOR
 
 
 def test_weighted_gradients_are_the_weighted_rows():

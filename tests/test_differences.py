@@ -7,7 +7,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from lightning_basin import measure_basin
-from lightning_basin.functional.differences import contradicted
+from lightning_basin.functional.differences import contradicted_blocks
 from tests.networks import drawn, filled
 
 
@@ -274,7 +274,7 @@ def test_right_derivatives_are_not_doubted(kind, noise):
 def test_a_derivative_of_a_smooth_function_is_confirmed_at_any_scale():
     for scale in (1e-30, 1e-8, 1.0, 1e8):
         point = scale * drawn(5)
-        assert contradicted([3 * point**3], lambda step, p=point: [(p * (1 + step)) ** 3]) == []
+        assert contradicted_blocks([3 * point**3], lambda step, p=point: [(p * (1 + step)) ** 3]) == []
 
 
 @pytest.mark.parametrize("error", [1e-4, 0.1, 1.0, 1e3])
@@ -282,7 +282,7 @@ def test_an_error_is_seen_from_a_fraction_of_it_on(error):
     point = drawn(5)
     right = 3 * point**3
     wrong = right + error * right.norm() * F.normalize(drawn(5, seed=1), dim=0)
-    assert contradicted([right, wrong], lambda step: [(point * (1 + step)) ** 3] * 2) == [1]
+    assert contradicted_blocks([right, wrong], lambda step: [(point * (1 + step)) ** 3] * 2) == [1]
 
 
 def test_kinks_within_reach_of_large_steps_prove_nothing():
@@ -295,4 +295,4 @@ def test_kinks_within_reach_of_large_steps_prove_nothing():
         moved = point * (1 + step)
         return [torch.where(moved > 1, 2 * moved - 1, moved)]
 
-    assert contradicted([slope], function) == []
+    assert contradicted_blocks([slope], function) == []

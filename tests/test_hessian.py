@@ -393,7 +393,8 @@ def squared_error_at(gradients, residual):
     """Curvature of half the sum of squares, with k inputs of one output."""
     k = gradients.shape[0]
     identity = torch.ones(k, 1, 1, dtype=torch.float64)
-    return OutputCurvature(identity, identity, residual_is_zero=not bool(residual))
+    slope = torch.full((k, 1), float(residual), dtype=torch.float64)
+    return OutputCurvature(slope=slope, matrices=identity, factors=identity, residual_is_zero=not bool(residual))
 
 
 def test_at_a_perfect_fit_the_nullity_is_that_of_the_gradients():
@@ -445,7 +446,8 @@ def test_a_residual_above_the_smallest_curvature_hides_it():
 def test_curvature_without_factors_is_judged_by_the_eigenvalues_of_the_gauss_newton_matrix():
     gradients = torch.eye(3, 4, dtype=torch.float64)
     matrices = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64).view(3, 1, 1)
-    curvature = OutputCurvature(matrices, None, residual_is_zero=True)
+    slope = torch.zeros(3, 1, dtype=torch.float64)
+    curvature = OutputCurvature(slope=slope, matrices=matrices, factors=None, residual_is_zero=True)
     found = hessian_null_space(
         torch.diag(torch.tensor([1.0, -2.0, 0.0, 0.0], dtype=torch.float64)), gradients=gradients, curvature=curvature
     )
@@ -495,6 +497,6 @@ def test_gradients_without_curvature_are_refused():
 
 
 def test_curvature_without_gradients_is_refused():
-    curvature = OutputCurvature(torch.ones(1, 1, 1), torch.ones(1, 1, 1), residual_is_zero=True)
+    curvature = output_curvature(lambda outputs: outputs.square().sum(), torch.ones(1, 1))
     with pytest.raises(ValueError, match="gradients and curvature are needed together, got only one"):
         hessian_null_space(torch.eye(2), curvature=curvature)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_basin import BasinMonitor, measure_basin
-from lightning_basin.functional.logits import seen_outputs
+from lightning_basin.functional.logits import canonical_loss
 from tests.fuzz_brackets import Link, check_bracket
 from tests.lightning_packages import LightningModule
 from tests.networks import drawn, filled
@@ -154,7 +154,7 @@ def test_derivatives_of_a_binary_cross_entropy_have_all_digits(lead, label, weig
     def loss_fn(f):
         return F.binary_cross_entropy_with_logits(f, labels, pos_weight=weights, reduction="sum")
 
-    found = seen_outputs(loss_fn, outputs, list).curvature
+    found = canonical_loss(loss_fn, outputs, list).curvature
     scale = weight if label else 1.0
     with mpmath.workdps(400):
         p = [1 / (1 + mpmath.exp(-z)) for z in (lead, -mpmath.mpf(lead))]

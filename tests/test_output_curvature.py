@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_basin import measure_basin
 from lightning_basin.functional.output_curvature import output_curvature
-from lightning_basin.quantities import hessian_products
+from lightning_basin.quantities import quadratic_model
 from tests.networks import drawn
 
 
@@ -272,7 +272,7 @@ def test_an_expert_that_some_inputs_do_not_use_is_no_lost_derivative(monkeypatch
     inputs = inputs[inputs[:, 0].argsort()]
     targets = module(inputs).detach() + 1e-9 * drawn(20, 2, seed=1)
     expected = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss(), hessian="bracket")
-    monkeypatch.setattr(hessian_products, "_GRAPH_ELEMENTS", 100)  # Chunks of few inputs.
+    monkeypatch.setattr(quadratic_model, "_GRAPH_ELEMENTS", 100)  # Chunks of few inputs.
     found = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss(), hessian="bracket")
     assert found.hessian_nullity == expected.hessian_nullity
     assert found.hessian_certified

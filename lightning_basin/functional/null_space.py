@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,35 +19,40 @@ from lightning_basin.functional.rank import (
     singular_values,
 )
 
-_GRAM_ERROR = 16 * EPSILON  # of the largest eigenvalue of a Gram matrix: ten times what is measured at m = 2560
-_TIE_ROUNDINGS = (
-    16.0  # N eps of the largest eigenvalue: by which two matrices' eigenvalues must differ to be told apart
-)
-_SKETCH_FACTOR = 4.0  # singular values of a sketch with 2m columns are not larger: 1 + sqrt(1/2) for Gaussian ones
+_GRAM_ERROR = 16 * EPSILON  # relative error of a Gram matrix's eigenvalues: ten times what is measured at m = 2560
+
+SKETCH_FACTOR = 4.0
+"""Singular values of a sketch with 2m columns are at most so many times the true ones: 1 + sqrt(1/2) if Gaussian."""
+
+_TIE_ROUNDINGS = 16.0  # rounding errors (N eps of the largest eigenvalue) by which distinguishable eigenvalues differ
 
 NullSpaceMethod = Literal["dense", "bracket", "gauss-newton"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NullSpace:
-    r"""How many directions leave a loss flat to second order, and how that is known. ``None`` is what is not known.
+    r"""How many directions leave a loss flat to second order, and how that is known.
+
+    ``None`` stands for what is not known.
 
     Attributes:
-        nullity: Number of eigenvalues of H with :math:`|\lambda| \le \max(rtol\,\lambda_{max}, \|R\|_2)`, where
+        nullity: The number of eigenvalues of H with :math:`|\lambda| \le \max(rtol\,\lambda_{max}, \|R\|_2)`, where
             R = H - P is what the remaining residual adds to the Gauss-Newton part P; without P the same as ``strict``.
-            Without all eigenvalues of H it is known where ``lower`` and ``upper`` meet; not where P is zero and R is
-            not, nor where rounding decides whether an eigenvalue is above the norm of R.
-        lower: The nullity is at least this, N - rank(P).
-        upper: And at most this, by the eigenvalues of P that R cannot bring down to its own norm.
-        strict: Eigenvalues with :math:`|\lambda| \le rtol\,\lambda_{max}` only.
-        negative: Number of eigenvalues below :math:`-rtol\,\lambda_{max}`.
-        gauss_newton_nullity: N - rank(P).
+            Without all eigenvalues of H it is known where ``lower`` and ``upper`` meet. It is not known where P is zero
+            and R is not, nor where rounding decides whether an eigenvalue is above the norm of R.
+        lower: The nullity is at least N - rank(P).
+        upper: The nullity is at most this: R cannot bring the other eigenvalues of P down to its own norm.
+        strict: The number of eigenvalues with :math:`|\lambda| \le rtol\,\lambda_{max}`.
+        negative: The number of eigenvalues below :math:`-rtol\,\lambda_{max}`.
+        gauss_newton_nullity: The nullity of P, N - rank(P).
         residual: :math:`\|R\|_2`, or a bound from above.
-        smallest: Smallest nonzero eigenvalue of P, or a bound from below.
-        largest: Largest magnitude of an eigenvalue of H.
-        rtol: Relative tolerance on eigenvalues of H, or, where H is not formed, on those of P.
-        method: ``"dense"`` from all eigenvalues of H, ``"bracket"`` from those of P and a bound on R,
-            ``"gauss-newton"`` from those of P alone.
+        smallest: The smallest nonzero eigenvalue of P, or a bound from below.
+        largest: The largest magnitude of an eigenvalue of H.
+        rtol: The relative tolerance on eigenvalues of H, or, where H is not formed, on the eigenvalues of P.
+        method: ``"dense"`` from all eigenvalues of H, ``"bracket"`` from the eigenvalues of P and a bound on R,
+            ``"gauss-newton"`` from the eigenvalues of P alone.
+        resolving_loss: The loss below which ``lower`` and ``upper`` would meet, about; 0 where it would be below the
+            rounding of the outputs.
     """
 
     nullity: int | None
@@ -61,9 +66,10 @@ class NullSpace:
     largest: float | None = None
     rtol: float
     method: NullSpaceMethod
+    resolving_loss: float | None = None
 
     def scaled(self, scale: float) -> "NullSpace":
-        """Of the loss times a number."""
+        """Return the null space of the loss times a number."""
         sizes = {name: getattr(self, name) for name in ("residual", "smallest", "largest")}
         return replace(self, **{name: size * scale for name, size in sizes.items() if size is not None})
 
@@ -85,89 +91,91 @@ def null_space_bracket(
     rows: Spectrum,
     *,
     residual: float | None,
-    multiple: float = 1.0,
+    scale: float = 1.0,
     largest: float | None = None,
     rtol: float | None = None,
 ) -> NullSpace:
-    r"""What eigenvalues of P and a bound on R = H - P prove of the eigenvalues of H, at any N.
+    r"""Bracket the nullity of H by eigenvalues of P and a bound on R = H - P, at any N.
 
     R moves each eigenvalue by at most its norm (Weyl). So H has at least as many eigenvalues with
     :math:`|\lambda| > \|R\|_2` as P has above :math:`2 \|R\|_2`, and at most rank(P). Where P is zero and R is
-    not, as of a loss that is linear in the outputs, this would count every eigenvalue as zero: nothing is said.
+    not, as for a loss that is linear in the outputs, this would count every eigenvalue as zero: nothing is said.
 
     Args:
-        num_parameters: N.
-        rows: Singular values of rows whose products are P.
-        residual: Upper bound on :math:`\|R\|_2`; ``None`` where nothing is known of it.
-        multiple: P is this number times the products of the rows.
-        largest: Largest magnitude of an eigenvalue of H; ``None`` where it is not known.
-        rtol: What counts as zero relative to the largest eigenvalue, beside the residual; ``None`` means the
-            square of the tolerance of ``rows``.
+        num_parameters: The number N of parameters.
+        rows: The singular values of rows whose products are P.
+        residual: An upper bound on :math:`\|R\|_2`; ``None`` where nothing is known of it.
+        scale: The number by which the products of the rows are multiplied to give P.
+        largest: The largest magnitude of an eigenvalue of H; ``None`` where it is not known.
+        rtol: The size, relative to the largest eigenvalue, below which an eigenvalue counts as zero, beside the
+            residual; ``None`` means the square of the tolerance of ``rows``.
+
+    Raises:
+        ValueError: If ``rtol`` is not inside ``(0, 1)``.
 
     Example:
         >>> values = torch.tensor([2.0, 1.0, 0.1], dtype=torch.float64)
         >>> rows = Spectrum(singular_values=values, rtol=1e-15, method="svd")
         >>> [null_space_bracket(5, rows, residual=size).nullity for size in (1e-3, 1e-1)]
         [2, None]
-        >>> found = null_space_bracket(5, rows, residual=1e-1)
-        >>> found.lower, found.upper
+        >>> null_space = null_space_bracket(5, rows, residual=1e-1)
+        >>> null_space.lower, null_space.upper
         (2, 3)
     """
     check_rtol(rtol)
     rank = numerical_rank(rows.singular_values, rtol=rows.rtol)
-    nullity = num_parameters - rank
-    certain = multiple * _certain(rows)[:rank].square()
-    steepest = multiple * float(rows.singular_values.max()) ** 2 if rank else 0.0
-    counted = rank if rtol is None else int((multiple * rows.singular_values.square() > rtol * steepest).sum())
-    known: dict[str, Any] = {
-        "gauss_newton_nullity": num_parameters - counted,
-        "smallest": float(certain[-1]) if rank else None,
-        "rtol": rows.rtol**2 if rtol is None else rtol,
-    }
+    least = scale * _lower_bounds(rows)[:rank].square()  # Each nonzero eigenvalue of P is at least this.
+    steepest = scale * float(rows.singular_values.max()) ** 2 if rank else 0.0
+    num_above = rank if rtol is None else int((scale * rows.singular_values.square() > rtol * steepest).sum())
+    gauss_newton = NullSpace(
+        nullity=None,
+        gauss_newton_nullity=num_parameters - num_above,
+        smallest=float(least[-1]) if rank else None,
+        rtol=rows.rtol**2 if rtol is None else rtol,
+        method="gauss-newton",
+    )
     if residual is None:
-        return NullSpace(nullity=None, method="gauss-newton", **known)
+        return gauss_newton
     if residual == 0:  # H = P: what counts as zero in it is known, however uncertain the last singular values are.
-        nullity = num_parameters - counted
-        known["smallest"] = float(certain[min(counted, rank) - 1]) if counted and rank else None
-        return NullSpace(
-            nullity=nullity,
-            lower=nullity,
-            upper=nullity,
-            strict=nullity,
-            negative=0,
-            residual=0.0,
-            largest=steepest,
-            method="bracket",
-            **known,
-        )
+        smallest = float(least[min(num_above, rank) - 1]) if num_above and rank else None
+        return _without_residual(replace(gauss_newton, smallest=smallest, largest=steepest))
+    bracket = replace(gauss_newton, residual=residual, largest=largest, method="bracket")
     if rank == 0:  # All of H is residual: its norm resolves nothing.
-        return NullSpace(nullity=None, residual=residual, largest=largest, method="bracket", **known)
+        return bracket
     tolerance = residual if rtol is None else max(residual, rtol * (steepest + residual))
-    curved = int((certain > tolerance + residual).sum())
-    return NullSpace(
-        nullity=nullity if curved == rank else None,
+    num_curved = int((least > tolerance + residual).sum())
+    lower, upper = num_parameters - rank, num_parameters - num_curved
+    return replace(bracket, nullity=lower if lower == upper else None, lower=lower, upper=upper)
+
+
+def _without_residual(gauss_newton: NullSpace) -> NullSpace:
+    """The null space of H = P."""
+    nullity = gauss_newton.gauss_newton_nullity
+    return replace(
+        gauss_newton,
+        nullity=nullity,
         lower=nullity,
-        upper=num_parameters - curved,
-        residual=residual,
-        largest=largest,
+        upper=nullity,
+        strict=nullity,
+        negative=0,
+        residual=0.0,
         method="bracket",
-        **known,
     )
 
 
-def _certain(spectrum: Spectrum) -> Tensor:
-    """What the singular values are at least, behind the errors of the way in which they were obtained."""
+def _lower_bounds(spectrum: Spectrum) -> Tensor:
+    """What each singular value is at least, allowing for the errors of the method that found it."""
     values = spectrum.singular_values
     if values.numel() == 0:
         return values
     largest = float(values.max())
     if spectrum.method == "svd":
         return (values - spectrum.rtol * largest).clamp_(min=0)
-    certain = (values.square() - _GRAM_ERROR * largest**2).clamp_(min=0).sqrt_()
+    by_gram = (values.square() - _GRAM_ERROR * largest**2).clamp_(min=0).sqrt_()
     if spectrum.method == "gram":
-        return certain
-    sketched = (values / _SKETCH_FACTOR - spectrum.rtol * largest).clamp_(min=0)
-    return torch.where(values > GRAM_RESOLUTION * largest, certain, sketched)
+        return by_gram
+    by_sketch = (values / SKETCH_FACTOR - spectrum.rtol * largest).clamp_(min=0)
+    return torch.where(values > GRAM_RESOLUTION * largest, by_gram, by_sketch)
 
 
 def hessian_null_space(
@@ -182,14 +190,14 @@ def hessian_null_space(
 
     With exactly zero residual H equals its Gauss-Newton part, and the count is N - rank(P), read without squaring
     off the rows of ``factors @ gradients``. Otherwise, away from a perfect fit, R = H - P moves eigenvalues by up to
-    its norm (Weyl), and what lies below is not told apart from zero. What is proved of the count by the spectrum of P
+    its norm (Weyl), and smaller eigenvalues are not distinguished from zero. What the spectrum of P proves of the count
     overrules eigenvalues of H that rounding has moved.
 
     Args:
-        hessian: Symmetric, shape ``(N, N)``.
-        gradients: Behavioral gradients of the same parameters, shape ``(m, N)``.
-        curvature: Of the loss at the outputs; given with ``gradients``.
-        rtol: Relative to the eigenvalue of largest magnitude; ``None`` means ``N * eps`` of float64.
+        hessian: The Hessian, symmetric, shape ``(N, N)``.
+        gradients: The behavioral gradients by the same parameters, shape ``(m, N)``.
+        curvature: The curvature of the loss at the outputs; given with ``gradients``.
+        rtol: The tolerance relative to the eigenvalue of largest magnitude; ``None`` means ``N * eps`` of float64.
         bracket: What is known of the null space already; ``None`` finds it from ``gradients``.
 
     Raises:
@@ -210,63 +218,65 @@ def hessian_null_space(
         raise ValueError("hessian must have at least one row, got shape (0, 0)")
     tolerance = default_rtol(num_parameters, num_parameters) if rtol is None else rtol
     if gradients is None or curvature is None:
-        strict, negative, eigenvalues = _inertia(hessian, tolerance, 0.0)
-        largest = float(eigenvalues.abs().max())
-        return NullSpace(
-            nullity=strict, strict=strict, negative=negative, largest=largest, rtol=tolerance, method="dense"
-        )
+        counts = _counted(torch.linalg.eigvalsh(hessian), tolerance)
+        return replace(counts, nullity=counts.strict)
     if curvature.factors is None:
         return _indefinite_null_space(hessian, gradients, curvature, tolerance)
     rows = weighted_rows(gradients, curvature.factors)
     if bracket is None:
-        values = singular_values(rows)
-        spectrum = Spectrum(singular_values=values, rtol=default_rtol(*rows.shape), method="svd")
-        bound = 0.0 if curvature.residual_is_zero else _norm(hessian - rows.mT @ rows)
-        bracket = null_space_bracket(num_parameters, spectrum, residual=bound, rtol=rtol)
+        spectrum = Spectrum(singular_values=singular_values(rows), rtol=default_rtol(*rows.shape), method="svd")
+        norm = 0.0 if curvature.residual_is_zero else _norm(hessian - rows.mT @ rows)
+        bracket = null_space_bracket(num_parameters, spectrum, residual=norm, rtol=rtol)
     if bracket.residual == 0:
         return replace(bracket, rtol=tolerance, method="dense")
     # Rounding of what has cancelled in the curvature reaches the Hessian through the gradients.
     floor = curvature.rounding * float(gradients.square().sum())
-    strict, negative, eigenvalues = _inertia(hessian, tolerance, floor)
+    residual = min(_norm(hessian - rows.mT @ rows), bracket.residual or math.inf)
+    return _bracketed_null_space(hessian, bracket, residual, rtol=tolerance, floor=floor)
+
+
+def _bracketed_null_space(
+    hessian: Tensor, bracket: NullSpace, residual: float, *, rtol: float, floor: float
+) -> NullSpace:
+    """The count of eigenvalues that a residual does not resolve, inside of the bracket."""
+    num_parameters = hessian.shape[0]
+    eigenvalues = torch.linalg.eigvalsh(hessian)
     magnitudes = eigenvalues.abs()
     largest = float(magnitudes.max())
-    residual = min(_norm(hessian - rows.mT @ rows), bracket.residual or math.inf)
-    threshold = max(tolerance * largest, residual, floor)
-    counted = int((magnitudes <= threshold).sum())
-    nullity = min(max(counted, bracket.lower or 0), num_parameters if bracket.upper is None else bracket.upper)
+    threshold = max(rtol * largest, residual, floor)
+    num_flat = int((magnitudes <= threshold).sum())
+    nullity = min(max(num_flat, bracket.lower or 0), num_parameters if bracket.upper is None else bracket.upper)
     # Nearly all of H is residual where its largest eigenvalue is that of R: which is larger is not resolved.
     rounding = _TIE_ROUNDINGS * default_rtol(num_parameters, num_parameters) * largest
-    off = (magnitudes - threshold).abs()
-    is_tied = residual > _TIE_ROUNDINGS * rounding and bool(((off > 0) & (off <= rounding)).any())
+    distances = (magnitudes - threshold).abs()
+    is_tied = residual > _TIE_ROUNDINGS * rounding and bool(((distances > 0) & (distances <= rounding)).any())
     is_known = bracket.gauss_newton_nullity != num_parameters and (not is_tied or bracket.lower == bracket.upper)
     return replace(
-        bracket,
+        _counted(eigenvalues, rtol, floor),
         nullity=nullity if is_known else None,
-        strict=strict,
-        negative=negative,
+        lower=bracket.lower,
+        upper=bracket.upper,
+        gauss_newton_nullity=bracket.gauss_newton_nullity,
         residual=residual,
-        largest=largest,
-        rtol=tolerance,
-        method="dense",
+        smallest=bracket.smallest,
     )
 
 
 def _indefinite_null_space(hessian: Tensor, gradients: Tensor, curvature: OutputCurvature, rtol: float) -> NullSpace:
-    """Of a loss that is not convex in the outputs: P has eigenvalues of both signs, and no bracket follows from it."""
+    """The null space of a loss that is not convex in the outputs.
+
+    P then has eigenvalues of both signs, and no bracket follows from it.
+    """
     gauss_newton = gradients.mT @ weighted_rows(gradients, curvature.matrices)
     rank = numerical_rank(torch.linalg.eigvalsh(gauss_newton).abs(), rtol=default_rtol(*gauss_newton.shape))
-    strict, negative, eigenvalues = _inertia(hessian, rtol, 0.0)
+    eigenvalues = torch.linalg.eigvalsh(hessian)
     magnitudes = eigenvalues.abs()
-    largest, residual = float(magnitudes.max()), _norm(hessian - gauss_newton)
-    return NullSpace(
-        nullity=int((magnitudes <= max(rtol * largest, residual)).sum()),
-        strict=strict,
-        negative=negative,
+    residual = _norm(hessian - gauss_newton)
+    return replace(
+        _counted(eigenvalues, rtol),
+        nullity=int((magnitudes <= max(rtol * float(magnitudes.max()), residual)).sum()),
         gauss_newton_nullity=hessian.shape[0] - rank,
         residual=residual,
-        largest=largest,
-        rtol=rtol,
-        method="dense",
     )
 
 
@@ -274,23 +284,30 @@ def _norm(symmetric: Tensor) -> float:
     return float(torch.linalg.eigvalsh(symmetric).abs().max())
 
 
-def _inertia(hessian: Tensor, rtol: float, floor: float) -> tuple[int, int, Tensor]:
-    """Numbers of zero and of negative eigenvalues, and the eigenvalues themselves, ascending."""
-    eigenvalues = torch.linalg.eigvalsh(hessian)
-    threshold = max(rtol * float(eigenvalues.abs().max()), floor)
-    zero = int((eigenvalues.abs() <= threshold).sum())
-    return zero, int((eigenvalues < -threshold).sum()), eigenvalues
+def _counted(eigenvalues: Tensor, rtol: float, floor: float = 0.0) -> NullSpace:
+    """The numbers of zero and of negative eigenvalues of H, whose magnitudes are known down to a floor."""
+    magnitudes = eigenvalues.abs()
+    largest = float(magnitudes.max())
+    threshold = max(rtol * largest, floor)
+    return NullSpace(
+        nullity=None,
+        strict=int((magnitudes <= threshold).sum()),
+        negative=int((eigenvalues < -threshold).sum()),
+        largest=largest,
+        rtol=rtol,
+        method="dense",
+    )
 
 
 def hessian_nullity(hessian: Tensor, *, rtol: float | None = None) -> int:
-    """How many eigenvalues of a Hessian are numerically zero.
+    """Count the eigenvalues of a Hessian that are numerically zero.
 
     Args:
-        hessian: Symmetric, shape ``(N, N)``.
-        rtol: Relative to the eigenvalue of largest magnitude; ``None`` means ``N * eps`` of float64.
+        hessian: The Hessian, symmetric, shape ``(N, N)``.
+        rtol: The tolerance relative to the eigenvalue of largest magnitude; ``None`` means ``N * eps`` of float64.
 
     Raises:
-        ValueError: See `hessian_null_space`.
+        ValueError: If ``hessian`` is not square or empty, or ``rtol`` not inside ``(0, 1)``.
 
     Example:
         >>> hessian_nullity(torch.tensor([[1.0, 1.0], [1.0, 1.0]]))

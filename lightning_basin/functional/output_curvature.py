@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
-from lightning_basin.functional.differences import contradicted
+from lightning_basin.functional.differences import contradicted_blocks
 from lightning_basin.functional.jacobian import vector_jacobian_products, weighted_rows
 from lightning_basin.functional.softmax import (
     FORMULA_RTOL,
@@ -16,35 +16,37 @@ from lightning_basin.functional.softmax import (
     factors_of_groups,
 )
 
-_NEARBY = 1e-6  # how far to move outputs to see whether a slope is constant
+_NEARBY = 1e-6  # how far to move outputs, relative to their size, to see whether a slope is constant
 
 LossOfOutputs = Callable[[Tensor], Tensor]
 """From outputs, shape ``(k, ...)``, to a scalar."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class OutputCurvature:
     """First and second derivative of a loss with respect to the outputs, and a square root of the second.
 
     Attributes:
-        matrices: Per input shape ``(k, c, c)``; shape ``(1, m, m)`` where the loss couples the inputs.
-        factors: Of the same shape, ``factors.mT @ factors == matrices``; ``None`` where the loss is not convex.
-        residual_is_zero: Whether the first derivative is exactly zero on every input, so that R = 0 and H = P.
-        rounding: Absolute error of slope and matrices where larger terms have cancelled in them, as in a cross-entropy
-            with soft labels; 0 where rounding is relative to the entries.
         slope: The first derivative, shape ``(k, c)``.
-        factor_rounding: Absolute error of the factors, where they are not in closed form.
+        matrices: The second derivative: for each input shape ``(k, c, c)``, or ``(1, m, m)`` where the loss couples the
+            inputs.
+        factors: The square root, of the same shape, ``factors.mT @ factors == matrices``; ``None`` where the loss is
+            not convex.
+        residual_is_zero: Whether R is known to be zero, so that H = P: the slope is exactly zero on every input.
+        rounding: The absolute error of slope and matrices where larger terms have cancelled in them, as in a
+            cross-entropy with soft labels; 0 where rounding is relative to the entries.
+        factor_rounding: The absolute error of the factors, where they are not in closed form.
         closed: Which outputs have slope and matrices in closed form, where autograd's lose digits by cancellation:
-            shape ``(c,)``, or ``(m,)`` where the loss couples the inputs; ``None`` for none.
+            shape ``(c,)``, or ``(m,)`` where the loss couples the inputs; ``None`` if there is none.
         is_flat: Whether both derivatives are zero at these outputs and beside them, although the loss curves at others:
-            a loss within its margin, or a saturated one of which no digit is left. H = 0 does not follow.
+            a loss within its margin, or a saturated loss of which no digit is left. H = 0 does not follow.
     """
 
+    slope: Tensor
     matrices: Tensor
     factors: Tensor | None
     residual_is_zero: bool
     rounding: float = 0.0
-    slope: Tensor | None = None
     factor_rounding: float = 0.0
     closed: Tensor | None = None
     is_flat: bool = False
@@ -55,26 +57,31 @@ class OutputCurvature:
         return self.closed is not None and bool(self.closed.any())
 
     @property
-    def multiple(self) -> float | None:
+    def couples_inputs(self) -> bool:
+        """Whether the slope at one input changes with the outputs of others."""
+        return self.matrices.shape[0] < self.slope.shape[0]
+
+    @property
+    def identity_scale(self) -> float | None:
         """The number s where the second derivative is s times the identity on every input, as of squared errors."""
-        multiple = _multiple_of_identity(self.matrices)
-        return multiple if multiple > 0 else None
+        scale = _identity_scale(self.matrices)
+        return scale if scale > 0 else None
 
 
 def output_curvature(loss_fn: LossOfOutputs, outputs: Tensor) -> OutputCurvature:
     r"""Differentiate a loss twice with respect to the outputs, and factor the result.
 
-    Outputs that the loss couples, directly or by others, form groups. A softmax cross-entropy of a group is recognised
-    by its second derivative, :math:`s_x(\mathrm{diag}(p) - p p^T)` with p = softmax(f), whatever function computed it
-    (hard or soft targets, class weights, label smoothing, over positions or some of the outputs): at random outputs,
-    where no input is saturated, and at those given. Its factor is then taken in closed form,
+    Outputs that the loss couples, directly or through others, form groups. A softmax cross-entropy of a group is
+    recognised by its second derivative, :math:`s_x(\mathrm{diag}(p) - p p^T)` with p = softmax(f), whatever function
+    computed it (hard or soft targets, class weights, label smoothing, over positions or some of the outputs): at random
+    outputs, where no input is saturated, and at the given ones. Its factor is then taken in closed form,
     :math:`\sqrt{s_x}\,\mathrm{diag}(\sqrt p)(I - 1 p^T)`, as the difference loses all digits at p near 1; and with
     hard labels so is the slope, whose entry of the label is minus the sum of the others. An output on its own may be
     the logit of a binary cross-entropy: a softmax of two classes, of which the other has the logit 0.
 
     Args:
-        loss_fn: From outputs, in the shape of ``outputs``, to a scalar.
-        outputs: Shape ``(k, ...)``.
+        loss_fn: The loss, from outputs in the shape of ``outputs`` to a scalar.
+        outputs: The outputs, shape ``(k, ...)``.
 
     Raises:
         RuntimeError: If the loss cannot be differentiated twice, or its derivatives are not finite.
@@ -89,34 +96,37 @@ def output_curvature(loss_fn: LossOfOutputs, outputs: Tensor) -> OutputCurvature
     values = outputs.detach().reshape(shape[0], -1).clone().requires_grad_()
     loss = loss_fn(values.view(shape))
     if not loss.requires_grad:
-        return _constant_curvature(values, torch.zeros_like(values))
+        return _without_curvature(torch.zeros_like(values))
     (slope,) = torch.autograd.grad(loss, values, create_graph=True)
     if not bool(slope.isfinite().all()):
         raise RuntimeError("the derivative of the loss by the outputs must be finite, but has entries that are not")
     if not slope.requires_grad:
         _check_piecewise_linear(loss_fn, values.detach(), shape, slope.detach())
-        return _constant_curvature(values, slope)
-    found = _second_derivatives(slope, values)
-    if not bool(found.matrices.isfinite().all()):
+        return _without_curvature(slope)
+    derivatives = _second_derivatives(slope, values)
+    if not bool(derivatives.matrices.isfinite().all()):
         raise RuntimeError("the second derivative of the loss by the outputs must be finite, but has other entries")
     # Squared errors have no closed form to find, and may have many outputs.
-    is_known = (multiple := _multiple_of_identity(found.matrices)) and is_square(loss_fn, outputs, multiple)
-    curvature = _factored(found, [] if is_known else _sampled(loss_fn, outputs), num_inputs=shape[0])
+    is_square = (scale := _identity_scale(derivatives.matrices)) and is_quadratic(loss_fn, outputs, scale)
+    curvature = _factored(derivatives, [] if is_square else _sampled(loss_fn, outputs), num_inputs=shape[0])
     return replace(curvature, is_flat=curvature.is_flat and not _pulls_nearby(loss_fn, values.detach(), shape))
+
+
+def _slope_nearby(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int], distance: float) -> Tensor:
+    """The slope where every output is moved by a fraction of its size."""
+    moved = (values + distance * (1 + values.abs())).requires_grad_()
+    (slope,) = torch.autograd.grad(loss_fn(moved.view(shape)), moved)
+    return slope
 
 
 def _pulls_nearby(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int]) -> bool:
     """Whether the slope is not zero where every output is moved a little, as beside a minimum of a higher order."""
-    moved = (values + _NEARBY**0.5 * (1 + values.abs())).requires_grad_()
-    (nearby,) = torch.autograd.grad(loss_fn(moved.view(shape)), moved)
-    return bool((nearby != 0).all())
+    return bool((_slope_nearby(loss_fn, values, shape, _NEARBY**0.5) != 0).all())
 
 
 def _check_piecewise_linear(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int], slope: Tensor) -> None:
     """Refuse a slope that torch takes for constant, but that changes a little where the outputs do."""
-    moved = (values + _NEARBY * (1 + values.abs())).requires_grad_()
-    (nearby,) = torch.autograd.grad(loss_fn(moved.view(shape)), moved)
-    change = (nearby - slope).abs()
+    change = (_slope_nearby(loss_fn, values, shape, _NEARBY) - slope).abs()
     # At a kink it changes by as much as it is.
     if bool(((change > _NEARBY**2 * slope.abs()) & (change < _NEARBY**0.5 * slope.abs())).any()):
         raise RuntimeError(
@@ -124,32 +134,38 @@ def _check_piecewise_linear(loss_fn: LossOfOutputs, values: Tensor, shape: Seque
         )
 
 
-def is_square(loss_fn: LossOfOutputs, outputs: Tensor, multiple: float) -> bool:
-    """Whether the second derivative is the same multiple of the identity at other outputs too, all within 0 and 1."""
-    values = _drawn(outputs, seed=0).sigmoid_().requires_grad_()
-    direction = _drawn(outputs, seed=1)
+def is_quadratic(loss_fn: LossOfOutputs, outputs: Tensor, scale: float) -> bool:
+    """Whether the second derivative is a number times the identity at other outputs too, all within 0 and 1.
+
+    Args:
+        loss_fn: The loss, from outputs in the shape of ``outputs`` to a scalar.
+        outputs: The outputs, of which only the shape counts.
+        scale: The number by which the identity is multiplied at the outputs.
+    """
+    values = _random_like(outputs, seed=0).sigmoid_().requires_grad_()
+    direction = _random_like(outputs, seed=1)
     try:
         (slope,) = torch.autograd.grad(loss_fn(values), values, create_graph=True)
         product = vector_jacobian_products(slope, [values], direction.unsqueeze(0)).view_as(direction)
     except (RuntimeError, ValueError, TypeError):
         return False
-    return bool(((product - multiple * direction).abs() <= SCALE_RTOL * abs(multiple) * direction.abs()).all())
+    return bool(((product - scale * direction).abs() <= SCALE_RTOL * abs(scale) * direction.abs()).all())
 
 
 def check_second_derivative(loss_fn: LossOfOutputs, outputs: Tensor, curvature: OutputCurvature) -> None:
     """Compare the second derivative of a loss, where it is not in closed form, with differences of its first.
 
     Args:
-        loss_fn: From outputs, in the shape of ``outputs``, to a scalar.
-        outputs: Shape ``(k, ...)``.
-        curvature: Of the loss at these.
+        loss_fn: The loss, from outputs in the shape of ``outputs`` to a scalar.
+        outputs: The outputs, shape ``(k, ...)``.
+        curvature: The curvature of the loss at the outputs.
 
     Raises:
         RuntimeError: If they disagree, as where an operation of the loss forgets a term.
     """
     values = outputs.detach().reshape(outputs.shape[0], -1)
     # Each by its own size, or by what it lacks to 1: a loss may be defined on positive outputs or probabilities only.
-    direction = values * _drawn(values, seed=NUM_SAMPLES)
+    direction = values * _random_like(values, seed=NUM_SAMPLES)
     if bool(((values >= 0) & (values <= 1)).all()):
         direction *= 1 - values
     if curvature.closed is not None:
@@ -160,23 +176,25 @@ def check_second_derivative(loss_fn: LossOfOutputs, outputs: Tensor, curvature: 
         loss = loss_fn(moved.view(outputs.shape))
         return list(torch.autograd.grad(loss, moved, materialize_grads=True)) if loss.requires_grad else [0 * values]
 
-    claimed = weighted_rows(direction.reshape(-1, 1), curvature.matrices).view(values.shape)
+    derivative = weighted_rows(direction.reshape(-1, 1), curvature.matrices).view(values.shape)
     # What is smaller is the rounding of a constant, as of a cosine of single numbers.
     least = FORMULA_RTOL * abs(float(loss_fn(outputs.detach()).detach()))
-    if float((direction * claimed).sum().abs()) > least and contradicted([claimed], slope):
+    if float((direction * derivative).sum().abs()) > least and contradicted_blocks([derivative], slope):
         raise RuntimeError(
             "the second derivative of the loss by the outputs does not agree with differences of its gradient: an "
             "operation of the loss has a wrong second derivative"
         )
 
 
-def _constant_curvature(values: Tensor, slope: Tensor) -> OutputCurvature:
-    zero = values.detach().new_zeros(values.shape[0], values.shape[1], values.shape[1])
-    return OutputCurvature(zero, zero, not bool(slope.detach().any()), slope=slope.detach())
+def _without_curvature(slope: Tensor) -> OutputCurvature:
+    """The curvature of a loss that is linear in the outputs."""
+    slope = slope.detach()
+    zero = slope.new_zeros(slope.shape[0], slope.shape[1], slope.shape[1])
+    return OutputCurvature(slope=slope, matrices=zero, factors=zero, residual_is_zero=not bool(slope.any()))
 
 
 def _second_derivatives(slope: Tensor, values: Tensor) -> OutputDerivatives:
-    """Per input; all in one block where those of different inputs mix."""
+    """Second derivatives by the outputs of each input; in one block where the loss couples the inputs."""
     num_inputs, num_outputs = values.shape
     if _couples_inputs(slope, values):
         identity = torch.eye(values.numel(), dtype=values.dtype, device=values.device)
@@ -187,8 +205,8 @@ def _second_derivatives(slope: Tensor, values: Tensor) -> OutputDerivatives:
         directions = selectors.unsqueeze(1).expand(-1, num_inputs, -1)
         products = vector_jacobian_products(slope, [values], directions)
         blocks = products.view(num_outputs, num_inputs, num_outputs).transpose(0, 1).contiguous()
-    outputs, flat = (tensor.detach().reshape(len(blocks), -1) for tensor in (values, slope))
-    return OutputDerivatives(outputs, flat, (blocks + blocks.mT) / 2)
+    outputs, slope = (tensor.detach().reshape(len(blocks), -1) for tensor in (values, slope))
+    return OutputDerivatives(outputs, slope, (blocks + blocks.mT) / 2)
 
 
 def _couples_inputs(slope: Tensor, values: Tensor) -> bool:
@@ -199,43 +217,46 @@ def _couples_inputs(slope: Tensor, values: Tensor) -> bool:
     as equal ones would cancel in a contrast.
     """
     positions = torch.arange(values.shape[0], device=values.device)
-    move = _drawn(values, seed=NUM_SAMPLES)
+    move = _random_like(values, seed=NUM_SAMPLES)
     for bit in range((values.shape[0] - 1).bit_length()):
-        moved = ((positions >> bit) & 1).bool().unsqueeze(1)
-        directions = torch.where(moved, move, 0.0).unsqueeze(0)
-        answer = vector_jacobian_products(slope, [values], directions).view_as(values)
-        if bool(answer[~moved.squeeze(1)].any()):
+        is_moved = ((positions >> bit) & 1).bool().unsqueeze(1)
+        directions = torch.where(is_moved, move, 0.0).unsqueeze(0)
+        change = vector_jacobian_products(slope, [values], directions).view_as(values)
+        if bool(change[~is_moved.squeeze(1)].any()):
             return True
     return False
 
 
-def _drawn(like: Tensor, *, seed: int) -> Tensor:
+def _random_like(outputs: Tensor, *, seed: int) -> Tensor:
     generator = Generator().manual_seed(seed)
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+    return torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
 
 
 def _sampled(loss_fn: LossOfOutputs, outputs: Tensor) -> list[OutputDerivatives]:
     """Derivatives at random outputs, all of them moderate; none where the loss is not defined there.
 
-    They lie between 0 and 1, as a loss may be defined on probabilities only, and stop a GPU for good elsewhere.
+    They lie between 0 and 1: a loss may be defined on probabilities only, and elsewhere it may stop a GPU for good.
     """
-    found = []
+    samples = []
     for seed in range(NUM_SAMPLES):
-        values = _drawn(outputs.detach().reshape(outputs.shape[0], -1), seed=seed).sigmoid_().requires_grad_()
+        values = _random_like(outputs.detach().reshape(outputs.shape[0], -1), seed=seed).sigmoid_().requires_grad_()
         try:
             (slope,) = torch.autograd.grad(loss_fn(values.view(outputs.shape)), values, create_graph=True)
-            found.append(_second_derivatives(slope, values))
+            samples.append(_second_derivatives(slope, values))
         except (RuntimeError, ValueError, TypeError):  # Some losses check what they are given.
             return []
-    return found
+    return samples
 
 
-def _factored(found: OutputDerivatives, samples: Sequence[OutputDerivatives], *, num_inputs: int) -> OutputCurvature:
+def _factored(
+    derivatives: OutputDerivatives, samples: Sequence[OutputDerivatives], *, num_inputs: int
+) -> OutputCurvature:
     """Square roots of the second derivatives, group by group, in closed form where there is one."""
-    samples = [sample for sample in samples if sample.matrices.shape == found.matrices.shape]
-    slope, matrices, factors = found.slope.clone(), found.matrices.clone(), torch.zeros_like(found.matrices)
-    closed = torch.zeros(found.matrices.shape[1], dtype=torch.bool, device=found.matrices.device)
-    groups = list(factors_of_groups(found, samples))
+    slope, matrices = derivatives.slope.clone(), derivatives.matrices.clone()
+    factors = torch.zeros_like(matrices)
+    samples = [sample for sample in samples if sample.matrices.shape == matrices.shape]
+    closed = torch.zeros(matrices.shape[1], dtype=torch.bool, device=matrices.device)
+    groups = list(factors_of_groups(derivatives, samples))
     for group in groups:
         rows, columns = group.members.unsqueeze(2), group.members.unsqueeze(1)
         if group.roots is not None:
@@ -245,24 +266,24 @@ def _factored(found: OutputDerivatives, samples: Sequence[OutputDerivatives], *,
             slope[:, group.members] = group.slope
             matrices[:, rows, columns] = group.roots.mT @ group.roots
     return OutputCurvature(
+        slope=slope.view(num_inputs, -1),
         matrices=matrices,
         factors=None if any(group.roots is None for group in groups) else factors,
         residual_is_zero=not bool(slope.any()),
         rounding=max(group.slope_rounding for group in groups),
-        slope=slope.view(num_inputs, -1),
         factor_rounding=max(group.factor_rounding for group in groups),
         closed=closed,
-        is_flat=not bool(slope.any() or matrices.any()) and _is_any_curved(samples),
+        is_flat=not bool(slope.any() or matrices.any()) and _is_curved_somewhere(samples),
     )
 
 
-def _multiple_of_identity(matrices: Tensor) -> float:
-    """The number by which all are the identity; 0 where there is none."""
-    multiple = float(matrices[0, 0, 0])
+def _identity_scale(matrices: Tensor) -> float:
+    """The number by which the identity is multiplied in all matrices; 0 where there is none."""
+    scale = float(matrices[0, 0, 0])
     identity = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
-    return multiple if bool((matrices == multiple * identity).all()) else 0.0
+    return scale if bool((matrices == scale * identity).all()) else 0.0
 
 
-def _is_any_curved(samples: Sequence[OutputDerivatives]) -> bool:
+def _is_curved_somewhere(samples: Sequence[OutputDerivatives]) -> bool:
     """Whether the loss is known to be curved somewhere, or nothing is known of it elsewhere."""
     return not samples or any(bool(sample.matrices.any()) for sample in samples)

@@ -204,7 +204,7 @@ def project_outputs(evaluation: Evaluation, generator: Generator) -> bool:
 
 
 def measure_ranks(
-    evaluation: Evaluation, scopes: Sequence[Scope], hessian: HessianMeasurement[Scope] | None, generator: Generator
+    evaluation: Evaluation, scopes: Sequence[Scope], hessian: HessianMeasurement | None, generator: Generator
 ) -> tuple[dict[Scope, GradientRank], dict[Scope, Spectrum]]:
     """Find the ranks of the behavioral gradients of each scope.
 

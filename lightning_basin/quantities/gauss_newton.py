@@ -1,0 +1,104 @@
+"""The Gauss-Newton part of the Hessian, from the gradients of each layer as they go by."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Generator, Tensor
+
+from lightning_basin.functional.gradients import LayerGradients
+from lightning_basin.functional.rank import Spectrum
+from lightning_basin.functional.spectrum import SpectrumAccumulator
+from lightning_basin.network.layers import Layer
+from lightning_basin.network.network import Network
+from lightning_basin.quantities.loss_curvature import LossCurvature
+from lightning_basin.quantities.scopes import Scope
+
+_NUM_COMBINATIONS = 4  # random combinations of rows whose mean square is the matrix's, within a small factor
+
+
+class GaussNewtonAccumulator:
+    """Singular values of the rows whose products are the Gauss-Newton part P, scope by scope.
+
+    Args:
+        network: The network, for its parameters.
+        loss: The loss at the outputs.
+        scopes: The scopes to report.
+        generator: A generator on the CPU, for random vectors.
+        max_waiting: The number of elements that may be held of gradients that wait for their sketch.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        loss: LossCurvature,
+        scopes: Sequence[Scope],
+        generator: Generator,
+        *,
+        max_waiting: int,
+    ) -> None:
+        self._network, self._loss, self._scopes, self._generator = network, loss, scopes, generator
+        self._num_rows = loss.outputs.numel()
+        self._square_norms: dict[Layer, float] = {}
+        self._curved: dict[str, bool] = {}
+        self._spectra: dict[Scope, Spectrum] = {}
+        self._accumulators: dict[Scope, SpectrumAccumulator] = {}
+        if loss.gradient_scale is None and loss.is_convex:
+            self._accumulators = {
+                scope: SpectrumAccumulator(self._num_rows, scope.num_parameters, generator, max_waiting=max_waiting)
+                for scope in scopes
+            }
+
+    def add(self, layer: Layer, gradients: LayerGradients) -> None:
+        """Take the gradients of the outputs with respect to the next layer into account."""
+        curvature, rows = self._loss.curvature, gradients
+        if self._loss.gradient_scale is None:
+            blocks = curvature.matrices if curvature.factors is None else curvature.factors
+            rows = gradients.weighted(self._loss.canonical.blocks_of_outputs(blocks))
+            if curvature.factor_rounding > 0:
+                self._square_norms[layer] = self._square_norm(gradients)
+        for scope in [scope for scope in self._accumulators if layer in scope.layers]:
+            self._accumulators[scope].add(rows)
+            if len(scope.layers) == 1:  # Complete: judge it now and free its memory.
+                self._spectra[scope] = self._accumulators.pop(scope).spectrum()
+        self._note_curved(layer, rows)
+
+    @property
+    def is_curved(self) -> list[bool]:
+        """For each parameter of the network whether P is known not to vanish."""
+        return [self._curved[name] for layer in self._network.layers for name in layer.parameters]
+
+    def spectra(self, behavioral: Mapping[Scope, Spectrum]) -> Mapping[Scope, Spectrum]:
+        """Return singular values of the rows of each scope; none where the loss is not convex.
+
+        Args:
+            behavioral: The singular values of the behavioral gradients: the same where P is a multiple of GᵀG.
+        """
+        if self._loss.gradient_scale is not None:
+            return behavioral
+        self._spectra |= {scope: accumulator.spectrum() for scope, accumulator in self._accumulators.items()}
+        self._accumulators.clear()
+        return {scope: self._without_noise(scope, spectrum) for scope, spectrum in self._spectra.items()}
+
+    def _square_norm(self, gradients: LayerGradients) -> float:
+        """The sum of all squares, from random combinations of the rows: the square of each has it as its mean."""
+        weights = torch.randn(_NUM_COMBINATIONS, gradients.num_rows, generator=self._generator, dtype=torch.float64)
+        combinations = [gradients.combination(row) for row in weights.to(self._loss.outputs.device)]
+        return float(sum(vector.square().sum() for vector in combinations)) / _NUM_COMBINATIONS
+
+    def _without_noise(self, scope: Scope, spectrum: Spectrum) -> Spectrum:
+        """The spectrum without what rounding of the factors leaves where the gradients all but vanish under them."""
+        norm = math.sqrt(sum(self._square_norms.get(layer, 0.0) for layer in scope.layers))
+        values = spectrum.singular_values
+        size = max(self._num_rows, scope.num_parameters)
+        noise = size * self._loss.curvature.factor_rounding * norm
+        return replace(spectrum, singular_values=torch.where(values > noise, values, 0.0))
+
+    def _note_curved(self, layer: Layer, rows: LayerGradients) -> None:
+        """Note in which parameters P does not vanish, from one random combination of the rows."""
+        weights = torch.randn(rows.num_rows, generator=self._generator, dtype=torch.float64)
+        sizes = [self._network.named_parameters[name].numel() for name in layer.parameters]
+        combination: Tensor = rows.combination(weights.to(self._loss.outputs.device))
+        parts = torch.split(combination, sizes)
+        self._curved |= {name: bool(part.any()) for name, part in zip(layer.parameters, parts, strict=True)}
