@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from benchmarks.timing import Stages, Way
 from lightning_basin import measure_basin
 from lightning_basin.functional.hessian import hessian_matrix, hessian_product
-from lightning_basin.quantities import hessian_products
+from lightning_basin.quantities.hessian import products
 
 Multiply = Callable[[Tensor], Tensor]
 """From directions to the products with them, both of shape ``(n, N)``."""
@@ -196,7 +196,7 @@ def certified_nullity(module: nn.Module, inputs: Tensor) -> Stages:
         return hessian_product(*arguments)
 
     targets = _fitted(module, inputs)
-    with patch.object(hessian_products, "hessian_product", counted):
+    with patch.object(products, "hessian_product", counted):
         record = measure_basin(module, inputs, targets, loss_fn=F.mse_loss, hessian="bracket", layers=[])
     # For squared errors the eigenvalues of the Gauss-Newton part are squares of the gradients' singular values.
     ranks = record.gradient_rank_at

@@ -20,7 +20,7 @@ from lightning_basin.quantities.duplicates import (
     measure_duplicates,
     with_training_set,
 )
-from lightning_basin.quantities.hessian import hessian_measurement, measure_null_spaces, null_space_fields
+from lightning_basin.quantities.hessian.measurement import hessian_measurement, measure_null_spaces, null_space_fields
 from lightning_basin.quantities.rank_bound import measure_rank_bound
 from lightning_basin.quantities.ranks import behavior_jacobian, measure_ranks, project_outputs, rank_fields
 from lightning_basin.quantities.scopes import Scope, select_scopes

@@ -18,7 +18,7 @@ from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.runs import TracedProbe
-from lightning_basin.quantities.hessian import HessianMeasurement
+from lightning_basin.quantities.hessian.measurement import HessianMeasurement
 from lightning_basin.quantities.scopes import Scope
 
 _NUM_TRIED = 2  # layers, whose gradients may show that those of the network are independent

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_basin.functional.differences import contradicted_blocks, relative_direction
 from lightning_basin.functional.hessian import check_connected, flat_vector, is_connected
-from lightning_basin.quantities.hessian_products import output_derivative, sum_of_products
-from lightning_basin.quantities.quadratic_model import QuadraticModel
+from lightning_basin.quantities.hessian.products import output_derivative, sum_of_products
+from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel
 
 _SHIFT = 1e-3  # fraction of their size by which weights are moved to where nothing is exactly at a kink
 _NUM_DIRECTIONS = 3  # directions along which differences must contradict a derivative: at a kink one of them may

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lightning_basin.limits import MAX_DENSE_PARAMETERS, MAX_UNPROVED_PARAMETERS
-from lightning_basin.quantities.loss_curvature import LossCurvature
+from lightning_basin.quantities.hessian.loss import LossCurvature
 from lightning_basin.settings import HessianMode
 
 

@@ -12,7 +12,7 @@ from lightning_basin.functional.rank import Spectrum
 from lightning_basin.functional.spectrum import SpectrumAccumulator
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.network import Network
-from lightning_basin.quantities.loss_curvature import LossCurvature
+from lightning_basin.quantities.hessian.loss import LossCurvature
 from lightning_basin.quantities.scopes import Scope
 
 _NUM_COMBINATIONS = 4  # random combinations of rows whose mean square is the matrix's, within a small factor

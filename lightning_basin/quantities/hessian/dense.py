@@ -10,10 +10,9 @@ from lightning_basin.functional.jacobian import weighted_rows
 from lightning_basin.functional.null_space import NullSpace, hessian_null_space
 from lightning_basin.limits import HessianLimits
 from lightning_basin.network.runs import TracedProbe
-from lightning_basin.quantities.hessian_brackets import ROUNDING_FACTOR
-from lightning_basin.quantities.hessian_products import check_finite, residual_matrix
-from lightning_basin.quantities.loss_curvature import LossCurvature
-from lightning_basin.quantities.quadratic_model import num_activations, quadratic_model
+from lightning_basin.quantities.hessian.loss import LossCurvature
+from lightning_basin.quantities.hessian.products import ROUNDING_FACTOR, check_finite, residual_matrix
+from lightning_basin.quantities.hessian.quadratic_model import num_activations, quadratic_model
 from lightning_basin.quantities.scopes import Scope
 
 _MAX_COLUMNS = 64  # most columns per batched backward pass
@@ -83,9 +82,7 @@ def dense_hessian(
             is_curved=is_curved,
         )
     else:  # P by its closed form, whose digits autograd loses by cancellation.
-        model = quadratic_model(
-            network, traced.probe, trace, curvature, chunk_size=limits.chunk_size, link=loss.canonical.link
-        )
+        model = quadratic_model(traced, curvature, link=loss.canonical.link, chunk_size=limits.chunk_size)
         residual = residual_matrix(model, chunk_size=num_columns)
         hessian = residual + gradients.mT @ weighted_rows(gradients, curvature.matrices)
     check_finite(hessian, network.layers)

@@ -8,7 +8,10 @@ from torch import Tensor
 from lightning_basin.functional.hessian import flat_vector, hessian_matrix, hessian_product
 from lightning_basin.functional.jacobian import weighted_rows
 from lightning_basin.network.layers import Layer
-from lightning_basin.quantities.quadratic_model import QuadraticModel
+from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel
+
+ROUNDING_FACTOR = 1e3
+"""By how much rounding may grow on its way into a Hessian."""
 
 HessianOperator = Callable[[Tensor], Tensor]
 """From a direction in the parameters of some layers to the product with their diagonal block of the Hessian."""

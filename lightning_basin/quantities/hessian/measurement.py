@@ -14,13 +14,13 @@ from lightning_basin.functional.rank import Spectrum
 from lightning_basin.limits import HessianLimits
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.runs import TracedProbe
-from lightning_basin.quantities.dense_hessian import dense_hessian, dense_null_spaces
-from lightning_basin.quantities.derivative_check import check_derivatives, check_twice_differentiable
-from lightning_basin.quantities.gauss_newton import GaussNewtonAccumulator
-from lightning_basin.quantities.hessian_brackets import BlockNorms, bracket_null_spaces
-from lightning_basin.quantities.hessian_route import HessianRoute, hessian_route
-from lightning_basin.quantities.loss_curvature import LossCurvature, loss_curvature
-from lightning_basin.quantities.quadratic_model import quadratic_model
+from lightning_basin.quantities.hessian.brackets import BlockNorms, bracket_null_spaces
+from lightning_basin.quantities.hessian.dense import dense_hessian, dense_null_spaces
+from lightning_basin.quantities.hessian.derivative_check import check_derivatives, check_twice_differentiable
+from lightning_basin.quantities.hessian.gauss_newton import GaussNewtonAccumulator
+from lightning_basin.quantities.hessian.loss import LossCurvature, loss_curvature
+from lightning_basin.quantities.hessian.quadratic_model import quadratic_model
+from lightning_basin.quantities.hessian.route import HessianRoute, hessian_route
 from lightning_basin.quantities.scopes import Scope
 from lightning_basin.settings import behavioral_loss, squared_distance
 
@@ -89,14 +89,8 @@ class HessianMeasurement:
 
     def _block_norms(self) -> BlockNorms:
         """What bounds norms by products, whose derivatives have been checked."""
-        model = quadratic_model(
-            self._traced.network,
-            self._traced.probe,
-            self._traced.whole,
-            self._loss.curvature,
-            chunk_size=self._limits.chunk_size,
-            link=self._loss.canonical.link,
-        )
+        loss, chunk_size = self._loss, self._limits.chunk_size
+        model = quadratic_model(self._traced, loss.curvature, link=loss.canonical.link, chunk_size=chunk_size)
         check_twice_differentiable(model, self._gauss_newton.is_curved)
         check_derivatives(model)
         return BlockNorms(model=model, generator=self._generator, limits=self._limits, is_dense=self._route.is_dense)

@@ -9,13 +9,10 @@ from lightning_basin.functional.lanczos import NormBound, norm_bounds
 from lightning_basin.functional.null_space import NullSpace, null_space_bracket
 from lightning_basin.functional.rank import EPSILON, Spectrum
 from lightning_basin.limits import LAYER_PRODUCTS, NETWORK_PRODUCTS, HessianLimits
-from lightning_basin.quantities.hessian_products import hessian_operator
-from lightning_basin.quantities.loss_curvature import LossCurvature
-from lightning_basin.quantities.quadratic_model import QuadraticModel
+from lightning_basin.quantities.hessian.loss import LossCurvature
+from lightning_basin.quantities.hessian.products import ROUNDING_FACTOR, hessian_operator
+from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel
 from lightning_basin.quantities.scopes import Scope
-
-ROUNDING_FACTOR = 1e3
-"""By how much rounding may grow on its way into a Hessian."""
 
 _SLACK = 2.0  # factor within which the norm of R is bounded
 _DENSE_SLACK = 1.01  # factor within which it is bounded where products are cheap beside all of H

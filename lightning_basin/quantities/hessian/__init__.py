@@ -1,0 +1,1 @@
+"""Null spaces of the Hessian of the loss."""
