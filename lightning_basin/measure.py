@@ -112,6 +112,7 @@ def measure_basin(
     Example:
         Three inputs on a line see two of the three parameters of a linear layer with 2 inputs and 1 output:
 
+        >>> import torch
         >>> layer = nn.Linear(2, 1)
         >>> record = measure_basin(layer, torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
         >>> record.gradient_rank, record.gradient_rank_deficit, record.gradient_nullity

@@ -82,7 +82,7 @@ def check_connected(connected: Sequence[bool], is_curved: Sequence[bool]) -> Non
     Raises:
         RuntimeError: If a dependence is lost, where torch would return a silent zero as second derivative.
     """
-    num_lost = sum(curved and not found for curved, found in zip(is_curved, connected, strict=True))
+    num_lost = sum(curved and not reached for curved, reached in zip(is_curved, connected, strict=True))
     if num_lost:
         raise RuntimeError(
             f"the gradient must depend on every parameter in which the loss is curved, but has lost {num_lost} of "

@@ -23,7 +23,7 @@ _Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class NormBound:
-    """What is known of the spectral norm after some products.
+    """Bounds on the spectral norm after some products.
 
     Attributes:
         value: The largest magnitude of a Ritz value: never above the norm, except by rounding.
@@ -68,7 +68,7 @@ def norm_bounds(
         failure_probability: The probability that a bound is too low.
 
     Yields:
-        What is known after each product.
+        The bounds after each product.
 
     Raises:
         RuntimeError: If the operator is not symmetric.
@@ -107,7 +107,7 @@ def norm_bounds(
 
 
 def _orthogonalized(vector: Tensor, basis: Tensor) -> tuple[Tensor, _Vector]:
-    """What is left of a vector beside an orthonormal basis, and its coefficients in the basis."""
+    """The part of a vector that is orthogonal to an orthonormal basis, and its coefficients in the basis."""
     coefficients = basis @ vector
     vector = vector - coefficients @ basis
     correction = basis @ vector  # A second time: one pass leaves rounding where much has cancelled.
@@ -115,7 +115,7 @@ def _orthogonalized(vector: Tensor, basis: Tensor) -> tuple[Tensor, _Vector]:
 
 
 def _check_tridiagonal(coefficients: _Vector, betas: list[float], atol: float) -> None:
-    """Refuse a product with the newest basis vector that has parts along others than the newest two.
+    """Refuse a product with the newest basis vector that has parts along older ones than the newest two.
 
     Args:
         coefficients: The coefficients of the product in the basis, the newest last.

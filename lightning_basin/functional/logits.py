@@ -1,8 +1,8 @@
-"""Losses as functions of the logits in which a cross-entropy is convex, where the outputs are probabilities of these.
+"""Losses as functions of logits, in which a cross-entropy is convex, where a network outputs probabilities.
 
-A negative log-likelihood is linear in log-probabilities, and a binary cross-entropy of probabilities all but flat where
-these are near 1: the second derivative by the outputs then says nothing of how the loss curves. As functions of the
-weights the same losses are softmax cross-entropies of logits, and what the outputs are shows which.
+A negative log-likelihood is linear in log-probabilities, and a binary cross-entropy of probabilities is almost flat
+where the probabilities are near 1: the second derivative by the outputs then says nothing of how the loss curves. Both
+are softmax cross-entropies of logits as well, and the values of the outputs show of which logits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -106,7 +106,7 @@ class CanonicalLoss:
         return blocks if self.slope is None else blocks * self.slope.reshape(len(blocks), 1, -1)
 
     def gradients(self, gradients: Tensor) -> Tensor:
-        """Return gradients of the canonical outputs, from those of the outputs, both of shape ``(m, N)``."""
+        """Return gradients of the canonical outputs, from gradients of the outputs, both of shape ``(m, N)``."""
         return gradients if self.slope is None else gradients * self.slope.reshape(-1, 1)
 
 
@@ -168,7 +168,7 @@ def _possible_links(
 
 
 def _loss_of_logits(link: Link, loss_fn: LossOfOutputs, outputs: Tensor) -> CanonicalLoss | None:
-    """The loss as a function of the logits of those groups in which it is a cross-entropy; ``None`` where in none."""
+    """The loss as a function of the logits of the groups in which it is a cross-entropy; ``None`` if there is none."""
     flat = _flat(outputs)
     is_lost = link.is_lost(flat)
     # Lost logits do not matter to what the loss is.
@@ -216,7 +216,7 @@ def _groups_that_sum_to_one(
         others = [_rows_along(axis, probabilities(moved)) for moved in outputs_elsewhere()]
         if not others:
             return []
-        # What is saturated at these weights is not at the others.
+        # A sum of one by saturation does not last at other weights.
         spans = _spans(torch.cat([*others, rows]), is_unique=True)
         numbers = torch.arange(outputs[0].numel(), device=outputs.device).view(1, *outputs.shape[1:])
         if spans:

@@ -164,7 +164,7 @@ def _without_residual(gauss_newton: NullSpace) -> NullSpace:
 
 
 def _lower_bounds(spectrum: Spectrum) -> Tensor:
-    """What each singular value is at least, allowing for the errors of the method that found it."""
+    """A lower bound on each singular value, by the errors of the method that found it."""
     values = spectrum.singular_values
     if values.numel() == 0:
         return values
@@ -190,7 +190,7 @@ def hessian_null_space(
 
     With exactly zero residual H equals its Gauss-Newton part, and the count is N - rank(P), read without squaring
     off the rows of ``factors @ gradients``. Otherwise, away from a perfect fit, R = H - P moves eigenvalues by up to
-    its norm (Weyl), and smaller eigenvalues are not distinguished from zero. What the spectrum of P proves of the count
+    its norm (Weyl), and smaller eigenvalues are not distinguished from zero. A bracket that the spectrum of P proves
     overrules eigenvalues of H that rounding has moved.
 
     Args:
@@ -198,7 +198,7 @@ def hessian_null_space(
         gradients: The behavioral gradients by the same parameters, shape ``(m, N)``.
         curvature: The curvature of the loss at the outputs; given with ``gradients``.
         rtol: The tolerance relative to the eigenvalue of largest magnitude; ``None`` means ``N * eps`` of float64.
-        bracket: What is known of the null space already; ``None`` finds it from ``gradients``.
+        bracket: The bracket of the nullity, where it is known already; ``None`` finds it from ``gradients``.
 
     Raises:
         ValueError: If ``hessian`` is not square, ``rtol`` not inside ``(0, 1)``, or one of ``gradients`` and

@@ -164,7 +164,7 @@ def check_second_derivative(loss_fn: LossOfOutputs, outputs: Tensor, curvature: 
         RuntimeError: If they disagree, as where an operation of the loss forgets a term.
     """
     values = outputs.detach().reshape(outputs.shape[0], -1)
-    # Each by its own size, or by what it lacks to 1: a loss may be defined on positive outputs or probabilities only.
+    # Each output moves by its size, or by its distance to 1: a loss may be defined on probabilities only.
     direction = values * _random_like(values, seed=NUM_SAMPLES)
     if bool(((values >= 0) & (values <= 1)).all()):
         direction *= 1 - values
@@ -177,7 +177,7 @@ def check_second_derivative(loss_fn: LossOfOutputs, outputs: Tensor, curvature: 
         return list(torch.autograd.grad(loss, moved, materialize_grads=True)) if loss.requires_grad else [0 * values]
 
     derivative = weighted_rows(direction.reshape(-1, 1), curvature.matrices).view(values.shape)
-    # What is smaller is the rounding of a constant, as of a cosine of single numbers.
+    # A smaller derivative is the rounding of a constant, as of a cosine of single numbers.
     least = FORMULA_RTOL * abs(float(loss_fn(outputs.detach()).detach()))
     if float((direction * derivative).sum().abs()) > least and contradicted_blocks([derivative], slope):
         raise RuntimeError(

@@ -20,7 +20,7 @@ NUM_SAMPLES = 2
 """Random outputs at which a softmax must be found: at a single one any function of a difference looks like one."""
 
 _ROUNDING_RTOL = 1e-13  # n times this is the rounding of eigenvalues of an n x n block with unit diagonal
-_PROBABILITY_RTOL = 1e-2  # largest error of a binary cross-entropy of probabilities, where one of these is small
+_PROBABILITY_RTOL = 1e-2  # largest error of a binary cross-entropy of probabilities, where a probability is small
 
 
 class OutputDerivatives(NamedTuple):
@@ -210,7 +210,7 @@ def _square_roots(blocks: Tensor) -> Tensor | None:
         return None
     if blocks.shape[1] == 1:
         return blocks.sqrt()
-    # What stands beside a zero on the diagonal is compared with the largest entry.
+    # An entry beside a zero on the diagonal is compared with the largest entry.
     scales = torch.where(diagonal > 0, diagonal, blocks.abs().amax((1, 2)).unsqueeze(1)).sqrt()
     inverses = torch.where(scales > 0, 1 / scales, 1.0)
     eigenvalues, eigenvectors = torch.linalg.eigh(inverses.unsqueeze(2) * blocks * inverses.unsqueeze(1))

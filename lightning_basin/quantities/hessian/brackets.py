@@ -27,7 +27,7 @@ class BlockNorms:
     Attributes:
         model: The quadratic model of the loss.
         generator: A generator on the CPU, for start vectors.
-        limits: What may be held at once.
+        limits: The limits on what is held in memory at once.
         is_dense: Whether the Hessian is formed too, beside which products are cheap.
     """
 
@@ -101,7 +101,7 @@ def bracket_null_spaces(
         scopes: The scopes to report, the network last.
         spectra: The singular values of rows whose products are P, for each scope.
         loss: The loss at the outputs.
-        norms: What bounds the norms of R and H; ``None`` takes no product.
+        norms: The source of bounds on the norms of R and H; ``None`` takes no product.
         rtol: The relative tolerance on eigenvalues; ``None`` means what the arithmetic allows.
 
     Raises:
@@ -121,8 +121,9 @@ def bracket_null_spaces(
         steepest = scale * float(spectra[scope].singular_values.max()) ** 2
         smallest = bracket(scope, None).smallest
         residual = norms.residual(scope, steepest=steepest, smallest=smallest, known=known, max_products=max_products)
-        is_small = residual <= _LARGEST_RTOL * steepest
-        largest = steepest if is_small else norms.largest(scope, steepest=steepest, max_products=max_products)
+        largest: float | None = steepest
+        if residual > _LARGEST_RTOL * steepest:  # Else R moves the largest eigenvalue of P in no digit that counts.
+            largest = norms.largest(scope, steepest=steepest, max_products=max_products)
         return bracket(scope, residual, largest)
 
     *parts, network = scopes

@@ -34,7 +34,7 @@ def dense_null_spaces(
         gradients: The gradients of the canonical outputs, shape ``(m, N)``.
         loss: The loss at the outputs.
         scopes: The scopes to report, the network last.
-        brackets: What products prove of each scope; empty where they prove nothing.
+        brackets: The bracket that products prove for each scope; empty where they prove nothing.
         rtol: The relative tolerance on eigenvalues; ``None`` means what the arithmetic allows.
     """
     layers = scopes[-1].layers
@@ -63,7 +63,7 @@ def dense_hessian(
         gradients: The gradients of the canonical outputs, shape ``(m, N)``.
         loss: The loss at the outputs.
         is_curved: For each parameter whether its Gauss-Newton part is known not to vanish.
-        limits: What may be held at once.
+        limits: The limits on what is held in memory at once.
 
     Raises:
         RuntimeError: If the Hessian is not symmetric or not finite, or an operation can be differentiated only once.

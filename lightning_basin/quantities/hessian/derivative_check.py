@@ -1,6 +1,7 @@
 """Refusal of networks whose operations have wrong derivatives, or can be differentiated only once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from operator import or_
 
@@ -70,35 +71,32 @@ def check_derivatives(model: QuadraticModel) -> None:
     )
 
 
+@contextmanager
+def _linear_part_at(model: QuadraticModel, shift: Tensor) -> Iterator[QuadraticModel]:
+    """The linear part of the model, while the weights are moved."""
+    parts = torch.split(shift, [parameter.numel() for parameter in model.parameters])
+    moved = [parameter.detach().flatten() + part for parameter, part in zip(model.parameters, parts, strict=True)]
+    with model.network.at(moved):
+        # A new object, as the model's own linear part keeps gradients at the original weights.
+        yield replace(model, is_linear=True)
+
+
 def _derivatives_at(model: QuadraticModel, shift: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     """The derivative of the outputs along a direction, and R times the direction, at other weights."""
-    with model.network.at(_shifted(model, shift)):
-        linear_part = _linear_part_here(model)
+    with _linear_part_at(model, shift) as linear_part:
         derivative = output_derivative(linear_part, model.parameters, direction)
         return derivative, sum_of_products(linear_part, range(len(model.parameters)), direction)
 
 
 def _outputs_at(model: QuadraticModel, shift: Tensor) -> Tensor:
-    with model.network.at(_shifted(model, shift)), torch.no_grad():
-        return torch.cat([model.outputs_of(chunk) for chunk in model.chunks])
+    with _linear_part_at(model, shift) as linear_part, torch.no_grad():
+        return torch.cat([linear_part.outputs_of(chunk) for chunk in model.chunks])
 
 
 def _gradient_at(model: QuadraticModel, shift: Tensor) -> Tensor:
     """The gradient of the linear part at other weights."""
     total = torch.zeros_like(shift)
-    with model.network.at(_shifted(model, shift)):
-        linear_part = _linear_part_here(model)
+    with _linear_part_at(model, shift) as linear_part:
         for chunk in model.chunks:
             total += flat_vector(linear_part.gradients(chunk)).detach()
     return total
-
-
-def _linear_part_here(model: QuadraticModel) -> QuadraticModel:
-    """A new object: the gradients that the model's own linear part keeps are those at the original weights."""
-    return replace(model, is_linear=True)
-
-
-def _shifted(model: QuadraticModel, shift: Tensor) -> list[Tensor]:
-    sizes = [parameter.numel() for parameter in model.parameters]
-    parts = torch.split(shift, sizes)
-    return [parameter.detach().flatten() + part for parameter, part in zip(model.parameters, parts, strict=True)]

@@ -1,4 +1,4 @@
-"""What the loss of a network is at its outputs, and what its derivatives there prove of the Hessian."""
+"""The loss of a network at its outputs: its derivatives there, and whether they bracket the Hessian's nullity."""
 
 import math
 from dataclasses import dataclass, replace

@@ -35,7 +35,7 @@ class HessianMeasurement:
         scopes: The scopes to report, the network last.
         rtol: The relative tolerance on eigenvalues; ``None`` means what the arithmetic allows.
         generator: A generator on the CPU, for random vectors.
-        limits: What may be held at once.
+        limits: The limits on what is held in memory at once.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class HessianMeasurement:
         return {scope: self._loss.rescaled(null_space) for scope, null_space in null_spaces.items()}
 
     def _brackets(self, spectra: Mapping[Scope, Spectrum]) -> dict[Scope, NullSpace]:
-        """What products prove; nothing where the loss is not convex in the outputs alone."""
+        """Brackets that products prove; none where the loss is not convex in the outputs alone."""
         norms = self._block_norms() if self._route.takes_products else None
         if not self._loss.is_provable:
             return {}
         return bracket_null_spaces(self._scopes, spectra, self._loss, norms, rtol=self._rtol)
 
     def _block_norms(self) -> BlockNorms:
-        """What bounds norms by products, whose derivatives have been checked."""
+        """The source of bounds by products, after a check of the derivatives."""
         loss, chunk_size = self._loss, self._limits.chunk_size
         model = quadratic_model(self._traced, loss.curvature, link=loss.canonical.link, chunk_size=chunk_size)
         check_twice_differentiable(model, self._gauss_newton.is_curved)
@@ -146,7 +146,7 @@ def measure_null_spaces(
     Args:
         hessian: The Hessian, which has seen the gradients of all layers; ``None`` where it is not measured.
         spectra: The singular values of the behavioral gradients of each scope.
-        notes: What a reader of the record should know; why the Hessian is left out is added.
+        notes: The record's notes, to which the reason is added if the Hessian is left out.
 
     Warns:
         UserWarning: If the network cannot be differentiated twice; its Hessian is left out then.

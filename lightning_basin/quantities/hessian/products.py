@@ -18,7 +18,7 @@ HessianOperator = Callable[[Tensor], Tensor]
 
 
 def hessian_operator(model: QuadraticModel, layers: Sequence[Layer]) -> HessianOperator:
-    """Return what multiplies by the diagonal block of some layers: of H, or of R for the linear part of a model.
+    """Return products with the diagonal block of some layers: of H, or of R for the linear part of a model.
 
     Args:
         model: The quadratic model of the loss, or its linear part.

@@ -15,7 +15,7 @@ class HessianRoute:
         takes_products: Whether products with R may be taken.
         is_dense: Whether the Hessian is formed.
         is_left_out: Whether nothing is measured of it.
-        note: What a reader of the record should know of it; ``None`` for nothing.
+        note: The record's note on it; ``None`` if there is nothing to say.
     """
 
     takes_products: bool
