@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,7 +12,6 @@ from torch import Generator, nn
 from lightning_basin.evaluation import Evaluation, behavioral_loss, loss_function, open_evaluation, outputs_of
 from lightning_basin.functional.null_space import NullSpace
 from lightning_basin.functional.rank import GradientRank
-from lightning_basin.limits import MAX_DENSE_PARAMETERS
 from lightning_basin.memory import MeasurementPlan, plan_measurement
 from lightning_basin.network.network import LossFunction, Network
 from lightning_basin.network.rounding import rounding_rtol
@@ -45,6 +44,7 @@ from lightning_basin.settings import (
     check_order,
     check_settings,
     is_number,
+    planned_hessian,
 )
 from lightning_basin.training_set import as_probes
 
@@ -67,6 +67,7 @@ def measure_basin(
     dtype: Precision = "float64",
     seed: int = 0,
     step: int | None = None,
+    trained: Collection[str] = (),
 ) -> BasinRecord:
     """Measure how flat the basin of a network is, and where it loses information.
 
@@ -102,13 +103,16 @@ def measure_basin(
         spectrum: Whether singular values are wanted where the rank can be proved without them, several times as fast;
             without, effective ranks and most ranks at coarser tolerances are then left out.
         memory_budget: Bytes that the measurement may use beside what the process holds; ``None`` means half of what is
-            free. Inputs and layers are then measured in pieces where that is needed.
+            free: on the device, or on the machine and in the container or job (of 4 GiB where the system does not tell,
+            as on Windows). Inputs and layers are then measured in pieces where that is needed.
         dtype: ``"float32"`` runs and differentiates the copy in float32: half the memory of the graph, and the fast
             type of many accelerators. What comes out is decomposed in float64 all the same, but what is below its
             rounding cannot be told from zero: a note in the record says where that begins. Activations then are the
             same within 4e-6 at least, and the Hessian is left out.
         seed: Of the sketch's random vectors: same seed, same numbers.
         step: Noted in the record.
+        trained: Names of parameters that are known to get a gradient in training. It is an error if the outputs depend
+            on them and have no gradient there, as under ``no_grad``.
 
     Raises:
         TypeError: If there is no input tensor, the outputs are not a floating point tensor, ``duplicates_over`` can be
@@ -130,7 +134,7 @@ def measure_basin(
         (2, 1, 1)
     """
     started = time.perf_counter()
-    check_order(module, inputs, targets)
+    check_order(module, inputs=inputs, targets=targets, loss_fn=loss_fn, behavior=behavior)
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
     check_settings(probe, loss_fn, behavior, hessian, rtol, duplicate_rtol, max_outputs, layers, memory_budget, dtype)
     if not is_number(seed, int):
@@ -139,13 +143,11 @@ def measure_basin(
         duplicate_rtol = max(duplicate_rtol, rounding_rtol(torch.float32))
     training_set = None if duplicates_over is None else as_probes(duplicates_over)
     generator = Generator().manual_seed(seed)
-    has_hessian = loss_fn is not None and hessian is not False and dtype == "float64"
 
     def planned(network: Network, few: Probe, trace: Trace) -> MeasurementPlan:
         num_outputs = num_directions_of(probe.size, network.rows(trace.outputs).shape[1], max_outputs)
         check_num_rows(probe.size, num_outputs)
         parts = select_scopes(network.layers, layers)
-        num_parameters = parts[-1].num_parameters
         return plan_measurement(
             network,
             few,
@@ -154,9 +156,7 @@ def measure_basin(
             num_outputs=num_outputs,
             num_blocks=sum(part.kind == "block" for part in parts),
             with_readout=isinstance(behavior, Probabilities) or behavior == "probabilities",
-            with_hessian=has_hessian,
-            with_dense_hessian=has_hessian
-            and (hessian == "dense" or (hessian == "auto" and num_parameters <= MAX_DENSE_PARAMETERS)),
+            hessian=planned_hessian(loss_fn, hessian, dtype),
             memory_budget=memory_budget,
         )
 
@@ -168,6 +168,7 @@ def measure_basin(
         planned,
         dtype=DTYPES[dtype],
         with_layout=True,
+        trained=trained,
     ) as evaluation:
         notes = list(evaluation.notes)
         num_directions = num_directions_of(probe.size, evaluation.num_outputs, max_outputs)
@@ -212,11 +213,13 @@ def check_measurable(
     loss_fn: LossFunction | Literal["behavioral"] | None = None,
     behavior: Behavior | None = None,
     layers: LayerSelection = "all",
+    hessian: HessianMode = "auto",
     max_outputs: int | Literal["auto"] | None = None,
     num_inputs: int | None = None,
     is_loss_given: bool = True,
     memory_budget: int | None = None,
     dtype: Precision = "float64",
+    trained: Collection[str] = (),
 ) -> MeasurementPlan:
     """Evaluate once, so that what cannot be measured is known before anything is.
 
@@ -226,12 +229,14 @@ def check_measurable(
         loss_fn: See `measure_basin`.
         behavior: See `measure_basin`.
         layers: See `measure_basin`.
+        hessian: See `measure_basin`.
         max_outputs: See `measure_basin`.
         num_inputs: That the probe will have; ``None`` for those that it has.
         is_loss_given: Whether ``loss_fn`` was passed by a person. One that was found on the module by its name must be
             a function of outputs and targets alone: many a method of that name takes inputs and runs the module.
         memory_budget: See `measure_basin`.
         dtype: See `measure_basin`.
+        trained: See `measure_basin`.
 
     Returns:
         How large a measurement will be.
@@ -241,9 +246,9 @@ def check_measurable(
         ValueError: See `measure_basin`.
         MemoryBudgetError: See `measure_basin`.
     """
-    check_settings(probe, loss_fn, behavior, "auto", None, 0.0, max_outputs, layers, memory_budget, dtype)
+    check_settings(probe, loss_fn, behavior, hessian, None, 0.0, max_outputs, layers, memory_budget, dtype)
     with open_evaluation(
-        module, probe, loss_function(loss_fn), outputs_of(behavior), dtype=DTYPES[dtype]
+        module, probe, loss_function(loss_fn), outputs_of(behavior), dtype=DTYPES[dtype], trained=trained
     ) as evaluation:
         select_scopes(evaluation.network.layers, layers)
         if not is_loss_given and evaluation.loss_fn is not None:
@@ -257,16 +262,17 @@ def check_measurable(
             check_projection(behavior)
         behavior_jacobian(evaluation, behavior)
         check_num_rows(num_inputs, num_outputs)
-        return plan_measurement(
+        plan = plan_measurement(
             evaluation.network,
             evaluation.probe,
             evaluation.trace,
             num_inputs=num_inputs,
             num_outputs=num_outputs,
             with_readout=isinstance(behavior, Probabilities) or behavior == "probabilities",
-            with_hessian=loss_fn is not None and dtype == "float64",
+            hessian=planned_hessian(loss_fn, hessian, dtype),
             memory_budget=memory_budget,
         )
+        return replace(plan, unseen=evaluation.unseen)
 
 
 def _assembled(

@@ -1,5 +1,6 @@
 """What may be asked of a measurement, and checks of it."""
 
+import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,23 +43,56 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 """Floating point types by the names that measurements take."""
 
 
-def check_order(module: Any, inputs: Any, targets: Any) -> None:
+def planned_hessian(
+    loss_fn: LossFunction | Literal["behavioral"] | None, hessian: HessianMode, dtype: Precision
+) -> HessianMode:
+    return hessian if loss_fn is not None and dtype == "float64" else False
+
+
+def check_order(module: Any, **others: Any) -> None:
     """Refuse arguments in another order, or of another kind, before anything is done with them.
+
+    Args:
+        module: The first argument of `measure_basin`.
+        others: The next four by name.
 
     Raises:
         TypeError: If they are; it says what to pass.
     """
+    modules = {name: part for name, part in others.items() if isinstance(part, nn.Module)}
     if isinstance(module, type):
         raise TypeError(f"module must be a torch.nn.Module, got the class {module.__name__}: pass an instance of it")
     if not isinstance(module, nn.Module):
-        swapped = ": pass the module first, then the inputs" if isinstance(inputs, nn.Module) else ""
+        swapped = ": pass the module first, then the inputs" if modules else ""
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}{swapped}")
+    if not any(True for _ in module.parameters()):
+        for name, part in modules.items():
+            if any(True for _ in part.parameters()):
+                raise TypeError(
+                    f"module must have parameters, but {type(module).__name__} has none, and {name}, "
+                    f"{type(part).__name__}, has some: pass the one in place of the other"
+                )
+    if others["behavior"] is module:
+        raise TypeError("behavior must be a function of module and inputs, got the module, which is called without it")
+    _check_data(others["inputs"], others["targets"])
+
+
+def _check_data(inputs: Any, targets: Any) -> None:
     if isinstance(inputs, DataLoader | Dataset):
         raise TypeError(
             f"inputs must be a batch, got {type(inputs).__name__}: pass the parts of next(iter(loader)) of a loader"
         )
+    if callable(inputs):
+        raise TypeError(f"inputs must be data, got {_named(inputs)}: pass the inputs second, and functions by name")
     if callable(targets):
-        raise TypeError(f"targets must be data, got {type(targets).__name__}, which can be called: pass loss_fn=...")
+        raise TypeError(f"targets must be data, got {_named(targets)}, which can be called: pass loss_fn=...")
+    if isinstance(inputs, Probe) and targets is not None:
+        raise TypeError("targets must be those of the Probe that is passed as inputs: pass Probe(inputs, targets)")
+
+
+def _named(function: Any) -> str:
+    """How a message calls what can be called."""
+    return f"the class {function.__name__}" if isinstance(function, type) else type(function).__name__
 
 
 def check_settings(
@@ -77,6 +111,14 @@ def check_settings(
         raise ValueError(f"hessian must be one of {HESSIAN_MODES} or False, got {hessian!r}")
     if isinstance(loss_fn, str) and loss_fn != "behavioral":
         raise ValueError(f"loss_fn must be a function of outputs and targets or 'behavioral', got {loss_fn!r}")
+    if not (callable(loss_fn) or isinstance(loss_fn, str | None)) or isinstance(loss_fn, type):
+        kind = f"{_named(loss_fn)}: pass an instance of it" if isinstance(loss_fn, type) else type(loss_fn).__name__
+        raise TypeError(f"loss_fn must be a function of outputs and targets or 'behavioral', got {kind}")
+    if not (callable(behavior) or isinstance(behavior, str | Probabilities | None)):
+        raise TypeError(
+            f"behavior must be a function of module and inputs, 'outputs' or 'probabilities', got "
+            f"{type(behavior).__name__}"
+        )
     if isinstance(behavior, str) and behavior not in ("outputs", "probabilities"):
         raise ValueError(
             f"behavior must be a function of module and inputs, 'outputs' or 'probabilities', got {behavior!r}"
@@ -135,9 +177,16 @@ def check_memory_budget(memory_budget: Any) -> None:
 
     Raises:
         TypeError: If that is so.
+        ValueError: If it is a number that counts nothing.
     """
-    if memory_budget is not None and not is_number(memory_budget, float):
+    if memory_budget is None:
+        return
+    if not is_number(memory_budget, float):
         raise TypeError(f"memory_budget must be a number of bytes or None, got {memory_budget!r}")
+    if not math.isfinite(memory_budget):
+        raise ValueError(
+            f"memory_budget must be a finite number of bytes, got {memory_budget}: pass 2**60 for no limit"
+        )
 
 
 def is_number(value: Any, kind: type) -> bool:
