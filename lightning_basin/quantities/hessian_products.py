@@ -174,7 +174,8 @@ class HessianProducts:
                 return
         raise RuntimeError(
             f"the derivatives of the module do not agree with differences of its outputs and gradients, in layer "
-            f"{self._network.layers[wrong[-1]].name!r} or after it: an operation has a wrong first or second derivative"
+            f"{self._network.layers[wrong[-1]].name!r} or after it: an operation has a wrong first or second "
+            f"derivative, or detach() hides a part of it"
         )
 
     def _derivatives_at(self, shift: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
