@@ -13,6 +13,7 @@ from lightning_basin.functional.rank import gradient_rank
 from lightning_basin.functional.spectrum import SpectrumAccumulator
 from lightning_basin.measure import check_measurable
 from lightning_basin.memory import MemoryBudgetError
+from lightning_basin.settings import Settings
 from tests.exact import exact_rank
 from tests.layer_types import TYPES
 from tests.layer_types import integer_network as network_of_type
@@ -111,7 +112,7 @@ def test_a_weight_on_both_sides_of_a_cut_counts_also_where_no_chunk_sees_both(me
     late = torch.eye(8) + torch.tensor([-1.0] + [1.0] * 7)  # Of determinant 1 + 6.
     inputs = torch.cat([late.abs() + 1, late])
     if memory_budget is not None:
-        assert check_measurable(module, Probe(inputs), memory_budget=memory_budget).chunk_size == 1
+        assert check_measurable(module, Probe(inputs), Settings(memory_budget=memory_budget)).chunk_size == 1
     record = measure_basin(module, inputs, memory_budget=memory_budget)
     # The bias of the cut, and the 8 directions of the late inputs.
     assert (record.gradient_rank, record.gradient_rank_bound) == (9, 16)

@@ -286,7 +286,7 @@ def test_inputs_that_are_run_in_chunks_are_in_no_graph_of_the_hessian():
     module = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1), nn.Flatten())
     probe, cut = Probe(torch.randn(6, 1, 5, 5), torch.zeros(6, 25)), 0
     for budget in range(4_700_000, 6_000_000, 50_000):
-        plan = check_measurable(module, probe, loss_fn=nn.MSELoss(), hessian="bracket", memory_budget=budget)
+        plan = check_measurable(module, probe, Settings(loss_fn=nn.MSELoss(), hessian="bracket", memory_budget=budget))
         if plan.chunk_size < 6:
             cut += 1
             assert plan.hessian_limits.chunk_size is not None
