@@ -25,7 +25,13 @@ from benchmarks.timing import Way, measured
 
 SECTIONS = ("ranks", "scaling", "products", "layer-norm", "nullities")
 LARGE = ("resnet",)  # Only the first turn, and float32 only.
-README = Path(__file__).with_name("README.md")
+RESULTS = Path(__file__).with_name("RESULTS.md")
+HEADING = """# The last run of the benchmarks
+
+What is compared, and how a figure is obtained, is in [README.md](README.md). `python -m benchmarks --write` writes this
+file.
+
+"""
 
 _SMALL_ROUNDS = 9  # of networks that take milliseconds
 FOOTNOTE = "¹ One turn only: the second one would take too long.\n"
@@ -115,7 +121,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="leave out ways that are slower versions of others")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way after the first one")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--write", action="store_true", help=f"put the report into {README.name} beside this file")
+    parser.add_argument("--write", action="store_true", help=f"put the report into {RESULTS.name} beside this file")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     os.environ["PYTHONWARNINGS"] = "ignore"  # Of the peers, about their own dependencies.
@@ -124,8 +130,7 @@ def main() -> None:
         print(section, flush=True)
         sections.append(section)
     if options.write:
-        before, mark, _ = README.read_text().partition("<!-- report -->\n")
-        README.write_text(before + mark + "\n".join(sections))
+        RESULTS.write_text(HEADING + "\n".join(sections))
 
 
 if __name__ == "__main__":

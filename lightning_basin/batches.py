@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_basin.probe import Probe
-from lightning_basin.tensors import check_containers, copied, described, map_tensors, two_parts
+from lightning_basin.tensors import check_containers, copied, described, is_sequence_of, map_tensors, written_as_pair
 
 
 class ProbeCollector:
@@ -84,20 +84,16 @@ def split_batch(
                 f"batch_fn must take a training batch, {described(batch)}, but failed with "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if not _is_sequence_of(2, pair):
+        if not is_sequence_of(2, pair):
             raise TypeError(f"batch_fn must return a pair of inputs and targets, got {described(pair)}")
         return pair[0], pair[1]
-    if _is_sequence_of(2, batch):
+    if is_sequence_of(2, batch):
         return batch[0], batch[1]
-    if _is_sequence_of(1, batch):
+    if is_sequence_of(1, batch):
         return batch[0], None
     if isinstance(batch, Tensor) or whole_batches:
         return batch, None
     raise TypeError(
         f"a training batch must be a pair of inputs and targets, got {described(batch)}: pass "
-        f"batch_fn=lambda batch: ({', '.join(two_parts(batch))}), or probe=(inputs, targets)"
+        f"batch_fn=lambda batch: {written_as_pair(batch)}, or probe=(inputs, targets)"
     )
-
-
-def _is_sequence_of(length: int, item: Any) -> bool:
-    return isinstance(item, tuple | list) and len(item) == length

@@ -10,24 +10,24 @@ from torch import Tensor, nn
 
 from lightning_basin.limits import GROUP_ELEMENTS
 from lightning_basin.memory import MeasurementPlan
+from lightning_basin.naming import escaped
 from lightning_basin.network.input_layout import InputLayout, input_layout
 from lightning_basin.network.isolation import at_rest, isolated_evaluation
 from lightning_basin.network.network import LossFunction, Network
 from lightning_basin.network.precision import RaisedPrecision
-from lightning_basin.network.remedies import needs_float32
+from lightning_basin.network.remedies import cause
 from lightning_basin.network.replica import device_of, replicas, settle_embeddings
 from lightning_basin.network.runs import TracedProbe, passed_otherwise
 from lightning_basin.network.trace import Trace
-from lightning_basin.network.training_mode import as_trained
+from lightning_basin.network.training_mode import AsTrained, as_trained
 from lightning_basin.network.validity import (
     check_copy,
-    check_float32_helps,
     check_independence,
     check_outputs,
     checked_loss,
 )
 from lightning_basin.probe import Probe
-from lightning_basin.settings import Settings, behavioral_loss
+from lightning_basin.settings import Precision, Settings, behavioral_loss
 from lightning_basin.tensors import tensors_of
 
 _FEW = 2  # inputs that are run at once, where not all are; some modules cannot run a batch of one
@@ -60,6 +60,7 @@ class Evaluation:
         layout: Which part of what enters and leaves each layer belongs to which input.
         plan: How the measurement is cut to the memory that there is; ``None`` runs all inputs at once.
         notes: What a reader of the record should know; quantities add to it.
+        unseen: The names of layers that training trains and on which the outputs do not depend.
     """
 
     settings: Settings
@@ -69,6 +70,7 @@ class Evaluation:
     layout: InputLayout | None
     plan: MeasurementPlan | None
     notes: list[str]
+    unseen: tuple[str, ...] = ()
 
     @property
     def network(self) -> Network:
@@ -135,47 +137,88 @@ def open_evaluation(
     """
     if any(tensor.is_meta for tensor in tensors_of(probe.inputs)):
         raise ValueError("inputs must hold numbers to be measured, got tensors on the device 'meta'")
+    empty = [escaped(name) for name, parameter in module.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ValueError(f"parameters must hold numbers, but {empty} are on the device 'meta': load them first")
     device, dtype = device_of(module), settings.torch_dtype
     with isolated_evaluation(device, dtype), at_rest(module):
         probe = probe.to(device, dtype)
         try:
-            network, few, loss_fn, note = _evaluable(module, settings, probe, gradient_dtype)
+            network, few, loss_fn, found = _evaluable(module, settings, probe, gradient_dtype)
         except ValueError as error:
-            if dtype == torch.float64 and needs_float32(error):
-                check_float32_helps(module, settings.outputs, probe, error)
+            if dtype == torch.float64 and isinstance(error.__cause__, Exception):
+                _check_what_helps(module, settings, probe, error)
             raise
         plan = None if make_plan is None else make_plan(network, *few)
         del few  # And its graph.
         traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size)
         trace = traced.whole
-        check_outputs(probe, trace.outputs)
+        check_outputs(network, probe, trace)
         layout = _checked_layout(network, probe, trace, is_wanted=with_layout)
-        check_copy(module, trace.outputs, "behavior")
+        check_copy(module, network.module, trace.outputs, "behavior")
         loss = None
         if loss_fn is not None:
             # Without a graph of all inputs, whether the loss depends on the outputs must still be seen.
             outputs = trace.outputs if traced.is_whole else trace.outputs.detach().requires_grad_()
             loss = checked_loss(loss_fn, outputs, probe.targets)
-            check_copy(module, loss, "loss_fn")
-        yield Evaluation(settings, traced, loss_fn, loss, layout, plan, [] if note is None else [note])
+            check_copy(module, network.module, loss, "loss_fn")
+        notes = [] if found.note is None else [found.note]
+        yield Evaluation(settings, traced, loss_fn, loss, layout, plan, notes, found.unseen)
 
 
 def _evaluable(
     module: nn.Module, settings: Settings, probe: Probe, gradient_dtype: torch.dtype
-) -> tuple[Network, tuple[Probe, Trace], LossFunction | None, str | None]:
-    """A copy that evaluates with the gradients of training, run on few inputs; the loss; a note where it needs one."""
+) -> tuple[Network, tuple[Probe, Trace], LossFunction | None, AsTrained]:
+    """A copy that evaluates with the gradients of training, run on few inputs; the loss; what was found of them."""
     dtype = settings.torch_dtype
     replica, loss_fn, behavior = replicas(module, settings.loss, settings.outputs, dtype=dtype)
     network = Network(replica, behavior, dtype=dtype, gradient_dtype=gradient_dtype)
     settle_embeddings(replica, lambda: network.outputs(probe))
     few = _few_traced(network, probe)
-    check_copy(module, few[1].outputs, "behavior")
-    trained = as_trained(module, settings.loss, settings.outputs, network, probe, few[1].outputs)
-    if trained is None:
-        return network, few, _raised(loss_fn, dtype), None
-    network = Network(trained.module, trained.behavior, dtype=dtype, gradient_dtype=gradient_dtype)
-    settle_embeddings(trained.module, lambda: network.outputs(probe))
-    return network, _few_traced(network, probe), _raised(trained.loss_fn, dtype), trained.note
+    check_copy(module, replica, few[1].outputs, "behavior")
+    found = as_trained(
+        module, settings.loss, settings.outputs, network, probe, few[1].outputs, trained=settings.trained
+    )
+    if found.network is not None:
+        network, loss_fn = found.network, found.loss_fn
+        settle_embeddings(network.module, lambda: network.outputs(probe))
+        few = _few_traced(network, probe)
+    return network, few, _raised(loss_fn, dtype), found
+
+
+def _check_what_helps(module: nn.Module, settings: Settings, probe: Probe, refused: ValueError) -> None:
+    """Where a module cannot be called, try what is most often meant, and say so where it works.
+
+    Raises:
+        ValueError: With what helps; or with what float32 is refused for, where float64 is refused for something else.
+    """
+    others = {}
+    if tensors_of(probe.targets):
+        others["the module runs on the targets: pass these as inputs, and the inputs as targets"] = probe.targets
+    if isinstance(probe.inputs, tuple | list) and len(probe.inputs) == 2:  # noqa: PLR2004
+        others["it runs on the first of the pair that inputs is: pass inputs and targets apart"] = probe.inputs[0]
+    for text, inputs in others.items():
+        if _failure(module, settings, inputs, "float64") is None:
+            raise ValueError(f"{_call_failed(refused)}; {text}") from refused.__cause__
+    failure = _failure(module, settings, probe.inputs, "float32")
+    if failure is None:
+        text = "an operation that knows float32 only is measured with dtype='float32'"
+        raise ValueError(f"{_call_failed(refused)}; {text}") from refused.__cause__
+    if failure.__cause__ is None:  # It runs in float32, and is refused for something else.
+        raise ValueError(f"neither float64 nor float32 runs {type(module).__name__}: {failure}") from refused
+
+
+def _call_failed(refused: ValueError) -> str:
+    assert isinstance(refused.__cause__, Exception)
+    return f"calling the module on the inputs failed with {cause(refused.__cause__)}"
+
+
+def _failure(module: nn.Module, settings: Settings, inputs: Any, dtype: Precision) -> Exception | None:
+    try:
+        with open_evaluation(module, Probe(inputs), Settings(behavior=settings.behavior, hessian=False, dtype=dtype)):
+            return None
+    except (TypeError, ValueError) as error:
+        return error
 
 
 def _few_traced(network: Network, probe: Probe) -> tuple[Probe, Trace]:

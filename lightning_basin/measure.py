@@ -1,14 +1,14 @@
 """One measurement: a module and a probe in, a record out."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Generator, nn
 
 from lightning_basin.evaluation import Evaluation, Planner, open_evaluation
 from lightning_basin.functional.rank import GradientRank
-from lightning_basin.limits import MAX_DENSE_PARAMETERS
 from lightning_basin.memory import MeasurementPlan, plan_measurement
 from lightning_basin.network.network import LossFunction, Network
 from lightning_basin.network.trace import Trace
@@ -55,6 +55,7 @@ def measure_basin(
     dtype: Precision = "float64",
     seed: int = 0,
     step: int | None = None,
+    trained: Collection[str] = (),
 ) -> BasinRecord:
     """Measure how flat the basin of a network is, and where it loses information.
 
@@ -90,13 +91,16 @@ def measure_basin(
         spectrum: Whether singular values are wanted where the rank can be proved without them, several times as fast;
             without, effective ranks and most ranks at coarser tolerances are then left out.
         memory_budget: Bytes that the measurement may use beside what the process holds; ``None`` means half of what is
-            free. Inputs and layers are then measured in pieces where that is needed.
+            free: on the device, or on the machine and in the container or job (of 4 GiB where the system does not tell,
+            as on Windows). Inputs and layers are then measured in pieces where that is needed.
         dtype: ``"float32"`` runs and differentiates the copy in float32: half the memory of the graph, and the fast
             type of many accelerators. What comes out is decomposed in float64 all the same, but what is below its
             rounding cannot be told from zero: a note in the record says where that begins. Activations then are the
             same within 4e-6 at least, and the Hessian is left out.
         seed: Of the sketch's random vectors: same seed, same numbers.
         step: Noted in the record.
+        trained: Names of parameters that are known to get a gradient in training. It is an error if the outputs depend
+            on them and have no gradient there, as under ``no_grad``.
 
     Raises:
         TypeError: If there is no input tensor, the outputs are not a floating point tensor, ``duplicates_over`` can be
@@ -118,7 +122,7 @@ def measure_basin(
         >>> record.gradient_rank, record.gradient_rank_deficit, record.gradient_nullity
         (2, 1, 1)
     """
-    check_order(module, inputs, targets)
+    check_order(module, inputs=inputs, targets=targets, loss_fn=loss_fn, behavior=behavior)
     settings = Settings(
         loss_fn=loss_fn,
         behavior=behavior,
@@ -131,6 +135,7 @@ def measure_basin(
         memory_budget=memory_budget,
         dtype=dtype,
         seed=seed,
+        trained=trained,
     )
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
     return measure(module, probe, settings, duplicates_over=duplicates_over, step=step)
@@ -207,16 +212,17 @@ def check_measurable(
         num_inputs = probe.size if num_inputs is None else num_inputs
         num_outputs = settings.num_directions(num_inputs, evaluation.num_outputs)
         behavior_jacobian(evaluation)
-        return plan_measurement(
+        plan = plan_measurement(
             evaluation.network,
             evaluation.probe,
             evaluation.trace,
             num_inputs=num_inputs,
             num_outputs=num_outputs,
             with_readout=settings.counts_probabilities,
-            with_hessian=settings.has_hessian,
+            hessian=settings.planned_hessian,
             memory_budget=settings.memory_budget,
         )
+        return replace(plan, unseen=evaluation.unseen)
 
 
 def _check_loss_runs_no_layer(evaluation: Evaluation, loss_fn: LossFunction) -> None:
@@ -229,8 +235,6 @@ def _check_loss_runs_no_layer(evaluation: Evaluation, loss_fn: LossFunction) -> 
 def _planner(settings: Settings, probe: Probe) -> Planner:
     def plan(network: Network, few: Probe, trace: Trace) -> MeasurementPlan:
         scopes = select_scopes(network.layers, settings.layers)
-        is_small = scopes[-1].num_parameters <= MAX_DENSE_PARAMETERS
-        is_dense = settings.hessian == "dense" or (settings.hessian == "auto" and is_small)
         return plan_measurement(
             network,
             few,
@@ -239,8 +243,7 @@ def _planner(settings: Settings, probe: Probe) -> Planner:
             num_outputs=settings.num_directions(probe.size, network.rows(trace.outputs).shape[1]),
             num_blocks=sum(scope.kind == "block" for scope in scopes),
             with_readout=settings.counts_probabilities,
-            with_hessian=settings.has_hessian,
-            with_dense_hessian=settings.has_hessian and is_dense,
+            hessian=settings.planned_hessian,
             memory_budget=settings.memory_budget,
         )
 

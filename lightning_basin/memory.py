@@ -1,22 +1,22 @@
 """What a measurement will hold and compute, said before it starts, and cut to the memory that there is."""
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 
-import torch
 from torch import nn
 
+from lightning_basin.free_memory import available_memory
 from lightning_basin.gradients.sizes import GradientMethod, LayerSize, layer_sizes
-from lightning_basin.limits import GROUP_ELEMENTS, LAYER_PRODUCTS, NETWORK_PRODUCTS, HessianLimits
+from lightning_basin.limits import GROUP_ELEMENTS, LAYER_PRODUCTS, MAX_DENSE_PARAMETERS, NETWORK_PRODUCTS, HessianLimits
 from lightning_basin.naming import escaped
 from lightning_basin.network.copying import tensors_held_by
 from lightning_basin.network.network import Network
 from lightning_basin.network.trace import Trace
 from lightning_basin.operations.uses import ProductUse
 from lightning_basin.probe import Probe
+from lightning_basin.settings import HessianMode
 
 _NUMBER = 8  # bytes of a float64, in which gradients are held and decomposed
 _DECOMPOSITION = 14  # m x m matrices at once: Gram matrices, a sketch of 2 m columns, its triangular factor, work space
@@ -50,6 +50,7 @@ class MeasurementPlan:
         memory_bytes: Estimated peak, beside what the process holds already.
         memory_budget: That it was cut to, in bytes.
         num_operations: Estimated multiplications and additions for Gram matrices, decompositions and the Hessian.
+        unseen: Names of layers that are known to be trained, and on which the outputs do not depend.
     """
 
     num_inputs: int
@@ -62,6 +63,7 @@ class MeasurementPlan:
     memory_bytes: int
     memory_budget: int
     num_operations: float
+    unseen: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -83,14 +85,6 @@ class MeasurementPlan:
             f"parameters ({how}): about {self.memory_bytes / 2**30:.2g} of {self.memory_budget / 2**30:.2g} GiB"
             f"{chunks} and {self.num_operations:.1e} operations for each measurement"
         )
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def copied_bytes(module: nn.Module) -> int:
@@ -120,8 +114,7 @@ def plan_measurement(
     num_blocks: int = 0,
     with_ranks: bool = True,
     with_readout: bool = False,
-    with_hessian: bool = False,
-    with_dense_hessian: bool = False,
+    hessian: HessianMode = False,
     memory_budget: int | None = None,
 ) -> MeasurementPlan:
     """Cut a measurement to a memory budget.
@@ -135,8 +128,7 @@ def plan_measurement(
         num_blocks: Blocks of layers that are reported beside the layers.
         with_ranks: Whether there is more to find than the Gram matrix.
         with_readout: Whether the behavior is a function of the outputs, whose derivative combines all rows.
-        with_hessian: Whether products with the Hessian are taken.
-        with_dense_hessian: Whether the Hessian is formed.
+        hessian: How its null space is measured; ``False`` where it is not.
         memory_budget: Bytes; ``None`` means half of what is free.
 
     Raises:
@@ -145,9 +137,11 @@ def plan_measurement(
     device = trace.outputs.device
     copied = copied_bytes(network.module)
     # What is free was looked at after the copy was made.
-    budget = int(_FREE_FRACTION * available_memory(device)) + copied if memory_budget is None else memory_budget
+    budget = int(_FREE_FRACTION * available_memory(device)) + copied if memory_budget is None else int(memory_budget)
     num_rows = num_inputs * num_outputs
     num_parameters = sum(layer.num_parameters for layer in network.layers)
+    with_hessian = hessian is not False
+    with_dense_hessian = hessian == "dense" or (hessian == "auto" and num_parameters <= MAX_DENSE_PARAMETERS)
     num_matrices = _DECOMPOSITION + 3 * num_blocks if with_ranks else _KERNEL
     fixed = _NUMBER * (num_matrices * num_rows**2 + 5 * num_parameters)
     fixed += copied + min(_TEMPORARIES, budget // 8)
@@ -155,11 +149,12 @@ def plan_measurement(
     if with_dense_hessian:
         fixed += _NUMBER * (6 * num_parameters**2 + 3 * num_rows * num_parameters)
     what, fewer = ("decomposition", "fewer outputs (max_outputs), ") if with_ranks else ("Gram matrix", "")
+    formed, other = (", with the Hessian,", "hessian='bracket', ") if with_dense_hessian else ("", "")
     if fixed > budget:
         raise MemoryBudgetError(
             f"a measurement must fit into memory_budget, {_gib(budget)}, but the {what} of {num_rows} rows by "
-            f"{num_parameters} parameters{_beside(copied)} needs {_gib(fixed)}: take a smaller probe, {fewer}"
-            f"or a larger memory_budget"
+            f"{num_parameters} parameters{formed}{_beside(copied)} needs {_gib(fixed)}: take {other}a smaller probe, "
+            f"{fewer}or a larger memory_budget"
         )
     sizes = layer_sizes(network, trace, num_inputs=num_inputs, num_outputs=num_outputs)
     copies = _COPIES + with_readout + with_hessian  # Rows are combined once more, for each.

@@ -64,7 +64,7 @@ def measure_checkpoints(
         RuntimeError: If the weights of a checkpoint do not fit into the module.
     """
     monitor = copy.deepcopy(monitor or BasinMonitor())
-    found = _found(checkpoints, monitor.state_key, weights_only=weights_only)
+    found = _found(checkpoints, monitor.checkpoint_key, weights_only=weights_only)
     outputs = [*loggers, *([] if log_dir is None else _loggers_in(log_dir))]
     history = None if log_dir is None else HistoryFile(Path(log_dir) / f"{tag(monitor.prefix)}.jsonl")
     for index, checkpoint in enumerate(tqdm(found, desc="Measuring", unit="checkpoint", disable=not progress)):

@@ -44,12 +44,6 @@ class Probe:
                 f"the inputs of a probe must be a tensor or a tuple, list or dict with tensors in it, "
                 f"got {type(self.inputs).__name__}{_as_tensor_hint(self.inputs)}"
             )
-        for tensor in tensors + tensors_of(self.targets):
-            if tensor.layout != torch.strided:
-                raise ValueError(
-                    f"all tensors of a probe must be dense, got {tensor.layout}: pass tensor.to_dense(), by batch_fn "
-                    f"in a run, and a behavior that makes of it what the module takes"
-                )
         lengths = {tensor.shape[0] if tensor.ndim else None for tensor in tensors + tensors_of(self.targets)}
         if len(lengths) > 1 or None in lengths:
             shapes = [tuple(tensor.shape) for tensor in tensors + tensors_of(self.targets)]

@@ -1,7 +1,8 @@
 """What may be asked of a measurement, checked once."""
 
+import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +61,7 @@ class Settings:
         memory_budget: The bytes that a measurement may use.
         dtype: The name of the floating point type in which the network is run.
         seed: The seed of all random vectors.
+        trained: The names of parameters that are known to get a gradient in training.
 
     Raises:
         TypeError: If a value has another type.
@@ -82,6 +84,7 @@ class Settings:
     memory_budget: int | None = None
     dtype: Precision = "float64"
     seed: int = 0
+    trained: Collection[str] = ()
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -98,6 +101,15 @@ class Settings:
             raise ValueError(f"hessian must be one of {HESSIAN_MODES} or False, got {self.hessian!r}")
         if isinstance(self.loss_fn, str) and self.loss_fn != "behavioral":
             raise ValueError(f"loss_fn must be a function of outputs and targets or 'behavioral', got {self.loss_fn!r}")
+        if not (callable(self.loss_fn) or isinstance(self.loss_fn, str | None)) or isinstance(self.loss_fn, type):
+            is_class = isinstance(self.loss_fn, type)
+            kind = f"{_named(self.loss_fn)}: pass an instance of it" if is_class else type(self.loss_fn).__name__
+            raise TypeError(f"loss_fn must be a function of outputs and targets or 'behavioral', got {kind}")
+        if not (callable(self.behavior) or isinstance(self.behavior, str | Probabilities | None)):
+            raise TypeError(
+                f"behavior must be a function of module and inputs, 'outputs' or 'probabilities', got "
+                f"{type(self.behavior).__name__}"
+            )
         if isinstance(self.behavior, str) and self.behavior not in ("outputs", "probabilities"):
             raise ValueError(
                 f"behavior must be a function of module and inputs, 'outputs' or 'probabilities', got {self.behavior!r}"
@@ -114,6 +126,10 @@ class Settings:
             raise TypeError(f"layers must be 'auto', 'all' or a list of names of layers, got {self.layers!r}")
         if self.memory_budget is not None and not _is_number(self.memory_budget, float):
             raise TypeError(f"memory_budget must be a number of bytes or None, got {self.memory_budget!r}")
+        if self.memory_budget is not None and not math.isfinite(self.memory_budget):
+            raise ValueError(
+                f"memory_budget must be a finite number of bytes, got {self.memory_budget}: pass 2**60 for no limit"
+            )
         if not _is_number(self.seed, int):
             raise TypeError(f"seed must be an integer, got {self.seed!r}")
 
@@ -140,9 +156,9 @@ class Settings:
         return isinstance(self.behavior, Probabilities) or self.behavior == "probabilities"
 
     @property
-    def has_hessian(self) -> bool:
-        """Whether anything of the Hessian is wanted that float64 can tell."""
-        return self.loss_fn is not None and self.hessian is not False and self.dtype == "float64"
+    def planned_hessian(self) -> HessianMode:
+        """How the Hessian will be measured; ``False`` where there is no loss, or float64 would be needed."""
+        return self.hessian if self.loss_fn is not None and self.dtype == "float64" else False
 
     @property
     def resolved_duplicate_rtol(self) -> float:
@@ -225,23 +241,50 @@ def check_precision(dtype: Precision, hessian: HessianMode, rtol: float | None) 
         )
 
 
-def check_order(module: Any, inputs: Any, targets: Any) -> None:
+def check_order(module: Any, **others: Any) -> None:
     """Refuse arguments in another order, or of another kind, before anything is done with them.
+
+    Args:
+        module: The first argument of `measure_basin`.
+        others: The next four by name.
 
     Raises:
         TypeError: If they are; it says what to pass.
     """
+    modules = {name: part for name, part in others.items() if isinstance(part, nn.Module)}
     if isinstance(module, type):
         raise TypeError(f"module must be a torch.nn.Module, got the class {module.__name__}: pass an instance of it")
     if not isinstance(module, nn.Module):
-        swapped = ": pass the module first, then the inputs" if isinstance(inputs, nn.Module) else ""
+        swapped = ": pass the module first, then the inputs" if modules else ""
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}{swapped}")
+    if not any(True for _ in module.parameters()):
+        for name, part in modules.items():
+            if any(True for _ in part.parameters()):
+                raise TypeError(
+                    f"module must have parameters, but {type(module).__name__} has none, and {name}, "
+                    f"{type(part).__name__}, has some: pass the one in place of the other"
+                )
+    if others["behavior"] is module:
+        raise TypeError("behavior must be a function of module and inputs, got the module, which is called without it")
+    _check_data(others["inputs"], others["targets"])
+
+
+def _check_data(inputs: Any, targets: Any) -> None:
     if isinstance(inputs, DataLoader | Dataset):
         raise TypeError(
             f"inputs must be a batch, got {type(inputs).__name__}: pass the parts of next(iter(loader)) of a loader"
         )
+    if callable(inputs):
+        raise TypeError(f"inputs must be data, got {_named(inputs)}: pass the inputs second, and functions by name")
     if callable(targets):
-        raise TypeError(f"targets must be data, got {type(targets).__name__}, which can be called: pass loss_fn=...")
+        raise TypeError(f"targets must be data, got {_named(targets)}, which can be called: pass loss_fn=...")
+    if isinstance(inputs, Probe) and targets is not None:
+        raise TypeError("targets must be those of the Probe that is passed as inputs: pass Probe(inputs, targets)")
+
+
+def _named(function: Any) -> str:
+    """How a message calls what can be called."""
+    return f"the class {function.__name__}" if isinstance(function, type) else type(function).__name__
 
 
 def _is_number(value: Any, kind: type) -> bool:

@@ -6,12 +6,14 @@ import torch
 from torch import Generator, nn
 from torch.nn import functional as F
 
-from lightning_basin import measure_basin
+from lightning_basin import Probe, measure_basin
 from lightning_basin.functional.factored import DenseGradients
 from lightning_basin.functional.hessian import hessian_matrix
 from lightning_basin.functional.rank import gradient_rank
 from lightning_basin.functional.spectrum import SpectrumAccumulator
+from lightning_basin.measure import check_measurable
 from lightning_basin.memory import MemoryBudgetError
+from lightning_basin.settings import Settings
 from tests.exact import exact_rank
 from tests.layer_types import TYPES
 from tests.layer_types import integer_network as network_of_type
@@ -84,6 +86,36 @@ class Patches(nn.Module):
 
 def test_a_network_with_a_large_graph_has_one_answer_under_all_budgets():
     assert_one_answer(filled(Patches()), drawn(4, 2, 6, 6), factor=1.05)
+
+
+class Routed(nn.Module):
+    """One layer that some inputs use before a cut, and the others behind it, as experts and shared weights may."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.first, self.cut = nn.Linear(8, 8, bias=False), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        is_early = x[:, :1] > 0
+        hidden = torch.where(is_early, self.shared(x), x) if is_early.any() else x
+        merged = self.cut(self.first(hidden).relu())
+        if is_early.all():
+            return merged
+        return torch.where(is_early, merged, merged + self.shared(x).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("memory_budget", [None, 80_000])
+def test_a_weight_on_both_sides_of_a_cut_counts_also_where_no_chunk_sees_both(memory_budget):
+    module = filled(Routed())
+    with torch.no_grad():
+        module.first.bias.fill_(-1e6)  # All 16 inputs merge where every unit is off.
+    late = torch.eye(8) + torch.tensor([-1.0] + [1.0] * 7)  # Of determinant 1 + 6.
+    inputs = torch.cat([late.abs() + 1, late])
+    if memory_budget is not None:
+        assert check_measurable(module, Probe(inputs), Settings(memory_budget=memory_budget)).chunk_size == 1
+    record = measure_basin(module, inputs, memory_budget=memory_budget)
+    # The bias of the cut, and the 8 directions of the late inputs.
+    assert (record.gradient_rank, record.gradient_rank_bound) == (9, 16)
 
 
 def normed(width):

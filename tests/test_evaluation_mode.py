@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_basin import BasinMonitor, measure_basin
 from tests.exact import ExactNetwork, exact_rank, integers, jacobian
-from tests.lightning_packages import LightningModule, MisconfigurationException, Trainer
+from tests.lightning_packages import Callback, LightningModule, MisconfigurationException, Trainer
 from tests.networks import drawn
 
 
@@ -63,6 +63,60 @@ class MergedParts(nn.Module):
         return self.base(x) if self.merged else self.base(x) + self.up(self.down(x))
 
 
+class MergedIntoNewParameter(LowRank):
+    """``eval()`` replaces the weight and throws the matrices away, ``train()`` brings them back."""
+
+    kept = None
+
+    def train(self, mode=True):  # noqa: FBT002 - as its base has it
+        super().train(mode)
+        if not mode and self.kept is None:
+            self.kept = self.weight, self.down, self.up
+            self.weight = nn.Parameter((self.weight + self.up @ self.down).detach())
+            del self.down, self.up
+        elif mode and self.kept is not None:
+            self.weight, self.down, self.up = self.kept
+            self.kept = None
+        return self
+
+    def forward(self, x):
+        return super().forward(x) if self.kept is None else F.linear(x, self.weight, self.bias)
+
+
+class MergedIntoBuffer(LowRank):
+    """With dropout of its own on the way to the small matrices."""
+
+    def train(self, mode=True):  # noqa: FBT002 - as its base has it
+        super().train(mode)
+        if not mode:
+            self.register_buffer("whole", (self.weight + self.up @ self.down).detach(), persistent=False)
+        return self
+
+    def forward(self, x):
+        if not self.training:
+            return F.linear(x, self.whole, self.bias)
+        return F.linear(x, self.weight, self.bias) + F.dropout(x, 0.5) @ self.down.mT @ self.up.mT
+
+
+class MergedByForward(LowRank):
+    def train(self, mode=True):  # noqa: FBT002 - as its base has it
+        super().train(mode)
+        vars(self).pop("forward", None)
+        if not mode:
+            weight = (self.weight + self.up @ self.down).detach()
+            self.forward = lambda x: F.linear(x, weight, self.bias)
+        return self
+
+
+class MergedWithOwnDropout(MergedLowRank):
+    """Draws by itself in training mode, which its low-rank part needs no more than a flag for."""
+
+    def forward(self, x):
+        if self.training:
+            x = x + torch.randn_like(x)
+        return super().forward(x)
+
+
 class Plain(nn.Module):
     """Blocks in a line; subclasses cut their gradients off in evaluation mode."""
 
@@ -91,6 +145,55 @@ class DetachedInEvaluation(Plain):
     def forward(self, x):
         h = self.first(x)
         return self.rest(h if self.training else h.detach())
+
+
+class Residual(Plain):
+    """What the first block gives also goes past the others."""
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.rest(h) + h[:, :2]
+
+
+class PartlyDetachedInEvaluation(Plain):
+    """The parameters of the first block are in the graph of evaluation, with a part of their gradient."""
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.rest(h) + (h if self.training else h.detach())[:, :2]
+
+
+class RarelyDropped(PartlyDetachedInEvaluation):
+    """Beside a path that training drops, so seldom that a run or two do not show it."""
+
+    def __init__(self, *blocks):
+        super().__init__(*blocks)
+        self.path = Path()
+
+    def forward(self, x):
+        return super().forward(self.path(x))
+
+
+class Path(nn.Module):
+    def forward(self, x):
+        return 0 * x if self.training and torch.rand(()) < 0.05 else x
+
+
+class StraightThrough(Plain):
+    """Rounds, with the gradient of the identity."""
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.rest(h + ((8 * h).round() / 8 - h).detach())
+
+
+class StraightThroughInTraining(Plain):
+    """The graph of evaluation holds all parameters, but a rounding has no gradient."""
+
+    def forward(self, x):
+        h = self.first(x)
+        rounded = (8 * h).round() / 8
+        return self.rest(h + (rounded - h).detach() if self.training else rounded)
 
 
 class NoGradInEvaluation(Plain):
@@ -143,7 +246,17 @@ PAIRS = {
         lambda: nn.Sequential(nn.Linear(3, 3), EnabledByTraining(*blocks())),
         lambda: nn.Sequential(nn.Linear(3, 3), Plain(*blocks())),
     ),
+    "detached in part": (lambda: PartlyDetachedInEvaluation(*blocks()), lambda: Residual(*blocks())),
+    "detached in part beside a dropped path": (lambda: RarelyDropped(*blocks()), lambda: Residual(*blocks())),
+    "straight through in training": (
+        lambda: StraightThroughInTraining(*blocks()),
+        lambda: StraightThrough(*blocks()),
+    ),
     "merged by eval": (lambda: low_rank(MergedLowRank), lambda: low_rank(LowRank)),
+    "merged into a new parameter": (lambda: low_rank(MergedIntoNewParameter), lambda: low_rank(LowRank)),
+    "merged into a buffer": (lambda: low_rank(MergedIntoBuffer), lambda: low_rank(LowRank)),
+    "merged by another forward": (lambda: low_rank(MergedByForward), lambda: low_rank(LowRank)),
+    "merged with dropout of its own": (lambda: low_rank(MergedWithOwnDropout), lambda: low_rank(LowRank)),
 }
 
 
@@ -205,6 +318,104 @@ def test_the_ranks_of_an_integer_network_that_trains_with_gradients_only_are_exa
     assert record.gradient_rank == exact_rank(exact) > 0
     for name, columns in network.columns.items():
         assert record.layers[name].gradient_rank == exact_rank(exact[:, columns])
+
+
+class Freezing(Plain):
+    """Freezes some or all of its blocks in evaluation mode."""
+
+    frozen = ("first",)
+
+    def train(self, mode=True):  # noqa: FBT002 - as its base has it
+        super().train(mode)
+        for name in self.frozen:
+            getattr(self, name).requires_grad_(mode)
+        return self
+
+
+class FreezingAll(Freezing):
+    frozen = ("first", "rest")
+
+
+@pytest.mark.parametrize("kind", [Freezing, FreezingAll])
+def test_what_eval_freezes_is_measured_as_it_trains(kind):
+    module, inputs, targets = trained(kind(*blocks())), drawn(9, 3, seed=1), drawn(9, 2, seed=2)
+    record = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss())
+    assert numbers(record) == numbers(measure_basin(trained(Plain(*blocks())), inputs, targets, loss_fn=nn.MSELoss()))
+    assert record.notes == ()
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+class Routed(nn.Module):
+    """Inputs go to an expert by their sign, of which the second takes gradients in training only."""
+
+    def __init__(self):
+        super().__init__()
+        self.negative, self.positive = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.training):
+            positive = self.positive(x[x[:, 0] > 0])
+        outputs = x.new_zeros(len(x), 2)
+        outputs[x[:, 0] <= 0] = self.negative(x[x[:, 0] <= 0])
+        outputs[x[:, 0] > 0] = positive
+        return outputs
+
+
+def test_a_cut_that_later_inputs_meet_is_seen():
+    inputs = drawn(12, 3)
+    inputs[:6, 0], inputs[6:, 0] = -inputs[:6, 0].abs(), inputs[6:, 0].abs()
+    record = measure_basin(trained(Routed()), inputs)
+    assert [layer.gradient_rank for layer in record.layers.values()] == [8, 8]
+    assert "cuts the layers ['positive'] off" in record.notes[0]
+
+
+class SeveralOutputs(Plain):
+    """Training returns what is inside as well, so that outputs cannot be compared."""
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.training):
+            h = self.first(x)
+        return {"outputs": self.rest(h), "hidden": h} if self.training else self.rest(h)
+
+
+def test_a_cut_is_refused_where_training_returns_something_else():
+    with pytest.raises(ValueError, match=r"reaches the parameters of the layers \['first'\], and the outputs"):
+        measure_basin(trained(SeveralOutputs(*blocks())), drawn(9, 3))
+
+
+class LearnedNoise(Plain):
+    """Has a parameter that training alone uses, beside others."""
+
+    def __init__(self, *blocks):
+        super().__init__(*blocks)
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.rest(h + self.scale * torch.randn_like(h) if self.training else h)
+
+
+def test_a_parameter_that_only_training_uses_has_rank_zero():
+    plain, module = trained(Plain(*blocks())), trained(LearnedNoise(*blocks()))
+    module.load_state_dict(plain.state_dict(), strict=False)
+    record, expected = (measure_basin(part, drawn(9, 3)) for part in (module, plain))
+    assert (record.layers[""].gradient_rank, record.gradient_rank) == (0, expected.gradient_rank)
+    assert record.notes == ()
+
+
+class PartWithoutGradient(Plain):
+    """In both modes."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.first(x)
+        return self.rest(h)
+
+
+def test_a_part_without_gradient_in_both_modes_is_said_to_be():
+    record = measure_basin(trained(PartWithoutGradient(*blocks())), drawn(9, 3))
+    assert record.layers["first"].gradient_rank == 0
+    assert "depend on the layers ['first'], but have no gradient there" in record.notes[0]
 
 
 class Inference(Plain):
@@ -284,14 +495,14 @@ class Lit(LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
 
 
-def fitted(net, tmp_path, *callbacks):
+def fitted(net, tmp_path, *callbacks, kind=Lit):
     data = TensorDataset(drawn(24, 3, seed=3).float(), drawn(24, 2, seed=4).float())
     trainer = Trainer(
         max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path, callbacks=list(callbacks),
     )  # fmt: skip
     torch.manual_seed(0)
-    module = Lit(net)
+    module = kind(net)
     trainer.fit(module, DataLoader(data, batch_size=8))
     return module
 
@@ -313,3 +524,192 @@ def test_a_fit_with_a_monitor_trains_the_same_weights_and_measures_the_uncut_ran
 def test_a_fit_whose_forward_takes_no_gradients_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(MisconfigurationException, match="runs under no_grad or inference_mode"):
         fitted(Inference(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), tmp_path, BasinMonitor(8))
+
+
+class Inline(Lit):
+    """Calls the blocks one by one and computes its loss from tensors: no loss of torch is seen."""
+
+    def training_step(self, batch, _):
+        return (self.net.rest(self.net.first(batch[0])) - batch[1]).square().mean()
+
+
+class InlineManually(Inline):
+    def __init__(self, net):
+        super().__init__(net)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, _):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, _))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class InlineThroughForward(Lit):
+    def training_step(self, batch, _):
+        return (self(batch[0]) - batch[1]).square().mean()
+
+
+class InlineWithPenalty(Lit):
+    """The first block is trained by a loss of its own."""
+
+    def training_step(self, batch, _):
+        return (self(batch[0]) - batch[1]).square().mean() + self.net.first(batch[0]).square().mean()
+
+
+class DetachedHead(Plain):
+    def forward(self, x):
+        return self.rest(self.first(x).detach())
+
+
+class PartInInferenceMode(Plain):
+    def forward(self, x):
+        with torch.inference_mode():
+            h = self.first(x)
+        return self.rest(h.clone())
+
+
+@pytest.mark.parametrize(
+    ("net", "kind"),
+    [
+        (PartWithoutGradient, Inline),
+        (PartWithoutGradient, InlineManually),
+        (PartInInferenceMode, Inline),
+        (DetachedHead, Inline),
+        (DetachedHead, InlineWithPenalty),
+    ],
+)
+@pytest.mark.parametrize("behavior", [None, lambda module, inputs: module(inputs)])
+def test_a_fit_that_trains_a_part_which_forward_cuts_off_is_refused(tmp_path, net, kind, behavior):
+    with pytest.raises(MisconfigurationException, match=r"reaches the parameters of the layers \['net.first'\], and"):
+        fitted(net(*blocks()), tmp_path, BasinMonitor(8, behavior=behavior), kind=kind)
+
+
+def test_a_fit_that_passes_its_forward_by_is_measured_in_training_mode(tmp_path):
+    net, monitor = FirstEnabledByTraining(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), BasinMonitor(16)
+    fitted(net, tmp_path, monitor, kind=Inline)
+    assert [record.gradient_rank for record in monitor.records] == [26, 26, 26]
+
+
+def frozen(net):
+    net.first.requires_grad_(requires_grad=False)
+    return net
+
+
+@pytest.mark.parametrize("kind", [Inline, InlineThroughForward])
+@pytest.mark.parametrize("net", [Plain, PartWithoutGradient])
+def test_a_frozen_part_costs_no_word(tmp_path, recwarn, caplog, net, kind):
+    monitor = BasinMonitor(16)
+    fitted(frozen(net(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), tmp_path, monitor, kind=kind)
+    assert [record.gradient_rank for record in monitor.records] == [10, 10, 10]
+    assert "layers [" not in caplog.text + "".join(str(warning.message) for warning in recwarn)
+
+
+def test_a_part_that_neither_training_nor_forward_gives_gradients_costs_no_word(tmp_path, recwarn, caplog):
+    net, monitor = PartWithoutGradient(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), BasinMonitor(16)
+    fitted(net, tmp_path, monitor, kind=InlineThroughForward)
+    assert [record.gradient_rank for record in monitor.records] == [10, 10, 10]
+    assert "layers [" not in caplog.text + "".join(str(warning.message) for warning in recwarn)
+
+
+class Averaged(Plain):
+    """Evaluation uses a frozen copy of the first block."""
+
+    def __init__(self, *blocks):
+        super().__init__(*blocks)
+        self.average = copy.deepcopy(self.first).requires_grad_(requires_grad=False)
+
+    def forward(self, x):
+        return self.rest((self.first if self.training else self.average)(x))
+
+
+def test_layers_that_are_trained_and_that_evaluation_does_not_use_are_said_to_be_unseen(tmp_path):
+    net, monitor = Averaged(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), BasinMonitor(16)
+    with pytest.warns(UserWarning, match=r"do not depend on the layers \['net.first'\], which training trains"):
+        fitted(net, tmp_path, monitor, kind=InlineThroughForward)
+    assert [record.layers["net.first"].gradient_rank for record in monitor.records] == [0, 0, 0]
+
+
+class Switch(Callback):
+    """Does something to the net at the beginning of the second epoch."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self.change(pl_module.net)
+
+
+class InlineForAll(Inline):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_part_that_is_trained_from_some_epoch_on_is_not_measured_with_rank_zero(tmp_path):
+    net, monitor = frozen(PartWithoutGradient(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), BasinMonitor(16)
+    unfreeze = Switch(lambda net: net.first.requires_grad_(requires_grad=True))
+    with pytest.warns(UserWarning, match=r"could not measure at step 6.*layers \['net.first'\]"):
+        fitted(net, tmp_path, monitor, unfreeze, kind=InlineForAll)
+    assert [(record.step, record.gradient_rank) for record in monitor.records] == [(0, 10), (3, 10)]
+
+
+class FirstEnabledByFlag(Plain):
+    is_enabled = True
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.is_enabled):
+            h = self.first(x)
+        return self.rest(h)
+
+
+class ThroughForwardForAll(InlineThroughForward, InlineForAll):
+    """All parameters are in the optimizer, whatever becomes of them."""
+
+
+def test_a_part_that_is_no_longer_trained_from_some_epoch_on_has_rank_zero(tmp_path):
+    net, monitor = FirstEnabledByFlag(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), BasinMonitor(16)
+    disable = Switch(lambda net: setattr(net, "is_enabled", False))
+    fitted(net, tmp_path, monitor, disable, kind=ThroughForwardForAll)
+    assert [record.gradient_rank for record in monitor.records] == [26, 26, 10]
+
+
+class Stream(Plain):
+    """Draws from a generator of Python's, that no copy can have."""
+
+    numbers = None
+
+    def forward(self, x):
+        if self.training:
+            self.numbers = self.numbers or (generator for generator in map(float, range(100)))
+            x = x + 0.01 * next(self.numbers)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("net", [PartlyDetachedInEvaluation, Freezing, StraightThroughInTraining, Stream])
+@pytest.mark.parametrize("behavior", [None, lambda module, inputs: module(inputs)])
+def test_training_is_the_same_with_a_monitor(tmp_path, net, behavior):
+    net = trained(net(*blocks())).float()
+    modes = [
+        fitted(copy.deepcopy(net), tmp_path, *monitors, kind=InlineThroughForward)
+        for monitors in ([], [BasinMonitor(16, behavior=behavior)])
+    ]
+    alone, watched = (
+        [*module.state_dict().values(), *(torch.tensor(part.training) for part in module.modules())] for module in modes
+    )
+    assert all(map(torch.equal, alone, watched))
+
+
+class ForPredictions(Plain):
+    def train(self, mode=True):  # noqa: FBT002 - as its base has it
+        if mode:
+            raise NotImplementedError("this module is for predictions")
+        return super().train(mode)
+
+
+def test_a_module_that_cannot_be_trained_is_measured_as_it_is():
+    inputs = drawn(9, 3)
+    plain = Plain(*blocks()).double().eval()
+    module = ForPredictions(plain.first, *plain.rest).double().eval()
+    assert measure_basin(module, inputs).gradient_rank == measure_basin(plain, inputs).gradient_rank

@@ -1425,9 +1425,10 @@ class Experts(nn.Module):
 def test_experts_that_are_not_called_in_a_chunk_add_nothing_there(loss_fn, memory_budget):
     module, inputs, targets = Experts(), normal(24, 4), torch.zeros(24, 2)
     inputs = inputs[inputs[:, :3].argmax(1).argsort()]
-    plan = check_measurable(module, Probe(inputs, targets), Settings(loss_fn=loss_fn, memory_budget=memory_budget))
+    settings = Settings(loss_fn=loss_fn, hessian="bracket", memory_budget=memory_budget)
+    plan = check_measurable(module, Probe(inputs, targets), settings)
     assert (plan.chunk_size < 24) == (memory_budget is not None)
-    record = measure_basin(module, inputs, targets, loss_fn=loss_fn, hessian="bracket", memory_budget=memory_budget)
+    record = measure_basin(module, inputs, targets, **settings)
     # [x, 1] has rank min(n, 5) for the n inputs of an expert, twice; the common shift is the sum of theirs.
     counts = inputs[:, :3].argmax(1).bincount(minlength=3)
     assert record.gradient_rank == 2 * int(counts.clamp(max=5).sum())

@@ -1515,6 +1515,10 @@ def test_same_seed_gives_the_same_records(tmp_path):
         ({"verify_null_space": "always"}, r"verify_null_space='always'\).*'zero_loss'"),
         ({"history": "xml"}, r"history='xml'\).*'csv', 'jsonl' or None"),
         ({"prefix": 3}, r"prefix=3.*must be a string"),
+        ({"loss_fn": nn.MSELoss}, r"loss_fn=.*MSELoss.*must be callable or 'behavioral', and no class"),
+        ({"loss_fn": torch.ones(9, 9)}, r"loss_fn=Tensor\)` must be callable or 'behavioral'"),
+        ({"behavior": torch.ones(9, 9)}, r"behavior=Tensor\)` must be callable, 'outputs' or 'probabilities'"),
+        ({"batch_fn": "inputs"}, r"batch_fn='inputs'\)` must be callable"),
         ({"prefix": "a" * 250, "history": "csv"}, r"needs a prefix of 1 to \d+ letters"),
         ({"prefix": "a/b", "history": "jsonl"}, r"needs a prefix without slashes"),
         ({"prefix": "con", "history": "csv"}, r"no name of a device"),
@@ -1634,9 +1638,28 @@ def test_what_cannot_be_measured_raises_before_the_first_training_step(tmp_path,
     assert module.num_training_steps == 0
 
 
-def test_two_monitors_with_one_prefix_are_refused_by_lightning(tmp_path):
-    with pytest.raises(RuntimeError, match="more than one stateful callback"):
-        make_trainer(tmp_path, BasinMonitor(), BasinMonitor())
+@pytest.mark.parametrize("place", ["trainer", "module"])
+def test_two_monitors_with_one_prefix_are_refused_with_what_helps(tmp_path, place):
+    class Configured(Regressor):
+        def configure_callbacks(self):
+            return [BasinMonitor(20), BasinMonitor(20)] if place == "module" else []
+
+    monitors = [BasinMonitor(20), BasinMonitor(20)] if place == "trainer" else []
+    with pytest.raises(
+        MisconfigurationException, match=r"prefix of its own.*got \['basin', 'basin'\]: pass BasinMonitor\(prefix="
+    ):
+        make_trainer(tmp_path, *monitors).fit(Configured(), loader())
+
+
+def test_a_monitor_finds_its_state_under_the_same_key_in_another_process(tmp_path):
+    first = make_trainer(tmp_path, BasinMonitor(20), BasinMonitor(20, prefix="other"), max_epochs=1)
+    first.fit(Regressor(), loader())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    keys = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"].keys()
+    monitors = BasinMonitor(20), BasinMonitor(20, prefix="other")
+    assert {monitor.checkpoint_key for monitor in monitors} <= keys
+    make_trainer(tmp_path, *monitors).fit(Regressor(), loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert [steps(monitor) for monitor in monitors] == [[0, 3, 6]] * 2
 
 
 def test_two_monitors_with_two_prefixes_measure_side_by_side(tmp_path):
@@ -1737,9 +1760,9 @@ class Headless(LightningModule):
 def test_module_without_forward_and_without_a_loss_asks_for_a_behavior(tmp_path):
     class HeadlessInline(Headless):
         def training_step(self, batch, batch_idx):
-            return (self.net(batch[0]) - batch[1]).square().mean()
+            return (self.net(batch[0]) - batch[1]).square().mean() + self.net.weight.square().sum()
 
-    with pytest.raises(MisconfigurationException, match="behavior="):
+    with pytest.raises(MisconfigurationException, match=r"behavior=.* the loss takes parameters otherwise than"):
         make_trainer(tmp_path, BasinMonitor()).fit(HeadlessInline(), loader())
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_basin import Probe, measure_basin
+from lightning_basin import BasinMonitor, Probe, measure_basin
 from lightning_basin.measure import check_measurable
 from lightning_basin.memory import MemoryBudgetError
 from lightning_basin.settings import Settings
+from tests.training import Regressor, loader, make_trainer
 
 MEBIBYTE = 2**20
 
@@ -251,3 +252,54 @@ def test_tensors_that_a_module_holds_count_in_the_budget():
 def test_what_cannot_be_cut_to_the_budget_is_refused_with_what_to_change(mebibytes, message):
     with pytest.raises(MemoryBudgetError, match=message):
         measure_basin(convolutional(), images(48), memory_budget=mebibytes * MEBIBYTE)
+
+
+@pytest.mark.parametrize("budget", [4e6, 1e6, 4e5])
+@pytest.mark.parametrize("hessian", ["auto", "bracket"])
+def test_a_budget_may_be_any_number(budget, hessian):
+    # 16 independent directions of the last layer see both outputs of all 8 inputs.
+    module, inputs = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 2)), torch.randn(8, 8)
+    settings = {"loss_fn": nn.MSELoss(), "hessian": hessian}
+    try:
+        record = measure_basin(module, inputs, torch.zeros(8, 2), memory_budget=budget, **settings)
+    except MemoryBudgetError:
+        assert (hessian, budget) != ("bracket", 4e6)
+    else:
+        assert record.gradient_rank == 16
+    for number in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="must be a finite number of bytes"):
+            measure_basin(module, inputs, memory_budget=number)
+
+
+def test_a_hessian_that_is_too_large_is_refused_with_what_does_without():
+    module, inputs = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 1)), torch.randn(2, 40)
+    with pytest.raises(MemoryBudgetError, match=r"parameters, with the Hessian, needs .*: take hessian='bracket', a"):
+        measure_basin(
+            module, inputs, torch.zeros(2, 1), loss_fn=nn.MSELoss(), hessian="dense", memory_budget=64 * MEBIBYTE
+        )
+    settings = {"loss_fn": nn.MSELoss(), "hessian": "bracket", "memory_budget": 64 * MEBIBYTE}
+    assert measure_basin(module, inputs, torch.zeros(2, 1), **settings).gradient_rank == 2
+
+
+def test_inputs_that_are_run_in_chunks_are_in_no_graph_of_the_hessian():
+    # Beside the graph lie the factors of the wide convolutions, which the products with the Hessian do not need.
+    module = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1), nn.Flatten())
+    probe, cut = Probe(torch.randn(6, 1, 5, 5), torch.zeros(6, 25)), 0
+    for budget in range(4_700_000, 6_000_000, 50_000):
+        plan = check_measurable(module, probe, Settings(loss_fn=nn.MSELoss(), hessian="bracket", memory_budget=budget))
+        if plan.chunk_size < 6:
+            cut += 1
+            assert plan.hessian_limits.chunk_size is not None
+            assert plan.hessian_limits.chunk_size <= plan.chunk_size
+    assert cut > 10
+
+
+def test_a_monitor_says_before_it_measures_that_the_hessian_does_not_fit(tmp_path):
+    module = Regressor()
+    module.hidden, module.readout = nn.Linear(3, 100), nn.Linear(100, 2)  # 602 parameters, six times squared: 17 MB.
+    monitor = BasinMonitor(probe=8, hessian="dense", memory_budget=8 * MEBIBYTE)
+    with pytest.warns(UserWarning, match="with the Hessian, needs .*: take hessian='bracket', ") as warned:
+        make_trainer(tmp_path, monitor).fit(module, loader())
+    first, *_ = [str(warning.message) for warning in warned if "BasinMonitor" in str(warning.message)]
+    assert first.startswith("BasinMonitor will not be able to measure")
+    assert module.num_training_steps == 6

@@ -192,3 +192,9 @@ def test_code_of_the_user_runs_in_the_precision_of_the_evaluation_wherever_it_is
         torch.set_default_dtype(before)
     expected = {getattr(torch, dtype)}
     assert module.dtypes == dict.fromkeys(["copying", "eval", "behavior", "forward", "loss"], expected)
+
+
+def test_a_quantized_constant_is_read_in_the_precision_of_the_evaluation():
+    scale = torch.quantize_per_tensor(torch.tensor([1.0, 2.0]), 0.5, 0, torch.qint8)
+    with RaisedPrecision(torch.float64):
+        assert torch.equal(scale.dequantize(), torch.tensor([1.0, 2.0], dtype=torch.float64))

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_basin import measure_basin
+from lightning_basin import Probe, measure_basin
+from lightning_basin.batches import ProbeCollector
 from tests.networks import Composed, drawn
 
 LONG = torch.zeros(5, 3, dtype=torch.long)
@@ -54,7 +55,7 @@ class Single(nn.Module):
         (nn.Linear(3, 2), LONG, r"got int64 \\(5, 3\\): convert the inputs to the type"),
         (nn.Embedding(3, 2), torch.zeros(5), "convert the inputs to the type"),
         (Single(), torch.ones(5, 3), "float32 only is measured with dtype='float32'"),
-        (Single(keeps=True), torch.ones(5, 3), "neither float64 nor float32 runs Single: two evaluations differ"),
+        (Single(keeps=True), torch.ones(5, 3), "neither float64 nor float32 runs Single: .* two evaluations differ"),
     ],
     ids=["no forward", "missing argument", "shape", "channels", "integers", "floats", "float32", "neither"],
 )
@@ -115,14 +116,104 @@ def test_attention_over_a_set_that_is_all_padding_is_refused_with_its_input():
             (nn.Linear(3, 2), DataLoader(TensorDataset(torch.ones(5, 3)))),
             "inputs must be a batch, got DataLoader: pass",
         ),
+        ((torch.ones(5, 2), torch.ones(5, 3), nn.Linear(3, 2)), "got Tensor: pass the module first, then the inputs"),
+        ((nn.Linear(3, 2), nn.MSELoss(), torch.ones(5, 2)), "inputs must be data, got MSELoss: pass the inputs second"),
+        ((nn.MSELoss(), torch.ones(5, 3), nn.Linear(3, 2)), "MSELoss has none, and targets, Linear, has some: pass"),
+        ((nn.Linear(3, 2), Probe(torch.ones(5, 3)), torch.ones(5, 2)), r"pass Probe\(inputs, targets\)"),
         ((nn.Linear(3, 2), np.ones((5, 3))), r"got ndarray: pass torch.as_tensor\(inputs\)"),
         ((nn.Linear(3, 2), [[1.0, 2.0, 3.0]]), r"got list: pass torch.as_tensor\(inputs\)"),
     ],
-    ids=["swapped", "class", "function", "loss as targets", "loader", "NumPy", "list of numbers"],
+    ids=[
+        *("swapped", "class", "function", "loss as targets", "loader", "module third", "loss second", "loss first"),
+        *("targets twice", "NumPy", "list of numbers"),
+    ],
 )
 def test_arguments_in_another_order_are_refused_with_what_to_pass(arguments, message):
     with pytest.raises(TypeError, match=message):
         measure_basin(*arguments)
+
+
+NET = nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss_fn": nn.MSELoss}, "loss_fn must be .* got the class MSELoss: pass an instance of it"),
+        (
+            {"loss_fn": torch.ones(5, 2)},
+            "loss_fn must be a function of outputs and targets or 'behavioral', got Tensor",
+        ),
+        ({"behavior": torch.ones(5, 2)}, "behavior must be a function of module and inputs, .* got Tensor"),
+        ({"behavior": NET}, "behavior must be .* got the module, which is called without it"),
+        (
+            {"loss_fn": lambda a, b, c: a},
+            "['float64 (5, 2)'].* 'c'; pass loss_fn=lambda outputs, targets: ... that brings",
+        ),
+        (
+            {"loss_fn": nn.CrossEntropyLoss(), "targets": torch.ones(5)},
+            "['float64 (5,)'].* Double; pass loss_fn=lambda",
+        ),
+        ({"loss_fn": nn.MSELoss(reduction="none")}, r"a tensor of shape (5, 2): pass loss_fn=lambda outputs, targets"),
+        (
+            {"loss_fn": lambda a, b: {"loss": a.sum()}},
+            "got dict with keys ['loss']: pass loss_fn=lambda outputs, targets",
+        ),
+    ],
+    ids=["class", "tensor", "tensor as behavior", "itself", "three arguments", "floats", "all losses", "dict"],
+)
+def test_functions_of_another_kind_are_refused_with_what_to_pass(arguments, message):
+    pattern = message.translate({ord(mark): f"\\{mark}" for mark in "()[]"})
+    with pytest.raises(TypeError, match=pattern) as refused:
+        measure_basin(NET, **{"inputs": drawn(5, 3), "targets": drawn(5, 2), **arguments})
+    assert "\n" not in str(refused.value)
+
+
+def test_what_helps_is_tried_where_a_module_cannot_be_called():
+    inputs, targets = drawn(5, 3), drawn(5, 2)
+    with pytest.raises(
+        ValueError, match="the module runs on the targets: pass these as inputs, and the inputs as targets"
+    ):
+        measure_basin(NET, targets, inputs, loss_fn=nn.MSELoss())
+    with pytest.raises(ValueError, match="on the first of the pair that inputs is: pass inputs and targets apart"):
+        measure_basin(NET, (inputs, targets))
+    module = Composed(lambda m, x: m.net(x.to_mkldnn().to_dense()), net=NET)
+    with pytest.raises(ValueError, match="float32 only is measured with dtype='float32'"):
+        measure_basin(module, inputs)
+    assert measure_basin(module, inputs, dtype="float32").gradient_rank == 8
+
+
+def test_messages_of_torch_are_cut_to_their_first_sentence():
+    module = Composed(lambda m, x: m.net(x).to_sparse().amax(1), net=NET)  # A page of kernels.
+    with pytest.raises(ValueError, match="failed with NotImplementedError: Could not run 'aten::amax") as refused:
+        measure_basin(module, drawn(5, 3))
+    assert "\n" not in str(refused.value)
+
+
+def not_finite(place):
+    inputs, targets, module = drawn(5, 3), drawn(5, 2), nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
+    tensors = {"input": inputs, "target": targets, "weight": module[0].weight.data, "buffer": module[1].running_var}
+    if place in tensors:
+        tensors[place][1] = torch.inf if place == "buffer" else torch.nan
+    if place == "layer":
+        module[0].weight.data.fill_(1e200)
+        inputs *= 1e200
+    return module, inputs, targets
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("input", r"on 1 of the 5 inputs, the first of them input 1: leave out the inputs \[1\]"),
+        ("weight", r"the first of them input 0: \['0.weight'\] of the module are not finite"),
+        ("layer", "layer '0' is the first whose results are not finite, of finite inputs"),
+        ("target", r"the loss on the probe must be finite, got nan, as the targets of the inputs \[1\] are not"),
+    ],
+)
+def test_what_is_not_finite_is_named(place, message):
+    module, inputs, targets = not_finite(place)
+    with pytest.raises(ValueError, match=message):
+        measure_basin(module, inputs, targets, loss_fn=nn.MSELoss())
 
 
 def test_a_pair_as_inputs_is_asked_about_where_targets_are_missing():
@@ -130,10 +221,42 @@ def test_a_pair_as_inputs_is_asked_about_where_targets_are_missing():
         measure_basin(nn.Linear(3, 2), (torch.ones(5, 3), torch.ones(5, 2)), loss_fn=nn.MSELoss())
 
 
-def test_sparse_outputs_are_refused_with_what_helps():
-    module = Composed(lambda m, x: m.net(x).to_sparse(), net=nn.Linear(3, 2))
-    with pytest.raises(TypeError, match=r"must be dense, got torch.sparse_coo: pass a behavior .*to_dense"):
+LENGTHS = [2, 1, 3, 2, 1]
+NESTED = torch.nested.nested_tensor([torch.ones(length, 3) for length in LENGTHS])
+JAGGED = torch.nested.nested_tensor([torch.ones(length, 3) for length in LENGTHS], layout=torch.jagged)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda m, x: m.net(x).to_sparse(), r"must be dense, got torch.sparse_coo: pass a behavior .*to_dense"),
+        (lambda m, x: nested(m.net(x)), r"must be dense, got a nested tensor: pass a behavior .*to_padded_tensor"),
+        (
+            lambda m, x: m.net(nested(x)),
+            "layer 'net' must be called with dense tensors, got a nested one; pass behavior",
+        ),
+        (lambda m, x: torch.fft.fft(m.net(x)), "got torch.complex128: pass behavior=.* torch.view_as_real of these"),
+        (lambda m, x: m.net(x) > 0, "got torch.bool: pass behavior=.* the numbers that these are made from"),
+        (lambda m, x: {"logits": m.net(x)}, r"must be a tensor, got dict with keys \['logits'\]: pass behavior"),
+    ],
+    ids=["sparse", "nested", "nested inside", "complex", "booleans", "a dict"],
+)
+def test_outputs_of_another_kind_are_refused_with_what_helps(function, message):
+    module = Composed(function, net=nn.Linear(3, 2))
+    with pytest.raises((TypeError, ValueError), match=message):
         measure_basin(module, drawn(5, 3))
+
+
+def nested(x):
+    return torch.nested.as_nested_tensor([row.unsqueeze(0) for row in x], layout=torch.jagged)
+
+
+@pytest.mark.parametrize("tensor", [NESTED, JAGGED, torch.ones(5, 3).to_sparse()], ids=["nested", "jagged", "sparse"])
+@pytest.mark.parametrize("take", [Probe, ProbeCollector(3).add], ids=["a probe", "from batches"])
+def test_tensors_without_plain_axes_are_refused_with_what_makes_them_dense(tensor, take):
+    method = "to_padded_tensor" if tensor.is_nested else "to_dense"
+    with pytest.raises(ValueError, match=rf"must be dense, got .*: pass tensor.{method}\("):
+        take((tensor, torch.ones(5)))
 
 
 @pytest.mark.parametrize("hessian", ["bracket", "dense"])

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import grad
 from torch.backends import mkldnn
 from torch.nn import functional as F
 from torch.utils import checkpoint
+from torch.utils.data import DataLoader
 
 from lightning_basin import measure_basin
 from lightning_basin.network.isolation import isolated_evaluation
 from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.network.replica import replicas
+from tests.networks import Composed
 
 CPU = torch.device("cpu")
 
@@ -183,12 +186,10 @@ def test_plain_functions_and_none_stay():
 
 
 def uncopyable(kind, folder):
-    if kind == "lock":
-        return threading.Lock()
-    return (folder / "log").open("w") if kind == "open file" else (number for number in range(3))
+    return threading.Lock() if kind == "lock" else (folder / "log").open("w")
 
 
-@pytest.mark.parametrize("kind", ["lock", "open file", "generator"])
+@pytest.mark.parametrize("kind", ["lock", "open file"])
 def test_an_attribute_that_cannot_be_copied_is_shared(kind, tmp_path):
     module = Bookkeeping()
     module.handle = uncopyable(kind, tmp_path)
@@ -196,6 +197,20 @@ def test_an_attribute_that_cannot_be_copied_is_shared(kind, tmp_path):
     assert replica.handle is module.handle
     replica(torch.ones(1, 2, dtype=torch.float64))
     assert (module.calls, module.history, module.plain.tolist()) == (0, [], [0.0, 0.0])
+
+
+@pytest.mark.parametrize("workers", [None, 0, 1])
+def test_a_copy_takes_no_item_of_an_iterator_that_the_original_goes_on_with(workers):
+    module, numbers = nn.Linear(1, 1), [torch.tensor(float(number)) for number in range(3)]
+    module.numbers = (
+        (number for number in numbers)
+        if workers is None
+        else iter(DataLoader(numbers, batch_size=None, num_workers=workers))
+    )
+    (replica,) = replicas(module)
+    with pytest.raises(TypeError, match="an iterator that training goes on with"):
+        next(replica.numbers)
+    assert next(module.numbers) == 0.0
 
 
 def test_an_attribute_of_a_part_that_cannot_be_copied_is_shared():
@@ -624,3 +639,63 @@ def test_checkpointed_modules_measure_as_plain_ones(use_reentrant):
     assert first == second
     # And training still checkpoints: its function is back in place.
     assert checkpoint.CheckpointFunction.__name__ == "CheckpointFunction"
+
+
+KEPT = {
+    "a view": (lambda m: setattr(m, "tied", m.first.weight.t()), lambda m, x: m.first(x).relu() @ m.tied.T, "tied"),
+    "in a dict": (
+        lambda m: setattr(m, "cut", {"half": [m.first.weight[:2]]}),
+        lambda m, x: m.second(m.first(x).tanh()) + nn.functional.linear(x, m.cut["half"][0]),
+        "cut",
+    ),
+    "scaled": (lambda m: setattr(m, "scaled", 2 * m.second.weight), lambda m, x: m.first(x) @ m.scaled.T, "scaled"),
+    "a buffer": (lambda m: m.register_buffer("mean", m.first.weight.mean()), lambda m, x: m.first(x) * m.mean, "mean"),
+}
+
+
+@pytest.mark.parametrize(("keep", "function", "name"), KEPT.values(), ids=KEPT)
+def test_what_was_computed_from_parameters_before_and_is_used_is_refused_by_its_name(keep, function, name):
+    # A copy of it leads to no parameter: the rank would be too small.
+    module = Composed(function, first=nn.Linear(3, 3), second=nn.Linear(3, 2))
+    keep(module)
+    with pytest.raises(ValueError, match=rf"uses tensors from before, as \['{name}'\]: compute them in forward"):
+        measure_basin(module, torch.randn(5, 3))
+
+
+@pytest.mark.parametrize(("keep", "function", "name"), KEPT.values(), ids=KEPT)
+def test_what_was_computed_from_parameters_before_is_of_no_account_where_it_is_made_anew(keep, function, name):
+    def anew(m, x):
+        keep(m)
+        return function(m, x)
+
+    module = Composed(anew, first=nn.Linear(3, 3), second=nn.Linear(3, 2)).double()
+    inputs = torch.randn(5, 3, dtype=torch.float64)
+    parameters = list(module.parameters())
+    rows = [
+        torch.cat([part.flatten() for part in grad(number, parameters, retain_graph=True, materialize_grads=True)])
+        for number in module(inputs).flatten()
+    ]
+    assert hasattr(module, name)  # The user's module keeps it too.
+    assert measure_basin(module, inputs).gradient_rank == int(torch.linalg.matrix_rank(torch.stack(rows)))
+
+
+def test_a_tensor_on_the_meta_device_and_a_lazy_buffer_are_refused_by_their_names():
+    with pytest.raises(ValueError, match=r"but \['weight', 'bias'\] are on the device 'meta': load them"):
+        measure_basin(nn.Linear(3, 2, device="meta"), torch.randn(5, 3))
+    module = nn.Sequential(nn.Linear(3, 2), nn.LazyBatchNorm1d(affine=False))
+    with pytest.raises(ValueError, match="buffer 'running_mean' has no shape yet: run one forward pass"):
+        measure_basin(module, torch.randn(5, 3))
+    module(torch.randn(5, 3))
+    assert measure_basin(module, torch.randn(5, 3)).gradient_rank > 0
+
+
+@pytest.mark.parametrize("is_filled", [False, True])
+def test_a_cache_of_parametrizations_is_neither_read_nor_filled(is_filled):
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    inputs = torch.randn(5, 3)
+    with nn.utils.parametrize.cached():
+        before = module.weight if is_filled else None
+        assert measure_basin(module, inputs).gradient_rank == 8
+        assert module.weight.dtype == torch.float32
+        assert module.weight.requires_grad
+        assert before is None or module.weight is before

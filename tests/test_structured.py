@@ -127,3 +127,30 @@ def test_a_frozen_bias_leaves_the_weight():
     expected = finite_differences(network, probe, network.layers[0])
     assert gradients.gradients.num_columns == 8
     torch.testing.assert_close(gradients.gradients.rows(), expected, rtol=1e-7, atol=1e-6)
+
+
+SPARSE = {
+    "input": lambda m, x: m.head((x.to_sparse() @ m.part.weight).square()),
+    "compressed input": lambda m, x: m.head((x.to_sparse_csr() @ m.part.weight).square()),
+    "made of indices": lambda m, x: m.head((one_hot_in(x.new_ones, x) @ m.part.weight).square()),
+    "made dense": lambda m, x: m.head(m.part(one_hot_in(x.new_ones, x).to_dense()).square()),
+    "hidden": lambda m, x: m.head(m.part(x).square().to_sparse().to_dense()),
+    "written into": lambda m, x: m.head(((x * 0).to_sparse().add_(x.to_sparse()) @ m.part.weight).square()),
+}
+
+
+def one_hot_in(ones, x):
+    """A sparse matrix with a one in each row."""
+    places = torch.stack([torch.arange(len(x)), (x[:, 0] > 0).long()])
+    return torch.sparse_coo_tensor(places, ones(len(x)), (len(x), 4), check_invariants=True)
+
+
+@pytest.mark.parametrize("function", SPARSE.values(), ids=SPARSE)
+def test_gradients_behind_sparse_tensors_are_those_of_finite_differences(function):
+    module = filled(Composed(function, part=nn.Linear(4, 4), head=nn.Linear(4, 2)))
+    network, probe = Network(module), Probe(drawn(5, 4))
+    for name, gradients in measured(network, probe).items():
+        layer = next(layer for layer in network.layers if layer.name == name)
+        assert gradients.structured
+        expected = finite_differences(network, probe, layer)
+        torch.testing.assert_close(gradients.gradients.rows(), expected, rtol=1e-7, atol=1e-6)

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_basin import BasinMonitor, measure_basin, measure_checkpoints
+from lightning_basin.tensors import tensors_of
 from tests.lightning_packages import LightningModule, MisconfigurationException, ModelCheckpoint
-from tests.training import loader, make_trainer, seeded, steps
+from tests.training import Unmeasurable, loader, make_trainer, seeded, steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -173,6 +174,110 @@ class Manual(Classifier):
         self.log("loss", loss)
 
 
+class DirectBackward(Manual):
+    """Calls the backward pass of the tensor, behind a loss that is only looked at."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer, logits = self.optimizers(), self.logits(batch)
+        self.log("mse", F.mse_loss(logits, batch["target"]))
+        optimizer.zero_grad()
+        F.cross_entropy(logits, batch["label"]).backward()
+        optimizer.step()
+
+
+class Keywords(Classifier):
+    def training_step(self, *args, **kwargs):
+        batch, _ = args
+        return F.mse_loss(target=self.logits(batch), input=batch["target"])
+
+
+class InPlace(Classifier):
+    """Writes into its batch, at every run."""
+
+    def training_step(self, batch, batch_idx=0):
+        batch["image"].mul_(2)
+        return F.mse_loss(self.logits(batch), batch["target"])
+
+
+# Losses that are computed past the functions and modules that can be watched.
+
+
+class Operators(Classifier):
+    def training_step(self, batch, batch_idx):
+        return ((self.logits(batch) - batch["target"]) ** 2).mean()
+
+
+class Gathered(Classifier):
+    def training_step(self, batch, batch_idx):
+        return -self.logits(batch).log_softmax(1).gather(1, batch["label"][:, None]).mean()
+
+
+class Distribution(Classifier):
+    def training_step(self, batch, batch_idx):
+        normal = torch.distributions.Normal(self.logits(batch)[:, 0], 1 + self.logits(batch)[:, 1] ** 2)
+        return -normal.log_prob(batch["target"][:, 0]).mean()
+
+
+class PlainObject:
+    def between(self, y, y_hat):
+        return (y - y_hat).pow(4).sum(1)
+
+
+class OfAnObject(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.compared = PlainObject()
+
+    def training_step(self, batch, batch_idx):
+        return self.compared.between(y=batch["target"], y_hat=self.logits(batch)).mean()
+
+
+class AddedByOperators(Classifier):
+    def forward(self, x):
+        hidden = self.net[1](self.net[0](x))
+        return {"logits": self.net[3](hidden), "hidden": hidden, "size": torch.tensor(3)}
+
+    def training_step(self, batch, batch_idx):
+        logits = self.forward(batch["image"].flatten(1))["logits"]  # As many call it.
+        return F.cross_entropy(logits, batch["label"]) + 0.1 * logits.square().mean()
+
+
+class Focal(Classifier):
+    """The weight of each loss is a function of the outputs."""
+
+    def training_step(self, batch, batch_idx):
+        logits = self.logits(batch)
+        return ((1 - logits.softmax(1)[:, 0]) ** 2 * F.cross_entropy(logits, batch["label"], reduction="none")).mean()
+
+
+class ByLayers(Classifier):
+    def training_step(self, batch, batch_idx):
+        hidden = torch.tanh(self.net[0](batch["image"].flatten(1)))
+        return (self.net[3](hidden) - batch["target"]).square().mean().sqrt()
+
+
+class Pairs(Classifier):
+    def training_step(self, batch, batch_idx):
+        first, second = self.net(batch["image"].flatten(1)), self.net(-batch["image"].flatten(1))
+        return ((first - second).square().sum(1) - batch["target"][:, 0]).square().mean()
+
+
+class MaskedWords(Base):
+    def training_step(self, batch, batch_idx):
+        mask = batch["tokens"][:, 1:] > 0
+        logits = self.tokens(batch["tokens"][:, :-1])
+        return F.cross_entropy(logits[mask], batch["tokens"][:, 1:][mask])
+
+
+def of_masked_words(outputs, tokens):
+    mask = tokens[:, 1:] > 0
+    return F.cross_entropy(outputs.reshape(*mask.shape, 5)[mask], tokens[:, 1:][mask])
+
+
+def of_normal(outputs, targets):
+    return -torch.distributions.Normal(outputs[:, 0], 1 + outputs[:, 1] ** 2).log_prob(targets).mean()
+
+
 def tokens_loss(outputs, targets):
     return F.cross_entropy(outputs.reshape(-1, 5), targets.reshape(-1))
 
@@ -225,6 +330,44 @@ SHAPES = {
         lambda b: lambda f, _: F.mse_loss(f, b["image"].flatten(1)),
     ),
     "manual optimization": (Manual, by_net, lambda b: lambda f, _: F.cross_entropy(f, b["label"])),
+    "backward of a tensor": (DirectBackward, by_net, lambda b: lambda f, _: F.cross_entropy(f, b["label"])),
+    "keywords": (Keywords, by_net, lambda b: lambda f, _: F.mse_loss(f, b["target"])),
+    "writes into its batch": (
+        InPlace,
+        lambda m, b: m.net(2 * b["image"].flatten(1)),
+        lambda b: lambda f, _: F.mse_loss(f, b["target"]),
+    ),
+    "operators": (Operators, by_net, lambda b: lambda f, _: F.mse_loss(f, b["target"])),
+    "gathered": (Gathered, by_net, lambda b: lambda f, _: F.cross_entropy(f, b["label"])),
+    "a distribution": (
+        Distribution,
+        lambda m, b: torch.cat([by_net(m, b)] * 2, 1),
+        lambda b: lambda f, _: of_normal(f[:, [0, 4]], b["target"][:, 0]),
+    ),
+    "an object": (OfAnObject, by_net, lambda b: lambda f, _: (f - b["target"]).pow(4).sum(1).mean()),
+    "added by operators": (
+        AddedByOperators,
+        by_net,
+        lambda b: lambda f, _: F.cross_entropy(f, b["label"]) + 0.1 * f.square().mean(),
+    ),
+    "focal": (
+        Focal,
+        by_net,
+        lambda b: (
+            lambda f, _: ((1 - f.softmax(1)[:, 0]) ** 2 * F.cross_entropy(f, b["label"], reduction="none")).mean()
+        ),
+    ),
+    "layers in the step": (ByLayers, by_net, lambda b: lambda f, _: F.mse_loss(f, b["target"]).sqrt()),
+    "pairs": (
+        Pairs,
+        lambda m, b: torch.cat([m.net(s * b["image"].flatten(1)) for s in (1, -1)], 1),
+        lambda b: lambda f, _: F.mse_loss((f[:, :3] - f[:, 3:]).square().sum(1), b["target"][:, 0]),
+    ),
+    "masked words": (
+        MaskedWords,
+        lambda m, b: m.tokens(b["tokens"][:, :-1]),
+        lambda b: lambda f, _: of_masked_words(f, b["tokens"]),
+    ),
 }
 
 
@@ -337,7 +480,8 @@ class InlineOfTwoLoaders(Base):
 
     def training_step(self, batch, batch_idx):
         batches = batch.values() if isinstance(batch, dict) else batch
-        return sum((self.net(image.flatten(1)) - label[:, None]).square().mean() for image, label in batches)
+        penalty = sum(parameter.square().sum() for parameter in self.net.parameters())
+        return penalty + sum((self.net(image.flatten(1)) - label[:, None]).square().mean() for image, label in batches)
 
 
 @pytest.mark.parametrize("form", [list, dict])
@@ -354,6 +498,30 @@ def test_batches_of_two_loaders_are_no_pair(tmp_path, form):
     )
     make_trainer(tmp_path, monitor, max_epochs=1).fit(InlineOfTwoLoaders(), loaders)
     assert monitor.records[0].num_rows == 8 * 3
+
+
+SETS = {
+    "pairs": ([(row, row[:2]) for row in torch.eye(8)[:, :3]], "batch[0]"),
+    "dicts": ([{"x": row, "y": row[:2]} for row in torch.eye(8)[:, :3]], "(batch[0]['x'], batch[0]['y'])"),
+    "inputs": (list(torch.eye(8)[:, :3]), "(batch[0], None)"),
+}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(("items", "pair"), SETS.values(), ids=SETS)
+def test_what_is_proposed_for_several_loaders_helps(tmp_path, items, pair, number):
+    class Sum(Unmeasurable):
+        def training_step(self, batch, batch_idx):
+            penalty = self.hidden.weight.square().sum()  # With which the step cannot be read.
+            return penalty + sum(self(tensors_of(part)[0]).square().mean() for part in batch)
+
+    loaders = [DataLoader(items, 8) for _ in range(number)]
+    with pytest.raises(MisconfigurationException, match=f"each of {number} loaders: pass ") as refused:
+        make_trainer(tmp_path, BasinMonitor(8), max_epochs=1).fit(Sum(), loaders)
+    assert f"batch_fn=lambda batch: {pair} for those of the first" in str(refused.value)
+    monitor = BasinMonitor(8, batch_fn=eval(f"lambda batch: {pair}"))
+    make_trainer(tmp_path, monitor, max_epochs=1).fit(Sum(), loaders)
+    assert monitor.records[0].num_inputs == 8
 
 
 # --- what today's rules say, and what is no function of outputs and targets -------------------------------------------
@@ -397,30 +565,203 @@ def test_what_is_trained_is_measured_where_forward_returns_something_else(tmp_pa
     assert [integers(record) for record in monitor.records] == [integers(record) for record in other.records]
 
 
+class LearnedWeights(Classifier):
+    """Weights that are parameters, zero at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_weights = nn.Parameter(torch.zeros(2))
+
+    def training_step(self, batch, batch_idx):
+        first, second = (-self.log_weights).softmax(0)
+        logits = self.logits(batch)
+        return first * F.cross_entropy(logits, batch["label"]) + second * F.mse_loss(logits, batch["target"])
+
+
+class OwnTargets(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self.logits(batch), self.net(-batch["image"].flatten(1)).detach())
+
+
+class OwnTargetsByOperators(Classifier):
+    def training_step(self, batch, batch_idx):
+        return (self.logits(batch) - self.net(-batch["image"].flatten(1)).detach()).square().mean()
+
+
+class RandomSmoothing(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.logits(batch), batch["label"], label_smoothing=float(torch.rand(())))
+
+
+class OfTheIndex(Classifier):
+    def training_step(self, batch, batch_idx):
+        logits = self.logits(batch)
+        return F.mse_loss(logits, batch["target"]) if batch_idx % 2 else F.cross_entropy(logits, batch["label"])
+
+
+@pytest.mark.parametrize("kind", [LearnedWeights, OwnTargets, RandomSmoothing, OfTheIndex])
+def test_a_loss_that_is_no_function_of_outputs_and_targets_is_left_out(tmp_path, caplog, kind):
+    monitor, ordinary = BasinMonitor(20), BasinMonitor(20)
+    fitted(tmp_path, kind(), monitor)
+    assert {record.loss for record in monitor.records} == {None}
+    assert caplog.text.count("no loss, as it is no function of outputs and targets") == 1
+    fitted(tmp_path, CrossEntropy(), ordinary)
+    assert monitor.records[0].gradient_rank == ordinary.records[0].gradient_rank
+
+
+class NothingAtFirst(Classifier):
+    """Another loss is called than that which is trained from the second batch on."""
+
+    def training_step(self, batch, batch_idx):
+        logits = self.logits(batch)
+        self.log("mse", F.mse_loss(logits, batch["target"]))
+        return F.cross_entropy(logits, batch["label"]) if self.global_step or batch_idx else None
+
+
+class PenaltyByOperators(Classifier):
+    def training_step(self, batch, batch_idx):
+        penalty = sum(parameter.square().sum() for parameter in self.net.parameters())
+        return (self.logits(batch) - batch["target"]).square().mean() + penalty
+
+
+class LastLayerByOperators(Classifier):
+    def training_step(self, batch, batch_idx):
+        hidden = self.net[0](batch["image"].flatten(1))
+        return (hidden @ self.net[3].weight.T - batch["target"]).square().mean()
+
+
+class ProductByOperators(Classifier):
+    def training_step(self, batch, batch_idx):
+        product = self.logits(batch)[:, 0] * self.tokens(batch["tokens"])[:, 0, 0]
+        return (product - batch["target"][:, 0]).square().mean()
+
+
+class SumByOperators(Classifier):
+    """The second call sees what the first has returned."""
+
+    def training_step(self, batch, batch_idx):
+        first = self.net[3](self.net[0](batch["image"].flatten(1)))
+        second = first + self.net[3](first.repeat(1, 2)[:, :5])
+        return (second - batch["target"]).square().mean()
+
+
 @pytest.mark.parametrize(
-    ("step", "names_part"),
+    ("kind", "why"),
     [
-        # The weight of each loss is a function of the outputs, as in focal loss.
-        (
-            lambda m, b, f: ((1 - f.softmax(1)[:, 0]) ** 2 * F.cross_entropy(f, b["label"], reduction="none")).mean(),
-            True,
-        ),
-        # Targets that the network makes itself.
-        (lambda m, b, f: F.mse_loss(f, m.net(-b["image"].flatten(1)).detach()), True),
-        (lambda m, b, f: F.mse_loss(f, b["target"]).sqrt(), True),
+        (NothingAtFirst, "must return a loss or call a backward pass"),
+        (PenaltyByOperators, "parameters otherwise than through modules"),
+        (LastLayerByOperators, "parameters otherwise than through modules"),
+        (ProductByOperators, "made of what one module returns"),
+        (OwnTargetsByOperators, "no function of outputs and targets"),
+        (SumByOperators, "must not enter the module that makes the others"),
     ],
-    ids=["focal", "own targets", "root"],
 )
-def test_a_loss_that_is_no_function_of_outputs_and_targets_is_left_out(tmp_path, caplog, step, names_part):
-    class Odd(Classifier):
+def test_a_step_that_says_no_outputs_is_refused_with_the_reason(tmp_path, kind, why):
+    with pytest.raises(MisconfigurationException, match=f"batch_fn=.*cannot be read from training_step: .*{why}"):
+        fitted(tmp_path, kind(), BasinMonitor(20))
+
+
+class OfTheEpoch(Classifier):
+    """A second loss that sets in after the first epoch."""
+
+    def training_step(self, batch, batch_idx):
+        logits = self.logits(batch)
+        return F.cross_entropy(logits, batch["label"]) + self.current_epoch * F.mse_loss(logits, batch["target"])
+
+
+class OfABuffer(Classifier):
+    """Targets are centred by a mean that moves with the batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def training_step(self, batch, batch_idx):
+        self.mean.lerp_(batch["target"].mean(0), 0.5)
+        return F.mse_loss(self.logits(batch), batch["target"] - self.mean)
+
+
+class OfTheHardest(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.logits(batch), batch["label"], reduction="none").topk(4).values.mean()
+
+
+def of_the_epoch(module, batch, epoch):
+    return lambda f, _: F.cross_entropy(f, batch["label"]) + epoch * F.mse_loss(f, batch["target"])
+
+
+def of_a_buffer(module, batch, epoch):
+    mean = module.mean.double().lerp(batch["target"].mean(0), 0.5)
+    return lambda f, _: F.mse_loss(f, batch["target"] - mean)
+
+
+def of_the_hardest(module, batch, epoch):
+    return lambda f, _: F.cross_entropy(f, batch["label"], reduction="none").topk(4).values.mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss_of"), [(OfTheEpoch, of_the_epoch), (OfABuffer, of_a_buffer), (OfTheHardest, of_the_hardest)]
+)
+def test_a_loss_that_changes_in_training_is_that_of_the_step_at_the_time(tmp_path, kind, loss_of):
+    module, monitor = kind(), BasinMonitor(20)
+    fitted(tmp_path, module, monitor, max_epochs=3)
+    batch = whole_probe()
+    doubled = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    loss_fn = loss_of(module, doubled, 2)
+    expected = measure_basin(module, batch, batch["label"], behavior=by_net, loss_fn=loss_fn, layers="auto")
+    assert integers(monitor.records[-1]) == integers(expected)
+    assert monitor.records[-1].loss == pytest.approx(expected.loss, rel=1e-12)
+
+
+def test_a_loss_of_the_module_that_is_not_trained_is_not_taken(tmp_path):
+    class Misleading(Base):
+        def __init__(self):
+            super().__init__()
+            self.loss_fn = nn.MSELoss()
+
+        def forward(self, x):
+            return self.net(x.flatten(1))
+
         def training_step(self, batch, batch_idx):
-            return step(self, batch, self.logits(batch))
+            return -self(batch[0]).log_softmax(1).gather(1, batch[1][:, None]).mean()
+
+    monitor, other = BasinMonitor(20), BasinMonitor(20)
+    fitted(tmp_path, Misleading(), monitor, collate_fn=stacked)
+    fitted(tmp_path, CrossEntropy(), other)
+    assert integers(monitor.records[0]) == integers(other.records[0])
+
+
+def test_a_step_with_other_losses_for_other_optimizers_is_said_to_be_measured_in_part(tmp_path, caplog):
+    class Two(Manual):
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            for optimizer, loss in (
+                (first, F.cross_entropy(self.logits(batch), batch["label"])),
+                (second, self.tokens(batch["tokens"]).square().mean()),
+            ):
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net, self.tokens)]
 
     monitor = BasinMonitor(20)
-    fitted(tmp_path, Odd(), monitor)
-    assert {record.loss for record in monitor.records} == {None}
-    assert monitor.records[0].gradient_rank > 0
-    assert "no loss, as" in caplog.text
+    with pytest.warns(UserWarning, match=r"do not depend on the layers \['tokens.0', 'tokens.1'\], which training"):
+        fitted(tmp_path, Two(), monitor)
+    assert "loss: cross_entropy, part of the whole" in caplog.text
+
+
+@pytest.mark.parametrize("partner", [lambda x: x.flip(0), lambda x: x.roll(len(x) // 2, 0)], ids=["mirror", "half"])
+@pytest.mark.parametrize("size", [8, 20])
+def test_inputs_that_a_step_mixes_in_pairs_are_refused(tmp_path, partner, size):
+    class Mixed(Classifier):
+        def training_step(self, batch, batch_idx):
+            image = 0.7 * batch["image"] + 0.3 * partner(batch["image"])
+            return F.cross_entropy(self.net(image.flatten(1)), batch["label"])
+
+    with pytest.raises(MisconfigurationException, match="changes with the other inputs of the batch"):
+        fitted(tmp_path, Mixed(), BasinMonitor(size))
 
 
 def test_a_penalty_is_said_to_be_missing(tmp_path, caplog):
@@ -503,6 +844,25 @@ def test_a_resumed_run_goes_on_with_the_step(tmp_path):
     assert integers(offline) == integers(monitor.records[1])
     assert offline.loss == pytest.approx(monitor.records[1].loss, rel=1e-12)
     del whole
+
+
+def test_noise_in_a_step_leaves_forward_and_the_loss_of_the_module(tmp_path, caplog):
+    class Noisy(Base):
+        def __init__(self):
+            super().__init__()
+            self.loss_fn = nn.CrossEntropyLoss()
+
+        def forward(self, x):
+            return self.net(x.flatten(1))
+
+        def training_step(self, batch, batch_idx):
+            return self.loss_fn(self(batch[0]) + torch.randn(len(batch[1]), 3), batch[1])
+
+    monitor, other = BasinMonitor(20), BasinMonitor(20)
+    fitted(tmp_path, Noisy(), monitor, collate_fn=stacked)
+    assert "measures what forward returns, as training_step cannot be read: training_step draws random" in caplog.text
+    fitted(tmp_path, CrossEntropy(), other)
+    assert integers(monitor.records[0]) == integers(other.records[0])
 
 
 def test_the_whole_training_set_is_read_in_the_form_of_the_step(tmp_path):

@@ -108,12 +108,12 @@ class Regressor(Unmeasurable):
 
 
 class Inline(Unmeasurable):
-    """Computes its loss from tensors: no function of torch is called that could be watched."""
+    """Computes its loss from tensors and its own weights: nothing can be read from its step."""
 
     def training_step(self, batch, batch_idx):
         self.num_training_steps += 1
         inputs, targets = self.split(batch)
-        return (self(inputs) - targets).square().mean()
+        return (self(inputs) - targets).square().mean() + 1e-3 * self.hidden.weight.square().sum()
 
 
 class TwoOptimizers(Regressor):

@@ -23,7 +23,9 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     for name, holds, what in _RULES:
         value = arguments[name]
         if not holds(value):
-            raise MisconfigurationException(f"`BasinMonitor({name}={value!r})` must {what}")
+            shown = repr(value)
+            shown = shown if len(shown) <= _LONGEST_SHOWN and "\n" not in shown else type(value).__name__
+            raise MisconfigurationException(f"`BasinMonitor({name}={shown})` must {what}")
     if arguments["history"] is not None:
         check_file_name(arguments["prefix"], arguments["history"])
     try:
@@ -54,6 +56,7 @@ def check_file_name(prefix: str, ending: str) -> None:
     )
 
 
+_LONGEST_SHOWN = 60
 _LONGEST_NAME = 255  # Bytes, of a file on the usual file systems.
 _DEVICE = re.compile("con|prn|aux|nul|com[0-9]|lpt[0-9]", re.IGNORECASE)
 
@@ -80,6 +83,16 @@ def _no_word_but(*words: str) -> Callable[[Any], bool]:
     return lambda value: not isinstance(value, str) or value in words
 
 
+def _function_or(*words: str | None) -> Callable[[Any], bool]:
+    """A class can be called too, and is not meant."""
+
+    def holds(value: Any) -> bool:
+        is_function = callable(value) and not isinstance(value, type)
+        return value in words if isinstance(value, str | None) else is_function
+
+    return holds
+
+
 _COUNTS = (
     *("every_n_epochs", "every_n_train_steps", "every_n_epochs_after_zero_loss", "every_n_spectra"),
     *("zero_loss_patience", "max_outputs", "memory_budget", "verify_null_space", "max_failures"),
@@ -94,8 +107,13 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("zero_loss_threshold", lambda value: value >= 0.0, "be >= 0"),
     ("duplicates_over", _no_word_but("train"), "be 'train', a data set or batches"),
     ("hessian", lambda value: value is False or value in HESSIAN_MODES, f"be in {HESSIAN_MODES} or False"),
-    ("loss_fn", _no_word_but("behavioral"), "be callable or 'behavioral'"),
-    ("behavior", _no_word_but("outputs", "probabilities"), "be callable, 'outputs' or 'probabilities'"),
+    ("loss_fn", _function_or("behavioral", None), "be callable or 'behavioral', and no class"),
+    (
+        "behavior",
+        _function_or("outputs", "probabilities", None),
+        "be callable, 'outputs' or 'probabilities', and no class",
+    ),
+    ("batch_fn", _function_or(None), "be callable, and no class"),
     ("on_other_probe", lambda value: value in ("raise", "replace"), "be 'raise' or 'replace'"),
     ("prefix", lambda value: isinstance(value, str), "be a string"),
     ("history", lambda value: value in ("csv", "jsonl", None), "be 'csv', 'jsonl' or None"),

@@ -42,14 +42,9 @@ from lightning_basin.callback.results import Latest, Results
 from lightning_basin.callback.resuming import read_state
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
 from lightning_basin.callback.state import fingerprint, probe_state
+from lightning_basin.callback.step_run import trained_parameters
 from lightning_basin.callback.training_set import check_one_loader, whole_training_set
-from lightning_basin.callback.training_step import (
-    StepLoss,
-    TrainingStep,
-    agrees_with,
-    read_training_step,
-    step_behavior,
-)
+from lightning_basin.callback.training_step import agrees_with, read_training_step, step_behavior
 from lightning_basin.callback.watching import Lenience, check_watchers, watchers
 from lightning_basin.layer_names import tag
 from lightning_basin.measure import check_measurable, measure
@@ -61,7 +56,7 @@ from lightning_basin.network.replica import replicas
 from lightning_basin.null_space import verify_null_space as verified_null_space
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
-from lightning_basin.settings import Behavior, HessianMode, Precision, Probabilities, Settings
+from lightning_basin.settings import DTYPES, Behavior, HessianMode, Precision, Probabilities, Settings
 
 _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
 """They change the numbers, not only which there are."""
@@ -203,6 +198,7 @@ class BasinMonitor(BaseCallback):
         check_arguments(vars(self))
         self._own = Results()
         self._latest = Latest()  # The same for all copies.
+        self._is_set_up = False
         self._has_begun = False
         self._num_zero_losses = 0
         self._num_failures = 0  # In a row.
@@ -210,8 +206,10 @@ class BasinMonitor(BaseCallback):
         self._measured_step: int | None = None
         self._seen_step = 0
         self._resumed_step: int | None = None  # Until the first batch has come by.
-        self._step_calls: tuple[int, ...] | None = None  # Losses of the training step from which outputs are read.
-        self._step_loss: StepLoss | None = None
+        self._trained: frozenset[str] = frozenset()  # Names of parameters that the first step gives a gradient.
+        self._step_calls: tuple[int, ...] | None = None  # Calls in the training step from which outputs are read.
+        self._read_loss: str | None = None  # What was said of their loss.
+        self._unread = ""  # Why nothing was read.
         self._collector = self._new_collector()
         self._initial: tuple[nn.Module, int, int] | None = None  # for the baseline: its step and x axis beside it
         self._gathered: GatheredModule | None = None  # where a strategy shards the module
@@ -232,6 +230,12 @@ class BasinMonitor(BaseCallback):
     @property
     @override
     def state_key(self) -> str:
+        # A trainer refuses equal keys when it is made, in words that name no remedy; `setup` finds them too.
+        return self.checkpoint_key if self._is_set_up else f"{self.checkpoint_key}, not set up: {id(self)}"
+
+    @property
+    def checkpoint_key(self) -> str:
+        """The key of the state in a checkpoint."""
         return self._generate_state_key(prefix=self.prefix)
 
     @property
@@ -265,7 +269,7 @@ class BasinMonitor(BaseCallback):
         Args:
             module: One of those that will be measured.
             probe: Taken where the monitor has none of its own.
-            step_calls: Of such a probe, the losses of ``training_step`` whose outputs were measured.
+            step_calls: Of such a probe, the calls in ``training_step`` whose outputs were measured.
 
         Raises:
             MisconfigurationException: If there is no probe, or the module cannot be measured on it.
@@ -323,6 +327,7 @@ class BasinMonitor(BaseCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._is_set_up = True
         if stage != "fit":
             return
         if not isinstance(trainer, Trainer):
@@ -331,6 +336,12 @@ class BasinMonitor(BaseCallback):
                 f"{type(trainer).__name__}. HINT: `from lightning.pytorch import Trainer`"
             )
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+        prefixes = [escaped(callback.prefix) for callback in callbacks if isinstance(callback, BasinMonitor)]
+        if prefixes.count(escaped(self.prefix)) > 1:
+            raise MisconfigurationException(
+                f"each BasinMonitor of a trainer needs a prefix of its own, which its keys begin with, got {prefixes}: "
+                f"pass BasinMonitor(prefix=...) with another one"
+            )
         self._listeners = [  # A run that raised leaves its own behind.
             listener
             for listener in self._listeners
@@ -478,7 +489,7 @@ class BasinMonitor(BaseCallback):
         self._is_checked = False
         self._leave_out_loss = False
         self._history_path = None
-        self._step_calls, self._step_loss = None, None
+        self._trained, self._step_calls, self._read_loss, self._unread = frozenset(), None, None, ""
         self._collector = self._new_collector()
         if not self._explicit_probe:
             self._probe = None
@@ -495,10 +506,11 @@ class BasinMonitor(BaseCallback):
         try:
             module = None if whole is None else whole()
             if module is not None:
+                self._trained = trained_parameters(module, batch, trainer, DTYPES[self.dtype])
                 self._read_step(module, batch, trainer)
             if self._probe is None:
                 if self._batch_fn is None and not callable(self.behavior):
-                    check_one_loader(trainer)
+                    check_one_loader(trainer, batch)
                 self._collector.add(batch)
                 if self._collector.complete:
                     self._probe = self._collector.probe()
@@ -510,15 +522,20 @@ class BasinMonitor(BaseCallback):
                     self._initial = (initial, trainer.global_step, batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
             if whole is not None:
-                is_pair = callable(self.behavior) and self.batch_fn is None and not self._explicit_probe
-                is_pair = is_pair and isinstance(batch, tuple | list) and len(batch) == 2  # noqa: PLR2004
-                return f"{error}{_PAIR_HINT if is_pair else ''}"
+                return f"{error}{self._hint(batch)}"
             self._probe = self._collector.probe()
             self._say(f"The probe has {self._probe.size} inputs, not {self._probe_size}: {error}", warn=True)
         except Exception as error:  # Not the configuration. The measurements will say whether they succeed.
             name = type(trainer.lightning_module).__name__
             _warn(f"BasinMonitor could not check {name}. {type(error).__name__}: {error}{_memory_hint(error)}")
         return None
+
+    def _hint(self, batch: Any) -> str:
+        """What else to say where the first batch cannot be measured."""
+        is_pair = callable(self.behavior) and self.batch_fn is None and not self._explicit_probe
+        if is_pair and isinstance(batch, tuple | list) and len(batch) == 2:  # noqa: PLR2004
+            return _PAIR_HINT
+        return self._unread and f". It cannot be read from training_step: {self._unread}"
 
     def _read_step(self, module: nn.Module, batch: Any, trainer: Trainer) -> None:
         """Read outputs, targets and loss from the training step, unless arguments say them or it trains just those."""
@@ -527,30 +544,22 @@ class BasinMonitor(BaseCallback):
             return
         try:
             step = read_training_step(module, batch, trainer)
-        except Exception:  # Whatever a step raises that is run alone: then the batch has to say it.
+        except Exception as error:  # Whatever a step raises that is run alone: then the batch has to say it.
+            self._unread = str(error)
             return
         loss_fn = None if self.loss_fn is not None else quiet_loss(found_loss(module), trainer)
         if agrees_with(step, module, batch, quiet_behavior(None, trainer), loss_fn, with_loss=self.loss_fn is None):
-            self._warn_of_unseen_layers(step, module)
             return
         try:
             behavior = quiet_behavior(step_behavior(step.calls), trainer)
             check_measurable(module, Probe(batch), replace(self._settings(behavior), layers="auto", memory_budget=None))
-        except (TypeError, ValueError):  # Inputs that a loss couples, say.
+        except (TypeError, ValueError) as error:  # Inputs that a loss couples, say.
+            self._unread = str(error)
             return
         self._step_calls = step.calls
         self._collector = self._new_collector()
+        self._read_loss = step.loss_in_words
         self._say(str(step))
-        self._warn_of_unseen_layers(step, module)
-
-    def _warn_of_unseen_layers(self, step: TrainingStep, module: nn.Module) -> None:
-        unseen = step.unseen_layers(module)
-        if unseen:
-            self._say(
-                f"The measured outputs do not depend on the layers {unseen}, which training trains otherwise (by a "
-                f"penalty, or through other outputs): their ranks are 0. HINT: pass BasinMonitor(behavior=...)",
-                warn=True,
-            )
 
     @property
     def _batch_fn(self) -> Callable[..., Any] | None:
@@ -560,15 +569,24 @@ class BasinMonitor(BaseCallback):
     def _behavior(self) -> Callable[..., Any] | Literal["outputs", "probabilities"] | None:
         return self.behavior if self._step_calls is None else step_behavior(self._step_calls)
 
-    def _with_step_loss(self, module: nn.Module, probe: Probe, trainer: Trainer | None) -> Probe:
-        """The probe with the targets that the losses of the training step take; and note the loss of these."""
-        if self._step_calls is None or self._leave_out_loss:
-            return probe
-        if self._step_loss is not None and probe.targets is not None:
-            return probe
+    def _with_loss(
+        self, module: nn.Module, probe: Probe, trainer: Trainer | None
+    ) -> tuple[Probe, Callable[..., Any] | Literal["behavioral"] | None]:
+        """The probe with its targets, and the loss; both are those of the training step now where this is read."""
+        if self._step_calls is None:
+            loss_fn = self.loss_fn
+            if loss_fn is None and not self._leave_out_loss:
+                loss_fn = found_loss(module)
+            return probe, quiet_loss(loss_fn, trainer)
+        if self.loss_fn is None and self._leave_out_loss:
+            return probe, None
         step = read_training_step(module, probe.inputs, trainer, self._step_calls)
-        self._step_loss, self._leave_out_loss = step.loss, step.loss is None
-        return Probe(probe.inputs, step.probe.targets)
+        if self.loss_fn is not None:
+            return Probe(probe.inputs, step.targets), quiet_loss(self.loss_fn, trainer)
+        if self._read_loss != step.loss_in_words:  # As by a weight that grows from zero.
+            self._read_loss = step.loss_in_words
+            self._say(str(step))
+        return Probe(probe.inputs, step.probe.targets), quiet_loss(step.loss, trainer)
 
     def _fingerprint(self, probe: Probe) -> str:
         """By what the probe is known again; targets that a training step makes may be made again."""
@@ -587,7 +605,7 @@ class BasinMonitor(BaseCallback):
             )
 
     def _check(self, pl_module: nn.Module, probe: Probe, trainer: Trainer | None = None) -> None:
-        """Evaluate once; a loss that was found and not given is left out where it does not fit."""
+        """Evaluate once, without and with the loss, so that what cannot be measured is said before training."""
         behavior = quiet_behavior(self._behavior, trainer)
         for _ in self._whole_training_set(trainer) or ():  # Whether its first batch can be told apart.
             break
@@ -597,14 +615,25 @@ class BasinMonitor(BaseCallback):
         try:
             plan = check_measurable(pl_module, probe, self._settings(behavior), num_inputs=size)
             self._say(f"BasinMonitor measures {plan}")
+            if plan.unseen:
+                self._say(
+                    f"The measured outputs do not depend on the layers {list(plan.unseen)}, which training trains "
+                    f"otherwise (by a penalty, or through other outputs): their ranks are 0. HINT: pass "
+                    f"BasinMonitor(behavior=...)",
+                    warn=True,
+                )
         except MemoryBudgetError as error:  # The measurements will say so; training goes on.
             self._say(f"BasinMonitor will not be able to measure: {error}", warn=True)
             return
+        self._check_loss(pl_module, probe, trainer, num_inputs=size)
+
+    def _check_loss(self, pl_module: nn.Module, probe: Probe, trainer: Trainer | None, *, num_inputs: int) -> None:
+        """Evaluate the loss once; one that was found and not given is left out where it does not fit."""
+        behavior = quiet_behavior(self._behavior, trainer)
         is_given = self.loss_fn is not None or self._step_calls is not None
-        probe = self._with_step_loss(pl_module, probe, trainer)
-        if self._step_calls is not None and self._leave_out_loss and self.loss_fn is None:
+        probe, loss_fn = self._with_loss(pl_module, probe, trainer)
+        if loss_fn is None and self._step_calls is not None:  # It was said of what was read.
             return
-        loss_fn = quiet_loss(self._loss_fn(pl_module), trainer)
         if loss_fn is None:
             self._say(
                 f"Loss and Hessian are not measured: {type(pl_module).__name__} has no callable "
@@ -615,8 +644,10 @@ class BasinMonitor(BaseCallback):
         try:
             if callable(loss_fn) and probe.targets is None:
                 raise TypeError("it needs targets, and the batches hold none: pass batch_fn or probe=(inputs, targets)")
-            settings = replace(self._settings(behavior, loss_fn), memory_budget=None)
-            check_measurable(pl_module, probe, settings, is_loss_given=is_given)
+            settings = self._settings(behavior, loss_fn)
+            check_measurable(pl_module, probe, settings, num_inputs=num_inputs, is_loss_given=is_given)
+        except MemoryBudgetError as error:
+            self._say(f"BasinMonitor will not be able to measure: {error}", warn=True)
         except (TypeError, ValueError) as error:
             if self.loss_fn is not None:
                 raise
@@ -646,19 +677,13 @@ class BasinMonitor(BaseCallback):
             memory_budget=self.memory_budget,
             dtype=self.dtype,
             seed=self.seed,
+            trained=self._trained,
         )
 
     @property
     def _layers(self) -> Literal["auto", "all"] | Sequence[str]:
         """Curves that began as those of layers stay so, where freed layers make them more than 32."""
         return "all" if self.layers == "auto" and self.records and not self.records[0].blocks else self.layers
-
-    def _loss_fn(self, pl_module: nn.Module) -> Callable[..., Any] | Literal["behavioral"] | None:
-        if self._step_calls is not None and callable(self.loss_fn):
-            return partial(_on_targets_of_a_step, self.loss_fn)
-        if self.loss_fn is not None or self._leave_out_loss:
-            return self.loss_fn
-        return found_loss(pl_module) if self._step_calls is None else self._step_loss
 
     def _whole_training_set(self, trainer: Trainer | None) -> Iterable[Probe] | None:
         return whole_training_set(
@@ -671,6 +696,8 @@ class BasinMonitor(BaseCallback):
     def _measure_baseline(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._probe is None or self._measured_step is not None:
             return
+        if self._unread:
+            self._say(f"BasinMonitor measures what forward returns, as training_step cannot be read: {self._unread}")
         initial, self._initial = self._initial, None
         self._collector = self._new_collector()
         module, step, log_step = initial or (pl_module, trainer.global_step, batches_that_stepped(trainer))
@@ -764,14 +791,12 @@ class BasinMonitor(BaseCallback):
             with self._profiled(trainer, "measure"):
                 module = whole()
                 assert self._probe is not None
-                self._probe = self._with_step_loss(module, self._probe, trainer)
-                behavior, loss_fn = (
-                    quiet_behavior(self._behavior, trainer),
-                    quiet_loss(self._loss_fn(module), trainer),
-                )
-                settings = self._settings(behavior, loss_fn)
+                probe, loss_fn = self._with_loss(module, self._probe, trainer)
+                settings = self._settings(quiet_behavior(self._behavior, trainer), loss_fn)
+                if trained := _with_gradients(module, trainer):
+                    settings = replace(settings, trained=trained)
                 training_set = self._whole_training_set(trainer)
-                record = measure(module, self._probe, settings, duplicates_over=training_set, step=step)
+                record = measure(module, probe, settings, duplicates_over=training_set, step=step)
         except Exception as error:  # A measurement must never end a training run.
             _warn(
                 f"BasinMonitor could not measure at step {step}{_goes_on(trainer)}. "
@@ -1012,9 +1037,9 @@ class BasinMonitor(BaseCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs `log` and `log_dict` of the module onto every callback.
-        dropped = ("log", "log_dict", "_initial", "_gathered", "_broadcast", "_lenience", "_step_loss")
+        dropped = ("log", "log_dict", "_initial", "_gathered", "_broadcast", "_lenience")
         kept = {name: value for name, value in vars(self).items() if name not in dropped}
-        nothing = dict.fromkeys(("_initial", "_gathered", "_broadcast", "_lenience", "_step_loss"))
+        nothing = dict.fromkeys(("_initial", "_gathered", "_broadcast", "_lenience"))
         # A weak reference has no state. Two copies never fill one list.
         return kept | nothing | {"_fitted": _nothing, "_own": copy.copy(self._own)}
 
@@ -1069,13 +1094,19 @@ def _renews_batch_statistics(trainer: Trainer) -> bool:
     return any(0 <= callback.swa_end < trainer.current_epoch for callback in averaging)
 
 
+def _with_gradients(module: nn.Module, trainer: Trainer | None) -> set[str]:
+    """Names of the parameters that an optimizer of the run trains, and to which the last step gave a gradient."""
+    optimizers = [] if trainer is None else trainer.optimizers
+    trained = {
+        id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    }
+    return {
+        name for name, parameter in module.named_parameters() if parameter.grad is not None and id(parameter) in trained
+    }
+
+
 def _whole_batch(batch: Any) -> tuple[Any, None]:
     return batch, None
-
-
-def _on_targets_of_a_step(loss_fn: Callable[..., Any], outputs: Tensor, targets: Sequence[Tensor]) -> Any:
-    """A loss that was passed, on what the loss of a training step takes as targets."""
-    return loss_fn(outputs, targets[0] if len(targets) == 1 else targets)
 
 
 def _probabilities(outputs: Callable[[nn.Module, Any], Tensor], module: nn.Module, inputs: Any) -> Tensor:

@@ -8,23 +8,30 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_basin.callback.lightnings import MisconfigurationException, Trainer
 from lightning_basin.probe import Probe
+from lightning_basin.tensors import written_as_pair
 from lightning_basin.training_set import TrainingSet, as_probes
 
 
-def check_one_loader(trainer: Trainer) -> None:
-    """Refuse batches that hold one of each of several loaders: a pair of them is no pair of inputs and targets.
+def check_one_loader(trainer: Trainer, batch: Any) -> None:
+    """Refuse batches that hold one of each of some loaders: a pair of them is no pair of inputs and targets.
+
+    Args:
+        trainer: In training.
+        batch: Of it.
 
     Raises:
-        TypeError: If there are several; it says what to pass.
+        TypeError: If they do; it says what to pass.
     """
-    loaders = trainer.train_dataloader
-    if not isinstance(loaders, list | tuple | dict) or len(loaders) < 2:  # noqa: PLR2004
-        return
-    first = next(iter(loaders)) if isinstance(loaders, dict) else 0
-    raise TypeError(
-        f"a training batch must be a pair of inputs and targets, but holds a batch of each of {len(loaders)} loaders: "
-        f"pass batch_fn=lambda batch: batch[{first!r}] for those of the first"
-    )
+    loaders, place = trainer.train_dataloader, "batch"
+    count = len(loaders) if isinstance(loaders, list | tuple | dict) else 0
+    while isinstance(loaders, list | tuple | dict) and loaders:
+        key = next(iter(loaders)) if isinstance(loaders, dict) else 0
+        loaders, batch, place = loaders[key], batch[key], f"{place}[{key!r}]"
+    if count:
+        raise TypeError(
+            f"a training batch must be a pair of inputs and targets, but holds a batch of each of {count} loaders: "
+            f"pass batch_fn=lambda batch: {written_as_pair(batch, place)} for those of the first"
+        )
 
 
 def whole_training_set(

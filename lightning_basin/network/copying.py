@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_basin.tensors import as_dtype
 
@@ -38,13 +39,28 @@ _CALLABLES = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, t
 _MISSING = object()
 
 
+class _NotToBeUsed(Iterator[Any]):
+    """Stands in for an iterator that the original goes on with."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __next__(self) -> Any:
+        raise TypeError(
+            f"a copy must not take the next item of an iterator that training goes on with, but asks a {self._kind}: "
+            f"keep what can be copied, as a list and a position or a random.Random"
+        )
+
+
 class DeepCopier:
     """Copies objects, in one precision, into others that share nothing with them that a call could change.
 
     Where ``copy.deepcopy`` keeps a way back to the original, this follows it: closures get cells of their own, methods
-    of built-in objects, caches of functions and weak references belong to the copies. Tensors lose their graph. What
-    cannot be copied (a lock, a generator) is shared, by itself, and not together with the object that holds it. A
-    module that refuses to be copied, or returns itself, is copied attribute by attribute.
+    of built-in objects, caches of functions and weak references belong to the copies. Tensors lose their graph, and
+    begin one of their own where they had one. What cannot be copied (a lock) is shared, by itself, and not together
+    with the object that holds it. A generator and a pass over a loader, which end by being used, give nothing to a
+    copy: asking it for the next item raises. A module that refuses to be copied, or returns itself, is copied
+    attribute by attribute.
 
     Shared, and not looked into, are what is large or does not belong to the computation: data sets and their loaders,
     optimizers, threads, processes, files, and what Lightning builds a run from (trainer, loops, strategies, loggers,
@@ -70,6 +86,8 @@ class DeepCopier:
         self._originals: list[Any] = []  # Alive, so that no other object gets the identity of one of them.
         self.weakly_held: list[Any] = []
         """Copies that weak references lead to: nothing else may keep them alive."""
+        self.computed: list[Tensor] = []
+        """Leaves of the graphs of those copies whose originals were computed from parameters before."""
         self.failure: str | None = None
         """Why the first object that could not be copied could not be."""
 
@@ -95,6 +113,8 @@ class DeepCopier:
         special = _SPECIAL.get(type(item))
         if special is not None:
             return special(self, item)
+        if isinstance(item, types.GeneratorType | _BaseDataLoaderIter):
+            return _NotToBeUsed(type(item).__name__)
         if _is_shared(item):
             return item
         if isinstance(item, weakref.ref):
@@ -108,6 +128,10 @@ class DeepCopier:
             detached = item.detach()
             value = as_dtype(detached, self._dtype)
             value = detached.clone() if value is detached else value
+            if item.grad_fn is not None:
+                with torch.enable_grad():
+                    self.computed.append(value.requires_grad_())
+                    value = value.clone()  # A module may write into what it keeps.
         if isinstance(item, nn.Parameter):
             return nn.Parameter(value, requires_grad=item.requires_grad)
         if type(value) is not type(item):

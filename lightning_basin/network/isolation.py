@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.utils import parametrize
 from torch.utils import checkpoint
 
 from lightning_basin.naming import escaped
@@ -79,7 +80,8 @@ def isolated_evaluation(device: torch.device, dtype: torch.dtype = torch.float64
     """Evaluate in float64 or float32 with gradients, and put every global state back, also when the body raises.
 
     Inside: gradients on, inference mode, autocast, anomaly detection and compilation off, the mathematical attention
-    kernel (others have no second derivative), no cuDNN and no checkpoints, ``dtype`` inside of matrix products too.
+    kernel (others have no second derivative), no cuDNN, no checkpoints and no cached parametrizations, ``dtype`` inside
+    of matrix products too.
     What runs code of the user enters `RaisedPrecision` for it.
     Afterwards: the random states of Python, NumPy, torch and ``device`` are as before. These belong to the process, so
     that what another thread draws from them meanwhile is drawn again.
@@ -110,6 +112,10 @@ def isolated_evaluation(device: torch.device, dtype: torch.dtype = torch.float64
         generator = checkpoint._checkpoint_without_reentrant_generator
         stack.callback(setattr, checkpoint, "_checkpoint_without_reentrant_generator", generator)
         checkpoint._checkpoint_without_reentrant_generator = _no_checkpoint
+        # It is found by the module that was parametrized first, of which this is a copy.
+        for name, empty in (("_cache_enabled", 0), ("_cache", {})):
+            stack.callback(setattr, parametrize, name, getattr(parametrize, name))
+            setattr(parametrize, name, empty)
         stack.callback(torch.backends.mha.set_fastpath_enabled, attention_fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.set_default_dtype, default_dtype)  # A module may set it.

@@ -12,11 +12,11 @@ from torch.func import functional_call
 from lightning_basin.network.copying import is_out_of_memory
 from lightning_basin.network.layers import Layer, find_layers
 from lightning_basin.network.precision import RaisedPrecision
-from lightning_basin.network.remedies import remedy
+from lightning_basin.network.remedies import cause, remedy
 from lightning_basin.network.trace import NO_OUTPUTS, Trace, as_plain, recording
 from lightning_basin.operations.recorder import recorded_operations
 from lightning_basin.probe import Probe
-from lightning_basin.tensors import map_tensors, tensors_of
+from lightning_basin.tensors import dense_form, described, map_tensors, tensors_of
 
 _Result = TypeVar("_Result")
 
@@ -86,29 +86,40 @@ class Network:
         self._needs_gradients = True
         return detach(result)
 
-    def _outputs(self, probe: Probe) -> Tensor:
-        hint = "pass behavior=lambda module, inputs: ... that returns one row of outputs per input"
+    def called(self, probe: Probe) -> Any:
+        """Whatever the behavior makes of a probe.
+
+        Raises:
+            ValueError: If it raises, unless memory has run out.
+        """
         try:
             inputs = map_tensors(Tensor.clone, probe.inputs)  # A module may write to its input.
             with RaisedPrecision(self.dtype):
-                outputs = self._behavior(self.module, inputs)
+                return self._behavior(self.module, inputs)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             raise ValueError(
-                f"calling the module on the inputs failed with {type(error).__name__}: {error}; "
+                f"calling the module on the inputs failed with {cause(error)}; "
                 f"{remedy(error, tensors_of(probe.inputs))}"
             ) from error
-        if isinstance(outputs, Tensor):
-            outputs = as_plain(outputs)
-            if outputs.layout != torch.strided:
-                raise TypeError(
-                    f"the outputs must be dense, got {outputs.layout}: pass a behavior that returns outputs.to_dense()"
-                )
-        else:
-            raise TypeError(f"the outputs must be a tensor, got {type(outputs).__name__}: {hint}")
+
+    def _outputs(self, probe: Probe) -> Tensor:
+        hint = "pass behavior=lambda module, inputs: ... that returns one row of outputs per input"
+        outputs = self.called(probe)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(f"the outputs must be a tensor, got {described(outputs)}: {hint}")
+        if (dense := dense_form(outputs)) is not None:
+            raise TypeError(
+                f"the outputs must be dense, got {dense.kind}: pass a behavior that returns outputs.{dense.method}"
+            )
+        outputs = as_plain(outputs)
         if not outputs.is_floating_point():
-            raise TypeError(f"the outputs must be floating point numbers, got {outputs.dtype}: {hint}")
+            before = "torch.view_as_real of these" if outputs.is_complex() else "the numbers that these are made from"
+            raise TypeError(
+                f"the outputs must be floating point numbers, got {outputs.dtype}: pass behavior=lambda module, "
+                f"inputs: ... that returns {before}"
+            )
         if outputs.ndim == 0 or outputs.shape[0] != probe.size:
             raise ValueError(
                 f"the outputs must have one row for each of the {probe.size} inputs, "

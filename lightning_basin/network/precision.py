@@ -127,7 +127,8 @@ class RaisedPrecision(TorchFunctionMode):
         return result.to(dtype)
 
     def _as_real(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(self._dtype)
+        is_real = tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized
+        return tensor if is_real else tensor.to(self._dtype)
 
     def _raised_constant(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.requires_grad else as_dtype(tensor, self._dtype)

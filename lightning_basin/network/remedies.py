@@ -7,12 +7,6 @@ from torch import Tensor
 
 _BEHAVIOR = "pass behavior=lambda module, inputs: ... that returns one row of outputs per input"
 
-_ONLY_FLOAT32 = re.compile(
-    r"expected scalar type Float but found Double|not implemented for 'Double'|expects? (?:a )?float32"
-    r"|must be float32|found dtype Double but expected Float|only supports? float32",
-    re.IGNORECASE,
-)
-
 _BY_MESSAGE = {
     r"is missing the required \"forward\" function": (
         "it has no forward: pass behavior=lambda module, inputs: ... that calls its parts, as training_step does"
@@ -38,14 +32,15 @@ _BY_MESSAGE_ABOUT_INPUTS = {
 """The same where types and shapes of the inputs tell more."""
 
 
-def needs_float32(error: BaseException) -> bool:
-    """Whether an operation knows float32 only.
+def cause(error: Exception) -> str:
+    r"""An error in one line: torch adds backtraces, lists of kernels and advice to some.
 
     Example:
-        >>> needs_float32(RuntimeError("expected scalar type Float but found Double"))
-        True
+        >>> cause(RuntimeError("no such kernel. This could be because\nCPU: registered at ..."))
+        'RuntimeError: no such kernel'
     """
-    return _ONLY_FLOAT32.search(str(error)) is not None
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0].partition('. ')[0].rstrip('.')}"
 
 
 def remedy(error: BaseException, inputs: Sequence[Tensor]) -> str:
@@ -59,8 +54,6 @@ def remedy(error: BaseException, inputs: Sequence[Tensor]) -> str:
         >>> remedy(TypeError("forward() missing 1 required positional argument: 'y'"), [])[:40]
         'pass all that forward takes as inputs=(f'
     """
-    if needs_float32(error):
-        return "an operation that knows float32 only is measured with dtype='float32'"
     for pattern, text in _BY_MESSAGE.items():
         if re.search(pattern, str(error)):
             return text

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_basin.naming import escaped
-from lightning_basin.network.copying import DeepCopier, parts_of
+from lightning_basin.network.copying import DeepCopier, parts_of, tensors_held_by
 from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.tensors import float64_device
 
@@ -38,7 +38,7 @@ def replicas(
         The copy of ``module``, then those of ``callables``.
 
     Raises:
-        ValueError: If a parameter has no shape yet because the module is lazily built.
+        ValueError: If a parameter or buffer has no shape yet because the module is lazily built.
         TypeError: If a trainable parameter is complex, or a part of the module is scripted or cannot be copied.
 
     Example:
@@ -56,7 +56,7 @@ def replicas(
                 f"it was scripted from"
             )
     for part in modules:
-        _check_parameters(part)
+        _check_tensors(part)
     copier = DeepCopier(dtype)
     originals = {id(part) for owner in owners for part in parts_of(owner)}
     with RaisedPrecision(dtype):  # Objects may copy themselves, and modules act in `eval`, by code of their own.
@@ -64,6 +64,7 @@ def replicas(
         for replica in map(_owner, copies):
             if replica is not None:  # Not by truth: a module may have a length, and that be 0.
                 _prepare(replica, originals, training=training, failure=copier.failure)
+    vars(copies[0])["_computed"], vars(copies[0])["_copy_failure"] = copier.computed, copier.failure
     inside = {id(part) for part in copies[0].modules()}
     outside = [item for item in copier.weakly_held if id(item) not in inside]
     if outside:  # Nothing else holds these.
@@ -79,13 +80,50 @@ def _prepare(replica: nn.Module, originals: Collection[int], *, training: bool, 
             cause = "" if failure is None else f": {failure}"
             raise TypeError(f"{type(replica).__name__} must be copied, but a copy of it shares its {shared}{cause}")
     if not training:
-        replica.eval()
+        _evaluate(replica)
     elif not replica.training:
         replica.train()
     for module in replica.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # Sparse gradients save time in training, and do not fit into a matrix.
             module.scale_grad_by_freq = False  # That is a step size for each row, and no derivative.
+
+
+def _evaluate(replica: nn.Module) -> None:
+    """Put a copy into evaluation mode and let the same parameters be trained as before: some modules freeze or add."""
+    named = partial(replica.named_parameters, remove_duplicate=False)
+    trained = {name for name, parameter in named() if parameter.requires_grad}
+    replica.eval()
+    for name, parameter in named():
+        parameter.requires_grad_(name in trained)
+
+
+def check_computed(module: nn.Module, replica: nn.Module, result: Tensor) -> None:
+    """Refuse a result that depends on parameters through tensors which the module has computed from them before.
+
+    Args:
+        module: Of the user.
+        replica: The copy that has been run, whose tensors of this kind lead to no parameter.
+        result: Attached to its graph.
+
+    Raises:
+        ValueError: If it does; it names the attributes.
+    """
+    computed: list[Tensor] = vars(replica)["_computed"]
+    if not computed or not result.requires_grad:
+        return
+    used = torch.autograd.grad(result.sum(), computed, retain_graph=True, allow_unused=True)
+    if any(gradient is not None for gradient in used):
+        names = [
+            f"{name}.{attribute}" if name else attribute
+            for name, part in module.named_modules()
+            for attribute, held in (vars(part) | part._buffers).items()
+            if attribute != "_buffers" and any(tensor.grad_fn is not None for tensor in tensors_held_by(held))
+        ]
+        raise ValueError(
+            f"what a module computes from its parameters must be computed at each call, but it keeps and uses tensors "
+            f"from before, as {[*map(escaped, names)]}: compute them in forward"
+        )
 
 
 def settle_embeddings(module: nn.Module, run: Callable[[], Any]) -> None:
@@ -111,10 +149,12 @@ def _owner(item: Any) -> nn.Module | None:
     return item if isinstance(item, nn.Module) else None
 
 
-def _check_parameters(part: nn.Module) -> None:
+def _check_tensors(part: nn.Module) -> None:
+    for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+        if is_lazy(tensor):
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            raise ValueError(f"{kind} {escaped(name)!r} has no shape yet: run one forward pass before measuring")
     for name, parameter in part.named_parameters(recurse=False):
-        if is_lazy(parameter):
-            raise ValueError(f"parameter {escaped(name)!r} has no shape yet: run one forward pass before measuring")
         if parameter.requires_grad and parameter.is_complex():
             raise TypeError(
                 f"trainable parameters must be real, but {escaped(name)!r} is complex: split it into two real ones"

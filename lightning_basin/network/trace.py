@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch._C import _DisableFuncTorch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_bdim
 
+from lightning_basin.naming import escaped
 from lightning_basin.network.layers import Layer
 from lightning_basin.operations.uses import Operations
-from lightning_basin.tensors import tensors_of
+from lightning_basin.tensors import dense_form, tensors_of
 
 NO_OUTPUTS = torch.empty(0)  # Until there are some.
 
@@ -56,13 +57,19 @@ def recording(module: nn.Module, layers: Sequence[Layer], trace: Trace) -> Itera
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             if not trace.leaving:
                 trace.num_first += name not in trace.entering
-            trace.entering.setdefault(name, []).extend(map(clones.of, tensors_of((args, kwargs))))
+            entering = tensors_of((args, kwargs))
+            if any(tensor.is_nested for tensor in entering):
+                raise TypeError(f"layer {escaped(name)!r} must be called with dense tensors, got a nested one")
+            trace.entering.setdefault(name, []).extend(map(clones.of, entering))
 
         return hook
 
     def leave(name: str) -> Callable[..., Any]:
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
-            first = [as_plain(tensor) for tensor in tensors_of(output)[:1]]
+            first = tensors_of(output)[:1]
+            if first and (dense := dense_form(first[0])) is not None:
+                raise TypeError(f"layer {escaped(name)!r} must return dense tensors, got {dense.kind}")
+            first = [as_plain(tensor) for tensor in first]
             trace.leaving.setdefault(name, []).extend(map(without_transforms, first))
             # A clone of a subclass would lack the attributes of the instance.
             return clones.passed_on(output) if type(output) is Tensor else output
@@ -137,5 +144,5 @@ class _Clones:
             return without_transforms(entering)
         entering = as_plain(entering)
         twin, left = self._left.get(id(entering), (None, entering))
-        is_same = twin is not None and twin() is entering and entering.layout == torch.strided
-        return left if is_same and torch.equal(left, entering) else entering.clone()
+        is_same = twin is not None and twin() is entering
+        return left if is_same and torch.equal(left, entering) else entering.to_dense().clone()

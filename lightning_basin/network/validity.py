@@ -7,43 +7,64 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_basin.naming import escaped
 from lightning_basin.network.copying import is_out_of_memory
-from lightning_basin.network.network import LossFunction, ModuleBehavior, Network
-from lightning_basin.network.replica import device_of, replicas
+from lightning_basin.network.network import LossFunction, Network
+from lightning_basin.network.remedies import cause
+from lightning_basin.network.replica import check_computed
 from lightning_basin.network.rounding import agreement_rtol, rounding_noise
 from lightning_basin.network.runs import other_batches
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
-from lightning_basin.tensors import tensors_of
+from lightning_basin.tensors import dense_form, described, tensors_of
 
 _NOISE_MARGIN = 32  # of what three evaluations show of the rounding of an output
 
 
-def check_float32_helps(module: nn.Module, behavior: ModuleBehavior | None, probe: Probe, refused: ValueError) -> None:
-    """Where an operation knows float32 only, say what float32 is refused for, if it does not help."""
-    replica, behavior = replicas(module, behavior, dtype=torch.float32)
-    network, probe = Network(replica, behavior, dtype=torch.float32), probe.to(device_of(module), torch.float32)
-    try:
-        with torch.no_grad():
-            before = network.outputs(probe)
-            network.outputs(probe.select(range(max(1, probe.size // 2))))  # A state may follow what it has seen.
-            if not torch.equal(network.outputs(probe), before):
-                raise ValueError("two evaluations differ, as the module keeps a state that changes")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"neither float64 nor float32 runs {type(module).__name__}: {error}") from refused
-
-
-def check_outputs(probe: Probe, outputs: Tensor) -> None:
-    """Refuse outputs that are empty or not finite.
+def check_outputs(network: Network, probe: Probe, trace: Trace) -> None:
+    """Refuse outputs that are empty or not finite, and say where they began to be.
 
     Raises:
         ValueError: If they are.
     """
+    outputs = trace.outputs
     if outputs.numel() == 0:
         raise ValueError(f"the outputs must hold at least one number per input, got shape {tuple(outputs.shape)}")
-    if not bool(outputs.isfinite().all()):
-        count = int((~outputs.isfinite()).reshape(probe.size, -1).any(1).sum())
-        raise ValueError(f"outputs must be finite, but are NaN or infinite on {count} of the {probe.size} inputs")
+    rows = _not_finite(outputs)
+    if rows:
+        raise ValueError(
+            f"outputs must be finite, but are NaN or infinite on {len(rows)} of the {probe.size} inputs, the first of "
+            f"them input {rows[0]}{_origin_of_not_finite(network, probe, trace)}"
+        )
+
+
+def _origin_of_not_finite(network: Network, probe: Probe, trace: Trace) -> str:
+    """Where NaN or infinity come from, and what helps."""
+    named = (*network.named_parameters.items(), *network.module.named_buffers())
+    plain = [(name, tensor) for name, tensor in named if tensor.is_floating_point() and dense_form(tensor) is None]
+    names = [escaped(name) for name, tensor in plain if not bool(tensor.isfinite().all())]
+    if names:
+        return f": {_few(names)} of the module are not finite, most often after a step that diverged"
+    found = [rows for tensor in tensors_of(probe.inputs) if (rows := _not_finite(tensor))]
+    if found:
+        return f": leave out the inputs {_few(found[0])}, which are not finite themselves"
+    for name, tensors in trace.leaving.items():
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            return f": layer {escaped(name)!r} is the first whose results are not finite, of finite inputs and weights"
+    return ": what follows the layers makes them of finite numbers"
+
+
+def _not_finite(tensor: Tensor) -> list[int]:
+    """Along the first axis, where a tensor holds NaN or infinity."""
+    return (~tensor.detach().isfinite()).unsqueeze(1).flatten(1).any(1).nonzero().flatten().tolist()
+
+
+def _few(items: Sequence[Any]) -> str:
+    """Some items, and whether there are more."""
+    return f"{[*items[:_SHOWN]]}" + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
+
+
+_SHOWN = 5
 
 
 def check_independence(network: Network, probe: Probe, outputs: Tensor, others: Sequence[tuple[Tensor, Trace]]) -> None:
@@ -89,16 +110,19 @@ def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviatio
     )
 
 
-def check_copy(module: nn.Module, result: Tensor, name: str) -> None:
+def check_copy(module: nn.Module, replica: nn.Module, result: Tensor, name: str) -> None:
     """What finds the user's module where no copy leads would be evaluated on other parameters than the copy's."""
+    check_computed(module, replica, result)
     originals = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not originals or not result.requires_grad:
         return
     used = torch.autograd.grad(result.sum(), originals, retain_graph=True, allow_unused=True)
     if any(gradient is not None for gradient in used):
+        failure = vars(replica)["_copy_failure"]
         raise ValueError(
             f"a copy of the module is measured, but its parameters themselves are used: the module, or the {name}, "
             f"finds them in a global variable or through the trainer; use the module that is passed in"
+            f"{'' if failure is None else f', as {failure}'}"
         )
 
 
@@ -109,20 +133,24 @@ def checked_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor
         TypeError: If the loss function fails, or does not return one floating point number.
         ValueError: If the loss is not finite, does not depend on the outputs, or changes from call to call.
     """
+    shapes = [f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in tensors_of(targets)]
+    hint = "pass loss_fn=lambda outputs, targets: ..."
     try:
         loss = _loss_of_equal_shapes(loss_fn, outputs, targets)
     except Exception as error:
         if is_out_of_memory(error):
             raise
         raise TypeError(
-            f"loss_fn must take the outputs, shape {tuple(outputs.shape)}, and the targets of the probe, but failed "
-            f"with {type(error).__name__}: {error}"
+            f"loss_fn must take the outputs, shape {tuple(outputs.shape)}, and the targets of the probe, {shapes}, but "
+            f"failed with {cause(error)}; {hint} that brings these into the form which it needs"
         ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"loss_fn must return one floating point number as a tensor, got {got}")
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else described(loss)
+        raise TypeError(f"loss_fn must return one floating point number as a tensor, got {got}: {hint} that does")
     if not bool(loss.isfinite().all()):
-        raise ValueError(f"the loss on the probe must be finite, got {loss.item()}")
+        rows = [_not_finite(target) for target in tensors_of(targets)]
+        where = next((f", as the targets of the inputs {_few(found)} are not" for found in rows if found), "")
+        raise ValueError(f"the loss on the probe must be finite, got {loss.item()}{where}: leave these out, or mend it")
     if outputs.requires_grad and not loss.requires_grad:
         raise ValueError(
             f"the loss must be a differentiable function of the outputs, got the constant {loss.item()}: loss_fn may "
@@ -143,5 +171,4 @@ def _loss_of_equal_shapes(loss_fn: LossFunction, outputs: Tensor, targets: Any) 
         try:
             return loss_fn(outputs, targets)
         except UserWarning as warning:
-            shapes = [tuple(tensor.shape) for tensor in tensors_of(targets)]
-            raise TypeError(f"targets must have the shape of the outputs, got {shapes}. {warning}") from warning
+            raise TypeError("targets must have the shape of the outputs") from warning

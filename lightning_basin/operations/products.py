@@ -15,7 +15,7 @@ from lightning_basin.operations.uses import Leaving, ProductUse, Recording, Sour
 
 def _mm(recorder: Recording, leaving: Leaving, left: Tensor, right: Tensor) -> list[Use]:
     return _product(
-        recorder, leaving, left, right, operand=lambda tensor: tensor.detach(), result=lambda signal: signal
+        recorder, leaving, left, right, operand=lambda tensor: tensor.detach().to_dense(), result=lambda signal: signal
     )
 
 

@@ -76,8 +76,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.1
             self._unsettled.append((leaving, tensors[0]))
         is_copied = is_fixed and (bool(uses) or self._are_repeated_indices(func, args))
         if is_copied or any(id(tensor) in self._parts for tensor in arguments):
-            shared = {tensor.untyped_storage().data_ptr() for tensor in arguments}
-            self._parts |= {id(tensor): tensor for tensor in tensors if tensor.untyped_storage().data_ptr() in shared}
+            shared = set(map(_memory, arguments))
+            self._parts |= {id(tensor): tensor for tensor in tensors if _memory(tensor) in shared}
         elif is_fixed and not self._has_part_for_each_input(arguments, tensors):
             self._fixed |= {id(tensor): tensor for tensor in tensors}
         if not is_fixed and any(tensor.requires_grad for tensor in arguments):
@@ -119,13 +119,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.1
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
-                written |= {
-                    tensor.untyped_storage().data_ptr() for tensor in tensors_of(value) if self._is_fixed(tensor)
-                }
+                written |= {_memory(tensor) for tensor in tensors_of(value) if self._is_fixed(tensor)}
         if written:
-            self._fixed = {
-                key: tensor for key, tensor in self._fixed.items() if tensor.untyped_storage().data_ptr() not in written
-            }
+            self._fixed = {key: tensor for key, tensor in self._fixed.items() if _memory(tensor) not in written}
 
     def _copies(self, func: Any, args: tuple[Any, ...], leaving: Leaving) -> list[Use]:
         """A use, where a parameter is copied for each input."""
@@ -158,6 +154,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.1
         return not arguments and any(
             tensor.is_floating_point() and self._num_inputs in tensor.shape for tensor in results
         )
+
+
+def _memory(tensor: Tensor) -> int:
+    """The same for a tensor and its views; a sparse one has no storage of its own, and no views."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 def _order(base: Tensor) -> Tensor:

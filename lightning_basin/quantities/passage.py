@@ -108,7 +108,12 @@ class Passage:
 
 
 def passage(
-    network: Network, probe: Probe, trace: Trace, activations: dict[str, LayerActivations], cut: str
+    network: Network,
+    probe: Probe,
+    trace: Trace,
+    activations: dict[str, LayerActivations],
+    cut: str,
+    before: Sequence[bool],
 ) -> Passage | None:
     """The layer called last before a cut, if everything trained before the cut acts on the outputs through it alone.
 
@@ -121,6 +126,7 @@ def passage(
         trace: Of the probe.
         activations: Of the probe.
         cut: Name of the layer whose input is all that crosses.
+        before: For each parameter whether it is used before the cut, by these inputs or by others that merge with them.
 
     Returns:
         ``None`` where there is no such layer, where what leaves it is not laid out input by input, and where its
@@ -141,12 +147,11 @@ def passage(
     by_input = _units_last(part, [real_numbers(left[0].detach()).unsqueeze(1)])
     if arranged is None or by_input is None or not torch.equal(by_input, arranged):
         return None
-    used = parameters_before(network, trace, cut)
-    before = [parameter for parameter, is_used in zip(network.parameters(), used, strict=True) if is_used]
-    if _reached_around(trace.outputs, left[0], before):
+    used = [parameter for parameter, is_used in zip(network.parameters(), before, strict=True) if is_used]
+    if _reached_around(trace.outputs, left[0], used):
         return None
     signals = torch.stack([_derivative(row.sum(), left[0]) for row in rows.unbind(1)], 1).flatten(2).to(torch.float64)
-    inputs = _linear_inputs(part, trace.entering[name], before, rows, signals, rtol=agreement_rtol(network.dtype))
+    inputs = _linear_inputs(part, trace.entering[name], used, rows, signals, rtol=agreement_rtol(network.dtype))
     return Passage(name, signals, inputs)
 
 

@@ -101,7 +101,7 @@ def _cuts_at(
     passages: list[Passage | None] = []
     for chunk in traced.chunks():
         few = activations if traced.is_whole else layer_activations(network, chunk.probe, chunk.trace)
-        passages.append(passage(network, chunk.probe, chunk.trace, few, name))
+        passages.append(passage(network, chunk.probe, chunk.trace, few, name, used))
     through = joined_passages(passages)
     if through is not None:
         # What the tighter bounds ask of a class: the same signals before the cut as well.

@@ -67,7 +67,8 @@ def check_derivatives(model: QuadraticModel) -> None:
             return
     raise RuntimeError(
         f"the derivatives of the module do not agree with differences of its outputs and gradients, in layer "
-        f"{layers[wrong[-1]].name!r} or after it: an operation has a wrong first or second derivative"
+        f"{layers[wrong[-1]].name!r} or after it: an operation has a wrong first or second derivative, or detach() "
+        f"hides a part of it"
     )
 
 

@@ -1,0 +1,174 @@
+"""Run the training step of a copy, without any effect."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_basin.callback.silence import collectives_refused, quiet_step
+from lightning_basin.callback.step_watch import Call, LastCall, StepWatch
+from lightning_basin.network.isolation import at_rest, isolated_evaluation
+from lightning_basin.network.precision import RaisedPrecision
+from lightning_basin.network.replica import replicas
+from lightning_basin.probe import Probe
+from lightning_basin.tensors import float64_device, map_tensors, tensors_of
+
+_PERTURBATION = 1e-3  # of all parameters, relative to the largest of each: a loss of the outputs alone must not notice
+
+
+def trained_parameters(module: nn.Module, batch: Any, trainer: Any, dtype: torch.dtype) -> frozenset[str]:
+    """Names of the parameters to which a training step gives a gradient; none where it cannot be run by itself.
+
+    Args:
+        module: Stays as it is.
+        batch: A batch of training.
+        trainer: Of the run; the copy finds it, and logs nothing.
+        dtype: Of the copy.
+    """
+    device = float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
+    try:
+        with isolated_evaluation(device, dtype), at_rest(module):
+            probe = Probe(batch).to(device, dtype)
+            (replica,) = replicas(module, dtype=dtype, training=True)
+            with collectives_refused(trainer), RaisedPrecision(dtype):
+                for objective in objectives_of(*run_step(replica, probe.inputs, trainer)):
+                    torch.autograd.backward(objective, retain_graph=True)
+            return frozenset(name for name, parameter in replica.named_parameters() if parameter.grad is not None)
+    except Exception:  # Whatever a step raises that is run by itself.
+        return frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class StepRun:
+    """One run of the training step of a copy.
+
+    Attributes:
+        replica: The copy.
+        probe: The whole batch as inputs.
+        calls: Losses and modules that it called.
+        objectives: What it minimizes, one after the other.
+    """
+
+    replica: nn.Module
+    probe: Probe
+    calls: list[Call]
+    objectives: list[Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        probe: Probe,
+        trainer: Any,
+        *,
+        batch_idx: int = 0,
+        is_moved: bool = False,
+        given: Mapping[int, Tensor] | None = None,
+    ) -> "StepRun":
+        """Run a copy.
+
+        Args:
+            module: Stays as it is.
+            probe: The whole batch as inputs.
+            trainer: As `read_training_step` takes it.
+            batch_idx: That the step is told.
+            is_moved: Whether all parameters of the copy are others.
+            given: As `StepWatch` takes it.
+        """
+        (replica,) = replicas(module)
+        if is_moved:
+            _move(replica)
+        watch, result = run_step(
+            replica, map_tensors(Tensor.clone, probe.inputs), trainer, batch_idx=batch_idx, given=given
+        )
+        objectives = [objective for objective in objectives_of(watch, result) if objective.requires_grad]
+        if not objectives:
+            raise ValueError("training_step must return a loss or call a backward pass, but did neither")
+        return cls(replica, probe, watch.calls, objectives)
+
+    @property
+    def total(self) -> Tensor:
+        """What the first optimizer minimizes."""
+        return self.objectives[0]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those that are trained."""
+        return {name: parameter for name, parameter in self.replica.named_parameters() if parameter.requires_grad}
+
+
+def _move(module: nn.Module) -> None:
+    """Move every parameter, also one that is zero, and each entry otherwise: a softmax notices no common change."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            scale = float(parameter.abs().max()) if parameter.numel() else 0.0
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise.to(parameter), alpha=_PERTURBATION * (scale or 1.0))
+
+
+def run_step(
+    module: nn.Module, batch: Any, trainer: Any, *, batch_idx: int = 0, given: Mapping[int, Tensor] | None = None
+) -> tuple[StepWatch, Any]:
+    """Run the step of a copy to its end, without any effect; what it called, and what it returned."""
+    watch = StepWatch(given=given)
+    quiet_step(module, trainer, watch.objectives)
+    return watch, watch_step(watch, module, batch, batch_idx)
+
+
+def watch_step(watch: StepWatch, module: nn.Module, batch: Any, batch_idx: int = 0) -> Any:
+    """What the step returns; ``None`` where the watch ends it."""
+    try:
+        with watch.modules(module), watch:
+            step: Any = module.training_step
+            return step(*_arguments(step, batch, batch_idx))
+    except LastCall:
+        return None
+
+
+def _arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> list[Any]:
+    """The batch, its index if the step asks for that, and 0 for every other index."""
+    signature = inspect.signature(step)
+    if "dataloader_iter" in signature.parameters:
+        raise ValueError("a training_step that takes its batches itself (dataloader_iter) cannot be read")
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    positional = [
+        parameter
+        for parameter in signature.parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    takes_index = len(positional) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds  # As in lightning 2.6.
+    others = [0 for parameter in positional[2:] if parameter.default is inspect.Parameter.empty]
+    return [batch, *([batch_idx] if takes_index else []), *others]
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of inputs in a batch."""
+    return int(tensors_of(batch)[0].shape[0])
+
+
+def objectives_of(watch: StepWatch, result: Any) -> list[Tensor]:
+    """What training minimizes: what the step hands to its own backward passes, else its result."""
+    if isinstance(result, Mapping):
+        result = result.get("loss")
+    return [item for item in watch.objectives or [result] if isinstance(item, Tensor) and item.numel() == 1]
+
+
+def contributing_calls(run: StepRun) -> list[int]:
+    """Positions of the losses that the total depends on."""
+    losses = {
+        index: call.value
+        for index, call in enumerate(run.calls)
+        if call.is_loss and call.value.requires_grad and call.outputs
+    }
+    if not losses:
+        return []
+    found = torch.autograd.grad(
+        run.total, [*losses.values()], torch.ones_like(run.total), retain_graph=True, allow_unused=True
+    )
+    return [
+        index for index, gradient in zip(losses, found, strict=True) if gradient is not None and bool(gradient.any())
+    ]
