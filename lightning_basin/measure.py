@@ -102,7 +102,7 @@ def measure_basin(
         spectrum: Whether singular values are wanted where the rank can be proved without them, several times as fast;
             without, effective ranks and most ranks at coarser tolerances are then left out.
         memory_budget: Bytes that the measurement may use beside what the process holds; ``None`` means half of what is
-            free. Inputs and layers are then measured in pieces where that is needed.
+            free. Inputs are then measured in chunks, and layers one after the other, where that is needed.
         dtype: ``"float32"`` runs and differentiates the copy in float32: half the memory of the graph, and the fast
             type of many accelerators. What comes out is decomposed in float64 all the same, but what is below its
             rounding cannot be told from zero: a note in the record says where that begins. Activations then are the

@@ -11,7 +11,7 @@ from lightning_basin.functional.factored import DenseGradients
 from lightning_basin.functional.hessian import hessian_matrix
 from lightning_basin.functional.rank import gradient_rank
 from lightning_basin.functional.spectrum import SpectrumAccumulator
-from lightning_basin.memory import MemoryBudgetError
+from lightning_basin.limits import MemoryBudgetError
 from tests.exact import exact_rank
 from tests.layer_types import TYPES
 from tests.layer_types import integer_network as network_of_type

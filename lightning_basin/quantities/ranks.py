@@ -15,7 +15,7 @@ from lightning_basin.functional.softmax import softmax_jacobian
 from lightning_basin.functional.spectrum import SpectrumAccumulator, rows_independent_in_few_columns
 from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
-from lightning_basin.limits import AUTO_ROWS, MAX_ROWS
+from lightning_basin.limits import AUTO_ROWS, GROUP_ELEMENTS, MAX_ROWS
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.runs import TracedProbe
 from lightning_basin.quantities.hessian import HessianMeasurement
@@ -233,7 +233,7 @@ def measure_ranks(
         check,
         rtol=rtol,
         generator=generator,
-        max_waiting=max_elements // 2,
+        max_waiting=min(GROUP_ELEMENTS, max_elements) // 2,
         needs_spectra=spectrum or curvature is not None,
         is_plain=readout is None,
     )
