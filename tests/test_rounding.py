@@ -5,8 +5,10 @@ from torch.nn import functional as F
 
 from lightning_basin import Probe, measure_basin
 from lightning_basin.gradients import check
+from lightning_basin.gradients.terms import term_magnitudes
 from lightning_basin.network.network import Network
 from lightning_basin.network.rounding import in_other_precision
+from lightning_basin.network.runs import TracedProbe
 from tests.networks import Composed, drawn, filled
 
 
@@ -18,6 +20,14 @@ def test_a_network_in_the_other_precision_computes_the_same_up_to_its_rounding()
     outputs = network.outputs(probe)
     torch.testing.assert_close(other.outputs(converted).double(), outputs, rtol=0.0, atol=1e-6)
     assert not torch.equal(other.outputs(converted).double(), outputs)
+
+
+def test_terms_are_counted_by_their_magnitudes():
+    network, probe = Network(filled(nn.Linear(2, 1))), Probe(torch.tensor([[1.0, 2.0], [3.0, -4.0]]).double())
+    (chunk,) = TracedProbe(network, probe).chunks()
+    weights = torch.tensor([[2.0], [-1.0]]).double()
+    # The gradient of 2 f(1, 2) - f(3, -4): 2 * 1 - 1 * 3, 2 * 2 + 1 * 4, and 2 - 1 by the bias.
+    assert term_magnitudes(network, chunk, network.layers[0], weights).tolist() == [5.0, 8.0, 3.0]
 
 
 # Layers without effect.
