@@ -331,6 +331,33 @@ def test_a_use_that_is_not_seen_is_noticed_and_said():
     assert found["linear"].note == "layer 'linear' is measured row by row: its parameters are used in other ways"
 
 
+@pytest.mark.parametrize("name", ["called twice", "tied weights", "bare parameters", "attention", "LSTM"])
+def test_gradients_stay_right_whichever_use_is_not_recorded(name, monkeypatch):
+    build, shape = (FACTORED | BY_OPERATION)[name]
+    network, probe, trace = Network(filled(build())), Probe(drawn(*shape)), Network.trace
+    expected = {layer: gradients.gradients.rows() for layer, gradients in measured(network, probe).items()}
+    dropped = [i for i, use in enumerate(network.trace(probe).operations.uses) if use.leaving.edge is not None]
+
+    def forgetful(index):
+        def run(network, probe):
+            forgotten = trace(network, probe)
+            forgotten.operations.uses[index : index + 1] = []  # In another precision there may be fewer.
+            return forgotten
+
+        return run
+
+    num_noticed = 0
+    for index in dropped:
+        monkeypatch.setattr(Network, "trace", forgetful(index))
+        found = measured(network, probe)
+        num_noticed += not all(gradients.structured for gradients in found.values())
+        for layer, gradients in found.items():
+            rows = gradients.gradients.rows()
+            torch.testing.assert_close(rows, expected[layer], rtol=0.0, atol=1e-12 * float(expected[layer].abs().max()))
+    # The state that enters a recurrent cell first is zero, and the softmax does not see the bias of the keys.
+    assert num_noticed >= len(dropped) - 1
+
+
 def test_a_layer_that_is_never_called_has_zero_gradients():
     network = Network(filled(Composed(lambda m, x: m.used(x), used=nn.Linear(3, 2), unused=nn.Linear(3, 4))))
     found = measured(network, Probe(drawn(5, 3)))

@@ -84,10 +84,10 @@ def test_the_peak_stays_under_the_budget_and_the_rank_is_the_same(mebibytes):
 
 @pytest.mark.slow
 def test_a_layer_of_many_parameters_is_measured_from_its_factors_under_the_budget():
-    # Its factors, 48 x 8 + 96 x 40000 numbers, are 29 MiB; with the vectors that sketch them, and copies, 264.
-    rank, peak = rank_and_peak(400 * MEBIBYTE, PEAK_OF_A_HUGE_LAYER)
+    # Its factors, 48 x 8 + 96 x 40000 numbers, are 29 MiB, its dense rows 264; the plan reserves room for copies.
+    rank, peak = rank_and_peak(600 * MEBIBYTE, PEAK_OF_A_HUGE_LAYER)
     assert rank == 96
-    assert peak < 400 * MEBIBYTE
+    assert peak < 264 * MEBIBYTE
 
 
 PEAK_OF_A_HESSIAN = """
