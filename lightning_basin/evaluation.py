@@ -89,8 +89,8 @@ class Evaluation:
 
     @property
     def max_elements(self) -> int:
-        """Numbers of gradients, or their factors, that may be held at once."""
-        return GROUP_ELEMENTS if self.plan is None else self.plan.group_elements
+        """Elements that the gradients of one layer, or their factors, may have."""
+        return GROUP_ELEMENTS if self.plan is None else self.plan.layer_elements
 
     @property
     def num_outputs(self) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 GROUP_ELEMENTS = 2**27
-"""Float64 numbers in the gradients, or their factors, that are held at once: 1 GiB."""
+"""Float64 elements in the gradients, or their factors, of layers that are measured together: 1 GiB."""
 
 MAX_DENSE_PARAMETERS = 500
 """Largest number of parameters for which ``hessian="auto"`` also forms the Hessian: some 0.1 s."""
@@ -16,6 +16,10 @@ NETWORK_PRODUCTS = 80
 
 LAYER_PRODUCTS = 100
 """And so many with the blocks of all layers together; at least one each, which finds those where R is zero."""
+
+
+class MemoryBudgetError(ValueError):
+    """A measurement cannot be cut to the memory that it may use."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ def measure_basin(
             without, effective ranks and most ranks at coarser tolerances are then left out.
         memory_budget: Bytes that the measurement may use beside what the process holds; ``None`` means half of what is
             free: on the device, or on the machine and in the container or job (of 4 GiB where the system does not tell,
-            as on Windows). Inputs and layers are then measured in pieces where that is needed.
+            as on Windows). Inputs are then measured in chunks, and layers one after the other, where that is needed.
         dtype: ``"float32"`` runs and differentiates the copy in float32: half the memory of the graph, and the fast
             type of many accelerators. What comes out is decomposed in float64 all the same, but what is below its
             rounding cannot be told from zero: a note in the record says where that begins. Activations then are the

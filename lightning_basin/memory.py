@@ -9,7 +9,14 @@ from torch import nn
 
 from lightning_basin.free_memory import available_memory
 from lightning_basin.gradients.sizes import GradientMethod, LayerSize, layer_sizes
-from lightning_basin.limits import GROUP_ELEMENTS, LAYER_PRODUCTS, MAX_DENSE_PARAMETERS, NETWORK_PRODUCTS, HessianLimits
+from lightning_basin.limits import (
+    GROUP_ELEMENTS,
+    LAYER_PRODUCTS,
+    MAX_DENSE_PARAMETERS,
+    NETWORK_PRODUCTS,
+    HessianLimits,
+    MemoryBudgetError,
+)
 from lightning_basin.naming import escaped
 from lightning_basin.network.copying import tensors_held_by
 from lightning_basin.network.network import Network
@@ -30,10 +37,6 @@ _FREE_FRACTION = 0.5
 _LANCZOS_VECTORS = NETWORK_PRODUCTS + 3  # the basis, a product and what it is orthogonalized by
 
 
-class MemoryBudgetError(ValueError):
-    """A measurement cannot be cut to the memory that it may use."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class MeasurementPlan:
     """How large a measurement is, and how it is cut.
@@ -43,9 +46,9 @@ class MeasurementPlan:
         num_outputs: Outputs per input whose gradients count, c.
         num_parameters: Trainable parameters, N.
         methods: How the gradients of each layer are found: ``"factors"`` of the operations that use it, ``"chunks"``
-            of inputs at a time, ``"pieces"`` of its matrices at a time, or dense ``"rows"``.
+            of inputs at a time, or dense ``"rows"``.
         chunk_size: Inputs that are run at once.
-        group_elements: Float64 numbers of factors or rows that are held at once.
+        layer_elements: Float64 elements that the factors or the dense rows of one layer may have.
         hessian_limits: What the Hessian may take; ``None`` where it is not measured.
         memory_bytes: Estimated peak, beside what the process holds already.
         memory_budget: That it was cut to, in bytes.
@@ -58,7 +61,7 @@ class MeasurementPlan:
     num_parameters: int
     methods: Mapping[str, GradientMethod]
     chunk_size: int
-    group_elements: int
+    layer_elements: int
     hessian_limits: HessianLimits | None
     memory_bytes: int
     memory_budget: int
@@ -75,7 +78,7 @@ class MeasurementPlan:
         counts: Counter[str] = Counter(self.methods.values())
         others = [
             f"{counts[method]} of them {words}"
-            for method, words in (("chunks", "chunk by chunk"), ("pieces", "in pieces"), ("rows", "row by row"))
+            for method, words in (("chunks", "chunk by chunk"), ("rows", "row by row"))
             if counts[method]
         ]
         how = f"{len(self.methods)} layers, " + (", ".join(others) or "all factored")
@@ -158,23 +161,21 @@ def plan_measurement(
         )
     sizes = layer_sizes(network, trace, num_inputs=num_inputs, num_outputs=num_outputs)
     copies = _COPIES + with_readout + with_hessian  # Rows are combined once more, for each.
-    alone = _Passes.of(trace, probe.size, num_inputs, budget - fixed, copies)
-    beside = _numbers_beside_the_graph(sizes.values(), alone.group)
-    passes = _Passes.of(trace, probe.size, num_inputs, budget - fixed, copies, beside=beside)
+    name, least = max(((name, size.least) for name, size in sizes.items()), key=itemgetter(1))
+    reserved = copies * _NUMBER * least
+    alone = _Passes.of(trace, probe.size, num_inputs, budget - fixed, copies, reserved)
+    beside = _numbers_beside_the_graph(sizes.values(), alone.elements)
+    passes = _Passes.of(trace, probe.size, num_inputs, budget - fixed, copies, reserved, beside=beside)
     if passes.chunk_size < 1:
         raise MemoryBudgetError(
-            f"a measurement must fit into memory_budget, {_gib(budget)}, but the activations of {num_inputs} inputs "
-            f"need {_gib(passes.activations + passes.graph)} beside {_gib(fixed)}: take a smaller probe, or a larger "
-            f"memory_budget"
-        )
-    name, smallest = max(((name, size.smallest) for name, size in sizes.items()), key=itemgetter(1))
-    if smallest > passes.group:
-        raise MemoryBudgetError(
             f"a measurement must fit into memory_budget, {_gib(budget)}, but the gradients of layer {escaped(name)!r} "
-            f"need {_gib(copies * _NUMBER * smallest)} beside {_gib(fixed + passes.held)}: take a smaller probe, "
-            f"{fewer}or a larger memory_budget"
+            f"need {_gib(reserved)}, and the activations of {num_inputs} inputs "
+            f"{_gib(passes.activations + passes.graph)}, beside {_gib(fixed)}: take a smaller probe, {fewer}or a "
+            f"larger memory_budget"
         )
-    peak = copies * _NUMBER * min(passes.group, sum(size.peak for size in sizes.values()))
+    largest = max(size.needed(passes.elements) for size in sizes.values())
+    group = min(passes.elements, max(GROUP_ELEMENTS, largest))
+    peak = copies * _NUMBER * min(group, sum(size.peak for size in sizes.values()))
     limits = None
     if with_hessian:  # It comes after the gradients, in their place.
         limits = alone.hessian_limits(num_parameters, largest_chunk=passes.chunk_size)
@@ -184,9 +185,9 @@ def plan_measurement(
         num_inputs=num_inputs,
         num_outputs=num_outputs,
         num_parameters=num_parameters,
-        methods={layer: size.method(passes.group) for layer, size in sizes.items()},
+        methods={layer: size.method(passes.elements) for layer, size in sizes.items()},
         chunk_size=passes.chunk_size,
-        group_elements=passes.group,
+        layer_elements=passes.elements,
         hessian_limits=limits,
         memory_bytes=min(budget, fixed + passes.held + peak),
         memory_budget=budget,
@@ -200,16 +201,9 @@ def _beside(num_bytes: int) -> str:
     return f", beside {_gib(num_bytes)} of other tensors of the module," if num_bytes >= 2**20 else ""
 
 
-def _numbers_beside_the_graph(sizes: Iterable[LayerSize], group: int) -> int:
+def _numbers_beside_the_graph(sizes: Iterable[LayerSize], max_elements: int) -> int:
     """What layers that are not held as a whole take for all inputs, if these are run at once."""
-    beside = 0
-    for size in sizes:
-        method = size.method(group)
-        if method == "chunks":
-            beside = max(beside, _COPIES * size.uses.factors)
-        elif method == "pieces":  # What enters is laid out before it is cut.
-            beside = max(beside, 2 * size.uses.entering)
-    return beside
+    return max((_COPIES * (size.factors or 0) for size in sizes if size.method(max_elements) == "chunks"), default=0)
 
 
 @dataclass(frozen=True)
@@ -222,6 +216,7 @@ class _Passes:
         activations: Bytes of those of the whole probe, which are kept where it is run in chunks.
         rest: Bytes for all of this, and for gradients.
         copies: How many of a group's factors there are at once.
+        reserved: Bytes for the gradients of the largest layer.
     """
 
     num_inputs: int
@@ -229,10 +224,19 @@ class _Passes:
     activations: int
     rest: int
     copies: int
+    reserved: int
 
     @classmethod
     def of(
-        cls, trace: Trace, traced_inputs: int, num_inputs: int, rest: int, copies: int, *, beside: int = 0
+        cls,
+        trace: Trace,
+        traced_inputs: int,
+        num_inputs: int,
+        rest: int,
+        copies: int,
+        reserved: int,
+        *,
+        beside: int = 0,
     ) -> "_Passes":
         """From a trace of some inputs, and from the numbers that all inputs need beside the graph."""
         element = trace.outputs.element_size()
@@ -247,14 +251,16 @@ class _Passes:
             int((element + 2 * _NUMBER) * traced * num_inputs / traced_inputs),
             rest,
             copies,
+            reserved,
         )
 
     @property
     def chunk_size(self) -> int:
         """Inputs that are run at once; 0 where not even one fits."""
-        if self.graph * self.num_inputs <= self.rest / 2:
+        room = self.rest - self.reserved
+        if self.graph * self.num_inputs <= min(self.rest / 2, room):
             return self.num_inputs
-        return int((self.rest - self.activations) / 3 / self.graph) if self.rest > self.activations else 0
+        return max(0, int(min((self.rest - self.activations) / 3, room - self.activations) / max(1, self.graph)))
 
     @property
     def held(self) -> int:
@@ -262,9 +268,9 @@ class _Passes:
         return self.graph * self.chunk_size + (self.activations if self.chunk_size < self.num_inputs else 0)
 
     @property
-    def group(self) -> int:
-        """Numbers of gradients, or their factors, that may be held at once."""
-        return min(GROUP_ELEMENTS, int((self.rest - self.held) / _NUMBER / self.copies))
+    def elements(self) -> int:
+        """Elements that the gradients of one layer, or their factors, may have."""
+        return int((self.rest - self.held) / _NUMBER / self.copies)
 
     def hessian_limits(self, num_parameters: int, *, largest_chunk: int) -> HessianLimits:
         """What products with the Hessian may take of the same memory.
@@ -280,7 +286,7 @@ class _Passes:
             chunk_size=max(1, chunk_size) if chunk_size < self.num_inputs else None,
             basis_elements=basis,
             batch_elements=min(limits.batch_elements, rest // 8 // _NUMBER),
-            waiting_elements=min(limits.waiting_elements, self.group // 2),
+            waiting_elements=min(limits.waiting_elements, self.elements // 2),
         )
 
 

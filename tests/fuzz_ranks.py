@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lightning_basin import measure_basin
-from lightning_basin.memory import MemoryBudgetError
+from lightning_basin.limits import MemoryBudgetError
 from tests import exact_layers
 from tests.exact import Dual, ExactNetwork, count_duplicates, exact_rank, integers, jacobian
 

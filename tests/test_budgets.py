@@ -11,8 +11,8 @@ from lightning_basin.functional.factored import DenseGradients
 from lightning_basin.functional.hessian import hessian_matrix
 from lightning_basin.functional.rank import gradient_rank
 from lightning_basin.functional.spectrum import SpectrumAccumulator
+from lightning_basin.limits import MemoryBudgetError
 from lightning_basin.measure import check_measurable
-from lightning_basin.memory import MemoryBudgetError
 from lightning_basin.settings import Settings
 from tests.exact import exact_rank
 from tests.layer_types import TYPES

@@ -5,7 +5,9 @@ from torch import nn
 
 from lightning_basin import Probe
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
-from lightning_basin.functional.gradients import gram_of
+from lightning_basin.gradients import layers, structured
+from lightning_basin.gradients.sizes import LayerSize, layer_sizes
+from lightning_basin.limits import MemoryBudgetError
 from lightning_basin.network.network import Network
 from tests.networks import Composed, drawn, filled, finite_differences, linear_twice, measured, sequences
 
@@ -257,53 +259,48 @@ def test_chunks_of_inputs_give_the_same_gradients(name):
         torch.testing.assert_close(gradients.gradients.rows(), expected, rtol=0.0, atol=1e-12 * scale)
 
 
-IN_PIECES = (
-    "plain",
-    "called twice",
-    "sequences",
-    "frozen weights",
-    "transposed sequences",
-    "tied weights",
-    "weight_norm",
-    "bare parameters",
-    "EmbeddingBag, sums",
-    "attention to itself",
-    "convolution and batch norm",
-    "layer norm",
-    "a function of the weight that is no product",
-)
-
-
-@pytest.mark.parametrize("max_elements", [60, 400])
-@pytest.mark.parametrize("name", IN_PIECES)
-def test_gradients_in_pieces_are_those_of_the_whole(name, max_elements):
-    build, shape = (FACTORED | BY_OPERATION | DENSE)[name]
+@pytest.mark.parametrize("name", ["sequences", "transposed sequences", "convolution and batch norm"])
+def test_factors_that_are_larger_than_the_rows_are_multiplied_out_chunk_by_chunk(name):
+    build, shape = (FACTORED | BY_OPERATION)[name]
     network, probe = Network(filled(build())), Probe(drawn(*shape))
     whole = measured(network, probe)
-    for layer, gradients in measured(network, probe, chunk_size=2, max_elements=max_elements).items():
-        expected = whole[layer].gradients
-        rows, pieces = expected.rows(), gradients.gradients
-        scale = 1 + float(rows.abs().max())
-        torch.testing.assert_close(pieces.rows(), rows, rtol=0.0, atol=1e-12 * scale)
-        torch.testing.assert_close(
-            gram_of(pieces).whole(), rows @ rows.mT, rtol=0.0, atol=1e-12 * scale**2 * rows.shape[1]
-        )
-        blocks = drawn(shape[0], 1, rows.shape[0] // shape[0])
-        combined = expected.weighted(blocks).rows()
-        torch.testing.assert_close(pieces.weighted(blocks).rows(), combined, rtol=0.0, atol=1e-11 * scale)
-        sketch = pieces.sketch(2 * len(rows), torch.Generator().manual_seed(0))
-        # A sketch of its columns: of the same rank, in the same space.
-        assert torch.linalg.matrix_rank(sketch) == torch.linalg.matrix_rank(rows)
-        assert torch.linalg.matrix_rank(torch.cat([sketch, rows], 1)) == torch.linalg.matrix_rank(rows)
+    largest = max(gradients.gradients.rows().numel() for gradients in whole.values())
+    found = measured(network, probe, chunk_size=2, max_elements=largest)
+    assert any(type(gradients.gradients) is DenseGradients for gradients in found.values())
+    for layer, gradients in found.items():
+        assert gradients.structured
+        expected = whole[layer].gradients.rows()
+        scale = 1 + float(expected.abs().max())
+        torch.testing.assert_close(gradients.gradients.rows(), expected, rtol=0.0, atol=1e-12 * scale)
 
 
-def test_a_layer_that_memory_does_not_hold_is_cut_and_one_that_it_holds_is_not():
-    network, probe = Network(filled(nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 2)))), Probe(drawn(5, 3))
-    found = measured(network, probe, max_elements=200)
-    assert all(gradients.structured for gradients in found.values())
-    pieces = list(found["0"].gradients.pieces())
-    assert len(pieces) > 1
-    assert all(piece.num_elements <= 200 for piece in pieces)
+@pytest.mark.parametrize("name", ["attention to itself", "a power"])
+def test_layers_are_the_same_measured_together_or_one_by_one(name, monkeypatch):
+    build, shape = (BY_OPERATION | DENSE)[name]
+    network, probe = Network(filled(build())), Probe(drawn(*shape))
+    whole = measured(network, probe)
+    for module in (layers, structured):
+        monkeypatch.setattr(module, "GROUP_ELEMENTS", 1)
+    for layer, gradients in measured(network, probe).items():
+        assert torch.equal(gradients.gradients.rows(), whole[layer].gradients.rows())
+
+
+@pytest.mark.parametrize("name", ["plain", "a power"])
+def test_a_layer_that_fits_by_no_method_is_refused(name):
+    build, shape = (FACTORED | DENSE)[name]
+    network, probe = Network(filled(build())), Probe(drawn(*shape))
+    with pytest.raises(MemoryBudgetError, match=r"rows by .* do not fit into memory_budget: take a smaller probe"):
+        measured(network, probe, max_elements=60)
+
+
+def test_a_layer_that_no_output_depends_on_takes_no_memory():
+    network = Network(filled(Composed(lambda m, x: m.used(x), used=nn.Linear(3, 2), unused=nn.Linear(300, 40))))
+    trace = network.trace(Probe(drawn(2, 3)))
+    sizes = layer_sizes(network, trace, num_inputs=5, num_outputs=2)
+    # For each of 5 inputs: 3 numbers that enter, and twice 2 derivatives, also of the bias; and two pairs of vectors
+    # of 2 + 3 numbers for each of 10 rows.
+    assert sizes["used"] == LayerSize(dense=80, factors=55, held=55, peak=155)
+    assert sizes["unused"].least == 0
 
 
 @pytest.mark.parametrize("name", FACTORED)
@@ -332,6 +329,33 @@ def test_a_use_that_is_not_seen_is_noticed_and_said():
     found = measured(Network(module.double()), Probe(drawn(5, 3).abs()))
     assert type(found["linear"].gradients) is DenseGradients
     assert found["linear"].note == "layer 'linear' is measured row by row: its parameters are used in other ways"
+
+
+@pytest.mark.parametrize("name", ["called twice", "tied weights", "bare parameters", "attention", "LSTM"])
+def test_gradients_stay_right_whichever_use_is_not_recorded(name, monkeypatch):
+    build, shape = (FACTORED | BY_OPERATION)[name]
+    network, probe, trace = Network(filled(build())), Probe(drawn(*shape)), Network.trace
+    expected = {layer: gradients.gradients.rows() for layer, gradients in measured(network, probe).items()}
+    dropped = [i for i, use in enumerate(network.trace(probe).operations.uses) if use.leaving.edge is not None]
+
+    def forgetful(index):
+        def run(network, probe):
+            forgotten = trace(network, probe)
+            forgotten.operations.uses[index : index + 1] = []  # In another precision there may be fewer.
+            return forgotten
+
+        return run
+
+    num_noticed = 0
+    for index in dropped:
+        monkeypatch.setattr(Network, "trace", forgetful(index))
+        found = measured(network, probe)
+        num_noticed += not all(gradients.structured for gradients in found.values())
+        for layer, gradients in found.items():
+            rows = gradients.gradients.rows()
+            torch.testing.assert_close(rows, expected[layer], rtol=0.0, atol=1e-12 * float(expected[layer].abs().max()))
+    # The state that enters a recurrent cell first is zero, and the softmax does not see the bias of the keys.
+    assert num_noticed >= len(dropped) - 1
 
 
 def test_a_layer_that_is_never_called_has_zero_gradients():

@@ -1,41 +1,33 @@
-import math
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_basin import measure_basin
+from lightning_basin import Probe, measure_basin
 from lightning_basin.gradients import check
-from lightning_basin.network.rounding import rounding_noise
+from lightning_basin.gradients.terms import term_magnitudes
+from lightning_basin.network.network import Network
+from lightning_basin.network.rounding import in_other_precision
+from lightning_basin.network.runs import TracedProbe
 from tests.networks import Composed, drawn, filled
 
-UNIT = torch.finfo(torch.float64).eps
+
+def test_a_network_in_the_other_precision_computes_the_same_up_to_its_rounding():
+    network, probe = Network(filled(nn.Linear(3, 2))), Probe(drawn(5, 3))
+    other, converted = in_other_precision(network, probe)
+    back, _ = in_other_precision(other, converted)
+    assert (other.dtype, back.dtype) == (torch.float32, torch.float64)
+    outputs = network.outputs(probe)
+    torch.testing.assert_close(other.outputs(converted).double(), outputs, rtol=0.0, atol=1e-6)
+    assert not torch.equal(other.outputs(converted).double(), outputs)
 
 
-def test_noise_of_a_difference_is_that_of_its_terms():
-    left = torch.full((1000,), 3.0, dtype=torch.float64)
-    (noise,) = rounding_noise(lambda: [left - left], torch.float64)
-    # Uniform errors of standard deviation 3 eps in each term; the largest of three differences of two.
-    assert 3 * UNIT < float(noise.mean()) < 3 * math.sqrt(12) * UNIT
-
-
-def test_noise_of_what_is_zero_and_of_copies_is_none():
-    zero = torch.zeros(5, dtype=torch.float64)
-    (noise,) = rounding_noise(lambda: [(zero * 7).relu()], torch.float64)
-    assert torch.equal(noise, zero)
-
-
-def test_what_jumps_at_equal_numbers_is_not_taken_for_rounding():
-    equal = torch.ones(100, 2, dtype=torch.float64)
-    (noise,) = rounding_noise(lambda: [(equal + 1).argmax(1).double()], torch.float64)
-    assert float(noise.max()) < 1e-3
-
-
-def test_what_is_written_to_and_views_are_left_as_they_are():
-    start = torch.ones(4, dtype=torch.float64)
-    rounding_noise(lambda: [start.clone().view(2, 2).t().add_(1)], torch.float64)
-    assert torch.equal(start, torch.ones(4, dtype=torch.float64))
+def test_terms_are_counted_by_their_magnitudes():
+    network, probe = Network(filled(nn.Linear(2, 1))), Probe(torch.tensor([[1.0, 2.0], [3.0, -4.0]]).double())
+    (chunk,) = TracedProbe(network, probe).chunks()
+    weights = torch.tensor([[2.0], [-1.0]]).double()
+    # The gradient of 2 f(1, 2) - f(3, -4): 2 * 1 - 1 * 3, 2 * 2 + 1 * 4, and 2 - 1 by the bias.
+    assert term_magnitudes(network, chunk, network.layers[0], weights).tolist() == [5.0, 8.0, 3.0]
 
 
 # Layers without effect.
@@ -108,11 +100,51 @@ def test_a_bias_whose_terms_cancel_beside_weights_whose_terms_do_not_needs_no_ot
     def refuse(*_):
         raise AssertionError("rounding is bounded by the magnitudes of the terms")
 
-    monkeypatch.setattr(check, "rounding_noise", refuse)
+    monkeypatch.setattr(check, "in_other_precision", refuse)
     record = measure_basin(attending(), drawn(10, 5, 8))
     # Each of 10 inputs mixes 5 values with weights that sum to one, so that keys move it along 4 directions.
     assert record.layers["key"].gradient_rank == 40
     assert not record.notes
+
+
+def shifted(function):
+    return Composed(lambda m, x: m.head(function(x + m.shift(x))), shift=nn.Linear(8, 1), head=nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "function", [lambda x: F.layer_norm(x, (8,)), lambda x: torch.softmax(x, -1)], ids=["layer norm", "softmax"]
+)
+def test_layer_whose_terms_cancel_inside_of_the_backward_pass_has_rank_zero(function, dtype):
+    # The same shift of all elements of an input is taken away, before a gradient reaches the layer.
+    record = measure_basin(filled(shifted(function)), drawn(10, 8), dtype=dtype)
+    assert record.layers["shift"].gradient_rank == 0
+    # Eight elements that sum to zero, or to one: with the bias eight directions for each of two outputs.
+    assert record.gradient_rank == 16
+    assert any("layer 'shift' has no effect" in note for note in record.notes)
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The identity, whose backward pass multiplies by a random number or divides by the norm."""
+
+    @staticmethod
+    def forward(ctx, x, kind):
+        ctx.kind = kind
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.rand(()) if ctx.kind == "random" else gradient / (gradient.norm() + 1e-30), None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("kind", ["random", "normed"])
+def test_a_backward_pass_that_is_no_derivative_is_refused_and_not_taken_for_rounding(kind, dtype):
+    module = Composed(
+        lambda m, x: m.head(ScaledGradient.apply(m.inner(x), kind).relu()), inner=nn.Linear(3, 4), head=nn.Linear(4, 2)
+    )
+    with pytest.raises(RuntimeError, match="two evaluations of them disagree"):
+        measure_basin(filled(module), drawn(6, 3), dtype=dtype)
 
 
 # A use that is seen by nobody.
@@ -162,9 +194,3 @@ def test_coupling_is_not_taken_for_cancellation():
     )
     with pytest.raises(ValueError, match="each output must depend on its own input only"):
         measure_basin(module, drawn(8, 2, 3) * 100 + 1.7e9)
-
-
-def test_numbers_stay_equal_to_themselves():
-    number = torch.tensor([1.5], dtype=torch.float64)
-    (noise,) = rounding_noise(lambda: [(number == number).double()], torch.float64)
-    assert float(noise) == 0.0

@@ -47,8 +47,8 @@ from lightning_basin.callback.training_set import check_one_loader, whole_traini
 from lightning_basin.callback.training_step import agrees_with, read_training_step, step_behavior
 from lightning_basin.callback.watching import Lenience, check_watchers, watchers
 from lightning_basin.layer_names import tag
+from lightning_basin.limits import MemoryBudgetError
 from lightning_basin.measure import check_measurable, measure
-from lightning_basin.memory import MemoryBudgetError
 from lightning_basin.naming import escaped
 from lightning_basin.network.copying import is_out_of_memory
 from lightning_basin.network.network import LossFunction

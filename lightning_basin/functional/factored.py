@@ -159,10 +159,6 @@ class KhatriRaoGradients:
         signals = torch.einsum("kj,kjto->kto", weights.view(k, c).to(self.dtype), self.output_gradients)
         return torch.einsum("kto,ktd->od", signals, self.activations).flatten().to(weights.dtype)
 
-    def magnitudes(self) -> "KhatriRaoGradients":
-        """With the magnitude of every term in place of the term: bounds what may cancel in their sums."""
-        return replace(self, activations=self.activations.abs(), output_gradients=self.output_gradients.abs())
-
     def weighted(self, blocks: Tensor) -> "KhatriRaoGradients | DenseGradients":
         """Rows combined within each input, ``weighted_rows(rows(), blocks)``, by combining their factors.
 
@@ -244,10 +240,6 @@ class DenseGradients:
     def combination(self, weights: Tensor) -> Tensor:
         """``weights @ rows()``; shapes ``(m,)`` and ``(N,)``."""
         return (weights.to(self.dtype) @ self.matrix).to(weights.dtype)
-
-    def magnitudes(self) -> "DenseGradients":
-        """With the magnitude of every entry."""
-        return DenseGradients(self.matrix.abs())
 
     def weighted(self, blocks: Tensor) -> "DenseGradients":
         """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""

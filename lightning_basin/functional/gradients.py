@@ -77,10 +77,6 @@ class StackedGradients:
             combination[columns] = part.combination(weights)
         return combination
 
-    def magnitudes(self) -> "StackedGradients":
-        """With the magnitude of every term of every part."""
-        return replace(self, parts=tuple(part.magnitudes() for part in self.parts))
-
     def _zeros(self, *shape: int) -> Tensor:
         dtype = self.parts[0].dtype if self.parts else torch.float64
         return torch.zeros(shape, dtype=dtype, device=self.device)

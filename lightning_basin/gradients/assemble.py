@@ -1,6 +1,7 @@
-"""Gradients of a layer from the operations that use its parameters.
+"""The gradients of a layer, put together from the operations that use its parameters.
 
-No gradient with respect to a parameter is taken. Whether the operations are all that use it is for the caller to check.
+No gradient with respect to a parameter is taken. Whether there are other uses is for the caller to check.
+Axis letters: k inputs, c outputs per input, m = k * c rows, t positions of a sequence, n elements of a parameter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,17 +16,18 @@ from lightning_basin.functional.gradients import LayerGradients, StackedGradient
 from lightning_basin.functional.jacobian import vector_jacobian_products
 from lightning_basin.operations.uses import ElementwiseUse, ProductUse, Source, Use
 
-_Block = tuple[Tensor, KhatriRaoGradients | DenseGradients]  # columns, and the gradients by them
+_Part = tuple[Tensor, KhatriRaoGradients | DenseGradients]
+"""Some columns of a layer's gradients: where they stand, and the gradients with respect to them."""
 
 
 @dataclass(frozen=True, eq=False)
 class MeasuredUse:
-    """One use of a parameter with what was measured of it.
+    """One use of a parameter, with its output gradients and input activations.
 
     Attributes:
         use: The operation.
-        signals: Derivatives of each output, ``(k, c, t, d_out)`` for a product, ``(k, c, n)`` otherwise.
-        activations: ``(k, t, d_in)`` for a product.
+        signals: The output gradients, input by input, shape ``(k, c, t, d_out)`` for a product, else ``(k, c, n)``.
+        activations: The input activations of a product, shape ``(k, t, d_in)``; ``None`` for other uses.
     """
 
     use: Use
@@ -34,15 +36,23 @@ class MeasuredUse:
 
 
 @dataclass(eq=False)
-class _Slot:
-    """Uses of the same entries of one source in the same way, which add up."""
+class _JoinedUses:
+    """Uses of the same elements of one source in the same way, whose gradients add up.
+
+    Attributes:
+        source: The source.
+        positions: The elements of the source, as in `ProductUse` or `ElementwiseUse`.
+        uses: The uses.
+        bias: The uses that add a bias to these products, one for each product; ``None`` where there is no bias.
+    """
 
     source: Source
     positions: Tensor
     uses: list[MeasuredUse]
-    bias: "_Slot | None" = None
+    bias: "_JoinedUses | None" = None
 
-    def holds(self, measured: MeasuredUse) -> bool:
+    def includes(self, measured: MeasuredUse) -> bool:
+        """Whether another use is of the same elements in the same way."""
         use = measured.use
         return (
             use.source is self.source
@@ -51,14 +61,14 @@ class _Slot:
             and torch.equal(use.positions, self.positions)
         )
 
-    def shifts(self, other: "_Slot") -> bool:
+    def shifts(self, products: "_JoinedUses") -> bool:
         """Whether this is the bias of a product, at each of its uses."""
         shifted = [use.use.shifts if isinstance(use.use, ElementwiseUse) else None for use in self.uses]
-        same = len(shifted) == len(other.uses) and all(map(is_, shifted, [use.use for use in other.uses]))
-        return same and self.positions.numel() == other.positions.shape[0]
+        is_each = len(shifted) == len(products.uses) and all(map(is_, shifted, [use.use for use in products.uses]))
+        return is_each and self.positions.numel() == products.positions.shape[0]
 
     def gradients(self) -> KhatriRaoGradients | DenseGradients:
-        """With respect to the entries, in the order of `columns`."""
+        """The gradients with respect to the elements, in the order of `columns`."""
         signals = [use.signals for use in self.uses]
         if self.uses[0].activations is None:
             return DenseGradients(sum(signals[1:], start=signals[0]).flatten(0, 1))
@@ -68,7 +78,11 @@ class _Slot:
         return KhatriRaoGradients(activations, concatenated(signals, 2))
 
     def columns(self, starts: Mapping[int, int]) -> Tensor:
-        """Where the entries stand among the parameters of the layer."""
+        """Where the elements stand among the parameters of the layer.
+
+        Args:
+            starts: Where each source starts, by the identity of the source.
+        """
         columns = self.positions + starts[id(self.source)]
         if self.bias is not None:
             shifted = self.bias.positions.reshape(-1, 1) + starts[id(self.bias.source)]
@@ -77,96 +91,111 @@ class _Slot:
 
 
 def concatenated(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """Tensors one after the other along an axis; a single one is not copied."""
+    """Tensors one after the other along an axis; a single tensor is not copied."""
     return torch.cat(list(tensors), dim=axis) if len(tensors) > 1 else tensors[0]
 
 
 def gradients_from_uses(
-    parameters: Mapping[str, Tensor], used: Sequence[MeasuredUse], *, num_rows: int
+    parameters: Mapping[str, Tensor], measured: Sequence[MeasuredUse], *, num_rows: int
 ) -> LayerGradients:
     """The gradients of a layer from all uses of its parameters.
 
-    Uses of the same entries add up, as where a layer is called twice. What multiplies stays factored; entries that are
-    used in several ways, as a table that is also the output head, are added up as dense rows.
+    Uses of the same elements add up, as where a layer is called twice. Products stay factored. Elements that are used
+    in several ways, as those of a table that is also the output head, are added up as dense rows.
 
     Args:
-        parameters: Of the layer by name, in order, attached to the graph.
-        used: All uses of them, and of tensors that were computed from them.
-        num_rows: m.
+        parameters: The layer's parameters by name, in order, attached to the graph.
+        measured: All uses of these parameters, and of tensors that were computed from them.
+        num_rows: Rows of the gradients, m.
     """
     sizes = [parameter.numel() for parameter in parameters.values()]
-    blocks: list[_Block] = []
-    slots = slots_of(used)
-    sources = {id(slot.source): slot.source for slot in slots}
+    parts: list[_Part] = []
+    joined = _joined_uses(measured)
+    sources = {id(uses.source): uses.source for uses in joined}
     starts: dict[int, int] = {}
     for identity, source in sources.items():
         if source.name is None:
-            blocks += _through(source, [slot for slot in slots if slot.source is source], parameters, num_rows)
+            parts.append(_through(source, [uses for uses in joined if uses.source is source], parameters, num_rows))
         else:
             starts[identity] = sum(sizes[: list(parameters).index(source.name)])
-    direct = _with_biases([slot for slot in slots if slot.source.name is not None])
-    blocks += [(slot.columns(starts), slot.gradients()) for slot in direct]
+    direct = _with_biases([uses for uses in joined if uses.source.name is not None])
+    parts += [(uses.columns(starts), uses.gradients()) for uses in direct]
     device = next(iter(parameters.values())).device
-    return _in_columns(blocks, num_rows, sum(sizes), device)
+    return _side_by_side(parts, num_rows, sum(sizes), device)
 
 
-def slots_of(used: Sequence[MeasuredUse]) -> list[_Slot]:
-    """Join uses of the same entries of one source."""
-    slots: list[_Slot] = []
-    for measured in used:
-        slot = next((slot for slot in slots if slot.holds(measured)), None)
-        if slot is None:
-            slots.append(_Slot(measured.use.source, measured.use.positions, [measured]))
+def stay_factored(parameters: Mapping[str, Tensor], uses: Sequence[Use]) -> bool:
+    """Whether `gradients_from_uses` keeps the factors of a layer, and adds nothing up as dense rows.
+
+    Args:
+        parameters: The layer's parameters by name.
+        uses: All uses of these parameters.
+    """
+    joined = _joined_uses([MeasuredUse(use, use.positions, None) for use in uses])
+    return all(uses.source.name is not None for uses in joined) and all(
+        _are_disjoint([uses.positions for uses in joined if uses.source.name == name], parameter.numel())
+        for name, parameter in parameters.items()
+    )
+
+
+def _joined_uses(measured: Sequence[MeasuredUse]) -> list[_JoinedUses]:
+    """Join uses of the same elements of one source."""
+    joined: list[_JoinedUses] = []
+    for use in measured:
+        same = next((uses for uses in joined if uses.includes(use)), None)
+        if same is None:
+            joined.append(_JoinedUses(use.use.source, use.use.positions, [use]))
         else:
-            slot.uses.append(measured)
-    return slots
+            same.uses.append(use)
+    return joined
 
 
-def _with_biases(slots: Sequence[_Slot]) -> list[_Slot]:
-    """Products joined with what shifts them: a bias is the weight of an activation that is always 1."""
-    products = [slot for slot in slots if slot.uses[0].activations is not None]
-    others = [slot for slot in slots if slot.uses[0].activations is None]
+def _with_biases(joined: Sequence[_JoinedUses]) -> list[_JoinedUses]:
+    """Products joined with their biases: a bias is the weight of an input activation that is always 1."""
+    products = [uses for uses in joined if uses.uses[0].activations is not None]
+    others = [uses for uses in joined if uses.uses[0].activations is None]
     for product in products:
-        product.bias = next((slot for slot in others if slot.shifts(product)), None)
-    joined = [product.bias for product in products if product.bias is not None]
-    return [*products, *(slot for slot in others if not any(slot is bias for bias in joined))]
+        product.bias = next((uses for uses in others if uses.shifts(product)), None)
+    biases = [product.bias for product in products if product.bias is not None]
+    return [*products, *(uses for uses in others if not any(uses is bias for bias in biases))]
 
 
-def _through(source: Source, slots: Sequence[_Slot], parameters: Mapping[str, Tensor], num_rows: int) -> list[_Block]:
-    """Of a tensor that was computed from parameters, as by weight normalisation: the chain rule, row by row."""
-    blocks = [(slot.positions.flatten(), slot.gradients()) for slot in slots]
-    rows = _summed(blocks, num_rows, source.tensor.numel()).view(num_rows, *source.tensor.shape)
-    values = list(parameters.values())
-    products = vector_jacobian_products(source.tensor, values, rows.to(source.tensor.dtype)).to(rows.dtype)
-    return [(torch.arange(products.shape[1], device=products.device), DenseGradients(products))]
+def _through(source: Source, joined: Sequence[_JoinedUses], parameters: Mapping[str, Tensor], num_rows: int) -> _Part:
+    """The gradients through a tensor that was computed from parameters, as by weight normalisation: the chain rule."""
+    parts = [(uses.positions.flatten(), uses.gradients()) for uses in joined]
+    rows = _summed(parts, num_rows, source.tensor.numel()).view(num_rows, *source.tensor.shape)
+    products = vector_jacobian_products(source.tensor, list(parameters.values()), rows.to(source.tensor.dtype))
+    products = products.to(rows.dtype)
+    return torch.arange(products.shape[1], device=products.device), DenseGradients(products)
 
 
-def _in_columns(blocks: Sequence[_Block], num_rows: int, num_columns: int, device: torch.device) -> LayerGradients:
-    """Blocks of different columns stay apart; where they overlap they are added up."""
-    if are_disjoint([columns for columns, _ in blocks], num_columns):
+def _side_by_side(parts: Sequence[_Part], num_rows: int, num_columns: int, device: torch.device) -> LayerGradients:
+    """Parts of different columns stay apart; parts that overlap are added up as dense rows."""
+    if _are_disjoint([columns for columns, _ in parts], num_columns):
         return StackedGradients(
-            parts=tuple(part for _, part in blocks),
-            columns=tuple(columns for columns, _ in blocks),
+            parts=tuple(gradients for _, gradients in parts),
+            columns=tuple(columns for columns, _ in parts),
             num_rows=num_rows,
             num_columns=num_columns,
             device=device,
         )
-    return DenseGradients(_summed(blocks, num_rows, num_columns))
+    return DenseGradients(_summed(parts, num_rows, num_columns))
 
 
-def are_disjoint(columns: Sequence[Tensor], num_columns: int) -> bool:
+def _are_disjoint(columns: Sequence[Tensor], num_columns: int) -> bool:
     """Whether no column stands in two of the sets."""
-    counted = sum(part.numel() for part in columns)
+    counted = sum(some.numel() for some in columns)
     if not columns or counted > num_columns:
         return not columns
     seen = torch.zeros(num_columns, dtype=torch.bool, device=columns[0].device)
-    for part in columns:
-        seen[part.flatten()] = True
+    for some in columns:
+        seen[some.flatten()] = True
     return int(seen.sum()) == counted
 
 
-def _summed(blocks: Sequence[_Block], num_rows: int, num_columns: int) -> Tensor:
-    rows = torch.zeros(num_rows, num_columns, dtype=blocks[0][1].dtype, device=blocks[0][0].device)
-    for columns, part in blocks:
-        rows.index_add_(1, columns, part.rows())
+def _summed(parts: Sequence[_Part], num_rows: int, num_columns: int) -> Tensor:
+    """The sum of the parts as dense rows, shape ``(m, num_columns)``."""
+    rows = torch.zeros(num_rows, num_columns, dtype=parts[0][1].dtype, device=parts[0][0].device)
+    for columns, gradients in parts:
+        rows.index_add_(1, columns, gradients.rows())
     return rows

@@ -1,4 +1,7 @@
-"""Which entries of an operation's result belong to which input, and the outputs' derivatives by them."""
+"""Which part of an operation's result belongs to which input, and the outputs' derivatives with respect to it.
+
+Axis letters: k inputs, c outputs per input, t positions of a sequence, n elements of a parameter.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,21 +14,24 @@ from lightning_basin.network.network import Network
 from lightning_basin.network.trace import Trace
 from lightning_basin.operations.uses import ElementwiseUse, Leaving, ProductUse, Use
 
+_NUM_CHOICES = 3
+"""Choices of inputs whose derivatives may show where the inputs are; one shows it, unless a layer is dead."""
+
 
 @dataclass(frozen=True)
 class InputAxis:
-    """Where the parts of the k inputs lie along an axis of what an operation returns.
+    """Where the k inputs lie along an axis of an operation's result.
 
     Attributes:
-        axis: Of the result's derivative, in the form in which a use takes it; 0 for products.
-        adjacent: Whether the parts of one input follow each other, or inputs alternate.
+        axis: The axis of the result's derivative, in the form in which a use takes it; 0 for products.
+        adjacent: Whether all elements of one input follow each other; else the inputs alternate.
     """
 
     axis: int
     adjacent: bool
 
     def split(self, tensor: Tensor, num_inputs: int) -> Tensor:
-        """The axis in front, as ``(k, n / k, ...)``."""
+        """The tensor with this axis in front and split by inputs, shape ``(k, length / k, ...)``."""
         moved = tensor.movedim(self.axis, 0)
         count = moved.shape[0] // num_inputs
         if self.adjacent:
@@ -33,89 +39,87 @@ class InputAxis:
         return moved.reshape(count, num_inputs, *moved.shape[1:]).transpose(0, 1)
 
 
-def possible_input_axes(use: Use, signal: Tensor, chosen: Tensor) -> list[InputAxis]:
-    """Where the inputs can be, seen from a derivative of the outputs of some inputs only.
-
-    What belongs to other inputs is exactly zero there. So may more be, where a layer is dead: further choices of inputs
-    then tell.
+def measured_in_chunk(network: Network, trace: Trace, uses: Mapping[int, Use]) -> dict[int, MeasuredUse]:
+    """Measure the uses in whose results the inputs can be distinguished.
 
     Args:
-        use: Of a parameter.
-        signal: Derivative by the result, of a sum over the outputs of the chosen inputs.
-        chosen: Which inputs these are, bool, shape ``(k,)``.
+        network: The network that was traced.
+        trace: The trace of one chunk of inputs, with its graph.
+        uses: Recorded uses, by their position in the record.
+
+    Returns:
+        The output gradients and input activations, by the same positions. A use is left out where it is not clear
+        which part of its result belongs to which input.
     """
-    num_inputs = chosen.numel()
-    if isinstance(use, ProductUse):
-        axes, found = [0], use.signals(signal)
-    else:
-        found = use.contributions(signal)
-        axes = [axis for axis in range(found.ndim) if use.positions.shape[axis] == 1]
-    nonzero = found != 0
-    layouts = [
-        InputAxis(axis, adjacent)
-        for axis in axes
-        if found.shape[axis] % num_inputs == 0
-        # With one part each it is the same.
-        for adjacent in ((True,) if found.shape[axis] == num_inputs else (True, False))
-    ]
-    return [layout for layout in layouts if not bool(layout.split(nonzero, num_inputs)[~chosen].any())]
+    outputs, dtype = network.rows(trace.outputs), network.gradient_dtype
+    num_inputs = outputs.shape[0]
+    axes = _input_axes(outputs, uses)
+    products_of_biases = _products_of_biases({index: uses[index] for index in axes})
+    signals = _signals(outputs, uses, {i: axis for i, axis in axes.items() if i not in products_of_biases}, dtype)
+    measured = {}
+    for index in list(signals):
+        use = uses[index]
+        activations = None
+        if isinstance(use, ProductUse):
+            activations = axes[index].split(use.activations().to(dtype), num_inputs).flatten(1, -2)
+        measured[index] = MeasuredUse(use, signals.pop(index), activations)
+    for index, product in products_of_biases.items():
+        measured[index] = MeasuredUse(uses[index], _summed_over_positions(measured[product].signals), None)
+    return measured
 
 
-def signal_of_inputs(use: Use, signal: Tensor, layout: InputAxis, num_inputs: int, dtype: torch.dtype) -> Tensor:
-    """Derivatives input by input: ``(k, t, d_out)`` for a product, ``(k, n)`` by the n used entries else."""
-    signal = signal.to(dtype)  # Before anything is added up.
+def _signals(
+    outputs: Tensor, uses: Mapping[int, Use], axes: Mapping[int, InputAxis], dtype: torch.dtype
+) -> dict[int, Tensor]:
+    """The output gradients of some uses, as in `MeasuredUse`, by one backward pass for each output.
+
+    Args:
+        outputs: Outputs of a chunk, shape ``(k, c)``.
+        uses: Recorded uses.
+        axes: Where the inputs lie, for the uses to measure.
+        dtype: The dtype of the result.
+    """
+    num_inputs, num_outputs = outputs.shape
+    places = places_of(uses)
+    signals: dict[int, Tensor] = {}
+    for j in range(num_outputs):
+        derivatives = derivatives_at(places, outputs[:, j].sum())
+        for index, axis in axes.items():
+            derivative = derivatives[id(uses[index].leaving)]
+            of_output = _signals_of_output(uses[index], derivative, axis, num_inputs, dtype)
+            if j == 0:  # Written to their final place: a copy would take twice the memory and twice the time.
+                signals[index] = of_output.new_empty(num_inputs, num_outputs, *of_output.shape[1:])
+            signals[index][:, j] = of_output
+    return signals
+
+
+def _signals_of_output(use: Use, derivative: Tensor, axis: InputAxis, num_inputs: int, dtype: torch.dtype) -> Tensor:
+    """The gradients of one output, input by input: shape ``(k, t, d_out)`` for a product, else ``(k, n)``.
+
+    Args:
+        use: The use.
+        derivative: Derivative of the output, summed over the inputs, with respect to the operation's result.
+        axis: Where the inputs lie.
+        num_inputs: Inputs of the chunk, k.
+        dtype: The dtype of the result.
+    """
+    derivative = derivative.to(dtype)  # Before anything is added up.
     if isinstance(use, ProductUse):
-        return layout.split(use.signals(signal), num_inputs).flatten(1, -2)
-    contributions = layout.split(use.contributions(signal), num_inputs)
-    used = use.positions.movedim(layout.axis, 0)  # Of length 1 there.
-    repeated = [axis for axis in range(1, contributions.ndim) if used.shape[axis - 1] == 1]
+        return axis.split(use.signals(derivative), num_inputs).flatten(1, -2)
+    contributions = axis.split(use.contributions(derivative), num_inputs)
+    positions = use.positions.movedim(axis.axis, 0)  # Of length 1 along this axis.
+    repeated = [dim for dim in range(1, contributions.ndim) if positions.shape[dim - 1] == 1]
     summed = contributions.sum(repeated) if repeated else contributions
     return summed.unsqueeze(-1).flatten(1)
 
 
-def activations_of_inputs(use: ProductUse, layout: InputAxis, num_inputs: int, dtype: torch.dtype) -> Tensor:
-    """What is multiplied, input by input, shape ``(k, t, d_in)``."""
-    return layout.split(use.activations().to(dtype), num_inputs).flatten(1, -2)
-
-
-_NUM_CHOICES = 3  # of inputs whose derivatives may tell where the inputs are; one does, unless a layer is dead
-
-
-def measured_in_chunk(network: Network, trace: Trace, uses: Mapping[int, Use]) -> dict[int, MeasuredUse]:
-    """The uses of which it is clear what belongs to which input."""
-    outputs, dtype = network.rows(trace.outputs), network.gradient_dtype
-    num_inputs = outputs.shape[0]
-    edges = _edges(uses)
-    layouts = _input_axes(outputs, uses)
-    biases = _biases(uses, layouts)
-    signals: dict[int, Tensor] = {}
-    for j in range(outputs.shape[1]):
-        by_edge = _derivatives(outputs[:, j].sum(), edges)
-        for index, layout in layouts.items():
-            if index not in biases:
-                signal = by_edge[id(uses[index].leaving)]
-                found = signal_of_inputs(uses[index], signal, layout, num_inputs, dtype)
-                if j == 0:  # Written where they stay, as twice the memory takes twice the time.
-                    signals[index] = found.new_empty(num_inputs, outputs.shape[1], *found.shape[1:])
-                signals[index][:, j] = found
-    measured = {}
-    for index in list(signals):
-        use, layout = uses[index], layouts[index]
-        entering = activations_of_inputs(use, layout, num_inputs, dtype) if isinstance(use, ProductUse) else None
-        measured[index] = MeasuredUse(use, signals.pop(index), entering)
-    for index, product in biases.items():
-        measured[index] = MeasuredUse(uses[index], _summed_positions(measured[product].signals), None)
-    return measured
-
-
-def _biases(uses: Mapping[int, Use], layouts: Mapping[int, InputAxis]) -> dict[int, int]:
-    """Biases by the products that the same operation adds them to, whose derivatives are theirs."""
-    products = {id(use): index for index, use in uses.items() if index in layouts and isinstance(use, ProductUse)}
+def _products_of_biases(uses: Mapping[int, Use]) -> dict[int, int]:
+    """For each bias the product to which the same operation adds it, and whose output gradients are its own."""
+    products = {id(use): index for index, use in uses.items() if isinstance(use, ProductUse)}
     return {
         index: products[id(use.shifts)]
         for index, use in uses.items()
-        if index in layouts
-        and isinstance(use, ElementwiseUse)
+        if isinstance(use, ElementwiseUse)
         and use.shifts is not None
         and id(use.shifts) in products
         and use.shifts.leaving is use.leaving
@@ -123,35 +127,58 @@ def _biases(uses: Mapping[int, Use], layouts: Mapping[int, InputAxis]) -> dict[i
     }
 
 
-def _summed_positions(signals: Tensor) -> Tensor:
-    """Of products, shape ``(k, c, t, d_out)``; with one position they are not copied."""
+def _summed_over_positions(signals: Tensor) -> Tensor:
+    """Output gradients of a bias from those of its product, shape ``(k, c, t, d_out)``; not copied for one position."""
     return signals.squeeze(2) if signals.shape[2] == 1 else signals.sum(2)
 
 
-def _edges(uses: Mapping[int, Use]) -> list[Leaving]:
-    return list({id(use.leaving): use.leaving for use in uses.values()}.values())
-
-
 def _input_axes(outputs: Tensor, uses: Mapping[int, Use]) -> dict[int, InputAxis]:
-    """Where the inputs are in what left each operation, seen from the outputs of some of them."""
-    edges = _edges(uses)
+    """Where the inputs lie in the result of each use, seen from the outputs of some of them; absent where unclear."""
+    places = places_of(uses)
     generator = Generator().manual_seed(0)
-    num_inputs = outputs.shape[0]
     weights = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
-    layouts: dict[int, list[InputAxis]] = {}
-    for chosen in _choices(num_inputs, generator):
+    axes: dict[int, list[InputAxis]] = {}
+    for chosen in _choices(outputs.shape[0], generator):
         chosen = chosen.to(outputs.device)
-        by_edge = _derivatives((outputs * weights)[chosen].sum(), edges)
+        derivatives = derivatives_at(places, (outputs * weights)[chosen].sum())
         for index, use in uses.items():
-            possible = possible_input_axes(use, by_edge[id(use.leaving)], chosen)
-            layouts[index] = [layout for layout in layouts.get(index, possible) if layout in possible]
-        if all(len(possible) <= 1 for possible in layouts.values()):
+            possible = _possible_input_axes(use, derivatives[id(use.leaving)], chosen)
+            axes[index] = [axis for axis in axes.get(index, possible) if axis in possible]
+        if all(len(possible) <= 1 for possible in axes.values()):
             break
-    return {index: possible[0] for index, possible in layouts.items() if possible}
+    return {index: possible[0] for index, possible in axes.items() if possible}
+
+
+def _possible_input_axes(use: Use, derivative: Tensor, chosen: Tensor) -> list[InputAxis]:
+    """Where the inputs can lie, seen from the derivative of some inputs' outputs.
+
+    The derivative is exactly zero in all that belongs to other inputs. It may be zero elsewhere too, where a layer is
+    dead; then further choices of inputs decide.
+
+    Args:
+        use: The use.
+        derivative: Derivative of a sum over the outputs of the chosen inputs, with respect to the operation's result.
+        chosen: Which inputs are chosen, bool, shape ``(k,)``.
+    """
+    num_inputs = chosen.numel()
+    if isinstance(use, ProductUse):
+        dims, contributions = [0], use.signals(derivative)
+    else:
+        contributions = use.contributions(derivative)
+        dims = [dim for dim in range(contributions.ndim) if use.positions.shape[dim] == 1]
+    nonzero = contributions != 0
+    axes = [
+        InputAxis(dim, adjacent)
+        for dim in dims
+        if contributions.shape[dim] % num_inputs == 0
+        # With one element for each input both orders are the same.
+        for adjacent in ((True,) if contributions.shape[dim] == num_inputs else (True, False))
+    ]
+    return [axis for axis in axes if not bool(axis.split(nonzero, num_inputs)[~chosen].any())]
 
 
 def _choices(num_inputs: int, generator: Generator) -> Iterator[Tensor]:
-    """Some of the inputs, then all others, and so on."""
+    """Random choices of inputs, each followed by the choice of all other inputs."""
     for _ in range(_NUM_CHOICES):
         chosen = torch.randint(0, 2, (num_inputs,), generator=generator).bool()
         chosen[0], chosen[-1] = True, num_inputs == 1
@@ -160,14 +187,27 @@ def _choices(num_inputs: int, generator: Generator) -> Iterator[Tensor]:
             yield ~chosen
 
 
-def _derivatives(output: Tensor, places: Sequence[Leaving]) -> dict[int, Tensor]:
-    """Derivatives of a number by what left some operations, by the identity of the place."""
+def places_of(uses: Mapping[int, Use]) -> list[Leaving]:
+    """The results of all operations, each once."""
+    return list({id(use.leaving): use.leaving for use in uses.values()}.values())
+
+
+def derivatives_at(places: Sequence[Leaving], output: Tensor) -> dict[int, Tensor]:
+    """Derivatives of a scalar with respect to the results of some operations.
+
+    Args:
+        places: The results, as places in the graph.
+        output: The scalar; its graph is retained.
+
+    Returns:
+        The derivatives by the identity of the place, zero where the scalar does not depend on it.
+    """
     edges = {id(leaving): leaving.edge for leaving in places if leaving.edge is not None}
     shapes = {id(leaving): leaving.shape for leaving in places}
-    found: Sequence[Tensor | None] = [None] * len(edges)
-    if edges and output.requires_grad:  # Else no input of a chunk has entered the layers, or no parameter is used.
-        found = torch.autograd.grad(output, list(edges.values()), retain_graph=True, allow_unused=True)
+    gradients: Sequence[Tensor | None] = [None] * len(edges)
+    if edges and output.requires_grad:  # No input of the chunk may have entered a layer.
+        gradients = torch.autograd.grad(output, list(edges.values()), retain_graph=True, allow_unused=True)
     return {
         place: output.new_zeros(shapes[place]) if gradient is None else gradient
-        for place, gradient in zip(edges, found, strict=True)
+        for place, gradient in zip(edges, gradients, strict=True)
     }

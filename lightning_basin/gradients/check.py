@@ -1,34 +1,40 @@
-"""One random combination of all rows of the gradients, which each way to find them must reproduce."""
+"""One random combination of all rows of the gradients, which each method of finding them must reproduce."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
 
-from lightning_basin.functional.duplicates import largest_entry
 from lightning_basin.functional.gradients import LayerGradients, StackedGradients
+from lightning_basin.gradients.terms import term_magnitudes
 from lightning_basin.naming import escaped
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.network import Network
-from lightning_basin.network.rounding import agreement_rtol, rounding_noise
+from lightning_basin.network.rounding import agreement_rtol, in_other_precision
 from lightning_basin.network.runs import Chunk, TracedProbe
 
-_ROUNDING = 4  # rounding units, times the root of the number of rows: by so much sums over all rows may differ
-_NOISE_MARGIN = 8  # of a measured noise: three evaluations may by chance show so much less than there is
-_CLEAR_RTOL = 1e-3  # of a combination: what rounding of its terms can be where it is clearly not all of it
+_ROUNDING = 4
+"""Rounding units by which a sum may be off, relative to the sum of the magnitudes of its terms."""
+
+_RESOLVED = 1e-3
+"""Largest share of a combination that its rounding may be, where a structured gradient is still believed."""
+
+_ONLY_ROUNDING = 2.0**20
+"""Ratio of a combination in float32 to that in float64 from which on both are rounding, whose units differ by 2^29."""
 
 
 @dataclass(frozen=True, eq=False)
 class MeasuredGradients:
-    """Behavioral gradients of one layer.
+    """Behavioral gradients of one layer, as autograd confirms them.
 
     Attributes:
-        layer: Whose.
-        gradients: Rows ordered by input, then output, in the network's ``gradient_dtype``.
+        layer: The layer.
+        gradients: The gradients, rows ordered by input, then output, in the network's ``gradient_dtype``.
         structured: Whether they come from the operations that use the layer, and not from dense rows.
-        note: What a reader should know about how they were obtained.
+        note: What a reader should know about how they were obtained; ``None`` for nothing.
     """
 
     layer: Layer
@@ -38,31 +44,24 @@ class MeasuredGradients:
 
 
 class AutogradCheck:
-    """One random combination of all rows of every layer's gradients, which each way must reproduce.
-
-    What the operations that use a layer give may differ by rounding only, so that no use is missed, however weak.
+    """One random combination of all rows of every layer's gradients, which each method must reproduce.
 
     Args:
-        traced: The network on the probe.
-        generator: On the CPU; for the combination, with standard normal weights.
+        traced: The network's runs over the probe.
+        generator: On the CPU; draws the combination's weights, which are standard normal.
+
+    Raises:
+        ValueError: If the gradients are not finite.
     """
 
     def __init__(self, traced: TracedProbe, generator: Generator) -> None:
-        network, outputs = traced.network, traced.network.rows(traced.whole.outputs)
-        parameters = network.parameters()
+        outputs = traced.network.rows(traced.whole.outputs)
         sizes = [chunk.probe.size for chunk in traced.chunks()]
         drawn = [torch.randn(size, outputs.shape[1], generator=generator, dtype=torch.float64) for size in sizes]
-        weights = torch.cat(drawn).to(outputs.device)
-        combined: list[Tensor | None] = [None] * len(parameters)
-        for found in traced.each(_combined_rows, weights):
-            combined = [_sum(total, part) for total, part in zip(combined, found, strict=True)]
         self._traced = traced
-        self._drawn = weights
-        self._weights = weights.flatten()
-        names = [name for layer in network.layers for name in layer.parameters]
-        self._expected = dict(zip(names, combined, strict=True))
-        self._shapes = dict(zip(names, parameters, strict=True))
-        if not all(bool(gradient.isfinite().all()) for gradient in combined if gradient is not None):
+        self._weights = torch.cat(drawn).to(outputs.device)
+        self._combined = _combination(traced, self._weights)
+        if not all(bool(gradient.isfinite().all()) for gradient in self._combined.values() if gradient is not None):
             _refuse_infinite_gradients(traced)
 
     @property
@@ -72,83 +71,131 @@ class AutogradCheck:
 
     @property
     def device(self) -> torch.device:
-        """Where the gradients are."""
+        """The device of the gradients."""
         return self._weights.device
 
     def norm(self, layers: Iterable[Layer]) -> float:
-        """Of the combination by the parameters of some layers; its mean square is that of the Frobenius norm."""
-        found = [self._expected[name] for layer in layers for name in layer.parameters]
-        norms = [combined.norm() for combined in found if combined is not None]
-        return float(torch.stack(norms).norm()) if norms else 0.0
+        """The norm of the combination by the parameters of some layers.
+
+        The mean of its square over all combinations is the square of the gradients' Frobenius norm.
+        """
+        return _norm(self._combined, layers)
 
     def is_unused(self, layer: Layer) -> bool:
         """Whether no output depends on the layer."""
-        return all(self._expected[name] is None for name in layer.parameters)
+        return all(self._combined[name] is None for name in layer.parameters)
 
-    def measured(
+    def confirmed(
         self, layer: Layer, gradients: LayerGradients, *, structured: bool, note: str | None = None
     ) -> MeasuredGradients | None:
-        """Gradients that have the combination which autograd finds; zero ones if that is rounding; ``None`` for others.
+        """Accept gradients whose random combination is that of autograd; return ``None`` for others.
+
+        The combinations may differ by rounding on the scale of the layer, on which its rank is decided. Where terms
+        cancel, they may differ by the rounding of the terms. Where autograd's combination is no more than rounding, the
+        layer has no effect, and zero gradients.
 
         Args:
-            layer: Whose they are.
-            gradients: To check.
-            structured: Whether they come from the operations that use the layer.
+            layer: The layer.
+            gradients: The gradients to check.
+            structured: Whether they come from the operations that use the layer. Then only rounding is allowed for, so
+                that no use is missed, however weak.
             note: What a reader should know about them.
         """
-        dtype = self._traced.network.dtype
-        sizes = [self._shapes[name].numel() for name in layer.parameters]
-        found = torch.split(gradients.combination(self._weights), sizes)
-        pairs = list(zip(found, self._wanted(layer), strict=True))
-        differences = [largest_entry(combined - wanted) for combined, wanted in pairs]
-        scales = [largest_entry(wanted) for _, wanted in pairs]
-        rounding = _ROUNDING * len(self._weights) ** 0.5 * torch.finfo(dtype).eps
-        loosest = [agreement_rtol(dtype) * scale for scale in scales]
-        tolerances = [rounding * scale for scale in scales] if structured else loosest
-        is_close = _none_exceeds(differences, tolerances)
-        if not is_close and structured:  # Terms may cancel in a parameter, as in the bias of a key before a softmax.
-            unit = _ROUNDING * torch.finfo(dtype).eps
-            terms = torch.split(gradients.magnitudes().combination(self._weights.abs()), sizes)
-            roundings = [unit * largest_entry(magnitudes) for magnitudes in terms]
-            is_close = _none_exceeds(differences, list(map(max, tolerances, roundings)))
-            # What is no more than rounding as a whole is nothing.
-            is_close &= unit * _norm(terms) <= _CLEAR_RTOL * _norm([wanted for _, wanted in pairs])
-        if not is_close:
-            noise = [self._noise[name] for name in layer.parameters]
-            if _norm([wanted for _, wanted in pairs]) <= _NOISE_MARGIN * _norm(noise):
-                empty = no_gradients(layer, self.num_rows, self.device)
-                return MeasuredGradients(layer, empty, structured, _without_effect(layer))
-            noisy = [_NOISE_MARGIN * largest_entry(deviation) for deviation in noise]
-            # Rounding that spoils nine digits is not told from a formula that is wrong.
-            limits = map(min, noisy, loosest) if structured else noisy
-            is_close = _none_exceeds(differences, list(map(max, tolerances, limits)))
-        return MeasuredGradients(layer, gradients, structured, note) if is_close else None
+        expected, eps = self._expected(layer), torch.finfo(self._traced.network.dtype).eps
+        difference = (gradients.combination(self._weights.flatten()) - expected).abs().max()
+        rtol = _ROUNDING * eps * self.num_rows**0.5 if structured else agreement_rtol(self._traced.network.dtype)
+        is_confirmed = bool(difference <= rtol * expected.abs().max())
+        if not is_confirmed:
+            terms = torch.stack(self._traced.each(term_magnitudes, layer, self._weights)).sum(0)
+            rounding = _ROUNDING * eps * terms.norm()
+            if bool(expected.norm() <= rounding) or self._is_rounding(layer):
+                return self._without_effect(layer, structured=structured)
+            is_resolved = not structured or bool(rounding <= _RESOLVED * expected.norm())
+            is_confirmed = is_resolved and bool(difference <= _ROUNDING * eps * terms.max())
+        return MeasuredGradients(layer, gradients, structured, note) if is_confirmed else None
 
-    def _wanted(self, layer: Layer) -> list[Tensor]:
-        """The combination by each parameter, flattened."""
-        return [
-            (self._weights.new_zeros(self._shapes[name].shape) if wanted is None else wanted).flatten()
+    def _expected(self, layer: Layer) -> Tensor:
+        """The combination by autograd, shape ``(N,)``."""
+        gradients = [
+            torch.zeros_like(self._traced.network.named_parameters[name]) if gradient is None else gradient
             for name in layer.parameters
-            for wanted in [self._expected[name]]
+            for gradient in [self._combined[name]]
         ]
+        return torch.cat([gradient.to(torch.float64).flatten() for gradient in gradients])
+
+    def _is_rounding(self, layer: Layer) -> bool:
+        """Whether autograd's combination grows with the rounding unit of the evaluation.
+
+        This finds what the magnitudes of the terms do not show: terms that cancel inside of a backward pass.
+        """
+        if self._in_other_precision is None:
+            return False
+        norms = [self.norm([layer]), _norm(self._in_other_precision, [layer])]
+        high, low = norms if self._traced.network.dtype == torch.float64 else reversed(norms)
+        return math.isfinite(low) and low >= _ONLY_ROUNDING * high
 
     @cached_property
-    def _noise(self) -> dict[str, Tensor]:
-        """How far rounding may have moved the combination, by the name of each parameter."""
-        noise = rounding_noise(self._combined, self._traced.network.dtype)
-        return dict(zip(self._expected, noise, strict=True))
+    def _in_other_precision(self) -> dict[str, Tensor | None] | None:
+        """The combination in float32 instead of float64, or the reverse; ``None`` where the module does not run so."""
+        try:
+            network, probe = in_other_precision(self._traced.network, self._traced.probe)
+            return _combination(TracedProbe(network, probe, chunk_size=self._traced.chunk_size), self._weights)
+        except (TypeError, ValueError, RuntimeError):
+            return None
 
-    def _combined(self) -> list[Tensor]:
-        network = self._traced.network
-        parameters = network.parameters()
-        combined = [self._weights.new_zeros(parameter.shape) for parameter in parameters]
-        for chunk in self._traced.chunks():
-            outputs = network.rows(network.outputs(chunk.probe))
-            if outputs.requires_grad:
-                weights = self._drawn[chunk.indices.to(self.device)].to(outputs)
-                found = torch.autograd.grad(outputs, parameters, weights, materialize_grads=True)
-                combined = [total + gradient for total, gradient in zip(combined, found, strict=True)]
-        return combined
+    def _without_effect(self, layer: Layer, *, structured: bool) -> MeasuredGradients:
+        note = (
+            f"layer {escaped(layer.name)!r} has no effect: its gradients are the rounding of terms that cancel, and "
+            f"count as zero"
+        )
+        return MeasuredGradients(layer, no_gradients(layer, self.num_rows, self.device), structured, note)
+
+
+def no_gradients(layer: Layer, num_rows: int, device: torch.device) -> LayerGradients:
+    """Return a matrix of zeros for a layer."""
+    return StackedGradients((), (), num_rows=num_rows, num_columns=layer.num_parameters, device=device)
+
+
+def disagreement(names: Sequence[str]) -> str:
+    """Say that no method of computing the gradients of some layers reproduces those of autograd."""
+    return (
+        f"the gradients of layers {[*map(escaped, names)]} cannot be computed: two evaluations of them disagree; a "
+        f"hook on a tensor that changes gradients, or a backward pass that draws random numbers, has this effect"
+    )
+
+
+def _combination(traced: TracedProbe, weights: Tensor) -> dict[str, Tensor | None]:
+    """The derivatives of a combination of all outputs, in float64; ``None`` where no output depends on a parameter.
+
+    Args:
+        traced: The network's runs over the probe.
+        weights: The weights of the outputs, shape ``(k, c)``.
+
+    Returns:
+        The derivatives by the full names of the parameters.
+    """
+    names = [name for layer in traced.network.layers for name in layer.parameters]
+    combined: dict[str, Tensor | None] = dict.fromkeys(names)
+    for gradients in traced.each(_combination_of_chunk, weights):
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                total = combined[name]
+                combined[name] = gradient.to(torch.float64) if total is None else total + gradient
+    return combined
+
+
+def _combination_of_chunk(network: Network, chunk: Chunk, weights: Tensor) -> Sequence[Tensor | None]:
+    outputs, parameters = network.rows(chunk.trace.outputs), network.parameters()
+    if not outputs.requires_grad:
+        return [None] * len(parameters)
+    weights = weights[chunk.indices.to(weights.device)].to(outputs)
+    return torch.autograd.grad(outputs, parameters, weights, retain_graph=True, allow_unused=True)
+
+
+def _norm(combined: Mapping[str, Tensor | None], layers: Iterable[Layer]) -> float:
+    gradients = [combined[name] for layer in layers for name in layer.parameters]
+    norms = [gradient.norm() for gradient in gradients if gradient is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def _refuse_infinite_gradients(traced: TracedProbe) -> None:
@@ -162,12 +209,12 @@ def _refuse_infinite_gradients(traced: TracedProbe) -> None:
     layers: dict[str, None] = {}
     inputs: list[int] = []
     for index in range(traced.probe.size):
-        try:  # Alone, as what is not finite spoils all inputs of a batch.
+        try:  # Each input alone: one that is not finite spoils the gradients of a whole batch.
             row = network.rows(network.outputs(traced.probe.select([index])))
-        except (TypeError, ValueError):  # Some modules cannot run one.
+        except (TypeError, ValueError):  # Some modules cannot run a batch of one.
             row = network.rows(network.outputs(traced.probe))[index]
-        found = torch.autograd.grad(row.sum(), parameters, allow_unused=True)
-        is_bad = [gradient is not None and not bool(gradient.isfinite().all()) for gradient in found]
+        gradients = torch.autograd.grad(row.sum(), parameters, allow_unused=True)
+        is_bad = [gradient is not None and not bool(gradient.isfinite().all()) for gradient in gradients]
         layers |= {name: None for name, bad in zip(owners, is_bad, strict=True) if bad}
         inputs += [index] if any(is_bad) else []
     raise ValueError(
@@ -175,46 +222,4 @@ def _refuse_infinite_gradients(traced: TracedProbe) -> None:
         f"{traced.probe.size} inputs, the first of them input {inputs[0] if inputs else 0}, although all outputs are "
         f"finite: keep sqrt, log, division and norm away from 0 also where torch.where or a mask does not take them "
         f"(by clamp, before), attention away from sets that are all padding, or leave these inputs out"
-    )
-
-
-def _none_exceeds(values: Sequence[Tensor], limits: Sequence[Tensor]) -> bool:
-    return all(bool(value <= limit) for value, limit in zip(values, limits, strict=True))
-
-
-def _without_effect(layer: Layer) -> str:
-    name = escaped(layer.name)
-    return f"layer {name!r} has no effect: its gradients are the rounding of terms that cancel, and count as zero"
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.cat([tensor.flatten() for tensor in tensors]).norm())
-
-
-def no_gradients(layer: Layer, num_rows: int, device: torch.device) -> LayerGradients:
-    """Return a matrix of zeros for a layer."""
-    return StackedGradients((), (), num_rows=num_rows, num_columns=layer.num_parameters, device=device)
-
-
-def _combined_rows(network: Network, chunk: Chunk, weights: Tensor) -> list[Tensor | None]:
-    """By each parameter the derivative of the outputs with some weights; ``None`` where none depends on it."""
-    outputs, parameters = network.rows(chunk.trace.outputs), network.parameters()
-    if not outputs.requires_grad:
-        return [None] * len(parameters)
-    weights = weights[chunk.indices.to(weights.device)].to(outputs)
-    return list(torch.autograd.grad(outputs, parameters, weights, retain_graph=True, allow_unused=True))
-
-
-def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    if part is None:
-        return total
-    part = part.to(torch.float64)
-    return part if total is None else total + part
-
-
-def disagreement(names: Sequence[str]) -> str:
-    """Say that no way to find the gradients of some layers reproduces those of autograd."""
-    return (
-        f"the gradients of layers {[*map(escaped, names)]} cannot be computed: two evaluations of them disagree; a "
-        f"hook on a tensor that changes gradients, or a backward pass that draws random numbers, has this effect"
     )

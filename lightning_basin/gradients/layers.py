@@ -1,17 +1,17 @@
-"""Behavioral gradients of each layer, by the cheapest way that is right.
+"""Behavioral gradients of each layer, by the cheapest method that is right.
 
-The operations that use a layer's parameters say what its gradients are. Nothing is concluded from them alone: what
-every way gives must reproduce a random combination of all rows that plain autograd computes, else the next is taken.
-Where that combination is no larger than what rounding leaves of terms that cancel, the gradients are zero.
+The recorded operations say what the gradients of a layer are. Nothing is concluded from them alone: the gradients must
+reproduce a random combination of all rows that plain autograd computes. Those of other layers are dense rows, from
+automatic differentiation.
 """
 
 from collections.abc import Iterator, Sequence
 
 from lightning_basin.gradients.check import AutogradCheck, MeasuredGradients
-from lightning_basin.gradients.dense import dense_gradients, dense_in_pieces
+from lightning_basin.gradients.dense import dense_gradients
 from lightning_basin.gradients.sizes import groups_of
 from lightning_basin.gradients.structured import structured_gradients
-from lightning_basin.limits import GROUP_ELEMENTS
+from lightning_basin.limits import GROUP_ELEMENTS, MemoryBudgetError
 from lightning_basin.naming import escaped
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.runs import TracedProbe
@@ -19,35 +19,44 @@ from lightning_basin.network.runs import TracedProbe
 
 def layer_gradients(
     traced: TracedProbe,
-    check: "AutogradCheck",
+    check: AutogradCheck,
     *,
     layers: Sequence[Layer] | None = None,
     max_elements: int = GROUP_ELEMENTS,
 ) -> Iterator[MeasuredGradients]:
-    """Behavioral gradients of each layer in turn, checked against autograd.
+    """Yield the behavioral gradients of each layer, checked against autograd.
 
     Args:
-        traced: The network on the probe.
-        check: Of this network and probe.
-        layers: Whose; ``None`` means all.
-        max_elements: Numbers that may be held at once, in factors or in dense rows.
+        traced: The network's runs over the probe.
+        check: The check for this network and probe.
+        layers: The layers to measure; ``None`` means all.
+        max_elements: Elements that the factors or the dense rows of one layer may have. Smaller layers are measured
+            together, up to ``GROUP_ELEMENTS``.
 
     Raises:
-        RuntimeError: If no way of computing a layer's gradients agrees with autograd.
+        MemoryBudgetError: If a layer must be measured row by row, and its rows have more elements.
+        RuntimeError: If no method of computing a layer's gradients agrees with autograd.
     """
     layers = traced.network.layers if layers is None else layers
     waiting: list[tuple[Layer, str | None]] = []
     for layer, gradients in structured_gradients(traced, check, layers, max_elements):
-        if gradients is None:
-            waiting.append((layer, None))
-        elif (measured := check.measured(layer, gradients, structured=True)) is not None:
-            yield measured
-        else:
-            waiting.append(
-                (layer, f"layer {escaped(layer.name)!r} is measured row by row: its parameters are used in other ways")
-            )
-    for group in groups_of(waiting, lambda item: item[0].num_parameters * check.num_rows, max_elements):
-        if sum(layer.num_parameters for layer, _ in group) * check.num_rows <= max_elements:
-            yield from dense_gradients(traced, group, check)
-        else:
-            yield dense_in_pieces(traced, *group[0], check, max_elements)
+        note = None
+        if gradients is not None:
+            if (measured := check.confirmed(layer, gradients, structured=True)) is not None:
+                yield measured
+                continue
+            note = f"layer {escaped(layer.name)!r} is measured row by row: its parameters are used in other ways"
+        _check_dense_size(layer, check.num_rows, max_elements)
+        waiting.append((layer, note))
+    group_elements = min(max_elements, GROUP_ELEMENTS)
+    for group in groups_of(waiting, lambda item: item[0].num_parameters * check.num_rows, group_elements):
+        yield from dense_gradients(traced, group, check)
+
+
+def _check_dense_size(layer: Layer, num_rows: int, max_elements: int) -> None:
+    if num_rows * layer.num_parameters > max_elements:
+        raise MemoryBudgetError(
+            f"layer {escaped(layer.name)!r} must be measured row by row, but its {num_rows} rows by "
+            f"{layer.num_parameters} parameters do not fit into memory_budget: take a smaller probe, fewer outputs "
+            f"(max_outputs), or a larger memory_budget"
+        )

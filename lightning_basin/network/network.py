@@ -13,6 +13,7 @@ from lightning_basin.network.copying import is_out_of_memory
 from lightning_basin.network.layers import Layer, find_layers
 from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.network.remedies import cause, remedy
+from lightning_basin.network.replica import replicas
 from lightning_basin.network.trace import NO_OUTPUTS, Trace, as_plain, recording
 from lightning_basin.operations.recorder import recorded_operations
 from lightning_basin.probe import Probe
@@ -50,6 +51,20 @@ class Network:
         self._behavior = call_module if behavior is None else behavior
         self.projection: Tensor | None = None
         self._needs_gradients = False
+
+    def in_precision(self, dtype: torch.dtype) -> "Network":
+        """Return a copy of the network that evaluates in another dtype.
+
+        Args:
+            dtype: The dtype of the copy.
+
+        Raises:
+            TypeError: See `replicas`.
+        """
+        module, behavior = replicas(self.module, self._behavior, dtype=dtype)
+        network = Network(module, behavior, dtype=dtype, gradient_dtype=self.gradient_dtype)
+        network.projection = self.projection
+        return network
 
     def parameters(self, layers: Sequence[Layer] | None = None) -> list[Tensor]:
         """Parameters of some or all layers, in the order of the columns of their gradients."""

@@ -12,13 +12,14 @@ from lightning_basin.network.copying import is_out_of_memory
 from lightning_basin.network.network import LossFunction, Network
 from lightning_basin.network.remedies import cause
 from lightning_basin.network.replica import check_computed
-from lightning_basin.network.rounding import agreement_rtol, rounding_noise
+from lightning_basin.network.rounding import agreement_rtol, in_other_precision
 from lightning_basin.network.runs import other_batches
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
 from lightning_basin.tensors import dense_form, described, tensors_of
 
-_NOISE_MARGIN = 32  # of what three evaluations show of the rounding of an output
+_NOISE_MARGIN = 32
+"""Times the rounding that one evaluation in another precision shows, by which an output may be off."""
 
 
 def check_outputs(network: Network, probe: Probe, trace: Trace) -> None:
@@ -97,9 +98,8 @@ def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviatio
             "outputs must be a function of the inputs, but two evaluations differ: the module draws random numbers in "
             "evaluation mode, or keeps a state that changes; pass a behavior that does not"
         )
-    with torch.no_grad():
-        noise = rounding_noise(lambda: [network.outputs(probe)], network.dtype)[0]
-    # Of a single output three evaluations may show too little: then the others' tell.
+    noise = _output_rounding(network, probe, outputs)
+    # A single output may be exact by chance: then the mean over all outputs counts.
     limits = (_NOISE_MARGIN * noise.maximum(noise.mean())).clamp(min=tolerance)
     index = int((deviations - limits).reshape(probe.size, -1).amax(1).argmax())
     if bool((deviations <= limits).all()):
@@ -108,6 +108,22 @@ def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviatio
         f"each output must depend on its own input only, but the output on input {index} changes with the other "
         f"inputs of the batch: the rank is then not defined input by input"
     )
+
+
+def _output_rounding(network: Network, probe: Probe, outputs: Tensor) -> Tensor:
+    """How far rounding moves each output, seen from an evaluation in another precision, in proportion to its rounding.
+
+    Returns:
+        The errors in the shape of the outputs; zero where the network does not run in that precision.
+    """
+    try:
+        other, probe = in_other_precision(network, probe)
+        with torch.no_grad():
+            errors = (other.outputs(probe).to(torch.float64) - outputs).abs()
+    except (TypeError, ValueError):
+        return torch.zeros_like(outputs)
+    share = min(1.0, torch.finfo(network.dtype).eps / torch.finfo(other.dtype).eps)
+    return share * errors.nan_to_num(nan=0.0, posinf=0.0)
 
 
 def check_copy(module: nn.Module, replica: nn.Module, result: Tensor, name: str) -> None:

@@ -16,6 +16,7 @@ from lightning_basin.functional.softmax import softmax_jacobian
 from lightning_basin.functional.spectrum import SpectrumAccumulator, rows_independent_in_few_columns
 from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
+from lightning_basin.limits import GROUP_ELEMENTS
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.runs import TracedProbe
 from lightning_basin.quantities.hessian.measurement import HessianMeasurement
@@ -225,7 +226,7 @@ def measure_ranks(
         check,
         rtol=settings.rtol,
         generator=generator,
-        max_waiting=evaluation.max_elements // 2,
+        max_waiting=min(GROUP_ELEMENTS, evaluation.max_elements) // 2,
         needs_spectra=settings.spectrum or hessian is not None,
         is_plain=jacobian is None,
     )
