@@ -570,17 +570,31 @@ class PartInInferenceMode(Plain):
         return self.rest(h.clone())
 
 
+CUT_BY_FORWARD = [
+    (PartWithoutGradient, Inline),
+    (PartWithoutGradient, InlineManually),
+    (PartInInferenceMode, Inline),
+    (DetachedHead, Inline),
+]
+
+
+@pytest.mark.parametrize(("net", "kind"), CUT_BY_FORWARD)
+def test_a_part_which_only_forward_cuts_off_is_measured_through_the_step(tmp_path, net, kind):
+    monitors = [BasinMonitor(8), BasinMonitor(8)]
+    for module, monitor in zip((net, Plain), monitors, strict=True):
+        fitted(module(*blocks()), tmp_path, monitor, kind=kind)
+    cut, plain = ([record.layers for record in monitor.records] for monitor in monitors)
+    assert cut == plain
+    assert all(layer.gradient_rank > 0 for layer in cut[0].values())
+
+
 @pytest.mark.parametrize(
-    ("net", "kind"),
+    ("net", "kind", "behavior"),
     [
-        (PartWithoutGradient, Inline),
-        (PartWithoutGradient, InlineManually),
-        (PartInInferenceMode, Inline),
-        (DetachedHead, Inline),
-        (DetachedHead, InlineWithPenalty),
+        *((net, kind, lambda module, inputs: module(inputs)) for net, kind in CUT_BY_FORWARD),
+        (DetachedHead, InlineWithPenalty, None),
     ],
 )
-@pytest.mark.parametrize("behavior", [None, lambda module, inputs: module(inputs)])
 def test_a_fit_that_trains_a_part_which_forward_cuts_off_is_refused(tmp_path, net, kind, behavior):
     with pytest.raises(MisconfigurationException, match=r"reaches the parameters of the layers \['net.first'\], and"):
         fitted(net(*blocks()), tmp_path, BasinMonitor(8, behavior=behavior), kind=kind)
