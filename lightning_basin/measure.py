@@ -168,7 +168,7 @@ def measure(
     if training_set is not None:
         duplicates = with_training_set(duplicates, evaluation, training_set)
     _note_precision(evaluation, ranks[scopes[-1]])
-    fields = {scope: rank_fields(ranks[scope]) for scope in scopes}
+    fields = {scope: rank_fields(ranks[scope], spectra.get(scope)) for scope in scopes}
     for scope, null_space in null_spaces.items():
         assert hessian_of is not None
         fields[scope] |= null_space_fields(null_space, hessian_of)

@@ -22,6 +22,7 @@ LAYER_QUANTITIES = (
     "gradient_nullity",
     "gradient_rank_gap",
     "gradient_effective_rank",
+    "log_det_gram",
     "saturated",
     "hessian_nullity",
     "hessian_nullity_lower",
@@ -93,6 +94,8 @@ class LayerRecord:
         gradient_effective_rank: ``exp`` of the entropy of the squared singular values; ``None`` without a spectrum.
         gradient_rtol: The relative tolerance that decided ``gradient_rank``.
         gradient_method: ``"svd"``, ``"gram"``, ``"gram+sketch"``, ``"cholesky"`` or ``"sketch"``.
+        log_det_gram: The natural logarithm of the product of the squared singular values that ``gradient_rank`` counts;
+            ``None`` without a spectrum, and at rank 0.
         hessian_nullity: The number of eigenvalues of the Hessian that the residual leaves indistinguishable from zero;
             ``None`` where the Hessian was not formed and the two ends of the bracket do not meet.
         hessian_nullity_lower: The lower end of the bracket of ``hessian_nullity``, which is certain.
@@ -123,6 +126,7 @@ class LayerRecord:
     gradient_effective_rank: float | None
     gradient_rtol: float
     gradient_method: str
+    log_det_gram: float | None = None
     hessian_nullity: int | None = None
     hessian_nullity_lower: int | None = None
     hessian_nullity_upper: int | None = None
