@@ -13,7 +13,7 @@ from lightning_basin.memory import MeasurementPlan, plan_measurement
 from lightning_basin.network.network import LossFunction, Network
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
-from lightning_basin.quantities.activations import measure_activations
+from lightning_basin.quantities.activations import measure_activation_ranks, measure_activations
 from lightning_basin.quantities.duplicates import (
     DuplicateCounts,
     block_duplicates,
@@ -163,12 +163,15 @@ def measure(
         ranks, spectra = measure_ranks(evaluation, scopes, hessian_of, generator)
         null_spaces = measure_null_spaces(hessian_of, spectra, evaluation.notes)
         activations = measure_activations(evaluation)
+        activation_ranks = measure_activation_ranks(evaluation, scopes, activations)
         duplicates = measure_duplicates(evaluation, activations)
         bound = measure_rank_bound(evaluation, activations, ranks[scopes[-1]])
     if training_set is not None:
         duplicates = with_training_set(duplicates, evaluation, training_set)
     _note_precision(evaluation, ranks[scopes[-1]])
-    fields = {scope: rank_fields(ranks[scope], spectra.get(scope)) for scope in scopes}
+    fields = {
+        scope: rank_fields(ranks[scope], spectra.get(scope)) | activation_ranks.get(scope, {}) for scope in scopes
+    }
     for scope, null_space in null_spaces.items():
         assert hessian_of is not None
         fields[scope] |= null_space_fields(null_space, hessian_of)

@@ -16,7 +16,7 @@ ILL_DEFINED_GAP = 3.0
 
 _RANKS_AT = {f"gradient_rank_at_{tolerance:.0e}": tolerance for tolerance in RANK_TOLERANCES}
 
-LAYER_QUANTITIES = (
+_QUANTITIES = (
     "gradient_rank",
     "gradient_rank_deficit",
     "gradient_nullity",
@@ -39,10 +39,12 @@ LAYER_QUANTITIES = (
     "train_duplicated_activations",
     "dead_units",
 )
+
+LAYER_QUANTITIES = (*_QUANTITIES, "activation_rank", "activation_rank_gap")
 """Names of the quantities that are logged of a layer or a block: attributes of `LayerRecord`, in the order of keys."""
 
 NETWORK_QUANTITIES = (
-    *LAYER_QUANTITIES,
+    *_QUANTITIES,
     *_RANKS_AT,
     "gradient_rank_bound",
     "surviving_fraction",
@@ -116,6 +118,9 @@ class LayerRecord:
         duplicated_activations_exact: The same number, with equality in place of a tolerance.
         train_duplicated_activations: ``duplicated_activations`` over the whole training set.
         dead_units: The number of the layer's outputs that are constant over the probe; for the network, their sum.
+        activation_rank: The rank of the layer's input activations, a matrix with one row per input; ``None`` for blocks
+            and the network.
+        activation_rank_gap: The gap of ``activation_rank``, in digits like ``gradient_rank_gap``.
     """
 
     num_parameters: int
@@ -143,6 +148,8 @@ class LayerRecord:
     duplicated_activations_exact: int | None = None
     train_duplicated_activations: int | None = None
     dead_units: int | None = None
+    activation_rank: int | None = None
+    activation_rank_gap: float | None = None
 
     @property
     def gradient_rank_deficit(self) -> int:

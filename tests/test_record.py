@@ -42,7 +42,7 @@ WHOLE = {
 }
 
 
-ADDED_LATER = ("log_det_gram",)
+ADDED_LATER = ("log_det_gram", "activation_rank", "activation_rank_gap")
 
 HOW = {"hessian_resolving_loss": 3e-4, "hessian_rtol": 1e-14, "hessian_method": "dense"}
 
