@@ -89,7 +89,7 @@ def measure_basin(
             combinations of them; ranks are then lower bounds, and the Hessian is left out. ``"auto"`` does so where
             there are more than ``MAX_ROWS`` outputs on the probe, ``None`` refuses these.
         spectrum: Whether singular values are wanted where the rank can be proved without them, several times as fast;
-            without, effective ranks and most ranks at coarser tolerances are then left out.
+            without, effective ranks, log-determinants and most ranks at coarser tolerances are then left out.
         memory_budget: Bytes that the measurement may use beside what the process holds; ``None`` means half of what is
             free: on the device, or on the machine and in the container or job (of 4 GiB where the system does not tell,
             as on Windows). Inputs and layers are then measured in pieces where that is needed.
