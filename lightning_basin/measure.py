@@ -13,7 +13,7 @@ from lightning_basin.memory import MeasurementPlan, plan_measurement
 from lightning_basin.network.network import LossFunction, Network
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
-from lightning_basin.quantities.activations import measure_activations
+from lightning_basin.quantities.activations import measure_activation_ranks, measure_activations
 from lightning_basin.quantities.duplicates import (
     DuplicateCounts,
     block_duplicates,
@@ -89,7 +89,7 @@ def measure_basin(
             combinations of them; ranks are then lower bounds, and the Hessian is left out. ``"auto"`` does so where
             there are more than ``MAX_ROWS`` outputs on the probe, ``None`` refuses these.
         spectrum: Whether singular values are wanted where the rank can be proved without them, several times as fast;
-            without, effective ranks and most ranks at coarser tolerances are then left out.
+            without, effective ranks, log-determinants and most ranks at coarser tolerances are then left out.
         memory_budget: Bytes that the measurement may use beside what the process holds; ``None`` means half of what is
             free: on the device, or on the machine and in the container or job (of 4 GiB where the system does not tell,
             as on Windows). Inputs are then measured in chunks, and layers one after the other, where that is needed.
@@ -164,12 +164,15 @@ def measure(
         ranks, spectra = measure_ranks(evaluation, scopes, hessian, generator)
         null_spaces = measure_null_spaces(hessian, spectra, evaluation.notes)
         activations = measure_activations(evaluation)
+        activation_ranks = measure_activation_ranks(evaluation, scopes, activations)
         duplicates = measure_duplicates(evaluation, activations)
         bound = measure_rank_bound(evaluation, activations, ranks[scopes[-1]])
     if training_set is not None:
         duplicates = with_training_set(duplicates, evaluation, training_set)
     _note_precision(evaluation, ranks[scopes[-1]])
-    fields = {scope: rank_fields(ranks[scope]) for scope in scopes}
+    fields = {
+        scope: rank_fields(ranks[scope], spectra.get(scope)) | activation_ranks.get(scope, {}) for scope in scopes
+    }
     for scope, null_space in null_spaces.items():
         fields[scope] |= null_space_fields(null_space)
     return _assemble(

@@ -1,7 +1,7 @@
 """Frozen results of one measurement, and the keys under which they are logged."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import quantiles
 from typing import Any
@@ -12,25 +12,69 @@ from lightning_basin.naming import escaped
 from lightning_basin.report import heading, table
 
 ILL_DEFINED_GAP = 3.0
-"""A rank whose gap is below three digits depends on the tolerance."""
+"""Digits of the gap: a rank with a smaller gap depends on the tolerance."""
 
-_MERGED = ("merged_inputs", "train_merged_inputs")
+_RANKS_AT = {f"gradient_rank_at_{tolerance:.0e}": tolerance for tolerance in RANK_TOLERANCES}
+
+_QUANTITIES = (
+    "gradient_rank",
+    "gradient_rank_deficit",
+    "gradient_nullity",
+    "gradient_rank_gap",
+    "gradient_effective_rank",
+    "log_det_gram",
+    "saturated",
+    "hessian_nullity",
+    "hessian_nullity_lower",
+    "hessian_nullity_upper",
+    "hessian_certified",
+    "hessian_nullity_strict",
+    "hessian_negative",
+    "hessian_largest",
+    "residual_curvature",
+    "smallest_curvature",
+    "gauss_newton_nullity",
+    "duplicated_activations",
+    "duplicated_activations_exact",
+    "train_duplicated_activations",
+    "dead_units",
+)
+
+LAYER_QUANTITIES = (*_QUANTITIES, "activation_rank", "activation_rank_gap")
+"""Names of the quantities that are logged of a layer or a block: attributes of `LayerRecord`, in the order of keys."""
+
+NETWORK_QUANTITIES = (
+    *_QUANTITIES,
+    *_RANKS_AT,
+    "gradient_rank_bound",
+    "surviving_fraction",
+    "loss",
+    "log10_loss",
+    "train_num_inputs",
+    "measure_seconds",
+)
+"""Names of the quantities that are logged of a network; a run has ``zero_loss_step`` beside them."""
 
 OUTPUT_QUANTITIES = ("duplicated_activations", "duplicated_activations_exact", "train_duplicated_activations")
-"""Names of what is measured of the outputs, as of what enters a layer."""
+"""Names of the quantities that are logged of the outputs, as of what enters a layer."""
 
 _STATISTICS = ("gradient_rank", "gradient_rank_deficit", "hessian_nullity", "duplicated_activations", "dead_units")
+
+STATISTICS = tuple(f"{name}_{quantile}" for name in _STATISTICS for quantile in ("p10", "median", "p90"))
+"""Names of the quantiles over the layers."""
+
+_MERGED = ("merged_inputs", "train_merged_inputs")
 
 
 @dataclass(frozen=True)
 class MergedInput:
-    """An input that a network does not tell from an earlier one, from some layer on.
+    """An input that some layer cannot distinguish from an earlier input.
 
     Attributes:
-        index: Of the input.
-        equals: Of the first input with the same activation.
-        layer: The first layer, in the order in which they are entered, where both have the same activation; ``None``
-            where only the outputs are the same. Inputs that are equal from the start are so at the first layer.
+        index: The input's index in the probe or the training set.
+        equals: The index of the first input with the same activation.
+        layer: The first layer, in the order of entry, at which both inputs have the same activation; ``None`` where
+            only their outputs are the same. Inputs that are equal from the start merge at the first layer.
     """
 
     index: int
@@ -40,37 +84,43 @@ class MergedInput:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRecord:
-    """What was measured of one layer, or of a block of layers. What was not measured is ``None``.
+    """The quantities of one layer, or of a block of layers. A quantity that was not measured is ``None``.
 
     Attributes:
-        num_parameters: Trainable parameters, N.
-        num_rows: Outputs on all inputs of the probe, m.
-        gradient_rank: Singular values of the behavioral gradients G above ``gradient_rtol`` times the largest.
-        gradient_rank_gap: ``log10(sigma_r / sigma_{r+1})``; ``None`` at rank 0.
-        gradient_rank_at: The rank at relative tolerances 1e-12, 1e-8, 1e-6, 1e-4 and 1e-2, as far as it is known.
+        num_parameters: The number of trainable parameters, N.
+        num_rows: The number of outputs on all inputs of the probe, m.
+        gradient_rank: The number of singular values of the behavioral gradients G above ``gradient_rtol`` times the
+            largest.
+        gradient_rank_gap: ``log10(sigma_r / sigma_{r+1})``, in digits; ``None`` at rank 0.
+        gradient_rank_at: The rank at relative tolerances 1e-12, 1e-8, 1e-6, 1e-4 and 1e-2, where it is known.
         gradient_effective_rank: ``exp`` of the entropy of the squared singular values; ``None`` without a spectrum.
-        gradient_rtol: Relative tolerance that decided ``gradient_rank``.
+        gradient_rtol: The relative tolerance that decided ``gradient_rank``.
         gradient_method: ``"svd"``, ``"gram"``, ``"gram+sketch"``, ``"cholesky"`` or ``"sketch"``.
-        hessian_nullity: Eigenvalues of the Hessian that the remaining residual leaves indistinguishable from zero;
-            ``None`` where the Hessian was not formed and the two ends below do not meet.
-        hessian_nullity_lower: It is at least this: a proof.
-        hessian_nullity_upper: And at most this: a proof but for a probability of 1e-9.
-        hessian_nullity_strict: Eigenvalues that are zero to rounding.
-        hessian_negative: Eigenvalues that are negative beyond rounding.
-        hessian_largest: Largest magnitude of an eigenvalue of the Hessian.
-        residual_curvature: Norm of what the residual adds to the Gauss-Newton part, relative to the largest eigenvalue;
-            a bound from above, within a factor of two for the network, where the Hessian was not formed.
-        smallest_curvature: Smallest nonzero eigenvalue of the Gauss-Newton part, relative to the largest of the
-            Hessian; a bound from below.
+        log_det_gram: The natural logarithm of the product of the squared singular values that ``gradient_rank`` counts;
+            ``None`` without a spectrum, and at rank 0.
+        hessian_nullity: The number of eigenvalues of the Hessian that the residual leaves indistinguishable from zero;
+            ``None`` where the Hessian was not formed and the two ends of the bracket do not meet.
+        hessian_nullity_lower: The lower end of the bracket of ``hessian_nullity``, which is certain.
+        hessian_nullity_upper: The upper end of the bracket, which fails with a probability of 1e-9.
+        hessian_nullity_strict: The number of eigenvalues that are zero to rounding.
+        hessian_negative: The number of eigenvalues that are negative beyond rounding.
+        hessian_largest: The largest magnitude of an eigenvalue of the Hessian.
+        residual_curvature: The norm of the residual part of the Hessian, relative to the largest eigenvalue. Where the
+            Hessian was not formed: a bound from above, for the network within a factor of two.
+        smallest_curvature: A bound from below on the smallest nonzero eigenvalue of the Gauss-Newton part, relative to
+            the largest eigenvalue of the Hessian.
         gauss_newton_nullity: N minus the rank of the Gauss-Newton part.
-        hessian_resolving_loss: Below about which loss the two ends will meet; 0 where float64 cannot hold such a loss;
-            ``None`` where they do meet, or where this is not known.
-        hessian_rtol: Tolerance on eigenvalues relative to the largest, beside the residual curvature.
+        hessian_resolving_loss: The loss below which the ends of the bracket will meet, roughly; 0 where float64 cannot
+            hold such a loss; ``None`` where the ends meet, or where the loss is not known.
+        hessian_rtol: The tolerance on eigenvalues relative to the largest, beside the residual curvature.
         hessian_method: ``"dense"``, ``"bracket"`` or ``"gauss-newton"``.
-        duplicated_activations: Inputs that what enters the layer no longer tells from an earlier one.
-        duplicated_activations_exact: The same counted with equality.
+        duplicated_activations: The number of inputs that the layer cannot distinguish from an earlier one.
+        duplicated_activations_exact: The same number, with equality in place of a tolerance.
         train_duplicated_activations: ``duplicated_activations`` over the whole training set.
-        dead_units: Outputs of the layer that are constant over the probe; of the network, their sum.
+        dead_units: The number of the layer's outputs that are constant over the probe; for the network, their sum.
+        activation_rank: The rank of the layer's input activations, a matrix with one row per input; ``None`` for blocks
+            and the network.
+        activation_rank_gap: The gap of ``activation_rank``, in digits like ``gradient_rank_gap``.
     """
 
     num_parameters: int
@@ -81,6 +131,7 @@ class LayerRecord:
     gradient_effective_rank: float | None
     gradient_rtol: float
     gradient_method: str
+    log_det_gram: float | None = None
     hessian_nullity: int | None = None
     hessian_nullity_lower: int | None = None
     hessian_nullity_upper: int | None = None
@@ -97,10 +148,12 @@ class LayerRecord:
     duplicated_activations_exact: int | None = None
     train_duplicated_activations: int | None = None
     dead_units: int | None = None
+    activation_rank: int | None = None
+    activation_rank_gap: float | None = None
 
     @property
     def gradient_rank_deficit(self) -> int:
-        """Directions lost beyond the unavoidable ones: ``min(m, N) - gradient_rank``."""
+        """The directions lost beyond the unavoidable ones: ``min(m, N) - gradient_rank``."""
         return min(self.num_rows, self.num_parameters) - self.gradient_rank
 
     @property
@@ -115,69 +168,46 @@ class LayerRecord:
 
     @property
     def ill_defined(self) -> bool:
-        """Whether no clear gap separates the singular values that count from those that do not."""
+        """Whether the rank's gap is below ``ILL_DEFINED_GAP`` digits."""
         return self.gradient_rank_gap is not None and self.gradient_rank_gap < ILL_DEFINED_GAP
 
     @property
     def hessian_certified(self) -> bool | None:
-        """Whether the two ends of the bracket meet; ``None`` where there is none."""
+        """Whether the two ends of the bracket meet; ``None`` where there is no bracket."""
         if self.hessian_nullity_lower is None or self.hessian_nullity_upper is None:
             return None
         return self.hessian_nullity_lower == self.hessian_nullity_upper
 
     def quantities(self) -> dict[str, float]:
-        """Every quantity that was measured, by name, in the order in which it is documented."""
-        return {name: value for name, value in self._named().items() if value is not None}
-
-    def _named(self) -> dict[str, float | None]:
-        """Every quantity that there is, by name."""
-        return {
-            "gradient_rank": self.gradient_rank,
-            "gradient_rank_deficit": self.gradient_rank_deficit,
-            "gradient_nullity": self.gradient_nullity,
-            "gradient_rank_gap": self.gradient_rank_gap,
-            "gradient_effective_rank": self.gradient_effective_rank,
-            "saturated": int(self.saturated),
-            "hessian_nullity": self.hessian_nullity,
-            "hessian_nullity_lower": self.hessian_nullity_lower,
-            "hessian_nullity_upper": self.hessian_nullity_upper,
-            "hessian_certified": None if self.hessian_certified is None else int(self.hessian_certified),
-            "hessian_nullity_strict": self.hessian_nullity_strict,
-            "hessian_negative": self.hessian_negative,
-            "hessian_largest": self.hessian_largest,
-            "residual_curvature": self.residual_curvature,
-            "smallest_curvature": self.smallest_curvature,
-            "gauss_newton_nullity": self.gauss_newton_nullity,
-            "duplicated_activations": self.duplicated_activations,
-            "duplicated_activations_exact": self.duplicated_activations_exact,
-            "train_duplicated_activations": self.train_duplicated_activations,
-            "dead_units": self.dead_units,
-        }
+        """Every quantity that was measured, by name, in the order in which it is logged."""
+        return _measured(self, LAYER_QUANTITIES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BasinRecord(LayerRecord):
-    """What was measured of a network: its own quantities, and those of its layers.
+    """The quantities of a network, and of its layers.
 
     ``duplicated_activations`` of the network is the largest over the layers after the first.
 
     Attributes:
-        num_inputs: Inputs of the probe, k.
-        loss: Of the probe, in evaluation mode.
-        surviving_fraction: What is left of steps along random null directions: 1 where these are free.
+        num_inputs: The number of inputs of the probe, k.
+        loss: The loss on the probe, in evaluation mode.
+        surviving_fraction: The part of steps along random null directions that survives: 1 where the directions are
+            free.
         gradient_rank_bound: The largest rank that the duplicated activations leave possible.
-        output_duplicated_activations: Inputs whose output equals that of an earlier one.
-        output_duplicated_activations_exact: The same counted with equality.
-        merged_inputs: Inputs of the probe that share their activation with an earlier one, by index.
-        train_num_inputs: Inputs of the training set, where duplicates were counted over it.
-        train_output_duplicated_activations: Of these, inputs whose output equals that of an earlier one.
+        output_duplicated_activations: The number of inputs whose output equals that of an earlier one.
+        output_duplicated_activations_exact: The same number, with equality in place of a tolerance.
+        merged_inputs: The inputs of the probe that share their activation with an earlier one, by index.
+        train_num_inputs: The number of inputs of the training set, where duplicates were counted over it.
+        train_output_duplicated_activations: ``output_duplicated_activations`` over the training set.
         train_merged_inputs: ``merged_inputs`` of the training set.
-        layers: By name in ``named_modules()``; ``""`` is the root.
-        blocks: Of networks with more than 32 layers, by range of names.
-        projected: Whether ranks are lower bounds, those of random combinations of outputs (``max_outputs``).
-        notes: What a reader should know about how the numbers were obtained.
-        measure_seconds: Wall time.
-        step: Optimizer steps taken, ``None`` outside of training.
+        layers: The layers' records by name in ``named_modules()``; ``""`` is the root.
+        blocks: The blocks' records by range of names, in networks with more than 32 layers.
+        projected: Whether ranks are lower bounds, because only random combinations of outputs were measured
+            (``max_outputs``).
+        notes: Sentences on how the numbers were obtained.
+        measure_seconds: The wall time of the measurement, in seconds.
+        step: The number of optimizer steps taken; ``None`` outside of training.
     """
 
     num_inputs: int
@@ -199,20 +229,12 @@ class BasinRecord(LayerRecord):
 
     @property
     def log10_loss(self) -> float | None:
-        """``log10`` of the loss, at least -40: a linear curve of the loss hides where it reaches zero."""
+        """``log10`` of the loss, at least -40; ``None`` for a negative loss."""
         return None if self.loss is None or self.loss < 0 else math.log10(max(self.loss, 1e-40))
 
-    def _named(self) -> dict[str, float | None]:
-        named = super()._named()
-        named |= {f"gradient_rank_at_{tolerance:.0e}": rank for tolerance, rank in self.gradient_rank_at.items()}
-        return named | {
-            "gradient_rank_bound": self.gradient_rank_bound,
-            "surviving_fraction": self.surviving_fraction,
-            "loss": self.loss,
-            "log10_loss": self.log10_loss,
-            "train_num_inputs": self.train_num_inputs,
-            "measure_seconds": self.measure_seconds,
-        }
+    def quantities(self) -> dict[str, float]:
+        """Every quantity that was measured, by name, in the order in which it is logged."""
+        return _measured(self, NETWORK_QUANTITIES)
 
     def scalars(self, prefix: str = "basin") -> dict[str, float]:
         """The record as logged: ``<prefix>/<name>``, ``<prefix>_layer_<name>/<layer>``, ``<prefix>_stats/<name>_<p>``.
@@ -220,8 +242,8 @@ class BasinRecord(LayerRecord):
         Above ``MAX_LAYER_CURVES`` layers, ``<prefix>_block_<name>/<range>`` takes the place of the layers' keys.
 
         Args:
-            prefix: First part of every key. Control characters and markup in it and in names of layers are
-                percent-encoded.
+            prefix: The first part of every key. Control characters and markup are percent-encoded, in the prefix and
+                in names of layers.
         """
         prefix = escaped(prefix)
         named = {f"{prefix}/{name}": float(value) for name, value in self.quantities().items()}
@@ -250,7 +272,7 @@ class BasinRecord(LayerRecord):
                 yield f"{name}_p90", deciles[8]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as builtins, layers as nested dicts; `from_dict` reads it back."""
+        """All fields as builtins, layers as nested dicts; `from_dict` reads them back."""
         plain = _fields(self)
         for name in _MERGED:
             plain[name] = [(merged.index, merged.equals, merged.layer) for merged in plain[name]]
@@ -260,7 +282,7 @@ class BasinRecord(LayerRecord):
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "BasinRecord":
-        """The record that `to_dict` wrote."""
+        """The record that `to_dict` wrote, in this version or an earlier one."""
         parts = {
             part: {name: LayerRecord(**record) for name, record in plain[part].items()} for part in ("layers", "blocks")
         }
@@ -272,25 +294,14 @@ class BasinRecord(LayerRecord):
         return "\n".join([*heading(self), table(self), *(f"note: {note}" for note in self.notes)])
 
 
-def _names(of: type[LayerRecord], **fields: Any) -> tuple[str, ...]:
-    sizes: dict[str, Any] = {"num_parameters": 0, "num_rows": 0, "gradient_rank": 0, "gradient_rank_gap": None}
-    ranks: dict[str, Any] = {
-        "gradient_rank_at": dict.fromkeys(RANK_TOLERANCES, 0),
-        "gradient_effective_rank": None,
-        "gradient_rtol": 0.0,
-        "gradient_method": "",
-    }
-    return tuple(of(**sizes, **ranks, **fields)._named())
+def _measured(record: LayerRecord, names: Sequence[str]) -> dict[str, float]:
+    values = {name: _value(record, name) for name in names}
+    # A plus makes numbers of False and True.
+    return {name: +value for name, value in values.items() if value is not None}
 
 
-LAYER_QUANTITIES = _names(LayerRecord)
-"""Names of all quantities of a layer, in the order in which they are documented."""
-
-NETWORK_QUANTITIES = _names(BasinRecord, num_inputs=0)
-"""The same of the network; ``zero_loss_step`` is one of a run."""
-
-STATISTICS = tuple(f"{name}_{quantile}" for name in _STATISTICS for quantile in ("p10", "median", "p90"))
-"""Names of quantiles over the layers."""
+def _value(record: LayerRecord, name: str) -> Any:
+    return record.gradient_rank_at.get(_RANKS_AT[name]) if name in _RANKS_AT else getattr(record, name)
 
 
 def _fields(record: LayerRecord) -> dict[str, Any]:

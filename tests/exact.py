@@ -114,6 +114,31 @@ def rank_modulo(matrix: np.ndarray, prime: int) -> int:
     return rank
 
 
+def exact_pseudodeterminant(matrix: np.ndarray) -> int:
+    """The product of the nonzero eigenvalues of the Gram matrix of integer rows, by whole numbers of any size.
+
+    It is the last nonzero coefficient of the characteristic polynomial, up to its sign, by the recursion of Faddeev and
+    LeVerrier; an empty product is 1.
+
+    Example:
+        The eigenvalues are 4 and 0, then 1 and 4.
+
+        >>> exact_pseudodeterminant(np.array([[1, 1], [1, 1]])), exact_pseudodeterminant(np.diag([1, 2]))
+        (4, 4)
+    """
+    rows = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).astype(object)
+    gram = rows @ rows.T
+    identity = np.eye(len(gram), dtype=int).astype(object)
+    product, coefficient, powers = 1, 1, 0 * identity
+    for degree in range(1, len(gram) + 1):
+        powers = gram @ powers + coefficient * identity
+        coefficient = -int((gram * powers.T).sum()) // degree  # A division without remainder.
+        if coefficient == 0:  # All further ones are zero too: no eigenvalue is negative.
+            break
+        product = abs(coefficient)
+    return product
+
+
 def _bounded(array: np.ndarray) -> np.ndarray:
     assert array.size == 0 or array.dtype == object or int(np.abs(array).max()) < _EXACT_IN_FLOAT64
     return array

@@ -12,10 +12,12 @@ from lightning_basin.functional.rank import (
     default_rtol,
     effective_rank,
     gradient_rank,
+    log_det_gram,
     numerical_rank,
     rank_gap,
     singular_values,
 )
+from tests.exact import exact_pseudodeterminant, integers
 
 
 def spectrum_of(*values, rtol=1e-14, method="svd"):
@@ -167,6 +169,38 @@ def test_effective_rank_of_nothing_is_zero(size):
 def test_effective_rank_does_not_depend_on_the_scale(scale):
     spectrum = scale * torch.ones(3, dtype=torch.float64)
     torch.testing.assert_close(effective_rank(spectrum), 3.0)
+
+
+def test_log_det_of_a_diagonal_matrix_is_the_sum_of_the_logarithms_of_its_squares():
+    spectrum = torch.tensor([5.0, 3.0, 2.0], dtype=torch.float64)
+    assert log_det_gram(spectrum, 3) == pytest.approx(math.log(25 * 9 * 4), rel=1e-15)
+
+
+def test_log_det_of_a_lower_rank_leaves_out_what_does_not_count():
+    spectrum = torch.tensor([5.0, 3.0, 1e-15], dtype=torch.float64)
+    assert log_det_gram(spectrum, 2) == pytest.approx(math.log(25 * 9), rel=1e-15)
+
+
+def test_log_det_of_small_singular_values_is_negative():
+    assert log_det_gram(torch.tensor([0.5], dtype=torch.float64), 1) == pytest.approx(-math.log(4), rel=1e-15)
+
+
+def test_log_det_does_not_leave_the_range_of_float64_as_the_product_does():
+    spectrum = torch.full((100,), 1e200, dtype=torch.float64)
+    assert log_det_gram(spectrum, 100) == pytest.approx(200 * 200 * math.log(10), rel=1e-14)
+
+
+def test_log_det_of_rank_zero_does_not_exist():
+    assert log_det_gram(torch.zeros(3), 0) is None
+
+
+@pytest.mark.parametrize("rank", [1, 2, 7, 12])
+@pytest.mark.parametrize("shape", [(12, 12), (12, 40), (40, 12), (13, 15)])
+def test_log_det_of_an_integer_matrix_is_that_of_the_exact_product(shape, rank):
+    matrix = integer_product(*shape, rank, seed=rank)
+    expected = math.log(exact_pseudodeterminant(integers(matrix)))
+    # Rounding moves each singular value by less than 40 epsilon of the largest, which is below 40 times the smallest.
+    assert log_det_gram(singular_values(matrix), rank) == pytest.approx(expected, abs=2 * rank * 40 * EPSILON * 40)
 
 
 def test_ranks_at_all_tolerances_count_the_steps_of_a_staircase():

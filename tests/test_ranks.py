@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from lightning_basin.network.runs import TracedProbe
 from lightning_basin.probe import Probe
 from lightning_basin.quantities.ranks import RankMeasurement
 from lightning_basin.quantities.scopes import Scope
+from tests.exact import exact_pseudodeterminant, exact_rank, jacobian
+from tests.models import CASE_NAMES, evaluated_case, integer_case
 
 
 def drawn(*shape, seed=0):
@@ -67,7 +70,7 @@ def test_a_network_of_full_rank_is_proved_by_a_layer():
     module, inputs = wide(6, 40, 40, 5), drawn(40, 6)
     record = measure_basin(module, inputs, spectrum=False, layers=[])
     assert (record.gradient_rank, record.gradient_method) == (200, "cholesky")
-    assert record.gradient_effective_rank is None
+    assert record.gradient_effective_rank is record.log_det_gram is None
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e6, 1e9])
@@ -163,3 +166,31 @@ def test_channels_that_are_dead_at_equal_distances_leave_the_rank_of_the_others(
     inputs[:, ::8] = drawn(128, 8, 4).float()
     record = measure_basin(module, repeated(inputs), spectrum=spectrum)
     assert record.layers["0"].gradient_rank == 512
+
+
+def log_det(gradients):
+    """The exact logarithm for integer gradients; ``None`` where all of them are zero."""
+    return math.log(exact_pseudodeterminant(gradients)) if exact_rank(gradients) else None
+
+
+@pytest.mark.parametrize("name", CASE_NAMES)
+def test_log_det_gram_of_the_network_and_each_layer_is_exact(name):
+    case, (network, outputs) = integer_case(name, 0), evaluated_case(name, 0)
+    record = measure_basin(case.module, case.inputs)
+    expected = {layer: log_det(jacobian(outputs)[:, columns]) for layer, columns in network.columns.items()}
+    # Rounding moves each singular value by less than 200 epsilon of the largest, which is below 1e3 times the smallest;
+    # at most 100 of them count.
+    assert record.log_det_gram == pytest.approx(log_det(jacobian(outputs)), abs=1e-8)
+    assert {layer: part.log_det_gram for layer, part in record.layers.items()} == pytest.approx(expected, abs=1e-8)
+
+
+def test_log_det_gram_of_a_block_is_that_of_its_layers_side_by_side():
+    torch.manual_seed(0)
+    module, inputs = nn.Sequential(*(nn.Linear(3, 3) for _ in range(40))).double(), drawn(5, 3)
+    record = measure_basin(module, inputs, layers="auto")
+    for part in (*record.blocks.values(), *record.layers.values(), record):
+        assert part.log_det_gram is not None
+    (first, *_), (block, *_) = record.layers.values(), record.blocks.values()
+    # More columns make each eigenvalue of a Gram matrix larger, and here the rank of the block is that of its layer.
+    assert block.gradient_rank == first.gradient_rank
+    assert block.log_det_gram > first.log_det_gram

@@ -42,6 +42,8 @@ WHOLE = {
 }
 
 
+ADDED_LATER = ("log_det_gram", "activation_rank", "activation_rank_gap")
+
 HOW = {"hessian_resolving_loss": 3e-4, "hessian_rtol": 1e-14, "hessian_method": "dense"}
 
 
@@ -264,6 +266,14 @@ def test_the_plain_form_can_be_written_as_json():
     plain = whole_record().to_dict()
     read = json.loads(json.dumps(plain))
     assert read["layers"]["fc1"]["gradient_rank"] == 5
+
+
+def test_a_record_of_an_earlier_version_is_read_without_the_quantities_that_it_did_not_know():
+    plain = whole_record().to_dict()
+    for part in (plain, *plain["layers"].values()):
+        for name in ADDED_LATER:
+            del part[name]
+    assert BasinRecord.from_dict(plain) == whole_record()
 
 
 def test_changing_the_plain_form_leaves_the_record_as_it_was():

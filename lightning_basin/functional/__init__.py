@@ -4,6 +4,7 @@ Axis letters everywhere: k inputs of the probe, c outputs per input, m = k * c r
 N parameters, d features of an activation, r columns of a sketch.
 """
 
+from lightning_basin.functional.activations import activation_rank
 from lightning_basin.functional.duplicate_stream import DuplicateSearch, streamed_duplicate_classes
 from lightning_basin.functional.duplicates import dead_units, duplicate_classes, duplicated_activations
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
@@ -21,6 +22,7 @@ from lightning_basin.functional.rank import (
     default_rtol,
     effective_rank,
     gradient_rank,
+    log_det_gram,
     numerical_rank,
     rank_gap,
     singular_values,
@@ -39,6 +41,7 @@ __all__ = [
     "NullSpace",
     "OutputCurvature",
     "Spectrum",
+    "activation_rank",
     "behavioral_gradient_rank",
     "behavioral_gradients",
     "dead_units",
@@ -54,6 +57,7 @@ __all__ = [
     "hessian_null_space",
     "hessian_nullity",
     "hessian_product",
+    "log_det_gram",
     "merged_directions",
     "merged_linear_directions",
     "norm_bounds",

@@ -202,6 +202,23 @@ def effective_rank(spectrum: Tensor) -> float:
     return float(torch.special.entr(energies / energies.sum()).sum().exp())
 
 
+def log_det_gram(spectrum: Tensor, rank: int) -> float | None:
+    r"""Natural logarithm of :math:`\prod_{i \le r} \sigma_i^2`, the determinant of the Gram matrix on its range.
+
+    Args:
+        spectrum: Singular values (not their squares), descending, shape ``(n,)``.
+        rank: The number of nonzero singular values, r.
+
+    Returns:
+        The logarithm, or ``None`` for rank 0, where the product is empty.
+
+    Example:
+        >>> round(math.exp(log_det_gram(torch.tensor([3.0, 2.0, 0.0]), 2)))
+        36
+    """
+    return 2 * float(spectrum[:rank].to(torch.float64).log().sum()) if rank else None
+
+
 def gradient_rank(spectrum: Spectrum, *, rtol: float | None = None) -> GradientRank:
     """Judge a spectrum: rank, gap, ranks at other tolerances, effective rank.
 

@@ -1,8 +1,9 @@
 """What enters and leaves each layer, input by input."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_basin.evaluation import Evaluation
+from lightning_basin.functional.activations import activation_rank
 from lightning_basin.functional.duplicates import duplicate_classes, finer_classes, largest_entry
 from lightning_basin.gradients.assemble import concatenated
 from lightning_basin.network.input_layout import (
@@ -25,6 +27,7 @@ from lightning_basin.network.network import Network
 from lightning_basin.network.runs import passed_otherwise
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
+from lightning_basin.quantities.scopes import Scope
 
 _CANNOT_RUN = (RuntimeError, TypeError, ValueError, IndexError)  # so few inputs: some modules raise one of these
 
@@ -85,6 +88,29 @@ def layer_activations(
         layout = input_layout(network, probe, trace, passed_otherwise(network, probe) if probe.size > 1 else [])
     with torch.no_grad():
         return _LaidOut(network, probe, trace, layout).activations()
+
+
+def measure_activation_ranks(
+    evaluation: Evaluation, scopes: Sequence[Scope], activations: Mapping[str, LayerActivations]
+) -> dict[Scope, dict[str, Any]]:
+    """Find the rank of the input activations of each layer.
+
+    Args:
+        evaluation: The network on the probe.
+        scopes: The scopes to report; blocks and the network have no such rank.
+        activations: The activations of each called layer, by name.
+
+    Returns:
+        What a record says of the rank, by field, for each layer whose input activations are known.
+    """
+    epsilon = torch.finfo(evaluation.network.dtype).eps
+    fields = {}
+    for scope in scopes:
+        layer = activations.get(scope.name) if scope.kind == "layer" else None
+        if layer is not None and layer.entering is not None:
+            rank, gap = activation_rank(layer.entering, rtol=evaluation.settings.rtol, epsilon=epsilon)
+            fields[scope] = {"activation_rank": rank, "activation_rank_gap": gap}
+    return fields
 
 
 class _LaidOut:

@@ -11,7 +11,7 @@ from lightning_basin.evaluation import Evaluation
 from lightning_basin.functional.certificates import OVERSAMPLING, IndependentRows, independent_rows
 from lightning_basin.functional.gradients import LayerGradients, gram_of
 from lightning_basin.functional.gram import GramMatrix
-from lightning_basin.functional.rank import EPSILON, GradientRank, Spectrum, gradient_rank
+from lightning_basin.functional.rank import EPSILON, GradientRank, Spectrum, gradient_rank, log_det_gram
 from lightning_basin.functional.softmax import softmax_jacobian
 from lightning_basin.functional.spectrum import SpectrumAccumulator, rows_independent_in_few_columns
 from lightning_basin.gradients.check import AutogradCheck
@@ -244,8 +244,13 @@ def measure_ranks(
     return measurement.finished()
 
 
-def rank_fields(rank: GradientRank) -> dict[str, Any]:
-    """Return what a record says of a rank, by field."""
+def rank_fields(rank: GradientRank, spectrum: Spectrum | None) -> dict[str, Any]:
+    """Return what a record says of a rank, by field.
+
+    Args:
+        rank: The rank of the gradients of a scope.
+        spectrum: Their singular values; ``None`` where the rank was proved without them.
+    """
     return {
         "gradient_rank": rank.rank,
         "gradient_rank_gap": rank.gap,
@@ -253,4 +258,5 @@ def rank_fields(rank: GradientRank) -> dict[str, Any]:
         "gradient_effective_rank": rank.effective_rank,
         "gradient_rtol": rank.rtol,
         "gradient_method": rank.method,
+        "log_det_gram": None if spectrum is None else log_det_gram(spectrum.singular_values, rank.rank),
     }
