@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_basin.batches import ProbeCollector
-from lightning_basin.callback.advice import Cadence, misunderstandings
-from lightning_basin.callback.arguments import as_builtin, check_arguments
+from lightning_basin.callback.advice import misunderstandings
+from lightning_basin.callback.arguments import Arguments, as_builtin, check_arguments, probe_or_size
 from lightning_basin.callback.gathering import GatheredModule
 from lightning_basin.callback.history import HistoryFile, unused
 from lightning_basin.callback.keys import Key
@@ -40,6 +40,7 @@ from lightning_basin.callback.overhead import OverheadLimit, announced
 from lightning_basin.callback.processes import PatientBroadcast
 from lightning_basin.callback.results import Latest, Results
 from lightning_basin.callback.resuming import read_state
+from lightning_basin.callback.schedule import Schedule
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
 from lightning_basin.callback.state import fingerprint, probe_state
 from lightning_basin.callback.step_run import trained_parameters
@@ -67,7 +68,7 @@ _PAIR_HINT = (
 )
 
 
-class BasinMonitor(BaseCallback):
+class BasinMonitor(Arguments, BaseCallback):
     """Measure rank, null space and duplicated activations while a module trains, also after its loss reached zero.
 
     Results go to every logger of the trainer, to ``trainer.callback_metrics`` (for ``EarlyStopping`` and
@@ -167,35 +168,13 @@ class BasinMonitor(BaseCallback):
         on_other_probe: Literal["raise", "replace"] = "raise",
         prefix: str = "basin",
     ) -> None:
+        given = {name: as_builtin(value) for name, value in locals().items() if name in Arguments.__annotations__}
         super().__init__()
-        self._probe, self._probe_size = _probe_or_size(as_builtin(probe))
+        self._probe, self._probe_size = probe_or_size(as_builtin(probe))
+        check_arguments(given)
+        vars(self).update(given)
         self._explicit_probe = self._probe is not None
-        self.loss_fn = loss_fn
-        self.behavior = behavior
-        self.batch_fn = batch_fn
-        self.every_n_epochs = every_n_epochs
-        self.every_n_train_steps = every_n_train_steps
-        self.every_n_epochs_after_zero_loss = every_n_epochs_after_zero_loss
-        self.every_n_spectra = every_n_spectra
-        self.layers = layers
-        self.hessian = hessian
-        self.zero_loss_threshold = zero_loss_threshold
-        self.zero_loss_patience = zero_loss_patience
-        self.rtol = rtol
-        self.duplicate_rtol = duplicate_rtol
-        self.duplicates_over = duplicates_over
-        self.max_outputs = max_outputs
-        self.memory_budget = memory_budget
-        self.dtype = dtype
-        self.verify_null_space = verify_null_space
-        self.seed = seed
-        self.max_overhead = max_overhead
-        self.max_failures = max_failures
-        self.history = history
-        self.on_other_probe = on_other_probe
-        self.prefix = prefix
-        vars(self).update({name: as_builtin(value) for name, value in vars(self).items()})
-        check_arguments(vars(self))
+        self._schedule = Schedule(self)
         self._own = Results()
         self._latest = Latest()  # The same for all copies.
         self._is_set_up = False
@@ -203,9 +182,6 @@ class BasinMonitor(BaseCallback):
         self._num_zero_losses = 0
         self._num_failures = 0  # In a row.
         self._overhead: OverheadLimit | None = None
-        self._measured_step: int | None = None
-        self._seen_step = 0
-        self._resumed_step: int | None = None  # Until the first batch has come by.
         self._trained: frozenset[str] = frozenset()  # Names of parameters that the first step gives a gradient.
         self._step_calls: tuple[int, ...] | None = None  # Calls in the training step from which outputs are read.
         self._read_loss: str | None = None  # What was said of their loss.
@@ -382,14 +358,13 @@ class BasinMonitor(BaseCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen_step = trainer.global_step
         self._broadcast = PatientBroadcast(trainer.strategy.broadcast)
         self._whole_training_set(trainer)
         self._num_failures = 0
         self._overhead = None if self.max_overhead is None else OverheadLimit(self.max_overhead)
         # What was measured goes on only where the same module is trained further, or a checkpoint held it.
         goes_on = self._is_loaded or (self._fitted() is pl_module)
-        self._resumed_step = trainer.global_step if self._is_loaded else None
+        self._schedule.begin(trainer.global_step, is_resumed=self._is_loaded)
         self._is_loaded, self._fitted = False, ref(pl_module)
         self._has_begun, self._latest.results = True, self._own
         if trainer.global_step == 0 or not goes_on:
@@ -402,10 +377,13 @@ class BasinMonitor(BaseCallback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        resumed_step, self._resumed_step = self._resumed_step, None
-        if self._probe is not None and self._measured_step is not None:
-            if resumed_step == trainer.global_step != self._measured_step and self._is_overdue(trainer, batch_idx):
-                self._measure(trainer, pl_module, resumed_step, batches_that_stepped(trainer) - 1)
+        step = trainer.global_step
+        is_overdue = self._schedule.is_overdue(
+            trainer.current_epoch, step, batch_idx, at_zero_loss=self.zero_loss_step is not None
+        )
+        if self._probe is not None and self._schedule.measured_step is not None:
+            if is_overdue:
+                self._measure(trainer, pl_module, step, batches_that_stepped(trainer) - 1)
             return
         is_first, self._is_checked = not self._is_checked, True
         # Rank zero decides for all: batches may differ in size from process to process.
@@ -422,18 +400,15 @@ class BasinMonitor(BaseCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, seen = trainer.global_step, self._seen_step
-        self._seen_step = step
-        interval = self.every_n_train_steps
-        if interval is None or self._epochs_after_zero_loss is not None or self._measured_step is None:
-            return
-        # Counts crossings: several micro-batches share a step, and manual optimization can skip some.
-        if step // interval > seen // interval:
+        step = trainer.global_step
+        if self._schedule.is_due_after_batch(step, at_zero_loss=self.zero_loss_step is not None):
             self._measure(trainer, pl_module, step, batches_that_stepped(trainer))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._probe is None or self._measured_step is None:  # An epoch with fewer inputs than were asked for.
+        if (
+            self._probe is None or self._schedule.measured_step is None
+        ):  # An epoch with fewer inputs than were asked for.
             if self._probe is None and self._collector.num_inputs:
                 self._probe = self._collector.probe()
                 self._say(
@@ -443,11 +418,9 @@ class BasinMonitor(BaseCallback):
             self._probe = trainer.strategy.broadcast(self._probe, 0)
             self._refuse_another_probe()
             self._measure_baseline(trainer, pl_module)
-        interval = self._epochs_between
-        if interval is None or (trainer.current_epoch + 1) % interval != 0:
-            return
-        if trainer.global_step != self._measured_step:
-            self._measure(trainer, pl_module, trainer.global_step, batches_that_stepped(trainer) - 1)
+        step = trainer.global_step
+        if self._schedule.is_due_after_epoch(trainer.current_epoch, step, at_zero_loss=self.zero_loss_step is not None):
+            self._measure(trainer, pl_module, step, batches_that_stepped(trainer) - 1)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -458,31 +431,11 @@ class BasinMonitor(BaseCallback):
                 f"measurements, see skipped_steps"
             )
 
-    def _is_overdue(self, trainer: Trainer, batch_idx: int) -> bool:
-        """Whether a resumed run begins where a measurement was interrupted, or left out."""
-        # lightning 2.6 does not call the end of an epoch again whose last batch was the last thing before saving.
-        assert self._measured_step is not None
-        interval = self._epochs_between
-        if interval is not None:
-            return batch_idx == 0 and trainer.current_epoch % interval == 0
-        assert self.every_n_train_steps is not None
-        return trainer.global_step // self.every_n_train_steps > self._measured_step // self.every_n_train_steps
-
-    @property
-    def _epochs_between(self) -> int | None:
-        if self._epochs_after_zero_loss is None and self.every_n_train_steps is None:
-            return self.every_n_epochs
-        return self._epochs_after_zero_loss
-
-    @property
-    def _epochs_after_zero_loss(self) -> int | None:
-        return None if self.zero_loss_step is None else self.every_n_epochs_after_zero_loss
-
     def _reset(self) -> None:
         """Forget another run, so that a monitor can be used for two fits."""
         self._own.clear()
         self._num_zero_losses = 0
-        self._measured_step = None
+        self._schedule.measured_step = None
         self._expected_probe = None
         self._is_probe_refused = False
         self._initial = None
@@ -517,7 +470,7 @@ class BasinMonitor(BaseCallback):
             if module is not None:
                 self._check(module, self._probe or self._collector.probe(), trainer)
                 # Some training steps will pass before there are enough inputs: the baseline is that of the weights now.
-                if self._probe is None and self._measured_step is None:
+                if self._probe is None and self._schedule.measured_step is None:
                     (initial,) = replicas(module)
                     self._initial = (initial, trainer.global_step, batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
@@ -694,7 +647,7 @@ class BasinMonitor(BaseCallback):
         )
 
     def _measure_baseline(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._probe is None or self._measured_step is not None:
+        if self._probe is None or self._schedule.measured_step is not None:
             return
         if self._unread:
             self._say(f"BasinMonitor measures what forward returns, as training_step cannot be read: {self._unread}")
@@ -716,7 +669,9 @@ class BasinMonitor(BaseCallback):
     ) -> None:
         """Measure a module as it is now, or the one that ``whole`` gives."""
         record = self._measured(trainer, pl_module, step, whole)
-        self._measured_step = step  # Not before: an interrupted measurement is one that a resumed run has to make.
+        self._schedule.measured_step = (
+            step  # Not before: an interrupted measurement is one that a resumed run has to make.
+        )
         values = {}
         if record is not None:
             self._keep(record)
@@ -885,11 +840,10 @@ class BasinMonitor(BaseCallback):
 
     def _look_at_watchers(self, trainer: Trainer, pl_module: nn.Module, values: Mapping[str, float]) -> None:
         """Refuse or warn of what cannot work, and let nobody end the run for a value that there is not yet."""
-        cadence = Cadence(self.every_n_epochs, self.every_n_train_steps, self.every_n_epochs_after_zero_loss)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
         prefixes = [callback.prefix for callback in callbacks if isinstance(callback, BasinMonitor)]
         problems = [
-            *misunderstandings(trainer, self.logs, cadence),
+            *misunderstandings(trainer, self.logs, self),
             *check_watchers(trainer, vars(self), pl_module, prefixes),
         ]
         for problem in problems:
@@ -949,7 +903,7 @@ class BasinMonitor(BaseCallback):
             "probe_fingerprint": self._expected_probe or (self._probe and self._fingerprint(self._probe)),
             "settings": {name: getattr(self, name) for name in _COMPARED_ON_RESUME},
             "records": [record.to_dict() for record in self._own.records],
-            "measured_step": self._measured_step,
+            "measured_step": self._schedule.measured_step,
             "zero_loss_step": self._own.zero_loss_step,
             "num_zero_losses": self._num_zero_losses,
             "skipped_steps": list(self._own.skipped_steps),
@@ -1002,7 +956,7 @@ class BasinMonitor(BaseCallback):
         records: list[BasinRecord] = state.get("records", [])
         for record in records:
             self._keep(record)
-        self._measured_step = state.get("measured_step", records[-1].step if records else None)
+        self._schedule.measured_step = state.get("measured_step", records[-1].step if records else None)
         self._own.zero_loss_step = state.get("zero_loss_step", self._own.zero_loss_step)
         self._num_zero_losses = state.get("num_zero_losses", self._num_zero_losses)
         self._own.skipped_steps[:] = state.get("skipped_steps", ())
@@ -1041,26 +995,12 @@ class BasinMonitor(BaseCallback):
         kept = {name: value for name, value in vars(self).items() if name not in dropped}
         nothing = dict.fromkeys(("_initial", "_gathered", "_broadcast", "_lenience"))
         # A weak reference has no state. Two copies never fill one list.
-        return kept | nothing | {"_fitted": _nothing, "_own": copy.copy(self._own)}
+        own = {"_own": copy.copy(self._own), "_schedule": copy.copy(self._schedule)}
+        return kept | nothing | own | {"_fitted": _nothing}
 
-
-def _probe_or_size(probe: Any) -> tuple[Probe | None, int]:
-    """An explicit probe, or how many inputs to take from the stream."""
-    if isinstance(probe, int) and not isinstance(probe, bool):
-        if probe < 1:
-            raise MisconfigurationException(f"`BasinMonitor(probe={probe})` must be at least 1")
-        return None, probe
-    if isinstance(probe, Probe):
-        return probe, 0
-    if not isinstance(probe, tuple | list):
-        raise MisconfigurationException(
-            f"`BasinMonitor(probe=...)` must be a number of inputs, a Probe or a pair of inputs and targets, "
-            f"got {type(probe).__name__}"
-        )
-    try:
-        return Probe(*probe), 0
-    except (TypeError, ValueError) as error:
-        raise MisconfigurationException(f"`BasinMonitor(probe=...)`: {error}") from error
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._schedule.arguments = self  # A shallow copy has made it for the original.
 
 
 def _described(probe_size: int) -> str:
