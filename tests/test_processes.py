@@ -256,7 +256,11 @@ def giving_up(rank, root):
 
     monitor = BasinMonitor(probe=15, behavior=behavior, max_failures=2)
     trainer, _ = fit(root, monitor, RankEarlyStopping(patience=1, after_zero_loss=False), max_epochs=4)
-    return {"steps": steps(monitor), "last_step": trainer.global_step, "given_up": monitor._has_given_up}
+    return {
+        "steps": steps(monitor),
+        "last_step": trainer.global_step,
+        "given_up": monitor._progress.session.has_given_up,
+    }
 
 
 def limited(rank, root):

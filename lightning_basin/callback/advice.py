@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_basin.callback.arguments import Arguments
 from lightning_basin.callback.lightnings import (
     EARLY_STOPPINGS,
     Callback,
@@ -16,84 +16,44 @@ from lightning_basin.callback.lightnings import (
 )
 
 
-@dataclass(frozen=True)
-class Cadence:
-    """When a value is measured.
-
-    Attributes:
-        every_n_epochs: At the end of every n-th epoch, after its validation.
-        every_n_train_steps: Instead of that, every n optimizer steps.
-        every_n_epochs_after_zero_loss: Instead of either from some moment on; ``None`` where it stays as it is.
-    """
-
-    every_n_epochs: int
-    every_n_train_steps: int | None = None
-    every_n_epochs_after_zero_loss: int | None = None
-
-    def epochs_between(self, trainer: Trainer) -> int:
-        """Largest number of epochs from one measurement to the next."""
-        if self.every_n_train_steps is None:
-            between = self.every_n_epochs
-        else:
-            between = math.ceil(self.every_n_train_steps / max(1.0, self.steps_in_epoch(trainer)))
-        return max(1, between, self.every_n_epochs_after_zero_loss or 1)
-
-    @staticmethod
-    def steps_in_epoch(trainer: Trainer) -> float:
-        """Optimizer steps of an epoch; infinite where nobody knows them: an iterable data set, manual optimization."""
-        if not trainer.lightning_module.automatic_optimization:
-            return math.inf
-        return trainer.num_training_batches / trainer.accumulate_grad_batches
-
-    def measures_saved(self, trainer: Trainer, checkpoint: ModelCheckpoint) -> bool:
-        """Whether all weights are measured that a callback saves."""
-        if self.every_n_train_steps is None:
-            epochs = self.epochs_between(trainer)
-            return checkpoint._every_n_epochs >= 1 and checkpoint._every_n_epochs % epochs == 0
-        if checkpoint._every_n_epochs >= 1:
-            steps = checkpoint._every_n_epochs * self.steps_in_epoch(trainer)
-            return not steps < math.inf or steps % self.every_n_train_steps == 0
-        return checkpoint._every_n_train_steps >= 1 and checkpoint._every_n_train_steps % self.every_n_train_steps == 0
-
-
-def misunderstandings(trainer: Trainer, logs: Callable[[str], bool], cadence: Cadence) -> Iterator[str]:
+def misunderstandings(trainer: Trainer, logs: Callable[[str], bool], arguments: Arguments) -> Iterator[str]:
     """Say where a callback that monitors a measured value cannot do what is meant.
 
     Args:
-        trainer: At the start of training, when every callback is set up.
-        logs: Whether a key is one of the measured values.
-        cadence: When they are measured.
+        trainer: The trainer at the start of training, when every callback is set up.
+        logs: A function that says whether a key is one of the measured values.
+        arguments: The monitor's arguments, of which the cadence is read.
 
     Returns:
-        One sentence for each, with what to change.
+        One sentence for each callback or scheduler, with what to change.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and logs(callback.monitor):
-            yield from _of_checkpoint(trainer, callback, cadence)
+            yield from _of_checkpoint(trainer, callback, arguments)
         # One that has a way of its own to look at values is left alone.
         check = getattr(type(callback), "on_train_epoch_end", None)
         is_plain = any(check is plain.on_train_epoch_end for plain in EARLY_STOPPINGS)
         if isinstance(callback, EarlyStopping) and is_plain and logs(callback.monitor):
-            yield from _of_early_stopping(trainer, callback, cadence)
+            yield from _of_early_stopping(trainer, callback, arguments)
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, ReduceLROnPlateau) and config.monitor is not None and logs(config.monitor):
-            yield from _of_scheduler(trainer, config, config.scheduler.patience, cadence)
+            yield from _of_scheduler(trainer, config, config.scheduler.patience, arguments)
 
 
-def _of_early_stopping(trainer: Trainer, stopping: EarlyStopping, cadence: Cadence) -> Iterator[str]:
+def _of_early_stopping(trainer: Trainer, stopping: EarlyStopping, arguments: Arguments) -> Iterator[str]:
     name = f"EarlyStopping(monitor={stopping.monitor!r})"
     if not stopping._check_on_train_epoch_end and not trainer.enable_validation:
         yield (
             f"{name} checks after validation, of which there is none. HINT: pass check_on_train_epoch_end=True, or use "
             f"RankEarlyStopping"
         )
-    elif not stopping._check_on_train_epoch_end and cadence.every_n_train_steps is None:
+    elif not stopping._check_on_train_epoch_end and arguments.every_n_train_steps is None:
         yield (
             f"{name} checks after validation, before the measurement of the epoch, and sees the one before. HINT: pass "
             f"check_on_train_epoch_end=True, or use RankEarlyStopping"
         )
-    epochs = cadence.epochs_between(trainer)
+    epochs = _epochs_between(trainer, arguments)
     if stopping.patience < epochs:
         yield (
             f"{name} counts its checks, and finds each value up to {epochs} times: patience={stopping.patience} is "
@@ -102,10 +62,10 @@ def _of_early_stopping(trainer: Trainer, stopping: EarlyStopping, cadence: Caden
         )
 
 
-def _of_scheduler(trainer: Trainer, config: LRSchedulerConfig, patience: int, cadence: Cadence) -> Iterator[str]:
-    between: float = cadence.epochs_between(trainer)
+def _of_scheduler(trainer: Trainer, config: LRSchedulerConfig, patience: int, arguments: Arguments) -> Iterator[str]:
+    between: float = _epochs_between(trainer, arguments)
     if config.interval == "step":
-        between = cadence.every_n_train_steps or between * cadence.steps_in_epoch(trainer)
+        between = arguments.every_n_train_steps or between * _steps_in_epoch(trainer)
     if between == math.inf:
         return
     steps = math.ceil(between / config.frequency)
@@ -117,21 +77,49 @@ def _of_scheduler(trainer: Trainer, config: LRSchedulerConfig, patience: int, ca
         )
 
 
-def _of_checkpoint(trainer: Trainer, checkpoint: ModelCheckpoint, cadence: Cadence) -> Iterator[str]:
+def _of_checkpoint(trainer: Trainer, checkpoint: ModelCheckpoint, arguments: Arguments) -> Iterator[str]:
     if not (checkpoint._every_n_epochs or checkpoint._every_n_train_steps or checkpoint._train_time_interval):
         return
     name = f"ModelCheckpoint(monitor={checkpoint.monitor!r})"
-    at_epoch_end = cadence.every_n_train_steps is None
+    at_epoch_end = arguments.every_n_train_steps is None
     is_early = trainer.enable_validation and not checkpoint._should_save_on_train_epoch_end(trainer)
     if at_epoch_end and checkpoint._every_n_epochs >= 1 and is_early:
         yield (
             f"{name} saves after validation, before the measurement of the epoch, under the value of the one before. "
             f"HINT: pass save_on_train_epoch_end=True"
         )
-    if not cadence.measures_saved(trainer, checkpoint):
+    if not _measures_saved(trainer, checkpoint, arguments):
         wanted = (
-            f"every_n_epochs={cadence.epochs_between(trainer)}"
+            f"every_n_epochs={_epochs_between(trainer, arguments)}"
             if at_epoch_end
-            else f"every_n_train_steps={cadence.every_n_train_steps}"
+            else f"every_n_train_steps={arguments.every_n_train_steps}"
         )
         yield f"{name} also saves weights that were not measured, under the value of others. HINT: pass {wanted}"
+
+
+def _epochs_between(trainer: Trainer, arguments: Arguments) -> int:
+    """Return the largest number of epochs from one measurement to the next."""
+    if arguments.every_n_train_steps is None:
+        between = arguments.every_n_epochs
+    else:
+        between = math.ceil(arguments.every_n_train_steps / max(1.0, _steps_in_epoch(trainer)))
+    return max(1, between, arguments.every_n_epochs_after_zero_loss or 1)
+
+
+def _steps_in_epoch(trainer: Trainer) -> float:
+    """Return the optimizer steps of an epoch; infinity where nobody knows: iterable data set, manual optimization."""
+    if not trainer.lightning_module.automatic_optimization:
+        return math.inf
+    return trainer.num_training_batches / trainer.accumulate_grad_batches
+
+
+def _measures_saved(trainer: Trainer, checkpoint: ModelCheckpoint, arguments: Arguments) -> bool:
+    """Whether all weights are measured that a callback saves."""
+    steps_between = arguments.every_n_train_steps
+    if steps_between is None:
+        epochs = _epochs_between(trainer, arguments)
+        return checkpoint._every_n_epochs >= 1 and checkpoint._every_n_epochs % epochs == 0
+    if checkpoint._every_n_epochs >= 1:
+        steps = checkpoint._every_n_epochs * _steps_in_epoch(trainer)
+        return not steps < math.inf or steps % steps_between == 0
+    return checkpoint._every_n_train_steps >= 1 and checkpoint._every_n_train_steps % steps_between == 0

@@ -1,14 +1,48 @@
-"""What the arguments of a `BasinMonitor` must be."""
+"""What the arguments of a `BasinMonitor` are, and what they must be."""
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from lightning_basin.callback.lightnings import MisconfigurationException
 from lightning_basin.layer_names import tag
-from lightning_basin.settings import HESSIAN_MODES, check_precision
+from lightning_basin.probe import Probe
+from lightning_basin.settings import HESSIAN_MODES, HessianMode, LayerSelection, Precision, check_precision
+
+
+class Arguments:
+    """The arguments of a `BasinMonitor`, which says what each means.
+
+    The parts of a monitor hold the monitor as their arguments, and read an argument when they need it: one that is
+    assigned in the middle of a fit counts from then on.
+    """
+
+    loss_fn: Callable[..., Any] | Literal["behavioral"] | None
+    behavior: Callable[..., Any] | Literal["outputs", "probabilities"] | None
+    batch_fn: Callable[..., Any] | None
+    every_n_epochs: int
+    every_n_train_steps: int | None
+    every_n_epochs_after_zero_loss: int | None
+    every_n_spectra: int
+    layers: LayerSelection
+    hessian: HessianMode
+    zero_loss_threshold: float
+    zero_loss_patience: int
+    rtol: float | None
+    duplicate_rtol: float
+    duplicates_over: Any
+    max_outputs: int | Literal["auto"] | None
+    memory_budget: int | None
+    dtype: Precision
+    verify_null_space: int | Literal["zero_loss"] | None
+    seed: int
+    max_overhead: float | None
+    max_failures: int | None
+    history: Literal["csv", "jsonl"] | None
+    on_other_probe: Literal["raise", "replace"]
+    prefix: str
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -54,6 +88,32 @@ def check_file_name(prefix: str, ending: str) -> None:
     raise MisconfigurationException(
         f"`BasinMonitor(prefix=..., history={ending!r})` writes <prefix>.{ending} and needs {why}, got {prefix[:60]!r}"
     )
+
+
+def probe_or_size(probe: Any) -> tuple[Probe | None, int]:
+    """Return a probe that was passed, or the number of inputs to take from training batches; the other is empty.
+
+    Args:
+        probe: The argument ``probe`` of `BasinMonitor`.
+
+    Raises:
+        MisconfigurationException: If it is neither a number of inputs, nor a `Probe`, nor a pair that makes one.
+    """
+    if isinstance(probe, int) and not isinstance(probe, bool):
+        if probe < 1:
+            raise MisconfigurationException(f"`BasinMonitor(probe={probe})` must be at least 1")
+        return None, probe
+    if isinstance(probe, Probe):
+        return probe, 0
+    if not isinstance(probe, tuple | list):
+        raise MisconfigurationException(
+            f"`BasinMonitor(probe=...)` must be a number of inputs, a Probe or a pair of inputs and targets, "
+            f"got {type(probe).__name__}"
+        )
+    try:
+        return Probe(*probe), 0
+    except (TypeError, ValueError) as error:
+        raise MisconfigurationException(f"`BasinMonitor(probe=...)`: {error}") from error
 
 
 _LONGEST_SHOWN = 60

@@ -1,0 +1,237 @@
+"""The probe of a run: how it is taken from training batches, and known again on resuming."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_basin.batches import ProbeCollector
+from lightning_basin.callback.arguments import Arguments
+from lightning_basin.callback.lightnings import MisconfigurationException, Trainer
+from lightning_basin.callback.loggers import batches_that_stepped
+from lightning_basin.callback.notices import Notices, memory_hint, warn
+from lightning_basin.callback.preflight import check_request, read_first_step
+from lightning_basin.callback.request import Findings, Request
+from lightning_basin.callback.state import fingerprint
+from lightning_basin.callback.step_run import trained_parameters
+from lightning_basin.callback.training_set import check_one_loader
+from lightning_basin.network.replica import replicas
+from lightning_basin.probe import Probe
+from lightning_basin.record import BasinRecord
+from lightning_basin.settings import DTYPES
+
+ModuleGetter = Callable[[], nn.Module]
+
+InitialWeights = tuple[nn.Module, int, int]
+"""A copy of the module, the number of optimizer steps at which it was made, and the place of these on the x axis."""
+
+_PAIR_HINT = (
+    ". The behavior got the first part of the batch, which is a pair of inputs and targets. HINT: where it takes the "
+    "whole batch, pass BasinMonitor(batch_fn=lambda batch: (batch, None))"
+)
+
+
+class Probing:
+    """Takes the probe from the first training batches, and finds out how outputs and loss are read from them.
+
+    Args:
+        arguments: The monitor's arguments.
+        notices: Says each message once.
+        probe: A probe that was passed; ``None`` takes one from training batches.
+        size: The number of inputs to take; 0 where a probe was passed.
+
+    Attributes:
+        arguments: The monitor's arguments.
+        size: The number of inputs to take; 0 where a probe was passed.
+        probe: The inputs that are measured; ``None`` until there are enough.
+        findings: What the first batch showed of the module.
+        initial: The weights of the baseline, where training begins before there are enough inputs.
+        is_checked: Whether a first batch has come by.
+        is_refused: Whether the probe is not the one with which the run has begun, and is not measured.
+    """
+
+    def __init__(self, arguments: Arguments, notices: Notices, probe: Probe | None, size: int) -> None:
+        self.arguments = arguments
+        self.probe = probe
+        self._notices = notices
+        self.size = size
+        self._is_passed = probe is not None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget another run."""
+        self.findings = Findings()
+        self.initial: InitialWeights | None = None
+        self.is_checked = False
+        self.is_refused = False
+        self._expected: str | None = None  # The fingerprint of a probe that has to be taken again on resuming.
+        self.drop_batches()
+        if not self._is_passed:
+            self.probe = None
+
+    def drop_batches(self) -> None:
+        """Forget the batches from which a probe was being taken."""
+        whole_batches = callable(self.arguments.behavior)
+        self._collector = ProbeCollector(self.size, batch_fn=self.request([]).batch_fn, whole_batches=whole_batches)
+
+    def request(self, records: Sequence[BasinRecord], trainer: Trainer | None = None) -> Request:
+        """Return what the next measurement is asked for.
+
+        Args:
+            records: The records of the run so far.
+            trainer: The trainer; ``None`` outside of a fit.
+        """
+        return Request(self.arguments, self.findings, records, self._notices, trainer)
+
+    def start(self, module: nn.Module, probe: Probe | None, step_calls: Sequence[int] | None) -> None:
+        """Check a module outside of a fit.
+
+        Args:
+            module: The module that will be measured.
+            probe: The probe to take where none was passed to the monitor.
+            step_calls: The calls in ``training_step`` whose outputs were measured with this probe.
+
+        Raises:
+            TypeError: If the module cannot be measured.
+            ValueError: If it cannot be measured, or there is no probe.
+        """
+        if self.probe is None:
+            self.probe = probe
+            self.findings.step_calls = None if step_calls is None else tuple(step_calls)
+        if self.probe is None:
+            raise ValueError("there is no probe; pass BasinMonitor(probe=(inputs, targets))")
+        check_request(self.request([]), module, self.probe, num_inputs=self.size or self.probe.size)
+
+    def take(self, batch: Any, request: Request, whole: ModuleGetter | None, *, keeps_weights: bool) -> str | None:
+        """Collect inputs until there are enough; at the first batch, check what can be measured.
+
+        Args:
+            batch: A training batch.
+            request: What the measurements will be asked for, in the fit that begins.
+            whole: A function that returns the module with all of its parameters, at the first batch; else ``None``.
+            keeps_weights: Whether to keep the weights as they are now for the baseline, if there are too few inputs.
+
+        Returns:
+            What cannot be measured, as the rest of a sentence; ``None`` where everything can.
+        """
+        trainer = request.trainer
+        assert trainer is not None, "batches come by in a fit only"
+        try:
+            module = None if whole is None else whole()
+            if module is not None:
+                self._read_step(request, module, batch)
+            if self.probe is None:
+                self._collect(batch, trainer)
+            if module is not None:
+                self._check(request, module)
+                if self.probe is None and keeps_weights:
+                    (initial,) = replicas(module)
+                    self.initial = (initial, trainer.global_step, batches_that_stepped(trainer))
+        except (TypeError, ValueError) as error:
+            if whole is not None:
+                return f"{error}{self._hint(batch)}"
+            self.probe = self._collector.probe()
+            self._notices.warn(f"The probe has {self.probe.size} inputs, not {self.size}: {error}")
+        except Exception as error:  # Not the configuration. The measurements will say whether they succeed.
+            name = type(trainer.lightning_module).__name__
+            warn(f"BasinMonitor could not check {name}. {type(error).__name__}: {error}{memory_hint(error)}")
+        return None
+
+    def _read_step(self, request: Request, module: nn.Module, batch: Any) -> None:
+        """See what the training step trains; read outputs, targets and loss from it unless arguments say them."""
+        dtype = DTYPES[self.arguments.dtype]
+        self.findings.trained = trained_parameters(module, batch, request.trainer, dtype)
+        is_told = self.arguments.behavior not in (None, "outputs") or self.arguments.batch_fn is not None
+        if not is_told and self.probe is None and not self._is_passed and read_first_step(request, module, batch):
+            self.drop_batches()
+
+    def _collect(self, batch: Any, trainer: Trainer) -> None:
+        if self.request([]).batch_fn is None and not callable(self.arguments.behavior):
+            check_one_loader(trainer, batch)
+        self._collector.add(batch)
+        if self._collector.complete:
+            self.probe = self._collector.probe()
+
+    def _check(self, request: Request, module: nn.Module) -> None:
+        probe = self.probe or self._collector.probe()
+        size = self.size or probe.size
+        if self.probe is None and request.trainer is not None:  # Fewer, where an epoch has no more.
+            size = int(min(size, probe.size * request.trainer.num_training_batches))
+        check_request(request, module, probe, num_inputs=size)
+
+    def _hint(self, batch: Any) -> str:
+        """Return what else to say where the first batch cannot be measured."""
+        is_pair = callable(self.arguments.behavior) and self.arguments.batch_fn is None and not self._is_passed
+        if is_pair and isinstance(batch, tuple | list) and len(batch) == 2:  # noqa: PLR2004
+            return _PAIR_HINT
+        return self.findings.unread and f". It cannot be read from training_step: {self.findings.unread}"
+
+    def take_what_there_is(self) -> None:
+        """End the collection after an epoch, which has no more inputs."""
+        if self.probe is None and self._collector.num_inputs:
+            self.probe = self._collector.probe()
+            self._notices.inform(
+                f"The probe has {self.probe.size} inputs, not {self.size}: an epoch has no more. HINT: for "
+                f"more, pass BasinMonitor(probe=(inputs, targets))"
+            )
+
+    def fingerprint(self) -> str | None:
+        """Return by what the probe of the run is known again; ``None`` where there is no probe yet."""
+        return self._expected or (None if self.probe is None else self._fingerprint(self.probe))
+
+    def passed_fingerprint(self) -> str | None:
+        """Return by what a probe is known that was passed; ``None`` where it is taken from training batches."""
+        return fingerprint(self.probe) if self._is_passed and self.probe is not None else None
+
+    def _fingerprint(self, probe: Probe) -> str:
+        """Targets that a training step makes may be made again."""
+        return fingerprint(probe if self.findings.step_calls is None else Probe(probe.inputs))
+
+    def refuse_another(self) -> None:
+        """On resuming with a probe that had to be taken again and is another one, measure nothing instead."""
+        if self.probe is None or self._expected is None:
+            return
+        self.is_refused = self._fingerprint(self.probe) != self._expected
+        if self.is_refused:
+            self._notices.warn(
+                "BasinMonitor does not go on measuring: the probe had to be taken anew, and is not that of the run so "
+                "far. HINT: pass BasinMonitor(on_other_probe='replace')"
+            )
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on with the probe of the run so far.
+
+        Args:
+            state: The parts of a state that could be read.
+
+        Raises:
+            MisconfigurationException: If the monitor's probe is another one, and is not to replace it.
+        """
+        self.findings.step_calls = None if state["step_calls"] is None else tuple(state["step_calls"])
+        before, size = state["probe_fingerprint"], state.get("probe_size", self.size)
+        if before is None:  # No probe was full yet.
+            return
+        passed = self.passed_fingerprint()
+        is_other = self.size != size if passed is None else passed != before
+        if is_other and self.arguments.on_other_probe == "raise":
+            raise MisconfigurationException(
+                f"`BasinMonitor(probe=...)` is not the one of the run so far: that was "
+                f"{_described(size)}, this is {_described(self.size)}. HINT: pass the same, "
+                f"or BasinMonitor(on_other_probe='replace')"
+            )
+        if self._is_passed:
+            return
+        self.drop_batches()
+        self.probe = None
+        if state["probe"] is not None and not is_other:
+            self.probe = state["probe"]
+        elif self.arguments.on_other_probe == "raise":
+            self._expected = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"findings": copy.copy(self.findings), "initial": None}
+
+
+def _described(probe_size: int) -> str:
+    return f"probe={probe_size}" if probe_size else "a given batch"

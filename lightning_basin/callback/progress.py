@@ -1,0 +1,178 @@
+"""How far a run has come: what a monitor carries into checkpoints and out of them."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_basin.callback.arguments import Arguments
+from lightning_basin.callback.lightnings import MisconfigurationException
+from lightning_basin.callback.notices import Notices
+from lightning_basin.callback.probing import Probing
+from lightning_basin.callback.resuming import read_state
+from lightning_basin.callback.schedule import Schedule
+from lightning_basin.callback.session import Session
+from lightning_basin.callback.state import probe_state
+from lightning_basin.probe import Probe
+from lightning_basin.record import BasinRecord
+
+_COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
+"""The arguments that change the numbers, and not only which there are."""
+
+
+class Progress:
+    """What outlives a fit of a monitor: its probe, its records, and when it has measured.
+
+    Args:
+        arguments: The monitor's arguments.
+        probe: A probe that was passed; ``None`` takes one from training batches.
+        size: The number of inputs to take; 0 where a probe was passed.
+
+    Attributes:
+        notices: Says each message once.
+        schedule: Decides when to measure.
+        session: Measures, and keeps the records.
+        probing: Takes the probe.
+        is_loaded: Whether a checkpoint was loaded for the fit that begins.
+        fitted: A weak reference to the module that was trained last.
+    """
+
+    def __init__(self, arguments: Arguments, probe: Probe | None, size: int) -> None:
+        self._arguments = arguments
+        self.notices = Notices()
+        self.schedule = Schedule(arguments)
+        self.session = Session(arguments, self.notices)
+        self.probing = Probing(arguments, self.notices, probe, size)
+        self.is_loaded = False
+        self.fitted: Callable[[], nn.Module | None] = _no_module
+
+    def reset(self) -> None:
+        """Forget another run, so that a monitor can be used for two fits."""
+        self.session.reset()
+        self.schedule.measured_step = None
+        self.probing.reset()
+
+    def start(self, module: nn.Module, probe: Probe | None, step_calls: Sequence[int] | None) -> None:
+        """Begin to measure outside of a fit; see `BasinMonitor.start`.
+
+        Args:
+            module: A module like those that will be measured.
+            probe: The probe to take where none was passed to the monitor.
+            step_calls: The calls in ``training_step`` whose outputs were measured with this probe.
+
+        Raises:
+            MisconfigurationException: If there is no probe, or the module cannot be measured on it.
+        """
+        self.reset()
+        self.session.num_failures = 0
+        try:
+            self.probing.start(module, probe, step_calls)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"BasinMonitor cannot measure {type(module).__name__}: {error}") from error
+
+    def observe(self, module: nn.Module, step: int) -> BasinRecord | None:
+        """Measure outside of a fit, and add the record to the others; see `BasinMonitor.observe`.
+
+        Args:
+            module: The module to measure, which stays as it is.
+            step: The number of optimizer steps for which it was trained.
+        """
+        session, probe = self.session, self.probing.probe
+        if session.has_given_up:
+            return None
+        record = session.measure(self.probing.request(session.results.records), lambda: module, probe, step)
+        if record is None:
+            session.count_failure(in_training=False)
+        else:
+            session.keep(record, probe)
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what stands in a checkpoint: tensors and builtins, to be read by ``torch.load(weights_only=True)``."""
+        probing, results = self.probing, self.session.results
+        probe = None if probing.probe is None else probe_state(probing.probe)
+        if probing.probe is not None and probe is None:
+            self.notices.warn(
+                "The probe holds objects that a checkpoint cannot hold: a resumed run must be able to take it again. "
+                "HINT: pass BasinMonitor(batch_fn=...) that returns tensors, or tuples and dicts of tensors"
+            )
+        step_calls = probing.findings.step_calls
+        return {
+            "probe": probe,
+            "probe_size": probing.size,
+            "probe_fingerprint": probing.fingerprint(),
+            "settings": {name: getattr(self._arguments, name) for name in _COMPARED_ON_RESUME},
+            "records": [record.to_dict() for record in results.records],
+            "measured_step": self.schedule.measured_step,
+            "zero_loss_step": results.zero_loss_step,
+            "num_zero_losses": self.session.num_zero_losses,
+            "skipped_steps": list(results.skipped_steps),
+            "leave_out_loss": probing.findings.leaves_out_loss,
+            "history_path": self.session.history_path,
+            "step_calls": None if step_calls is None else list(step_calls),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with the run of a checkpoint, as far as its state can be read.
+
+        Args:
+            state_dict: Whatever a checkpoint holds.
+
+        Raises:
+            MisconfigurationException: If the monitor's probe is another one, and is not to replace it.
+        """
+        state, problems = read_state(state_dict, _COMPARED_ON_RESUME, self.probing.passed_fingerprint())
+        self.reset()
+        if problems:
+            same = ", on the same probe" if state is not None and state["probe"] is not None else ""
+            done = "goes on with the rest" if state is not None and "records" in state else f"measures anew{same}"
+            self.notices.warn(
+                f"BasinMonitor {done}: its state in the checkpoint is damaged, or of another version, with "
+                f"{'; '.join(problems)}"
+            )
+        if state is None:
+            return
+        self.probing.load(state)
+        self.is_loaded = True
+        for name, before in state.get("settings", {}).items():
+            now = getattr(self._arguments, name)
+            if before != now:
+                self.notices.warn(
+                    f"The run so far was measured with {name}={before!r}, it goes on with {now!r}: its curves may jump "
+                    f"here"
+                )
+        self._load_records(state)
+
+    def _load_records(self, state: Mapping[str, Any]) -> None:
+        """Go on with the records; what is missing beside them follows from them."""
+        records: list[BasinRecord] = state.get("records", [])
+        for record in records:
+            self.session.keep(record, self.probing.probe)
+        results = self.session.results
+        self.schedule.measured_step = state.get("measured_step", records[-1].step if records else None)
+        results.zero_loss_step = state.get("zero_loss_step", results.zero_loss_step)
+        self.session.num_zero_losses = state.get("num_zero_losses", self.session.num_zero_losses)
+        results.skipped_steps[:] = state.get("skipped_steps", ())
+        without_loss = bool(records) and all(record.loss is None for record in records)
+        self.probing.findings.leaves_out_loss = state.get("leave_out_loss", without_loss)
+        self.session.history_path = state.get("history_path")
+
+    def belong_to(self, arguments: Arguments) -> None:
+        """Read another monitor's arguments from now on: those of a copy.
+
+        Args:
+            arguments: The arguments of the copy.
+        """
+        self._arguments = arguments
+        for part in (self.schedule, self.session, self.probing):
+            part.arguments = arguments
+
+    def __getstate__(self) -> dict[str, Any]:
+        parts = ("schedule", "session", "probing")
+        # A weak reference has no state.
+        return vars(self) | {name: copy.copy(getattr(self, name)) for name in parts} | {"fitted": _no_module}
+
+
+def _no_module() -> None:
+    """A reference to no module."""

@@ -1,0 +1,166 @@
+"""The measurements of a run, one after the other, and what follows from them; no Lightning is needed for it."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_basin.callback.arguments import Arguments
+from lightning_basin.callback.notices import Notices, memory_hint, warn
+from lightning_basin.callback.request import Request
+from lightning_basin.callback.results import Results
+from lightning_basin.measure import measure
+from lightning_basin.null_space import verify_null_space
+from lightning_basin.probe import Probe
+from lightning_basin.record import BasinRecord
+from lightning_basin.settings import Probabilities
+
+
+class Session:
+    """Measures at a step, keeps the records, and counts zero losses and failures in a row.
+
+    Args:
+        arguments: The monitor's arguments.
+        notices: Says each message once.
+
+    Attributes:
+        arguments: The monitor's arguments.
+        results: What was measured.
+        num_zero_losses: The number of measurements in a row, up to the newest, in which the loss was zero.
+        num_failures: The number of measurements in a row that have failed.
+        history_path: The path of the table of the run, which a resumed run goes on with.
+    """
+
+    def __init__(self, arguments: Arguments, notices: Notices) -> None:
+        self.arguments = arguments
+        self.results = Results()
+        self.num_zero_losses = 0
+        self.num_failures = 0
+        self.history_path: str | None = None
+        self._notices = notices
+
+    def reset(self) -> None:
+        """Forget another run; failures are counted on, as they may have the same cause."""
+        self.results.clear()
+        self.num_zero_losses = 0
+        self.history_path = None
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether there were as many failures in a row as are allowed."""
+        return self.arguments.max_failures is not None and self.num_failures >= self.arguments.max_failures
+
+    def count_failure(self, *, in_training: bool) -> None:
+        """Take note of a measurement that has failed, and say so where it was the last.
+
+        Args:
+            in_training: Whether this is in a fit, which goes on.
+        """
+        self.num_failures += 1
+        if self.has_given_up:
+            warn(
+                f"BasinMonitor stops measuring after {self.num_failures} failures in a row"
+                f"{_goes_on(in_training=in_training)}. HINT: BasinMonitor(max_failures=None) keeps trying"
+            )
+
+    def keep(self, record: BasinRecord, probe: Probe | None) -> None:
+        """Add a record to the others.
+
+        Args:
+            record: The newest record.
+            probe: The probe on which it was measured.
+        """
+        self.num_failures = 0
+        if self.reaches_zero_loss(record):
+            self.results.zero_loss_step = record.step
+        self.num_zero_losses = self._num_zero_losses_with(record)
+        records = self.results.records
+        if records:  # Names of the inputs of a whole training set are kept of the newest record only.
+            records[-1] = replace(records[-1], train_merged_inputs=())
+        records.append(record)
+        self.results.probe = probe
+
+    def reaches_zero_loss(self, record: BasinRecord) -> bool:
+        """Whether a record, if it is the next one, is the first at which the loss counts as zero."""
+        is_first = self.results.zero_loss_step is None
+        return is_first and self._num_zero_losses_with(record) >= self.arguments.zero_loss_patience
+
+    def _num_zero_losses_with(self, record: BasinRecord) -> int:
+        """Return the number of measurements in a row without a loss, where a record is the next one."""
+        # A loss that goes below zero has no minimum there: its sign is no sign of a perfect fit.
+        is_zero = record.loss is not None and abs(record.loss) <= self.arguments.zero_loss_threshold
+        return self.num_zero_losses + 1 if is_zero else 0
+
+    def measure(
+        self, request: Request, whole: Callable[[], nn.Module], probe: Probe | None, step: int
+    ) -> BasinRecord | None:
+        """Measure a module, and add nothing yet.
+
+        Args:
+            request: What the measurement is asked for.
+            whole: A function that returns the module, with all of its parameters.
+            probe: The inputs that are measured; it is a failure if there are none.
+            step: The number of optimizer steps taken.
+
+        Returns:
+            The record; ``None``, after a warning, where measuring failed.
+        """
+        try:
+            with request.profiled("measure"):
+                module = whole()
+                assert probe is not None, "there is one from the start on"
+                measured_probe, settings = request.specify(module, probe)
+                training_set = request.training_set()
+                record = measure(module, measured_probe, settings, duplicates_over=training_set, step=step)
+        except Exception as error:  # A measurement must never end a training run.
+            warn(
+                f"BasinMonitor could not measure at step {step}{_goes_on(in_training=request.trainer is not None)}. "
+                f"{type(error).__name__}: {error}{memory_hint(error)}"
+            )
+            return None
+        return self._verify(request, module, probe, record) if self._is_verified(record) else record
+
+    def _is_verified(self, record: BasinRecord) -> bool:
+        """Whether the null space is to be verified for a record, if it is the next one."""
+        every_n = self.arguments.verify_null_space
+        if every_n == "zero_loss":
+            return self.reaches_zero_loss(record)
+        return every_n is not None and len(self.results.records) % every_n == 0
+
+    def _verify(self, request: Request, module: nn.Module, probe: Probe, record: BasinRecord) -> BasinRecord:
+        """Return the record, with what survives of steps along null directions if that can be measured."""
+        started = time.perf_counter()
+        behavior = request.behavior
+        if isinstance(behavior, Probabilities):
+            behavior = partial(_probabilities, behavior.outputs)
+        assert not isinstance(behavior, str)
+        try:
+            with request.profiled("verify_null_space"):
+                check = verify_null_space(
+                    module, probe, behavior=behavior, rtol=self.arguments.rtol, seed=self.arguments.seed
+                )
+        except Exception as error:  # The rest of the record is as it would be without.
+            self._notices.warn(f"The null space could not be verified. {type(error).__name__}: {error}")
+            return record
+        if not check.converged:
+            self._notices.inform(
+                "The null space could not be verified at every step: no way back to the same outputs was found"
+            )
+            return record
+        seconds = record.measure_seconds + time.perf_counter() - started
+        return replace(record, surviving_fraction=check.surviving_fraction, measure_seconds=seconds)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"results": copy.copy(self.results)}  # Two copies never fill one list.
+
+
+def _goes_on(*, in_training: bool) -> str:
+    return ", training goes on" if in_training else ""
+
+
+def _probabilities(outputs: Callable[[nn.Module, Any], Tensor], module: nn.Module, inputs: Any) -> Tensor:
+    return outputs(module, inputs).softmax(1)
