@@ -308,7 +308,7 @@ class WithoutLoss(LightningModule):
         return self.map(inputs)
 
     def training_step(self, batch, batch_idx):
-        return 0.0 * self(batch[0]).sum()
+        return 0.0 * self(batch[0]).sum() + self.map.weight.square().sum()  # No function of the outputs alone.
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)

@@ -1425,8 +1425,8 @@ class Experts(nn.Module):
 def test_experts_that_are_not_called_in_a_chunk_add_nothing_there(loss_fn, memory_budget):
     module, inputs, targets = Experts(), normal(24, 4), torch.zeros(24, 2)
     inputs = inputs[inputs[:, :3].argmax(1).argsort()]
-    settings = Settings(loss_fn=loss_fn, hessian="bracket", memory_budget=memory_budget)
-    plan = check_measurable(module, Probe(inputs, targets), settings)
+    settings = {"loss_fn": loss_fn, "hessian": "bracket", "memory_budget": memory_budget}
+    plan = check_measurable(module, Probe(inputs, targets), Settings(**settings))
     assert (plan.chunk_size < 24) == (memory_budget is not None)
     record = measure_basin(module, inputs, targets, **settings)
     # [x, 1] has rank min(n, 5) for the n inputs of an expert, twice; the common shift is the sum of theirs.
@@ -1523,7 +1523,9 @@ def test_a_measurement_runs_the_network_on_few_inputs_on_all_and_once_on_each_ha
         behavior=noting_its_size,
         layers=layers,
     )
-    assert SIZES == [2, 9, 5, 4]
+    # Two inputs also show, a few times, whether training gives the same outputs and gradients.
+    assert [size for size in SIZES if size > 2] == [9, 5, 4]
+    assert SIZES.index(9) == SIZES.count(2) <= 5
 
 
 def test_outputs_that_compare_all_inputs_are_refused():
