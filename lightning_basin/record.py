@@ -16,7 +16,7 @@ ILL_DEFINED_GAP = 3.0
 
 _RANKS_AT = {f"gradient_rank_at_{tolerance:.0e}": tolerance for tolerance in RANK_TOLERANCES}
 
-_QUANTITIES = (
+BLOCK_QUANTITIES = (
     "gradient_rank",
     "gradient_rank_deficit",
     "gradient_nullity",
@@ -39,12 +39,13 @@ _QUANTITIES = (
     "train_duplicated_activations",
     "dead_units",
 )
+"""Names of the quantities that are logged of a block: attributes of `LayerRecord`, in the order of keys."""
 
-LAYER_QUANTITIES = (*_QUANTITIES, "activation_rank", "activation_rank_gap")
-"""Names of the quantities that are logged of a layer or a block: attributes of `LayerRecord`, in the order of keys."""
+LAYER_QUANTITIES = (*BLOCK_QUANTITIES, "activation_rank", "activation_rank_gap")
+"""Names of the quantities that are logged of a layer, whose input activations are one matrix."""
 
 NETWORK_QUANTITIES = (
-    *_QUANTITIES,
+    *BLOCK_QUANTITIES,
     *_RANKS_AT,
     "gradient_rank_bound",
     "surviving_fraction",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning_basin.layer_names import layer_blocks, tags_of
 from lightning_basin.naming import escaped
 from lightning_basin.record import (
+    BLOCK_QUANTITIES,
     LAYER_QUANTITIES,
     NETWORK_QUANTITIES,
     OUTPUT_QUANTITIES,
@@ -77,7 +78,8 @@ def possible_keys(prefix: str, layers: Sequence[str], selection: Literal["auto",
     names = layers if isinstance(selection, str) else selection
     blocks = layer_blocks(names) if selection == "auto" else {}
     group, tags = ("block" if blocks else "layer"), list(tags_of(blocks or names).values())
-    parts = [(quantity, tag) for quantity in LAYER_QUANTITIES for tag in tags]
+    quantities = BLOCK_QUANTITIES if blocks else LAYER_QUANTITIES
+    parts = [(quantity, tag) for quantity in quantities for tag in tags]
     if "output" not in tags:
         parts += [(quantity, "output") for quantity in OUTPUT_QUANTITIES]
     return [
