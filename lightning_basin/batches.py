@@ -19,6 +19,7 @@ class ProbeCollector:
         whole_batches: Take any other batch as inputs without targets, instead of refusing it.
 
     Example:
+        >>> import torch
         >>> collector = ProbeCollector(size=5)
         >>> collector.add((torch.zeros(3, 2), torch.zeros(3)))
         >>> collector.complete, collector.probe().size

@@ -94,6 +94,7 @@ def copied_bytes(module: nn.Module) -> int:
     """Bytes of the tensors of a module, registered or not, that are no trainable parameters.
 
     Example:
+        >>> import torch
         >>> module = nn.Linear(1, 1)
         >>> module.table = torch.zeros(5, dtype=torch.float64)
         >>> copied_bytes(module)

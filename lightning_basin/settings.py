@@ -70,7 +70,7 @@ class Settings:
     Example:
         >>> Settings(rtol=2.0)
         Traceback (most recent call last):
-        ValueError: rtol must be inside (0, 1), got 2.0
+        ValueError: rtol must be a relative tolerance inside (0, 1), got 2.0
     """
 
     loss_fn: LossFunction | Literal["behavioral"] | None = None

@@ -60,6 +60,7 @@ def parameters_in_graph(result: Tensor, parameters: Mapping[str, Tensor]) -> set
         parameters: Tensors that may be in it, by name.
 
     Example:
+        >>> import torch
         >>> layer = nn.Linear(2, 1)
         >>> sorted(parameters_in_graph(layer(torch.ones(1, 2)), dict(layer.named_parameters())))
         ['bias', 'weight']
