@@ -186,8 +186,11 @@ def test_a_value_that_comes_with_zero_loss_is_waited_for(tmp_path, make, key):
 def test_what_has_no_value_without_a_loss_is_said_and_ends_no_run(tmp_path, key):
     module = Regressor()
     del module.loss_fn
-    # With a penalty on parameters, so that the loss cannot be read from the step.
-    module.training_step = lambda batch, _: module(batch[0]).square().mean() + module.hidden.weight.square().sum()
+
+    def training_step(batch, batch_idx):  # With a penalty on parameters, so that the loss cannot be read from it.
+        return module(batch[0]).square().mean() + module.hidden.weight.square().sum()
+
+    module.training_step = training_step
     with pytest.warns(UserWarning, match="is passed over until there is a value"):
         trainer = fit(tmp_path, EarlyStopping(key), BasinMonitor(20), module=module)
     assert trainer.current_epoch == 2
