@@ -11,8 +11,9 @@ SECONDS ?= 60
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
+# One worker a core, each of one thread: most matrices here are tiny.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 # The rest: half a minute and more each.
 slow: $(INSTALLED)
