@@ -10,8 +10,7 @@ import torch
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_basin.batches import split_batch
-from lightning_basin.probe import Probe
+from lightning_basin.probe import Probe, split_batch
 
 _BATCH_SIZE = 256  # of data sets that come without one
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_basin import Probe
-from lightning_basin.batches import ProbeCollector, split_batch
+from lightning_basin.probe import ProbeCollector, split_batch
 from lightning_basin.tensors import as_dtype, map_tensors, tensors_of
 
 Pair = namedtuple("Pair", ["left", "right"])

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_basin import Probe, measure_basin
-from lightning_basin.batches import ProbeCollector
+from lightning_basin.probe import ProbeCollector
 from tests.networks import Composed, drawn
 
 LONG = torch.zeros(5, 3, dtype=torch.long)

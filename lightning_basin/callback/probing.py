@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from lightning_basin.batches import ProbeCollector
 from lightning_basin.callback.arguments import Arguments
 from lightning_basin.callback.lightnings import MisconfigurationException, Trainer
 from lightning_basin.callback.loggers import batches_that_stepped
@@ -17,7 +16,7 @@ from lightning_basin.callback.state import fingerprint
 from lightning_basin.callback.step_run import trained_parameters
 from lightning_basin.callback.training_set import check_one_loader
 from lightning_basin.network.replica import replicas
-from lightning_basin.probe import Probe
+from lightning_basin.probe import Probe, ProbeCollector
 from lightning_basin.record import BasinRecord
 from lightning_basin.settings import DTYPES
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_basin.batches import split_batch
 from lightning_basin.callback.silence import collectives_refused
 from lightning_basin.callback.step_loss import RunLoss, StepLoss, targets_of
 from lightning_basin.callback.step_run import StepRun, batch_size, contributing_calls, watch_step
@@ -23,7 +22,7 @@ from lightning_basin.network.network import Network
 from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.network.replica import replicas
 from lightning_basin.network.rounding import agreement_rtol
-from lightning_basin.probe import Probe
+from lightning_basin.probe import Probe, split_batch
 from lightning_basin.tensors import float64_device, map_tensors, tensors_of
 
 
