@@ -283,12 +283,12 @@ def _assemble(
     layers = {scope.name: record for scope, record in records.items() if scope.kind == "layer"}
     order = [layer.name for layer in evaluation.network.layers]
     # The behavioral loss is zero by what it is: no sign of a fit.
-    has_loss = evaluation.loss is not None and evaluation.loss_fn is not behavioral_loss
+    loss = None if evaluation.loss_fn is behavioral_loss else evaluation.loss
     return BasinRecord(
         num_parameters=network.num_parameters,
         num_rows=evaluation.num_rows,
         num_inputs=evaluation.probe.size,
-        loss=float(evaluation.loss.detach()) if has_loss and evaluation.loss is not None else None,
+        loss=None if loss is None else float(loss.detach()),
         layers={name: layers[name] for name in order if name in layers},
         blocks={scope.name: record for scope, record in records.items() if scope.kind == "block"},
         notes=tuple(evaluation.notes),

@@ -3,9 +3,13 @@ import inspect
 import pkgutil
 
 import pytest
+import torch
+from torch import nn
 
 import lightning_basin
 import lightning_basin.functional
+from lightning_basin import Probe
+from lightning_basin.measurement import check_measurable
 
 PACKAGES = ["lightning_basin", "lightning_basin.functional"]
 PUBLIC = [(package, name) for package in PACKAGES for name in importlib.import_module(package).__all__]
@@ -62,3 +66,16 @@ def test_every_module_has_a_docstring():
         *(module.name for module in pkgutil.walk_packages(lightning_basin.__path__, "lightning_basin.")),
     ]
     assert [name for name in names if not importlib.import_module(name).__doc__] == []
+
+
+@pytest.mark.parametrize("module", ["measurement", "monitor", "functional.sketch"])
+def test_names_of_earlier_versions_are_those_of_today(module):
+    earlier = importlib.import_module(f"lightning_basin.{module}")
+    for name in set(earlier.__all__) - {"check_measurable", "LayerGradients"}:
+        item = getattr(earlier, name)
+        assert item is getattr(importlib.import_module(item.__module__), name)
+
+
+def test_the_earlier_check_takes_settings_as_keywords():
+    plan = check_measurable(nn.Linear(3, 2), Probe(torch.eye(3)), num_inputs=5, dtype="float32")
+    assert (plan.num_inputs, plan.num_outputs, plan.num_parameters) == (5, 2, 8)

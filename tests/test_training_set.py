@@ -144,8 +144,9 @@ def test_items_are_read_in_the_precision_of_training():
 
 
 def test_what_cannot_be_evaluated_costs_a_warning_and_nothing_else():
-    with pytest.warns(UserWarning, match="the training set is left out. ValueError"):
+    with pytest.warns(UserWarning, match="the training set is left out. ValueError") as warned:
         record = measure_basin(Rounding(), INPUTS, duplicates_over=[torch.zeros(2, 7)])
+    assert warned[0].filename == __file__  # The line that asked for it.
     assert record.train_num_inputs is None
     assert record.merged_inputs == MERGED
 

@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_basin import BasinMonitor, RankEarlyStopping
+from lightning_basin.callback.keys import possible_keys
 from tests.lightning_packages import Callback, EarlyStopping, MisconfigurationException, ModelCheckpoint
 from tests.training import Regressor, Scripted, loader, make_trainer, regression_data, scripted_loader, steps, timeless
 
@@ -343,3 +344,11 @@ def test_a_run_resumed_finds_the_last_value_of_what_is_measured_rarely(tmp_path)
     half.save_checkpoint(tmp_path / "half.ckpt")
     resumed, _ = run(ckpt_path=tmp_path / "half.ckpt")
     assert resumed.current_epoch == whole.current_epoch == 6
+
+
+def test_a_block_has_no_key_of_what_only_layers_have():
+    few, many = ([f"layers.{i}" for i in range(count)] for count in (32, 33))
+    assert "basin_layer_activation_rank/layers.0" in possible_keys("basin", few, "auto")
+    of_blocks = [key for key in possible_keys("basin", many, "auto") if key.startswith("basin_block_")]
+    assert "basin_block_gradient_rank/layers.0-1" in of_blocks
+    assert not [key for key in of_blocks if "activation_rank" in key]

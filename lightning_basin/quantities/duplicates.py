@@ -78,7 +78,7 @@ def with_training_set(
     try:
         classes = streamed_classes(evaluation.network, training_set, rtol=rtol)
     except Exception as error:  # Whatever a data set raises: the probe has been measured.
-        warnings.warn(f"the training set is left out. {type(error).__name__}: {error}", stacklevel=3)
+        warnings.warn(f"the training set is left out. {type(error).__name__}: {error}", stacklevel=4)
         return duplicates
     return _with_classes(duplicates, classes, evaluation.trace.num_first)
 
