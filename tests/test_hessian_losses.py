@@ -107,8 +107,9 @@ def test_what_cannot_be_differentiated_twice_leaves_the_bracket_out(operation, p
         def loss_fn(outputs, labels):
             return operation.apply(outputs - labels).sum()
 
-    with pytest.warns(UserWarning, match="the Hessian is left out"):
+    with pytest.warns(UserWarning, match="the Hessian is left out") as warned:
         record = measure_basin(filled(module), inputs, targets, loss_fn=loss_fn, hessian="bracket")
+    assert warned[0].filename == __file__  # The line that asked for it.
     assert record.gradient_rank > 0
     assert record.hessian_method is None
 

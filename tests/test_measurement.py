@@ -1272,8 +1272,9 @@ def test_ranks_stay_where_the_loss_cannot_be_differentiated_twice():
         def forward(self, inputs: Tensor) -> Tensor:
             return OnceOnly.apply(self.linear(inputs))
 
-    with pytest.warns(UserWarning, match="the Hessian is left out"):
+    with pytest.warns(UserWarning, match="the Hessian is left out") as warned:
         record = measure_basin(Squares(), normal(9, 3), normal(9, 2), loss_fn=nn.MSELoss())
+    assert warned[0].filename == __file__  # The line that asked for it.
     assert (record.gradient_rank, record.hessian_nullity) == (8, None)
 
 
