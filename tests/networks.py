@@ -1,5 +1,6 @@
 """Small networks put together in a line, with reproducible weights."""
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -9,8 +10,25 @@ from lightning_basin.limits import GROUP_ELEMENTS
 from lightning_basin.network.runs import TracedProbe
 
 
+def generator_of(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def drawn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """Standard normal numbers in float64."""
+    return torch.randn(shape, generator=generator_of(seed), dtype=torch.float64)
+
+
+def drawn32(*shape, seed=0):
+    """Standard normal numbers in float32."""
+    return torch.randn(shape, generator=generator_of(seed), dtype=torch.float32)
+
+
+def built(build, seed=0):
+    """What `build` returns, initialized from this seed, whatever the global generator holds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
 
 
 def filled(module, seed=0):
@@ -21,6 +39,14 @@ def filled(module, seed=0):
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return module
+
+
+def with_singular_values(num_rows, num_columns, values, seed=0):
+    """A matrix of these singular values and zeros after them, multiplied out in numpy."""
+    random = np.random.default_rng(seed)
+    left = np.linalg.qr(random.standard_normal((num_rows, len(values))))[0]
+    right = np.linalg.qr(random.standard_normal((num_columns, len(values))))[0]
+    return torch.from_numpy((left * np.asarray(values)) @ right.T)
 
 
 class Composed(nn.Module):

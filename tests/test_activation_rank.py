@@ -10,14 +10,11 @@ from lightning_basin.functional import activation_rank, numerical_rank, singular
 from lightning_basin.functional.rank import EPSILON
 from tests.exact import exact_rank
 from tests.models import CASE_NAMES, evaluated_case, integer_case
+from tests.networks import drawn, with_singular_values
 
 INFINITE = float("inf")
 every_network = pytest.mark.parametrize("name", CASE_NAMES)
 every_shape = pytest.mark.parametrize("shape", [(12, 12), (12, 90), (90, 12), (13, 15)])
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def integer_activations(rows, columns, rank, seed=0):
@@ -30,12 +27,6 @@ def integer_activations(rows, columns, rank, seed=0):
 
 def orthonormal(rows, columns, seed=0):
     return torch.linalg.qr(drawn(rows, columns, seed=seed)).Q
-
-
-def with_singular_values(values, columns):
-    """Wide rows of these singular values."""
-    sigmas = torch.tensor(values, dtype=torch.float64)
-    return orthonormal(len(values), len(values)) * sigmas @ orthonormal(columns, len(values), seed=1).mT
 
 
 @every_shape
@@ -54,19 +45,19 @@ def test_rank_is_that_of_all_singular_values(shape):
 
 @pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9, 1e-12])
 def test_gap_is_the_distance_to_rounding_whether_or_not_the_gram_matrix_resolves_it(smallest):
-    rank, gap = activation_rank(with_singular_values([1.0, 0.1, smallest], 60))
+    rank, gap = activation_rank(with_singular_values(3, 60, [1.0, 0.1, smallest]))
     # The smallest singular value is off by some epsilon of the largest: 0.1 % at 1e-12, which is 4e-4 digits.
     assert (rank, gap) == (3, pytest.approx(math.log10(smallest / EPSILON), abs=1e-3))
 
 
 def test_a_singular_value_that_a_gram_matrix_cannot_hold_counts():
     # Their squares differ by 1e-22, far below the epsilon of float64.
-    activations = with_singular_values([1.0, 1e-11], 60)
+    activations = with_singular_values(2, 60, [1.0, 1e-11])
     assert [activation_rank(activations)[0], activation_rank(activations, rtol=1e-10)[0]] == [2, 1]
 
 
 def test_gap_lies_between_the_last_singular_value_that_counts_and_the_next():
-    rank, gap = activation_rank(with_singular_values([1.0, 1e-2, 1e-5], 60), rtol=1e-3)
+    rank, gap = activation_rank(with_singular_values(3, 60, [1.0, 1e-2, 1e-5]), rtol=1e-3)
     assert (rank, gap) == (2, pytest.approx(3.0, abs=1e-6))
 
 
@@ -92,7 +83,7 @@ def test_rank_does_not_depend_on_the_scale(scale):
 
 
 def test_in_float32_what_lies_below_its_rounding_does_not_count():
-    activations = with_singular_values([1.0, 1e-9], 60)
+    activations = with_singular_values(2, 60, [1.0, 1e-9])
     assert activation_rank(activations, epsilon=torch.finfo(torch.float32).eps)[0] == 1
 
 
@@ -134,7 +125,7 @@ def test_merged_inputs_lower_the_rank_of_what_enters_a_layer():
 
 
 def test_the_tolerance_of_ranks_decides_on_activations_too():
-    module, inputs = nn.Linear(60, 2).double(), with_singular_values([1.0, 0.1, 1e-5], 60)
+    module, inputs = nn.Linear(60, 2).double(), with_singular_values(3, 60, [1.0, 0.1, 1e-5])
     ranks = [measure_basin(module, inputs, rtol=rtol).layers[""].activation_rank for rtol in (None, 1e-4)]
     assert ranks == [3, 2]
 

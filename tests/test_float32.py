@@ -16,22 +16,12 @@ from tests import models
 from tests.exact import exact_rank, jacobian
 from tests.layer_types import TYPES, integer_case, trained_case
 from tests.lightning_packages import MisconfigurationException
-from tests.networks import Composed
+from tests.networks import Composed, built, drawn32
 from tests.test_plan import convolutional, images
 
 EPSILON = 2.0**-23
 BUDGETS = (2**30, 88 * 2**20)
 NOTE = "evaluated in float32: singular values below"
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def built(build, seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
 
 
 def parts(record):
@@ -111,7 +101,7 @@ def linear_chain(*widths):
 @pytest.mark.parametrize("memory_budget", [None, 2**29])
 def test_rank_of_a_deep_linear_network_is_that_on_paper(spectrum, memory_budget):
     # Matrices of 20 x 20 and rank 6 are a manifold of this dimension (Singh, Bachmann and Hofmann, 2021).
-    module, inputs = linear_chain(20, 6, 6, 20), drawn(40, 20)
+    module, inputs = linear_chain(20, 6, 6, 20), drawn32(40, 20)
     record = measure_basin(module, inputs, dtype="float32", spectrum=spectrum, memory_budget=memory_budget)
     assert record.gradient_rank == 6 * (20 + 20 - 6)
     assert not record.ill_defined
@@ -120,7 +110,7 @@ def test_rank_of_a_deep_linear_network_is_that_on_paper(spectrum, memory_budget)
 @pytest.mark.parametrize("spectrum", [True, False])
 def test_the_gram_matrix_decides_the_rank_of_a_wide_matrix(spectrum):
     # 400 rows by 41,270 parameters: too large to be decomposed as it stands. Half of the inputs are there twice.
-    module, inputs = built(lambda: perceptron(20, 200, 180, 5)), drawn(80, 20)
+    module, inputs = built(lambda: perceptron(20, 200, 180, 5)), drawn32(80, 20)
     inputs[40:] = inputs[:40]
     record = measure_basin(module, inputs, dtype="float32", spectrum=spectrum)
     assert record.gradient_rank == measure_basin(module, inputs).gradient_rank == 200
@@ -170,7 +160,7 @@ OTHER_NETWORKS = {
 @pytest.mark.parametrize("name", OTHER_NETWORKS)
 def test_other_ways_to_the_gradients_give_the_integers_of_float64(name):
     build, options = OTHER_NETWORKS[name]
-    module, inputs = built(build), drawn(6, 4)
+    module, inputs = built(build), drawn32(6, 4)
     high = measure_basin(module, inputs, **options)
     low = measure_basin(module, inputs, **options, dtype="float32")
     assert not high.ill_defined
@@ -188,7 +178,7 @@ class SwitchesAutocastOn(nn.Module):
 
 
 def test_autocast_inside_of_the_forward_does_not_lower_the_rank():
-    module, inputs = built(SwitchesAutocastOn), drawn(30, 5)
+    module, inputs = built(SwitchesAutocastOn), drawn32(30, 5)
     inputs[15:] = inputs[:15]
     assert ranks(measure_basin(module, inputs, dtype="float32")) == ranks(measure_basin(module, inputs))
 
@@ -205,7 +195,7 @@ def low_precision_products():
 @pytest.mark.usefixtures("low_precision_products")
 def test_products_of_lower_precision_that_training_allows_are_not_measured():
     # As Lightning advises on many devices; some processors then multiply in bfloat16.
-    module, inputs = linear_chain(20, 6, 6, 20), drawn(40, 20)
+    module, inputs = linear_chain(20, 6, 6, 20), drawn32(40, 20)
     assert measure_basin(module, inputs, dtype="float32").gradient_rank == 204
 
 
@@ -213,7 +203,7 @@ def test_products_of_lower_precision_that_training_allows_are_not_measured():
 
 
 def test_the_note_says_what_counts_as_zero():
-    module, inputs = built(lambda: perceptron(6, 8, 4)), drawn(20, 6)
+    module, inputs = built(lambda: perceptron(6, 8, 4)), drawn32(20, 6)
     record = measure_basin(module, inputs, dtype="float32")
     assert record.gradient_rtol == max(80, 92) * EPSILON
     (note,) = record.notes
@@ -224,7 +214,7 @@ def test_the_note_says_what_counts_as_zero():
 
 
 def test_float64_is_the_default_and_has_no_note():
-    module, inputs = built(lambda: perceptron(6, 8, 4)), drawn(20, 6)
+    module, inputs = built(lambda: perceptron(6, 8, 4)), drawn32(20, 6)
     default, named = measure_basin(module, inputs), measure_basin(module, inputs, dtype="float64")
     assert default.notes == named.notes == ()
     assert default.to_dict() | {"measure_seconds": 0} == named.to_dict() | {"measure_seconds": 0}
@@ -232,7 +222,7 @@ def test_float64_is_the_default_and_has_no_note():
 
 @pytest.mark.parametrize("spectrum", [True, False])
 def test_ranks_are_given_at_tolerances_that_are_resolved_only(spectrum):
-    module, inputs = built(lambda: perceptron(20, 200, 180, 5)), drawn(80, 20)
+    module, inputs = built(lambda: perceptron(20, 200, 180, 5)), drawn32(80, 20)
     record = measure_basin(module, inputs, dtype="float32", spectrum=spectrum)
     assert set(record.gradient_rank_at) <= {1e-4, 1e-2}  # 800 eps = 9.5e-5
     if spectrum:
@@ -247,7 +237,7 @@ def test_the_gap_ends_at_the_rounding_of_float32():
 
 
 def test_a_tolerance_of_ones_own_decides():
-    module, inputs = linear_chain(20, 6, 6, 20), drawn(40, 20)
+    module, inputs = linear_chain(20, 6, 6, 20), drawn32(40, 20)
     record = measure_basin(module, inputs, dtype="float32", rtol=1e-6)
     assert (record.gradient_rtol, record.gradient_rank) == (1e-6, 204)
     assert set(record.gradient_rank_at) == {1e-4, 1e-2}
@@ -274,8 +264,8 @@ def test_units_that_move_by_less_than_rounding_are_dead():
 
 
 def test_a_training_set_is_streamed_in_float32():
-    module, inputs = built(lambda: perceptron(4, 5, 2)), drawn(30, 4)
-    training_set = torch.cat([inputs, inputs + 1e-7 * drawn(30, 4, seed=1)])
+    module, inputs = built(lambda: perceptron(4, 5, 2)), drawn32(30, 4)
+    training_set = torch.cat([inputs, inputs + 1e-7 * drawn32(30, 4, seed=1)])
     record = measure_basin(module, inputs, duplicates_over=[training_set], duplicate_rtol=1e-9, dtype="float32")
     assert record.train_num_inputs == 60
     assert record.train_duplicated_activations == 30
@@ -297,8 +287,8 @@ def nearly_merging(gain):
 @pytest.mark.parametrize("gain", [1.0, 30.0])
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"rtol": 1e-6}, {"rtol": 1e-4}], ids=str)
 def test_the_bound_holds_where_what_nearly_merged_is_told_apart_again(options, gain, distance):
-    module, inputs = built(lambda: nearly_merging(gain)).double(), drawn(4, 2)
-    inputs = torch.cat([inputs, inputs + distance * drawn(4, 2, seed=1)])
+    module, inputs = built(lambda: nearly_merging(gain)).double(), drawn32(4, 2)
+    inputs = torch.cat([inputs, inputs + distance * drawn32(4, 2, seed=1)])
     record = measure_basin(module, inputs.double(), **options)
     assert record.gradient_rank <= record.gradient_rank_bound
 
@@ -313,7 +303,7 @@ def test_a_weak_skip_connection_is_not_taken_for_none(strength):
             head=nn.Linear(1, 2),
         )
     )
-    inputs = drawn(30, 4)
+    inputs = drawn32(30, 4)
     with torch.no_grad():
         module.narrow.weight.zero_()  # All inputs are the same behind it.
     record = measure_basin(module, inputs, dtype="float32")
@@ -325,7 +315,7 @@ def test_a_weak_skip_connection_is_not_taken_for_none(strength):
 
 
 def test_the_loss_is_measured_and_the_hessian_left_out():
-    module, inputs, targets = built(lambda: perceptron(4, 5, 2)), drawn(30, 4), drawn(30, 2, seed=1)
+    module, inputs, targets = built(lambda: perceptron(4, 5, 2)), drawn32(30, 4), drawn32(30, 2, seed=1)
     record = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss(), dtype="float32")
     with torch.no_grad():
         assert record.loss == pytest.approx(float((module(inputs) - targets).square().mean()), rel=1e-6)
@@ -348,7 +338,7 @@ REFUSED = {
 def test_what_float32_cannot_tell_is_refused_in_one_sentence(name):
     options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
-        measure_basin(nn.Linear(2, 1), drawn(3, 2), drawn(3, 1), loss_fn=nn.MSELoss(), **options)
+        measure_basin(nn.Linear(2, 1), drawn32(3, 2), drawn32(3, 1), loss_fn=nn.MSELoss(), **options)
     with pytest.raises(MisconfigurationException, match=message):
         BasinMonitor(**options)
 
@@ -385,7 +375,7 @@ def test_a_gpu_finds_the_same_integers(name, dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("spectrum", [True, False])
 def test_a_gpu_measures_all_quantities(spectrum):
-    module, inputs, targets = built(lambda: perceptron(20, 200, 180, 5)), drawn(80, 20), drawn(80, 5, seed=1)
+    module, inputs, targets = built(lambda: perceptron(20, 200, 180, 5)), drawn32(80, 20), drawn32(80, 5, seed=1)
     options = {"loss_fn": nn.MSELoss(), "spectrum": spectrum, "duplicates_over": [inputs]}
     on_cpu = measure_basin(module, inputs, targets, **options)
     on_gpu = measure_basin(module.to("cuda"), inputs.to("cuda"), targets.to("cuda"), **options)

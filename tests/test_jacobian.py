@@ -4,10 +4,7 @@ import torch
 from torch import nn
 
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.networks import drawn
 
 
 def rows_of_matrix(inputs, num_outputs):

@@ -40,26 +40,11 @@ from tests.models import (
     sum_of_squares,
     with_integer_weights,
 )
-from tests.networks import Composed
+from tests.networks import Composed, built, drawn32, generator_of
 
 SEEDS = (0, 1, 2)
 every_case = pytest.mark.parametrize("seed", SEEDS)
 every_network = pytest.mark.parametrize("name", CASE_NAMES)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed))
-
-
-def built(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """A module with the default initialisation of a seed, whatever the global generator holds."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
 
 
 def without_time(record: BasinRecord) -> dict[str, Any]:
@@ -261,7 +246,7 @@ def test_rank_bound_of_merged_categories_follows_the_worked_example():
 
 def large_chain(*, repeated: int, dead: int, seed: int) -> tuple[Chain, Tensor]:
     """An integer ReLU network large enough for the sketch, with repeated inputs and dead units."""
-    generator = seeded(seed)
+    generator = generator_of(seed)
     module = with_integer_weights(built(lambda: Chain(40, 170, 130, 2)), generator, largest=1)
     with torch.no_grad():
         module.layers[1].bias[:dead] = -10_000.0
@@ -329,7 +314,7 @@ def test_low_precision_module_gives_the_record_of_the_same_numbers_in_float64(dt
     module = built(lambda: nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2))).to(dtype)
     same = built(lambda: nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)))
     same.to(dtype).double()
-    inputs, targets = normal(7, 3).to(dtype), normal(7, 2, seed=1).to(dtype)
+    inputs, targets = drawn32(7, 3).to(dtype), drawn32(7, 2, seed=1).to(dtype)
     low = measure_basin(module, inputs, targets, loss_fn=sum_of_squares)
     high = measure_basin(same, inputs.double(), targets.double(), loss_fn=sum_of_squares)
     assert without_time(low) == without_time(high)
@@ -346,7 +331,7 @@ def test_forward_that_asks_for_float32_is_evaluated_in_float64():
 
     module = built(Rounding)
     # Softmax outputs sum to 1: of 4 outputs per input only 3 are free, unless rounding fills the fourth.
-    assert measure_basin(module, normal(2, 3)).gradient_rank == 6
+    assert measure_basin(module, drawn32(2, 3)).gradient_rank == 6
 
 
 def test_same_seed_gives_the_same_record():
@@ -413,14 +398,14 @@ def random_states() -> tuple[Any, Any, Any]:
 def test_module_is_left_as_it_was():
     module = ready_to_train()
     before = state_of(module)
-    measure_basin(module, normal(6, 3), normal(6, 2), loss_fn=sum_of_squares)
+    measure_basin(module, drawn32(6, 3), drawn32(6, 2), loss_fn=sum_of_squares)
     assert state_of(module) == before
 
 
 def test_random_states_are_left_as_they_were():
     module = ready_to_train()
     before = random_states()
-    measure_basin(module, normal(6, 3), normal(6, 2), loss_fn=sum_of_squares)
+    measure_basin(module, drawn32(6, 3), drawn32(6, 2), loss_fn=sum_of_squares)
     assert random_states() == before
 
 
@@ -428,7 +413,7 @@ def test_module_and_random_states_are_left_as_they_were_when_forward_raises():
     module = ready_to_train(fails=True)
     before = state_of(module), random_states()
     with pytest.raises(ValueError, match="KeyError: 'broken in the middle'"):
-        measure_basin(module, normal(6, 3))
+        measure_basin(module, drawn32(6, 3))
     assert (state_of(module), random_states()) == before
 
 
@@ -440,13 +425,13 @@ def test_module_and_random_states_are_left_as_they_were_when_the_loss_raises():
     module = ready_to_train()
     before = state_of(module), random_states()
     with pytest.raises(TypeError, match="KeyError: 'broken loss'"):
-        measure_basin(module, normal(6, 3), normal(6, 2), loss_fn=broken)
+        measure_basin(module, drawn32(6, 3), drawn32(6, 2), loss_fn=broken)
     assert (state_of(module), random_states()) == before
 
 
 def test_global_modes_are_left_as_they_were_when_forward_raises():
     with torch.no_grad(), pytest.raises(ValueError, match="broken in the middle"):
-        measure_basin(ready_to_train(fails=True), normal(6, 3))
+        measure_basin(ready_to_train(fails=True), drawn32(6, 3))
     assert torch.get_default_dtype() is torch.float32
     assert torch.is_grad_enabled()
 
@@ -470,7 +455,7 @@ def test_inputs_and_targets_are_left_as_they_were():
             x.mul_(2.0)
             return self.inner(x)
 
-    inputs, targets = normal(6, 3), normal(6, 2, seed=1)
+    inputs, targets = drawn32(6, 3), drawn32(6, 2, seed=1)
     inputs_before, targets_before = inputs.clone(), targets.clone()
     with suppress(ValueError):  # Refusing such a module is fine too; writing to the caller's tensors is not.
         measure_basin(built(InPlace), inputs, targets, loss_fn=sum_of_squares)
@@ -480,7 +465,7 @@ def test_inputs_and_targets_are_left_as_they_were():
 
 def test_training_module_is_measured_in_evaluation_mode():
     module = built(lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.9), nn.Linear(4, 2)))
-    inputs = normal(6, 3)
+    inputs = drawn32(6, 3)
     training = measure_basin(module.train(), inputs)
     assert without_time(training) == without_time(measure_basin(module.eval(), inputs))
 
@@ -521,7 +506,7 @@ class ProductOfPair(Product):
     ids=["tuple", "list", "keywords", "one dict", "one tuple"],
 )
 def test_inputs_may_be_a_collection(module, form):
-    a, b = integer_inputs(seeded(), 6, 3), integer_inputs(seeded(1), 6, 3)
+    a, b = integer_inputs(generator_of(), 6, 3), integer_inputs(generator_of(1), 6, 3)
     # A linear head on vectors v has rank 2 * rank [v, 1].
     vectors = np.concatenate([integers(a * b), np.ones((6, 1), dtype=np.int64)], axis=1)
     assert measure_basin(module(), form(a, b)).gradient_rank == 2 * exact_rank(vectors)
@@ -533,8 +518,8 @@ def test_inputs_may_be_a_collection(module, form):
     ids=["(k,)", "(k, c)", "(k, t, c)"],
 )
 def test_outputs_may_have_any_shape_behind_the_inputs(build, shape, outputs):
-    module = with_integer_weights(build(), seeded(4))
-    inputs = integer_inputs(seeded(5), *shape)
+    module = with_integer_weights(build(), generator_of(4))
+    inputs = integer_inputs(generator_of(5), *shape)
     exact = module.exact(ExactNetwork(module), integers(inputs))
     record = measure_basin(module, inputs, module(inputs).detach(), loss_fn=sum_of_squares)
     assert tuple(module(inputs).shape) == outputs
@@ -567,9 +552,9 @@ def test_frozen_parameters_are_left_out(frozen):
 
 
 def test_unused_layer_has_rank_zero_and_a_flat_direction_for_each_parameter():
-    module = with_integer_weights(Chain(2, 3, 1), seeded(0))
+    module = with_integer_weights(Chain(2, 3, 1), generator_of(0))
     module.unused = nn.Linear(4, 4)
-    inputs = integer_inputs(seeded(), 5, 2)
+    inputs = integer_inputs(generator_of(), 5, 2)
     record = measure_basin(module, inputs, module(inputs).detach() + 1, loss_fn=sum_of_squares)
     unused = record.layers["unused"]
     assert (unused.gradient_rank, unused.gradient_rank_gap) == (0, None)
@@ -586,7 +571,7 @@ def test_scalar_parameter_has_a_hessian():
         def forward(self, x: Tensor) -> Tensor:
             return self.scale * self.inner(x)
 
-    module = with_integer_weights(Temperature(), seeded(1), largest=3)
+    module = with_integer_weights(Temperature(), generator_of(1), largest=3)
     inputs = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 2.0], [3.0, -1.0]])
     record = measure_basin(module, inputs, module(inputs).detach(), loss_fn=sum_of_squares)
     # Scale and weights say the same twice: 4 parameters of an affine function of 2 numbers.
@@ -594,7 +579,7 @@ def test_scalar_parameter_has_a_hessian():
 
 
 def test_single_input_is_measured():
-    module = with_integer_weights(Chain(2, 3, 2), seeded(1))
+    module = with_integer_weights(Chain(2, 3, 2), generator_of(1))
     inputs = torch.tensor([[1.0, 2.0]])
     exact = module.exact(ExactNetwork(module), integers(inputs))
     record = measure_basin(module, inputs)
@@ -631,7 +616,7 @@ def test_parameters_of_the_root_stand_under_the_empty_name():
 
 def deep_chain() -> tuple[Chain, Tensor]:
     """34 layers, each nearly the identity: integers stay small through all of them."""
-    generator = seeded(0)
+    generator = generator_of(0)
     module = Chain(*[3] * 35)
     with torch.no_grad():
         for layer in module.layers:
@@ -754,7 +739,7 @@ def normalised_by_spectrum() -> nn.Module:
 
 def normalised_by_batch() -> nn.Module:
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 2))
-    module(normal(20, 3, seed=9))  # fills the running statistics
+    module(drawn32(20, 3, seed=9))  # fills the running statistics
     return module
 
 
@@ -817,7 +802,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @every_kind
 def test_gradient_rank_of_any_module_is_that_of_its_differences(kind):
     build, shape = KINDS[kind]
-    module, inputs = built(build), normal(*shape, seed=1)
+    module, inputs = built(build), drawn32(*shape, seed=1)
     record = measure_basin(module, inputs, rtol=1e-8)
     sigmas = np.linalg.svd(differences(module, inputs), compute_uv=False)
     assert record.gradient_rank == (sigmas > 1e-8 * sigmas[0]).sum()
@@ -826,7 +811,7 @@ def test_gradient_rank_of_any_module_is_that_of_its_differences(kind):
 @every_kind
 def test_gradient_rank_of_any_module_is_that_of_its_rows_one_by_one(kind):
     build, shape = KINDS[kind]
-    module, inputs = built(build), normal(*shape, seed=1)
+    module, inputs = built(build), drawn32(*shape, seed=1)
     record = measure_basin(module, inputs)
     # NumPy's rule for the tolerance is the same.
     assert record.gradient_rank == np.linalg.matrix_rank(plain_jacobian(module, inputs))
@@ -835,7 +820,7 @@ def test_gradient_rank_of_any_module_is_that_of_its_rows_one_by_one(kind):
 @every_kind
 def test_layer_ranks_of_any_module_are_those_of_its_rows_one_by_one(kind):
     build, shape = KINDS[kind]
-    module, inputs = built(build), normal(*shape, seed=1)
+    module, inputs = built(build), drawn32(*shape, seed=1)
     record = measure_basin(module, inputs)
     sizes = [part.num_parameters for part in record.layers.values()]
     blocks = np.split(plain_jacobian(module, inputs), np.cumsum(sizes)[:-1], axis=1)
@@ -846,7 +831,7 @@ def test_layer_ranks_of_any_module_are_those_of_its_rows_one_by_one(kind):
 @every_kind
 def test_hessian_of_any_module_has_the_rank_of_its_gradients_at_zero_loss(kind):
     build, shape = KINDS[kind]
-    module, inputs = built(build).double(), normal(*shape, seed=1).double()
+    module, inputs = built(build).double(), drawn32(*shape, seed=1).double()
     targets = module.eval()(inputs).detach()
     record = measure_basin(module, inputs, targets, loss_fn=sum_of_squares, rtol=1e-10)
     sigmas = np.linalg.svd(plain_jacobian(module, inputs), compute_uv=False)
@@ -857,11 +842,11 @@ def test_hessian_of_any_module_has_the_rank_of_its_gradients_at_zero_loss(kind):
 
 
 def test_parametrized_weight_needs_no_note():
-    assert measure_basin(WeightUsedTwice(), normal(5, 3)).notes == ()
+    assert measure_basin(WeightUsedTwice(), drawn32(5, 3)).notes == ()
 
 
 def test_plain_network_has_nothing_to_note():
-    assert measure_basin(Chain(2, 3, 1), normal(5, 2)).notes == ()
+    assert measure_basin(Chain(2, 3, 1), drawn32(5, 2)).notes == ()
 
 
 # --- cross-entropy --------------------------------------------------------------------------------------------------
@@ -875,10 +860,10 @@ def centred(gradients: np.ndarray, num_outputs: int) -> np.ndarray:
 
 def classifier(*, margin: int, seed: int) -> tuple[ExactNetwork, np.ndarray, Chain, Tensor]:
     """An integer network with 3 logits, of which the first leads by ``margin``."""
-    module = with_integer_weights(Chain(2, 4, 3), seeded(seed), largest=1)
+    module = with_integer_weights(Chain(2, 4, 3), generator_of(seed), largest=1)
     with torch.no_grad():
         module.layers[1].bias.copy_(torch.tensor([float(margin), 0.0, 0.0]))
-    inputs = torch.randint(-1, 2, (6, 2), generator=seeded(seed)).float()
+    inputs = torch.randint(-1, 2, (6, 2), generator=generator_of(seed)).float()
     network = ExactNetwork(module)
     return network, jacobian(module.exact(network, integers(inputs))), module, inputs
 
@@ -982,7 +967,7 @@ def frozen_linear() -> nn.Module:
 def test_module_that_cannot_be_measured_is_refused(build, error, message):
     module = built(build)
     with pytest.raises(error, match=message):
-        measure_basin(module, normal(4, 2))
+        measure_basin(module, drawn32(4, 2))
 
 
 @pytest.mark.parametrize(
@@ -1041,7 +1026,7 @@ def test_inputs_that_are_no_probe_are_refused(inputs, error, message):
 def test_wrong_settings_are_refused(settings, error, message):
     module = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     with pytest.raises(error, match=message):
-        measure_basin(module, normal(4, 2), **settings)
+        measure_basin(module, drawn32(4, 2), **settings)
 
 
 @pytest.mark.parametrize(
@@ -1056,11 +1041,11 @@ def test_wrong_settings_are_refused(settings, error, message):
 )
 def test_loss_that_is_no_finite_number_is_refused(loss_fn, error, message):
     with pytest.raises(error, match=message):
-        measure_basin(nn.Linear(2, 2), normal(4, 2), normal(4, 2), loss_fn=loss_fn)
+        measure_basin(nn.Linear(2, 2), drawn32(4, 2), drawn32(4, 2), loss_fn=loss_fn)
 
 
 def test_nan_in_one_input_names_how_many_inputs_are_wrong():
-    inputs = normal(4, 2)
+    inputs = drawn32(4, 2)
     inputs[2, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinite on 1 of the 4 inputs"):
         measure_basin(nn.Linear(2, 2), inputs)
@@ -1070,20 +1055,20 @@ def test_nan_in_one_input_names_how_many_inputs_are_wrong():
 
 
 def test_without_a_loss_nothing_of_it_is_measured():
-    record = measure_basin(Chain(2, 3, 1), normal(5, 2))
+    record = measure_basin(Chain(2, 3, 1), drawn32(5, 2))
     assert (record.loss, record.hessian_nullity, record.gauss_newton_nullity) == (None, None, None)
     assert not any("hessian" in name or "loss" in name for name in record.quantities())
 
 
 def test_hessian_is_left_out_on_request_but_not_the_loss():
-    module, inputs = Chain(2, 3, 1), normal(5, 2)
+    module, inputs = Chain(2, 3, 1), drawn32(5, 2)
     record = measure_basin(module, inputs, torch.ones(5, 1), loss_fn=sum_of_squares, hessian=False)
     assert record.loss == pytest.approx(sum_of_squares(module(inputs), torch.ones(5, 1)).item(), rel=1e-5)
     assert record.hessian_nullity is None
 
 
 def test_step_is_noted():
-    assert measure_basin(nn.Linear(2, 1), normal(3, 2), step=7).step == 7
+    assert measure_basin(nn.Linear(2, 1), drawn32(3, 2), step=7).step == 7
 
 
 def test_saturated_probe_is_marked():
@@ -1093,13 +1078,13 @@ def test_saturated_probe_is_marked():
 
 def test_projected_outputs_count_their_directions():
     # Every direction of the outputs sees the 3 + 1 dimensions of the inputs on its own: 5 x 4 instead of 20 x 4.
-    record = measure_basin(nn.Linear(3, 20), normal(10, 3), max_outputs=5)
+    record = measure_basin(nn.Linear(3, 20), drawn32(10, 3), max_outputs=5)
     assert (record.num_rows, record.gradient_rank) == (50, 20)
-    assert record.gradient_rank <= measure_basin(nn.Linear(3, 20), normal(10, 3)).gradient_rank == 80
+    assert record.gradient_rank <= measure_basin(nn.Linear(3, 20), drawn32(10, 3)).gradient_rank == 80
 
 
 def test_a_projection_is_said_in_the_record_and_leaves_the_hessian_out():
-    record = measure_basin(nn.Linear(3, 20), normal(10, 3), normal(10, 20), loss_fn=nn.MSELoss(), max_outputs=5)
+    record = measure_basin(nn.Linear(3, 20), drawn32(10, 3), drawn32(10, 20), loss_fn=nn.MSELoss(), max_outputs=5)
     assert any("lower bounds" in note and "20 outputs" in note for note in record.notes)
     assert record.hessian_nullity is None
     assert record.loss is not None
@@ -1110,25 +1095,25 @@ def test_projected_rank_of_layers_with_and_without_formula_is_the_same():
         return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), last)
 
     lasts = [nn.Linear(6, 30), nn.utils.parametrizations.weight_norm(nn.Linear(6, 30))]
-    ranks = [measure_basin(network(last), normal(9, 4), max_outputs=4).layers["0"].gradient_rank for last in lasts]
+    ranks = [measure_basin(network(last), drawn32(9, 4), max_outputs=4).layers["0"].gradient_rank for last in lasts]
     assert ranks == [30, 30]  # All of the layer's parameters, with 36 rows of 270.
 
 
 def test_as_many_directions_as_outputs_change_nothing():
     module = nn.Linear(3, 4)
-    plain = replace(measure_basin(module, normal(5, 3)), measure_seconds=0.0)
-    assert replace(measure_basin(module, normal(5, 3), max_outputs=4), measure_seconds=0.0) == plain
+    plain = replace(measure_basin(module, drawn32(5, 3)), measure_seconds=0.0)
+    assert replace(measure_basin(module, drawn32(5, 3), max_outputs=4), measure_seconds=0.0) == plain
 
 
 def test_fewer_than_one_direction_is_refused():
     with pytest.raises(ValueError, match="max_outputs must be at least 1, got 0"):
-        measure_basin(nn.Linear(3, 4), normal(5, 3), max_outputs=0)
+        measure_basin(nn.Linear(3, 4), drawn32(5, 3), max_outputs=0)
 
 
 def test_too_many_outputs_are_refused_with_the_way_out():
     with pytest.raises(ValueError, match="pass max_outputs"):
-        measure_basin(nn.Linear(2, 1000), normal(100, 2))
-    assert measure_basin(nn.Linear(2, 1000), normal(100, 2), max_outputs=3).gradient_rank == 9
+        measure_basin(nn.Linear(2, 1000), drawn32(100, 2))
+    assert measure_basin(nn.Linear(2, 1000), drawn32(100, 2), max_outputs=3).gradient_rank == 9
 
 
 @pytest.mark.parametrize("margin", [1.0, 6.0, 12.0, 18.0, 25.0])
@@ -1183,13 +1168,13 @@ class HoldsItself(nn.Module):
 
 def test_a_function_of_itself_that_a_module_holds_is_that_of_the_copy():
     # Two units, each with a bias and weights of three inputs in general position.
-    record = measure_basin(HoldsItself(), normal(5, 3).double())
+    record = measure_basin(HoldsItself(), drawn32(5, 3).double())
     assert record.gradient_rank == 8
 
 
 def test_a_loss_that_closes_over_the_module_gets_the_copy():
     module = nn.Linear(3, 2, dtype=torch.float64)
-    inputs, targets = normal(5, 3).double(), normal(5, 2).double()
+    inputs, targets = drawn32(5, 3).double(), drawn32(5, 2).double()
 
     def penalised(outputs, targets):
         return (outputs - targets).square().sum() + sum(p.square().sum() for p in module.parameters())
@@ -1213,26 +1198,26 @@ def test_a_behavior_that_runs_the_module_itself_is_refused(monkeypatch):
     module = nn.Sequential(nn.Linear(3, 2, dtype=torch.float64))
     monkeypatch.setitem(KEPT, "module", module[0])
     with pytest.raises(ValueError, match="a copy of the module is measured, but its part '0' itself is run"):
-        measure_basin(module, normal(5, 3).double(), behavior=kept_behavior)
+        measure_basin(module, drawn32(5, 3).double(), behavior=kept_behavior)
 
 
 def test_a_behavior_that_uses_the_parameters_themselves_is_refused(monkeypatch):
     module = nn.Linear(3, 2, dtype=torch.float64)
     monkeypatch.setitem(KEPT, "module", module)
     with pytest.raises(ValueError, match="but its parameters themselves are used: the module, or the behavior, finds"):
-        measure_basin(module, normal(5, 3).double(), behavior=kept_parameters)
+        measure_basin(module, drawn32(5, 3).double(), behavior=kept_parameters)
 
 
 def test_a_module_can_run_again_after_a_measurement(monkeypatch):
     module = nn.Linear(3, 2, dtype=torch.float64)
     monkeypatch.setitem(KEPT, "module", module)
     with pytest.raises(ValueError, match="the module itself is run"):
-        measure_basin(module, normal(5, 3).double(), behavior=kept_behavior)
-    assert module(normal(5, 3).double()).shape == (5, 2)
+        measure_basin(module, drawn32(5, 3).double(), behavior=kept_behavior)
+    assert module(drawn32(5, 3).double()).shape == (5, 2)
 
 
 def test_rank_bound_is_not_below_the_rank_where_one_feature_is_huge():
-    inputs = normal(30, 3).double()
+    inputs = drawn32(30, 3).double()
     inputs[0, 0] = 1e7
     record = measure_basin(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), inputs)
     assert record.gradient_rank <= record.gradient_rank_bound
@@ -1249,7 +1234,7 @@ def test_a_parameter_without_effect_behind_a_softmax_is_measured():
             return (self.linear(inputs) + self.shift).softmax(1)
 
     # Three logits of four count; each sees the 3 + 1 dimensions of its input.
-    assert measure_basin(ShiftedSoftmax(), normal(9, 3)).gradient_rank == 12
+    assert measure_basin(ShiftedSoftmax(), drawn32(9, 3)).gradient_rank == 12
 
 
 def test_ranks_stay_where_the_loss_cannot_be_differentiated_twice():
@@ -1273,7 +1258,7 @@ def test_ranks_stay_where_the_loss_cannot_be_differentiated_twice():
             return OnceOnly.apply(self.linear(inputs))
 
     with pytest.warns(UserWarning, match="the Hessian is left out") as warned:
-        record = measure_basin(Squares(), normal(9, 3), normal(9, 2), loss_fn=nn.MSELoss())
+        record = measure_basin(Squares(), drawn32(9, 3), drawn32(9, 2), loss_fn=nn.MSELoss())
     assert warned[0].filename == __file__  # The line that asked for it.
     assert (record.gradient_rank, record.hessian_nullity) == (8, None)
 
@@ -1290,7 +1275,7 @@ def test_packed_sequences_between_layers_are_measured():
             packed = nn.utils.rnn.pack_padded_sequence(inputs, lengths, batch_first=True)
             return self.head(self.recurrent(packed)[1][-1])
 
-    assert measure_basin(Packed(), normal(6, 4, 2)).gradient_rank == 6
+    assert measure_basin(Packed(), drawn32(6, 4, 2)).gradient_rank == 6
 
 
 def test_a_float32_constant_that_is_no_attribute_is_raised_to_float64():
@@ -1304,12 +1289,12 @@ def test_a_float32_constant_that_is_no_attribute_is_raised_to_float64():
         def forward(self, inputs: Tensor) -> Tensor:
             return self.linear(inputs) @ constant
 
-    assert measure_basin(Mixing(), normal(9, 3)).gradient_rank == 8
+    assert measure_basin(Mixing(), drawn32(9, 3)).gradient_rank == 8
 
 
 def test_a_scripted_module_is_refused():
     with pytest.raises(TypeError, match="holds a scripted module"):
-        measure_basin(nn.Sequential(torch.jit.trace(nn.Linear(3, 2), torch.zeros(1, 3))), normal(4, 3))
+        measure_basin(nn.Sequential(torch.jit.trace(nn.Linear(3, 2), torch.zeros(1, 3))), drawn32(4, 3))
 
 
 def test_sparse_embeddings_are_measured_like_dense_ones():
@@ -1336,7 +1321,7 @@ class WithLength(nn.Linear):
 
 
 def test_a_module_of_length_zero_is_evaluated_like_any_other():
-    assert measure_basin(WithLength(3, 1), normal(6, 3)).gradient_rank == 4
+    assert measure_basin(WithLength(3, 1), drawn32(6, 3)).gradient_rank == 4
 
 
 def test_activations_that_differ_in_their_imaginary_part_are_distinct():
@@ -1365,7 +1350,7 @@ def test_channels_are_the_units_of_a_prelu():
     module = nn.Sequential(nn.Conv2d(1, 2, 1), nn.PReLU(2), nn.Flatten())
     with torch.no_grad():
         module[0].weight[1] = 0
-    assert measure_basin(module, normal(5, 1, 3, 3)).layers["1"].dead_units == 1
+    assert measure_basin(module, drawn32(5, 1, 3, 3)).layers["1"].dead_units == 1
 
 
 class Coupled(nn.Module):
@@ -1391,7 +1376,7 @@ class Coupled(nn.Module):
     [("batch statistics", 2), ("batch statistics", 3), ("batch statistics", 8), ("inner inputs", 8), ("batch size", 3)],
 )
 def test_outputs_that_depend_on_other_inputs_are_refused(way, num_inputs):
-    module, inputs = Coupled(way), normal(num_inputs, 3)
+    module, inputs = Coupled(way), drawn32(num_inputs, 3)
     for refusing in (measure_basin, verify_null_space):
         with pytest.raises(ValueError, match="each output must depend on its own input only"):
             refusing(module, inputs)
@@ -1402,7 +1387,7 @@ def test_random_numbers_are_noticed_whichever_are_drawn(seed):
     torch.manual_seed(seed)
     module = Composed(lambda m, x: F.dropout(m.linear(x), 0.5, training=True), linear=nn.Linear(4, 1))
     with pytest.raises(ValueError, match="draws random numbers in evaluation mode, or keeps a state"):
-        measure_basin(module, normal(16, 4))
+        measure_basin(module, drawn32(16, 4))
 
 
 class Experts(nn.Module):
@@ -1424,7 +1409,7 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize(("loss_fn", "memory_budget"), [(None, None), (None, 320_000), (nn.MSELoss(), 460_000)])
 def test_experts_that_are_not_called_in_a_chunk_add_nothing_there(loss_fn, memory_budget):
-    module, inputs, targets = Experts(), normal(24, 4), torch.zeros(24, 2)
+    module, inputs, targets = Experts(), drawn32(24, 4), torch.zeros(24, 2)
     inputs = inputs[inputs[:, :3].argmax(1).argsort()]
     settings = {"loss_fn": loss_fn, "hessian": "bracket", "memory_budget": memory_budget}
     plan = check_measurable(module, Probe(inputs, targets), Settings(**settings))
@@ -1474,7 +1459,7 @@ def test_table_with_a_largest_norm_that_is_tied_to_the_output_head_is_measured()
 )
 def test_layers_without_entries_are_measured(module, num_features, rank, spectrum):
     # [x, 1] of five inputs in general position has rank 5, and only the bias acts on nothing.
-    assert measure_basin(module, normal(5, num_features), spectrum=spectrum).gradient_rank == rank
+    assert measure_basin(module, drawn32(5, num_features), spectrum=spectrum).gradient_rank == rank
 
 
 @pytest.mark.parametrize(
@@ -1520,7 +1505,7 @@ def test_a_measurement_runs_the_network_on_few_inputs_on_all_and_once_on_each_ha
     SIZES.clear()
     measure_basin(
         nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)),
-        normal(9, 3),
+        drawn32(9, 3),
         behavior=noting_its_size,
         layers=layers,
     )
@@ -1540,4 +1525,4 @@ def test_outputs_that_compare_all_inputs_are_refused():
             return self.net(x) @ self.net(x).mT
 
     with pytest.raises(ValueError, match="each output must depend on its own input only"):
-        measure_basin(Similarities(), normal(6, 3))
+        measure_basin(Similarities(), drawn32(6, 3))

@@ -12,16 +12,11 @@ from lightning_basin.functional.certificates import (
 )
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
 from lightning_basin.functional.gradients import gram_of
+from tests.networks import with_singular_values
 
 
 def orthonormal(rows, columns, generator):
     return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
-
-
-def with_singular_values(rows, columns, values, *, seed):
-    generator = torch.Generator().manual_seed(seed)
-    left, right = (orthonormal(size, len(values), generator) for size in (rows, columns))
-    return left * torch.as_tensor(np.asarray(values), dtype=torch.float64) @ right.mT
 
 
 def sketched(gradients, *, seed=0):

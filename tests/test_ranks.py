@@ -14,10 +14,7 @@ from lightning_basin.quantities.ranks import RankMeasurement
 from lightning_basin.quantities.scopes import Scope
 from tests.exact import exact_pseudodeterminant, exact_rank, jacobian
 from tests.models import CASE_NAMES, evaluated_case, integer_case
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.networks import drawn
 
 
 def wide(*widths, seed=0):

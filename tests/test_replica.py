@@ -19,13 +19,9 @@ from lightning_basin import measure_basin
 from lightning_basin.network.isolation import isolated_evaluation
 from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.network.replica import replicas
-from tests.networks import Composed
+from tests.networks import Composed, drawn32
 
 CPU = torch.device("cpu")
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def filled(module, seed=0):
@@ -257,7 +253,7 @@ def first_tensor(outputs):
 def test_the_replica_computes_the_same_function_in_float64(name):
     build, shape = SPECIAL_MODULES[name]
     module = filled(build())
-    inputs = drawn(*shape)
+    inputs = drawn32(*shape)
     module.train()
     first_tensor(module(inputs))  # Old normalisations set their weight in a forward pass.
     module.eval()
@@ -276,7 +272,7 @@ def test_outputs_of_the_replica_depend_on_its_own_parameters(name):
     build, shape = SPECIAL_MODULES[name]
     (replica,) = replicas(filled(build()))
     with isolated_evaluation(CPU):
-        outputs = first_tensor(replica(drawn(*shape).double()))
+        outputs = first_tensor(replica(drawn32(*shape).double()))
         gradients = torch.autograd.grad(outputs.square().sum(), list(replica.parameters()))
     assert {gradient.dtype for gradient in gradients} == {torch.float64}
 
@@ -468,7 +464,9 @@ def products_in_bfloat16(place):
 
 @pytest.mark.parametrize("place", ["matmul precision", "everywhere", "matmul", "conv"])
 def test_in_float32_products_are_multiplied_in_float32(place):
-    left, right, kernel, images = (drawn(*shape).float() for shape in [(64, 64), (64, 64), (8, 8, 3, 3), (2, 8, 6, 6)])
+    left, right, kernel, images = (
+        drawn32(*shape).float() for shape in [(64, 64), (64, 64), (8, 8, 3, 3), (2, 8, 6, 6)]
+    )
     with products_in_bfloat16(place), isolated_evaluation(CPU, torch.float32):
         product, convolved = left @ right, F.conv2d(images, kernel)
     for found, exact in (

@@ -19,14 +19,7 @@ from lightning_basin.functional.spectrum import (
     rows_independent_in_few_columns,
     sketched_spectrum,
 )
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def generator_of(seed):
-    return torch.Generator().manual_seed(seed)
+from tests.networks import drawn, generator_of, with_singular_values
 
 
 def khatri_rao(k=5, c=3, t=1, d_in=4, d_out=2, columns="weight and bias", seed=0):
@@ -109,14 +102,6 @@ def rows_by_loop(gradients):
             outer = sum(np.outer(signals[x, j, t], activations[x, t]) for t in range(signals.shape[2]))
             rows.append(outer.ravel())
     return np.stack(rows)
-
-
-def with_singular_values(rows, columns, values, seed):
-    """A matrix with these singular values and zeros after them, multiplied out in numpy."""
-    random = np.random.default_rng(seed)
-    left = np.linalg.qr(random.standard_normal((rows, len(values))))[0]
-    right = np.linalg.qr(random.standard_normal((columns, len(values))))[0]
-    return torch.from_numpy((left * np.asarray(values)) @ right.T)
 
 
 LAYOUTS = [

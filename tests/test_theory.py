@@ -21,22 +21,15 @@ from tests.models import (
     sum_of_squares,
     with_integer_weights,
 )
+from tests.networks import drawn, generator_of
 
 SEEDS = (0, 1, 2)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 @torch.no_grad()
 def generic(module: nn.Module, seed: int) -> nn.Module:
     """Weights from a continuous distribution: outside a set of measure zero."""
-    generator = seeded(seed)
+    generator = generator_of(seed)
     for parameter in module.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return module.double()
@@ -65,7 +58,7 @@ ARCHITECTURES = [
 @pytest.mark.parametrize(("widths", "num_inputs"), ARCHITECTURES)
 def test_rank_of_a_deep_linear_network_is_q_times_r_plus_k_minus_q(widths, num_inputs, seed):
     # Singh, Bachmann and Hofmann (2021): q (r + K - q) with r the rank of the data, q the narrowest of all.
-    inputs = normal(num_inputs, widths[0], seed=seed)
+    inputs = drawn(num_inputs, widths[0], seed=seed)
     r, k = min(num_inputs, widths[0]), widths[-1]
     q = min(r, *widths[1:])
     assert measure_basin(generic(deep_linear(*widths), seed), inputs).gradient_rank == q * (r + k - q)
@@ -75,7 +68,7 @@ def test_rank_of_a_deep_linear_network_is_q_times_r_plus_k_minus_q(widths, num_i
 @pytest.mark.parametrize(("widths", "num_inputs"), ARCHITECTURES)
 def test_hessian_of_a_deep_linear_network_has_the_rank_of_the_closed_form(widths, num_inputs, seed):
     # The same: 2 q M + q (r + K) - L q**2 with M the sum of the hidden widths, L layers, generic targets.
-    inputs, targets = normal(num_inputs, widths[0], seed=seed), normal(num_inputs, widths[-1], seed=seed + 100)
+    inputs, targets = drawn(num_inputs, widths[0], seed=seed), drawn(num_inputs, widths[-1], seed=seed + 100)
     r, k, hidden, depth = min(num_inputs, widths[0]), widths[-1], sum(widths[1:-1]), len(widths) - 1
     q = min(r, *widths[1:])
     record = measure_basin(generic(deep_linear(*widths), seed), inputs, targets, loss_fn=sum_of_squares)
@@ -85,7 +78,7 @@ def test_hessian_of_a_deep_linear_network_has_the_rank_of_the_closed_form(widths
 @pytest.mark.parametrize(("widths", "num_inputs"), [case for case in ARCHITECTURES if case[0][-1] > 1])
 def test_gauss_newton_part_of_cross_entropy_has_one_output_less(widths, num_inputs):
     # Softmax takes out one direction of the outputs: K - 1 in place of K, in q too.
-    inputs = normal(num_inputs, widths[0])
+    inputs = drawn(num_inputs, widths[0])
     r, k = min(num_inputs, widths[0]), widths[-1] - 1
     q = min(r, *widths[1:-1], k)
     targets = torch.arange(num_inputs) % widths[-1]
@@ -141,7 +134,7 @@ def test_rank_at_deficient_weights_follows_the_flags(widths, ranks, seed, bias):
     with torch.no_grad():
         for layer, weight in zip(module, weights, strict=True):
             layer.weight.copy_(torch.from_numpy(weight))
-    inputs = integer_inputs(seeded(seed), 7, widths[0])
+    inputs = integer_inputs(generator_of(seed), 7, widths[0])
     data = integers(inputs)
     if bias:
         # An output bias spans the constants; beside them the data count less their mean, here 7 times that.
@@ -155,7 +148,7 @@ def test_rank_at_deficient_weights_follows_the_flags(widths, ranks, seed, bias):
 @torch.no_grad()
 def with_integer_biases(module: nn.Sequential, seed: int) -> None:
     for layer in module:
-        layer.bias.copy_(torch.randint(-2, 3, layer.bias.shape, generator=seeded(seed)))
+        layer.bias.copy_(torch.randint(-2, 3, layer.bias.shape, generator=generator_of(seed)))
 
 
 # --- networks of ReLU and tanh --------------------------------------------------------------------------------------
@@ -186,8 +179,8 @@ def rank_from_masks(module: Chain, inputs: np.ndarray) -> int:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("widths", [(2, 3, 1), (2, 6, 1), (3, 4, 2), (1, 8, 3)])
 def test_rank_of_a_shallow_relu_network_follows_from_its_masks(widths, seed):
-    module = with_integer_weights(Chain(*widths), seeded(seed))
-    inputs = integer_inputs(seeded(seed + 50), 14, widths[0])
+    module = with_integer_weights(Chain(*widths), generator_of(seed))
+    inputs = integer_inputs(generator_of(seed + 50), 14, widths[0])
     assert measure_basin(module, inputs).gradient_rank == rank_from_masks(module, integers(inputs))
 
 
@@ -196,7 +189,7 @@ def test_rank_of_a_shallow_relu_network_follows_from_its_masks(widths, seed):
 )
 def test_functional_dimension_of_relu_networks_is_reached_and_never_passed(widths, largest):
     # Grigsby, Lindsey, Meyerhoff and Wu (2022): N less the hidden widths, one rescaling for each unit.
-    inputs = 3 * normal(80, widths[0], seed=7)
+    inputs = 3 * drawn(80, widths[0], seed=7)
     ranks = [measure_basin(generic(Chain(*widths), seed), inputs).gradient_rank for seed in range(12)]
     assert max(ranks) == largest
 
@@ -205,7 +198,7 @@ def test_functional_dimension_of_relu_networks_is_reached_and_never_passed(width
 def test_generic_tanh_network_has_full_rank(widths, num_inputs):
     layers = deep_linear(*widths, bias=True)
     module = generic(nn.Sequential(layers[0], nn.Tanh(), layers[1]), 3)
-    record = measure_basin(module, normal(num_inputs, widths[0], seed=4))
+    record = measure_basin(module, drawn(num_inputs, widths[0], seed=4))
     assert record.gradient_rank == min(record.num_parameters, record.num_rows)
 
 
@@ -219,7 +212,7 @@ def test_bound_by_merged_inputs_is_never_violated(widths, seed):
     with torch.no_grad():  # Zero bias, as at initialisation: many units die with depth.
         for layer in module.layers:
             layer.bias.zero_()
-    record = measure_basin(module, normal(16, widths[0], seed=seed))
+    record = measure_basin(module, drawn(16, widths[0], seed=seed))
     assert record.gradient_rank <= record.gradient_rank_bound <= min(record.num_rows, record.num_parameters)
 
 
@@ -229,7 +222,7 @@ def test_bound_by_merged_inputs_is_never_violated(widths, seed):
 def test_tighter_bounds_are_never_violated(widths, num_outputs, bias):
     for seed in range(6):
         module = generic(Chain(*widths, num_outputs), seed)
-        generator = seeded(seed)
+        generator = generator_of(seed)
         with torch.no_grad():
             for layer in module.layers:
                 layer.bias.sub_(float(seed % 3))  # More and more units are dead.
@@ -270,11 +263,11 @@ class TiedAcross(nn.Module):
 
 
 def test_weight_that_is_tied_across_the_cut_counts_before_it():
-    module = with_integer_weights(TiedAcross(), seeded(3))
+    module = with_integer_weights(TiedAcross(), generator_of(3))
     with torch.no_grad():
         module.encode.bias.fill_(-1000.0)
         module.shift.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    inputs = torch.randint(-3, 4, (20, 3), generator=seeded(4)).float()
+    inputs = torch.randint(-3, 4, (20, 3), generator=generator_of(4)).float()
     record = measure_basin(module, inputs)
     assert record.layers["shift"].duplicated_activations == 19
     # All inputs are one behind ``encode``, whose weight still has gradients: through ``decode``, 3 of them.
@@ -295,8 +288,8 @@ class TiedAndRead(nn.Module):
 
 
 def test_parameter_that_bypasses_the_layer_before_a_cut_is_noticed():
-    module = with_integer_weights(TiedAndRead(), seeded(3))
-    inputs = torch.randint(-3, 4, (9, 2), generator=seeded(4)).float()
+    module = with_integer_weights(TiedAndRead(), generator_of(3))
+    inputs = torch.randint(-3, 4, (9, 2), generator=generator_of(4)).float()
     record = measure_basin(module, inputs)
     # The gradient before the cut is zero through the layer, and one of each of two outputs beside it.
     assert record.gradient_rank == 2
@@ -341,7 +334,7 @@ class TokensBeside(nn.Module):
 
 
 def test_token_index_that_bypasses_the_merge_leaves_no_cut():
-    module = with_integer_weights(TokensBeside(), seeded(2))
+    module = with_integer_weights(TokensBeside(), generator_of(2))
     with torch.no_grad():
         module.head.bias.copy_(torch.tensor([1.0, 2.0]))
     record = measure_basin(module, torch.arange(6.0).unsqueeze(1))
@@ -379,7 +372,7 @@ class BesideSkip(nn.Module):
 
 
 def test_merged_branch_beside_a_skip_connection_is_no_cut():
-    module = with_integer_weights(BesideSkip(), seeded())
+    module = with_integer_weights(BesideSkip(), generator_of())
     with torch.no_grad():
         module.up.bias.fill_(-1000.0)
     # The simplex and one more point: [x, 1] has rank 5, and the head alone rank 3 * 5.
@@ -403,7 +396,7 @@ class BesideGatedSkip(nn.Module):
 
 
 def test_skip_connection_that_is_silent_on_the_first_inputs_still_leaves_no_cut():
-    module = with_integer_weights(BesideGatedSkip(), seeded(1))
+    module = with_integer_weights(BesideGatedSkip(), generator_of(1))
     with torch.no_grad():
         module.up.weight.copy_(torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, -1000.0]]))
         module.up.bias.zero_()
@@ -432,7 +425,7 @@ class BesideZeroSkip(nn.Module):
 @pytest.mark.parametrize("dead", [True, False], ids=["dead branch", "live branch"])
 def test_skip_connection_of_zero_weight_still_leaves_no_cut(dead):
     # Zero is where such weights often start (a zero-initialised branch); outputs alone do not show the connection.
-    module = with_integer_weights(BesideZeroSkip(), seeded(2))
+    module = with_integer_weights(BesideZeroSkip(), generator_of(2))
     with torch.no_grad():
         module.skip.weight.zero_()
         # Live: of the codes 0 and 1 most inputs share one.
@@ -447,7 +440,7 @@ def test_skip_connection_of_zero_weight_still_leaves_no_cut(dead):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_repeated_inputs_do_not_raise_the_rank(seed):
-    module, inputs = generic(Chain(3, 5, 2), seed), normal(6, 3, seed=seed)
+    module, inputs = generic(Chain(3, 5, 2), seed), drawn(6, 3, seed=seed)
     once, twice = measure_basin(module, inputs), measure_basin(module, torch.cat([inputs, inputs[:4]]))
     assert twice.gradient_rank == once.gradient_rank
     assert twice.layers["layers.0"].duplicated_activations_exact == 4
@@ -455,7 +448,7 @@ def test_repeated_inputs_do_not_raise_the_rank(seed):
 
 def test_linear_model_has_low_rank_without_merged_inputs():
     # Ten inputs in three dimensions: rank 3, and no two of them alike.
-    record = measure_basin(nn.Linear(3, 1, bias=False), normal(10, 3))
+    record = measure_basin(nn.Linear(3, 1, bias=False), drawn(10, 3))
     assert (record.gradient_rank, record.layers[""].duplicated_activations) == (3, 0)
 
 
@@ -465,7 +458,7 @@ def test_linear_model_has_low_rank_without_merged_inputs():
 @pytest.mark.parametrize("powers", [(1, -2, 3, 0, -4), (10, 10, -10, 0, 5)])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rescaling_of_relu_units_by_powers_of_two_leaves_the_rank(seed, powers):
-    module, inputs = with_integer_weights(Chain(3, 5, 2), seeded(seed)), integer_inputs(seeded(seed), 9, 3)
+    module, inputs = with_integer_weights(Chain(3, 5, 2), generator_of(seed)), integer_inputs(generator_of(seed), 9, 3)
     before = measure_basin(module, inputs).gradient_rank
     outputs = module(inputs)
     with torch.no_grad():
@@ -479,10 +472,10 @@ def test_rescaling_of_relu_units_by_powers_of_two_leaves_the_rank(seed, powers):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_permutation_of_units_leaves_every_rank(seed):
-    module, inputs = with_integer_weights(Chain(3, 5, 2), seeded(seed)), integer_inputs(seeded(seed), 9, 3)
+    module, inputs = with_integer_weights(Chain(3, 5, 2), generator_of(seed)), integer_inputs(generator_of(seed), 9, 3)
     before = measure_basin(module, inputs)
     with torch.no_grad():
-        order = torch.randperm(5, generator=seeded(seed))
+        order = torch.randperm(5, generator=generator_of(seed))
         module.layers[0].weight.copy_(module.layers[0].weight[order])
         module.layers[0].bias.copy_(module.layers[0].bias[order])
         module.layers[1].weight.copy_(module.layers[1].weight[:, order])
@@ -493,7 +486,7 @@ def test_permutation_of_units_leaves_every_rank(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_order_of_inputs_leaves_the_rank(seed):
-    module, inputs = with_integer_weights(Chain(3, 5, 2), seeded(seed)), integer_inputs(seeded(seed), 9, 3)
+    module, inputs = with_integer_weights(Chain(3, 5, 2), generator_of(seed)), integer_inputs(generator_of(seed), 9, 3)
     assert measure_basin(module, inputs.flip(0)).gradient_rank == measure_basin(module, inputs).gradient_rank
 
 
@@ -504,7 +497,7 @@ def test_order_of_inputs_leaves_the_rank(seed):
 def test_hessian_of_self_labelled_squared_error_is_twice_the_gram_matrix(seed):
     # At f = y the second derivatives of f drop out: H = 2 Gᵀ G, here with rows as gradients.
     layers = deep_linear(3, 4, 2, bias=True)
-    module, inputs = generic(nn.Sequential(layers[0], nn.Tanh(), layers[1]), seed), normal(5, 3, seed=seed)
+    module, inputs = generic(nn.Sequential(layers[0], nn.Tanh(), layers[1]), seed), drawn(5, 3, seed=seed)
     parameters = dict(module.named_parameters())
     gradients = behavioral_gradients(
         lambda values, tensors: torch.func.functional_call(module, dict(values), tensors[0]), parameters, [inputs]
@@ -515,9 +508,9 @@ def test_hessian_of_self_labelled_squared_error_is_twice_the_gram_matrix(seed):
 
 
 def test_linear_regression_has_the_rank_of_its_data():
-    inputs = normal(4, 6)
+    inputs = drawn(4, 6)
     module = generic(nn.Linear(6, 1, bias=False), 0)
-    record = measure_basin(module, inputs, normal(4, 1, seed=1), loss_fn=sum_of_squares)
+    record = measure_basin(module, inputs, drawn(4, 1, seed=1), loss_fn=sum_of_squares)
     # Its Hessian is 2 Xᵀ X at any residual.
     assert (record.gradient_rank, record.hessian_nullity, record.hessian_nullity_strict) == (4, 2, 2)
     assert record.residual_curvature < 1e-15
@@ -551,7 +544,7 @@ def test_rank_zero_has_no_gap():
 
 
 def test_fourth_powers_are_flat_at_a_perfect_fit_whatever_the_rank():
-    module, inputs = with_integer_weights(nn.Linear(2, 1), seeded()), torch.eye(2)
+    module, inputs = with_integer_weights(nn.Linear(2, 1), generator_of()), torch.eye(2)
     record = measure_basin(module, inputs, module(inputs).detach(), loss_fn=fourth_powers)
     assert record.gradient_rank == 2
     assert record.hessian_nullity == record.hessian_nullity_strict == record.gauss_newton_nullity == 3
@@ -581,8 +574,8 @@ def test_small_residual_does_not_hide_the_null_space(residual):
     # tolerance sees none.
     layers = deep_linear(3, 10, 1, bias=True)
     module = generic(nn.Sequential(layers[0], nn.Tanh(), layers[1]), 1)
-    inputs = normal(8, 3, seed=2)
-    targets = module(inputs).detach() + residual * normal(8, 1, seed=3).sign()
+    inputs = drawn(8, 3, seed=2)
+    targets = module(inputs).detach() + residual * drawn(8, 1, seed=3).sign()
     record = measure_basin(module, inputs, targets, loss_fn=sum_of_squares)
     assert (record.gradient_rank, record.hessian_nullity) == (8, 43)
     assert record.hessian_nullity_strict < 43
@@ -592,7 +585,7 @@ def test_hard_labels_leave_a_residual_that_bends_the_loss():
     # With hard labels the gradient of the loss by the logits never vanishes: H and its Gauss-Newton part differ.
     layers = deep_linear(2, 4, 3, bias=True)
     module = generic(nn.Sequential(layers[0], nn.Tanh(), layers[1]), 0)
-    inputs = normal(3, 2, seed=1)
+    inputs = drawn(3, 2, seed=1)
     record = measure_basin(module, inputs, torch.tensor([0, 1, 2]), loss_fn=nn.CrossEntropyLoss())
     assert record.num_parameters - record.gauss_newton_nullity == 6
     assert record.num_parameters - record.hessian_nullity_strict > 6
