@@ -144,12 +144,12 @@ def measure_basin(
 def measure(
     module: nn.Module, probe: Probe, settings: Settings, *, duplicates_over: Any = None, step: int | None = None
 ) -> BasinRecord:
-    """Measure what the settings ask for; see `measure_basin`.
+    """Measure the quantities that the settings ask for, as `measure_basin` does.
 
     Args:
         module: The module to measure, which stays as it is.
         probe: The inputs and targets.
-        settings: What is asked for.
+        settings: The settings of the measurement.
         duplicates_over: The training set over which duplicated activations are counted too.
         step: The number of optimizer steps taken, noted in the record.
     """
@@ -189,23 +189,23 @@ def measure(
 def check_measurable(
     module: nn.Module, probe: Probe, settings: Settings, *, num_inputs: int | None = None, is_loss_given: bool = True
 ) -> MeasurementPlan:
-    """Evaluate once, so that what cannot be measured is known before anything is.
+    """Evaluate once, so that a module that cannot be measured is refused before training.
 
     Args:
         module: The module to measure, which stays as it is.
-        probe: The inputs that there are of the probe.
-        settings: What is asked for.
-        num_inputs: The number of inputs that the probe will have; ``None`` for those that it has.
-        is_loss_given: Whether the loss was passed by a person. A loss that was found on the module by its name must be
-            a function of outputs and targets alone: many a method of that name takes inputs and runs the module.
+        probe: The first inputs of the probe, as far as there are any.
+        settings: The settings of the measurement.
+        num_inputs: The number of inputs that the probe will have; ``None`` if it has all its inputs.
+        is_loss_given: Whether the loss was passed by a person. A loss that was taken from the module by its name must
+            be a function of outputs and targets alone: methods of such a name often take inputs and run the module.
 
     Returns:
-        How large a measurement will be.
+        The plan, which says how large a measurement will be.
 
     Raises:
-        TypeError: As `measure_basin`.
-        ValueError: As `measure_basin`.
-        MemoryBudgetError: As `measure_basin`.
+        TypeError: If `measure_basin` would raise it.
+        ValueError: If `measure_basin` would raise it.
+        MemoryBudgetError: If `measure_basin` would raise it.
     """
     settings.check_targets(probe)
     with open_evaluation(module, probe, settings) as evaluation:
@@ -230,17 +230,17 @@ def check_measurable(
 
 def _check_loss_runs_no_layer(evaluation: Evaluation, loss_fn: LossFunction) -> None:
     outputs, targets = evaluation.trace.outputs, evaluation.probe.targets
-    run = evaluation.network.layers_run_by(lambda: loss_fn(outputs, targets))
-    if run:
-        raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {run}")
+    layers = evaluation.network.layers_run_by(lambda: loss_fn(outputs, targets))
+    if layers:
+        raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {layers}")
 
 
 def _planner(settings: Settings, probe: Probe) -> Planner:
-    def plan(network: Network, few: Probe, trace: Trace) -> MeasurementPlan:
+    def plan(network: Network, sample: Probe, trace: Trace) -> MeasurementPlan:
         scopes = select_scopes(network.layers, settings.layers)
         return plan_measurement(
             network,
-            few,
+            sample,
             trace,
             num_inputs=probe.size,
             num_outputs=settings.num_directions(probe.size, network.rows(trace.outputs).shape[1]),
@@ -262,27 +262,30 @@ def _note_precision(evaluation: Evaluation, rank: GradientRank) -> None:
 
 
 def _assemble(
-    evaluation: Evaluation, fields: Mapping[Scope, Mapping[str, Any]], duplicates: DuplicateCounts, **others: Any
+    evaluation: Evaluation,
+    fields: Mapping[Scope, Mapping[str, Any]],
+    duplicates: DuplicateCounts,
+    **network_fields: Any,
 ) -> BasinRecord:
-    """Put together what was measured of each scope.
+    """Put the record together from the fields of each scope.
 
     Args:
         evaluation: The network on the probe.
-        fields: What the record says of each scope, by field.
-        duplicates: What is counted of each layer, and of the network.
-        others: Further fields of the network.
+        fields: The record's fields of each scope, the network last.
+        duplicates: The record's fields of duplicated activations and dead units.
+        network_fields: Further fields of the network.
     """
     records: dict[Scope, LayerRecord] = {}
     for scope in list(fields)[:-1]:
         members = [duplicates.layers.get(layer.name, {}) for layer in scope.layers]
-        counted = members[0] if scope.kind == "layer" else block_duplicates(members)
+        counts = members[0] if scope.kind == "layer" else block_duplicates(members)
         records[scope] = LayerRecord(
-            num_parameters=scope.num_parameters, num_rows=evaluation.num_rows, **fields[scope], **counted
+            num_parameters=scope.num_parameters, num_rows=evaluation.num_rows, **fields[scope], **counts
         )
     *_, network = fields
     layers = {scope.name: record for scope, record in records.items() if scope.kind == "layer"}
     order = [layer.name for layer in evaluation.network.layers]
-    # The behavioral loss is zero by what it is: no sign of a fit.
+    # The behavioral loss is always zero: no sign of a fit.
     loss = None if evaluation.loss_fn is behavioral_loss else evaluation.loss
     return BasinRecord(
         num_parameters=network.num_parameters,
@@ -294,5 +297,5 @@ def _assemble(
         notes=tuple(evaluation.notes),
         **fields[network],
         **duplicates.network,
-        **others,
+        **network_fields,
     )
