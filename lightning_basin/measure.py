@@ -157,7 +157,7 @@ def measure(
     settings.check_targets(probe)
     training_set = None if duplicates_over is None else as_probes(duplicates_over)
     generator = Generator().manual_seed(settings.seed)
-    with open_evaluation(module, probe, settings, _planner(settings, probe), with_layout=True) as evaluation:
+    with open_evaluation(module, probe, settings, _planner(settings, probe.size), with_layout=True) as evaluation:
         projected = project_outputs(evaluation, generator)
         scopes = select_scopes(evaluation.network.layers, settings.layers)
         hessian = hessian_measurement(evaluation, scopes)
@@ -209,22 +209,11 @@ def check_measurable(
     """
     settings.check_targets(probe)
     with open_evaluation(module, probe, settings) as evaluation:
-        select_scopes(evaluation.network.layers, settings.layers)
         if not is_loss_given and evaluation.loss_fn is not None:
             _check_loss_runs_no_layer(evaluation, evaluation.loss_fn)
-        num_inputs = probe.size if num_inputs is None else num_inputs
-        num_outputs = settings.num_directions(num_inputs, evaluation.num_outputs)
         behavior_jacobian(evaluation)
-        plan = plan_measurement(
-            evaluation.network,
-            evaluation.probe,
-            evaluation.trace,
-            num_inputs=num_inputs,
-            num_outputs=num_outputs,
-            with_readout=settings.counts_probabilities,
-            hessian=settings.planned_hessian,
-            memory_budget=settings.memory_budget,
-        )
+        make_plan = _planner(settings, probe.size if num_inputs is None else num_inputs)
+        plan = make_plan(evaluation.network, evaluation.probe, evaluation.trace)
         return replace(plan, unseen=evaluation.unseen)
 
 
@@ -235,15 +224,15 @@ def _check_loss_runs_no_layer(evaluation: Evaluation, loss_fn: LossFunction) -> 
         raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {layers}")
 
 
-def _planner(settings: Settings, probe: Probe) -> Planner:
+def _planner(settings: Settings, num_inputs: int) -> Planner:
     def plan(network: Network, sample: Probe, trace: Trace) -> MeasurementPlan:
         scopes = select_scopes(network.layers, settings.layers)
         return plan_measurement(
             network,
             sample,
             trace,
-            num_inputs=probe.size,
-            num_outputs=settings.num_directions(probe.size, network.rows(trace.outputs).shape[1]),
+            num_inputs=num_inputs,
+            num_outputs=settings.num_directions(num_inputs, network.rows(trace.outputs).shape[1]),
             num_blocks=sum(scope.kind == "block" for scope in scopes),
             with_readout=settings.counts_probabilities,
             hessian=settings.planned_hessian,

@@ -45,8 +45,10 @@ class TrainingSet:
         batch_fn: Callable[[Any], Any] | None = None,
         whole_batches: bool = False,
     ) -> None:
-        loader = data if isinstance(data, DataLoader) else DataLoader(data, _BATCH_SIZE) if is_map_style(data) else None
-        if loader is None or not is_map_style(loader.dataset):
+        loader = (
+            data if isinstance(data, DataLoader) else DataLoader(data, _BATCH_SIZE) if _is_map_style(data) else None
+        )
+        if loader is None or not _is_map_style(loader.dataset):
             kind = type(data if loader is None else loader.dataset).__name__
             raise TypeError(
                 f"a training set that is read twice must be a map-style data set, with a length and indices, or a "
@@ -74,7 +76,7 @@ class TrainingSet:
             yield Probe(inputs, targets)
 
 
-def is_map_style(data: Any) -> bool:
+def _is_map_style(data: Any) -> bool:
     """Whether the data are a data set that can be read at any index."""
     return isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
 
