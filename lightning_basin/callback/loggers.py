@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_basin.callback.lightnings import Logger, MLFlowLogger, Trainer
+from lightning_basin.callback.lightnings import Logger, MLFlowLogger, Trainer, callbacks_of
 
 _REFUSED_BY_MLFLOW = re.compile(r"[^a-zA-Z0-9_/. -]")
 _MLFLOW_BATCH = 1000  # So many values MLflow takes in one request.
@@ -62,8 +62,8 @@ def set_callback_metrics(trainer: Trainer, scalars: Mapping[str, float], is_ours
     """
     metrics = getattr(trainer._logger_connector, "_callback_metrics", None)  # As of lightning 2.4 - 2.6.
     metrics = trainer.callback_metrics if metrics is None else metrics
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
-    monitored = {getattr(monitoring, "monitor", None) for monitoring in (*callbacks, *trainer.lr_scheduler_configs)}
+    owners: list[Any] = [*callbacks_of(trainer), *trainer.lr_scheduler_configs]
+    monitored = {getattr(owner, "monitor", None) for owner in owners}
     for key in [key for key in metrics if is_ours(key) and key not in scalars and key not in monitored]:
         del metrics[key]
     # Early stopping squeezes what it finds; float64 keeps large integers.

@@ -8,7 +8,8 @@ from torch import nn
 from lightning_basin.callback.module import LOSS_ATTRIBUTES, found_loss
 from lightning_basin.callback.request import Request
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
-from lightning_basin.callback.training_step import agrees_with, read_training_step, step_behavior
+from lightning_basin.callback.step_outputs import step_behavior
+from lightning_basin.callback.training_step import agrees_with, read_training_step
 from lightning_basin.limits import MemoryBudgetError
 from lightning_basin.measure import check_measurable
 from lightning_basin.probe import Probe

@@ -12,8 +12,9 @@ from lightning_basin.callback.lightnings import Profiler, Trainer
 from lightning_basin.callback.module import found_loss
 from lightning_basin.callback.notices import Notices
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
+from lightning_basin.callback.step_outputs import step_behavior
 from lightning_basin.callback.training_set import whole_training_set
-from lightning_basin.callback.training_step import read_training_step, step_behavior
+from lightning_basin.callback.training_step import read_training_step
 from lightning_basin.naming import escaped
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
