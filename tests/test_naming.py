@@ -137,7 +137,7 @@ def test_numbers_are_found_by_their_key_wherever_they_are_written(tmp_path, pref
         trainer.fit(Named(NOISY), loader())
     assert not [str(warning.message) for warning in said if "\x1b" in str(warning.message)]
     assert stopping.best_score == monitor.records[-1].layers[f"parts.{NOISY[0]}"].gradient_rank == 6
-    keys = set(monitor.logged(monitor.records[0]))
+    keys = set(monitor.records[0].scalars(prefix))
     assert len(keys) == len(monitor.records[0].scalars())
     tags = EventAccumulator(loggers[1].log_dir).Reload().Tags()["scalars"]
     assert keys <= set(tags)

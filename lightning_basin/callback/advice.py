@@ -88,26 +88,28 @@ class RankedSaves:
     """
 
     def __init__(self, watchers: Iterable[Watcher]) -> None:
-        self._savers = [watcher for watcher in watchers if watcher.is_saving]
-        self._known = [_ranking(saver.owner) for saver in self._savers]
+        self._rankings = [(watcher, _ranking(watcher.owner)) for watcher in watchers if watcher.is_saving]
 
-    def misjudged(self, step: int, measured_step: int | None, arguments: Arguments) -> Iterator[str]:
-        """Say who is saving weights that were not measured; to be asked whenever a checkpoint is written.
+    def misjudged(self, step: int, measured_step: int | None, arguments: Arguments) -> list[str]:
+        """Say once of each ``ModelCheckpoint`` that it saves weights that were not measured.
 
         Args:
-            step: The number of optimizer steps taken.
+            step: The number of optimizer steps taken when a checkpoint is written.
             measured_step: The number of optimizer steps at the newest record.
             arguments: The monitor's arguments, of which the cadence is read.
         """
-        steps = arguments.every_n_train_steps
+        interval = arguments.every_n_train_steps
         cadence = f"every_n_epochs={epochs_between(arguments, math.inf)} and save_on_train_epoch_end=True"
-        for index, saver in enumerate(self._savers):
-            known, self._known[index] = self._known[index], _ranking(saver.owner)
-            if self._known[index] - known and step != measured_step:
-                yield (
-                    f"{saver.name} ranks weights of step {step} that were not measured by the value of step "
-                    f"{measured_step}. HINT: pass {cadence if steps is None else f'every_n_train_steps={steps}'}"
-                )
+        remedy = cadence if interval is None else f"every_n_train_steps={interval}"
+        current = [(saver, before, _ranking(saver.owner)) for saver, before in self._rankings]
+        problems = {
+            saver.name: f"{saver.name} ranks weights of step {step}, which were not measured, by the value of step "
+            f"{measured_step}. HINT: pass {remedy}"
+            for saver, before, after in current
+            if after - before and step != measured_step
+        }
+        self._rankings = [(saver, after) for saver, _, after in current if saver.name not in problems]
+        return list(problems.values())
 
 
 def _ranking(checkpoint: Any) -> set[tuple[str, float]]:

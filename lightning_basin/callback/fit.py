@@ -7,7 +7,7 @@ from weakref import ref
 from torch import nn
 
 from lightning_basin.callback.arguments import Arguments
-from lightning_basin.callback.joint import JointMeasurement, ModuleGetter, unmeasurable
+from lightning_basin.callback.joint import JointMeasurement, unmeasurable
 from lightning_basin.callback.lightnings import (
     Callback,
     DeepSpeedStrategy,
@@ -19,6 +19,7 @@ from lightning_basin.callback.lightnings import (
     callbacks_of,
 )
 from lightning_basin.callback.loggers import batches_that_stepped
+from lightning_basin.callback.probing import ModuleGetter
 from lightning_basin.callback.progress import Progress
 from lightning_basin.callback.publish import Publisher
 from lightning_basin.callback.request import Request
@@ -115,7 +116,7 @@ class Fit:
         """Measure if the schedule asks for it, and the baseline in an epoch with fewer inputs than were asked for."""
         trainer, probing = self._trainer, self._probing
         if probing.probe is None or self._schedule.measured_step is None:
-            probing.take_what_there_is()
+            probing.end_collection()
             probing.probe = trainer.strategy.broadcast(probing.probe, 0)
             probing.refuse_another()
             self._measure_baseline()

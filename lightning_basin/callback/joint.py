@@ -1,6 +1,5 @@
 """One measurement for all processes of a fit: the first one measures, the others wait for its record."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 
 from torch import nn
@@ -14,13 +13,11 @@ from lightning_basin.callback.lightnings import (
     callbacks_of,
 )
 from lightning_basin.callback.overhead import OverheadLimit, announced
+from lightning_basin.callback.probing import ModuleGetter
 from lightning_basin.callback.processes import PatientBroadcast
 from lightning_basin.callback.progress import Progress
 from lightning_basin.naming import escaped
 from lightning_basin.record import BasinRecord
-
-ModuleGetter = Callable[[], nn.Module]
-"""A function that returns a module with all of its parameters, on the first process."""
 
 
 class JointMeasurement:

@@ -57,13 +57,13 @@ _PACKAGES = _installed()
 
 
 def _each(module: str, name: str) -> tuple[Any, ...]:
-    """The classes of a name, package by package; old packages lack some."""
+    """Return the classes of a name, package by package; old packages lack some."""
     modules = (import_module(f"{package.__name__}.{module}") for package in _PACKAGES)
-    return tuple(vars(found)[name] for found in modules if name in vars(found))
+    return tuple(vars(imported)[name] for imported in modules if name in vars(imported))
 
 
 def _base(classes: Sequence[Any]) -> Any:
-    """A class that inherits from all of them, and is constructed as the first, whose attributes are those of all."""
+    """Return a class that inherits from all of them, and is constructed as the first, whose attributes all have."""
     first, *others = classes
     silent = [type(first.__name__, (other,), {"__init__": _accept_nothing}) for other in others]
     return type(first.__name__, (first, *silent), {"__module__": __name__})

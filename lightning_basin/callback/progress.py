@@ -19,7 +19,7 @@ from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
 
 _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
-"""The arguments that change the numbers, and not only which there are."""
+"""The arguments that change the numbers themselves, and not only which of them there are."""
 
 
 class Progress:
@@ -180,19 +180,15 @@ class Progress:
         self.session.history_path = state.get("history_path")
 
     def belong_to(self, arguments: Arguments) -> None:
-        """Read another monitor's arguments from now on: those of a copy.
-
-        Args:
-            arguments: The arguments of the copy.
-        """
+        """Read the arguments of another monitor, a copy, from now on."""
         self._arguments = arguments
-        for part in (self.schedule, self.session, self.probing):
-            part.arguments = arguments
+        for member in (self.schedule, self.session, self.probing):
+            member.arguments = arguments
 
     def __getstate__(self) -> dict[str, Any]:
-        parts = ("schedule", "session", "probing")
+        members = ("schedule", "session", "probing")
         # A weak reference has no state.
-        return vars(self) | {name: copy.copy(getattr(self, name)) for name in parts} | {"fitted": _no_module}
+        return vars(self) | {name: copy.copy(getattr(self, name)) for name in members} | {"fitted": _no_module}
 
 
 def _no_module() -> None:

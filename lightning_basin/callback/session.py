@@ -58,11 +58,7 @@ class Session:
         return self.arguments.max_failures is not None and self.num_failures >= self.arguments.max_failures
 
     def count_failure(self, *, in_training: bool) -> None:
-        """Take note of a measurement that has failed, and say so where it was the last.
-
-        Args:
-            in_training: Whether this is in a fit, which goes on.
-        """
+        """Take note of a measurement that has failed, and say where measuring ends; in training, which goes on."""
         self.num_failures += 1
         if self.has_given_up:
             warn(
@@ -85,12 +81,7 @@ class Session:
             )
 
     def keep(self, record: BasinRecord, probe: Probe | None) -> None:
-        """Add a record to the others.
-
-        Args:
-            record: The newest record.
-            probe: The probe on which it was measured.
-        """
+        """Add the newest record, and the probe on which it was measured."""
         self.num_failures = 0
         if self.reaches_zero_loss(record):
             self.results.zero_loss_step = record.step
@@ -137,16 +128,10 @@ class Session:
     def measure(
         self, request: Request, whole: Callable[[], nn.Module], probe: Probe | None, step: int
     ) -> BasinRecord | None:
-        """Measure a module, and add nothing yet.
-
-        Args:
-            request: What the measurement is asked for.
-            whole: A function that returns the module, with all of its parameters.
-            probe: The inputs that are measured; it is a failure if there are none.
-            step: The number of optimizer steps taken.
+        """Measure the module that ``whole`` returns, and add nothing yet.
 
         Returns:
-            The record; ``None``, after a warning, where measuring failed.
+            The record; ``None``, after a warning, where measuring failed or there is no probe.
         """
         try:
             with request.profiled("measure"):
@@ -171,7 +156,7 @@ class Session:
         return every_n is not None and len(self.results.records) % every_n == 0
 
     def _verify(self, request: Request, module: nn.Module, probe: Probe, record: BasinRecord) -> BasinRecord:
-        """Return the record, with what survives of steps along null directions if that can be measured."""
+        """Return the record with its surviving fraction, if this can be measured."""
         started = time.perf_counter()
         behavior = request.behavior
         if isinstance(behavior, Probabilities):
