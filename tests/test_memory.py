@@ -295,6 +295,7 @@ def test_inputs_that_are_run_in_chunks_are_in_no_graph_of_the_hessian():
     assert cut > 10
 
 
+@pytest.mark.fits
 def test_a_monitor_says_before_it_measures_that_the_hessian_does_not_fit(tmp_path):
     module = Regressor()
     module.hidden, module.readout = nn.Linear(3, 100), nn.Linear(100, 2)  # 602 parameters, six times squared: 17 MB.

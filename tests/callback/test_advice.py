@@ -15,7 +15,7 @@ from tests.lightning_packages import (
 )
 from tests.training import Scripted, make_trainer, scripted_loader, steps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 class Validated(Scripted):

@@ -9,8 +9,6 @@ from tests.lightning_packages import (
     MisconfigurationException,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

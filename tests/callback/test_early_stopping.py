@@ -10,7 +10,7 @@ from tests.lightning_packages import (
 )
 from tests.training import Regressor, Scripted, loader, make_trainer, scripted_loader, steps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 @pytest.mark.parametrize("stopping_first", [True, False], ids=["before the monitor", "after the monitor"])

@@ -15,7 +15,7 @@ from tests.training import (
     steps,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 class Ticking(PassThroughProfiler):

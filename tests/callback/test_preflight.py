@@ -14,7 +14,7 @@ from tests.training import (
     regression_data,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 class Frozen(Regressor):

@@ -14,7 +14,7 @@ from tests.training import (
     steps,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 SAID = {}
 

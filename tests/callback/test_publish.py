@@ -28,7 +28,7 @@ from tests.training import (
     steps,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 @pytest.mark.parametrize("hessian", ["auto", "bracket"])

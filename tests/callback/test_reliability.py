@@ -16,7 +16,7 @@ from tests.lightning_packages import (
 )
 from tests.training import Scripted, make_trainer, scripted_loader, seeded
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 # Each has a rank that stays as it is: that of a probe of 5 inputs, 10 singular values two digits apart with a tolerance
 # in their midst, and 2 of 4 outputs.

@@ -21,7 +21,7 @@ from tests.training import (
     timeless,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 class Autoencoder(Unmeasurable):

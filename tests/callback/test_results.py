@@ -11,7 +11,7 @@ from lightning_basin.offline import measure_checkpoints
 from tests.lightning_packages import ModelCheckpoint
 from tests.training import Regressor, loader, make_trainer, steps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 def fit(root, monitor, *, num_epochs=1, module=None, num_inputs=60, **options):

@@ -10,7 +10,7 @@ from tests.callback.watchers import COMBINED, RANK, TRAINERS, WATCHERS, Schedule
 from tests.lightning_packages import Callback, EarlyStopping, ModelCheckpoint
 from tests.training import Regressor, Scripted, make_trainer, regression_data, scripted_loader, steps, timeless
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.fits, pytest.mark.filterwarnings("ignore")]
 
 
 class Seen(Callback):

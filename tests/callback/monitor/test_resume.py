@@ -23,7 +23,7 @@ from tests.training import (
     timeless,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 @pytest.mark.parametrize("history", ["csv", "jsonl"])

@@ -15,7 +15,9 @@ from lightning_basin import BasinMonitor, Probe, measure_basin
 from tests.lightning_packages import LightningModule, MisconfigurationException
 from tests.training import fingerprint, make_trainer, seeded, steps
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.fits
+
+pytestmark = [pytest.mark.fits, pytest.mark.filterwarnings("ignore")]
 
 
 def fit(root, make_module, make_loader, *callbacks):

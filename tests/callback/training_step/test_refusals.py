@@ -22,7 +22,7 @@ from tests.callback.training_step.steps import (
 from tests.lightning_packages import MisconfigurationException, ModelCheckpoint
 from tests.training import make_trainer, steps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 class LearnedWeights(Classifier):
