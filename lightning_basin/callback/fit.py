@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import ref
 
 from torch import nn
 
@@ -62,18 +61,10 @@ class Fit:
         Raises:
             MisconfigurationException: If the training set cannot be read, or a callback monitors what is not measured.
         """
-        trainer, progress = self._trainer, self._progress
-        progress.begin()
         self._joint.open()
+        self._progress.begin(self._module, self._trainer.global_step)
         self._request().training_set()
-        self._session.num_failures = 0
-        # What was measured goes on only where the same module is trained further, or a checkpoint held it.
-        is_resumed, progress.is_loaded = progress.is_loaded, False
-        is_same_module, progress.fitted = progress.fitted() is self._module, ref(self._module)
-        self._schedule.begin(trainer.global_step, is_resumed=is_resumed)
-        if trainer.global_step == 0 or not (is_resumed or is_same_module):
-            progress.reset()
-        self.publisher.begin(self._module, monitor_prefixes(trainer))
+        self.publisher.begin(self._module, monitor_prefixes(self._trainer))
 
     def before_batch(self, batch: Any, batch_idx: int) -> None:
         """Take the probe, and measure the baseline; or what a resumed run has left out.

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_basin.callback.module import LOSS_ATTRIBUTES, loss_of
-from lightning_basin.callback.request import Request
+from lightning_basin.callback.request import LOSS_ATTRIBUTES, Request, loss_of
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
 from lightning_basin.callback.step_outputs import step_behavior
 from lightning_basin.callback.training_step import agrees_with, read_training_step

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 from torch import nn
 
@@ -37,7 +38,6 @@ class Progress:
         probing: Takes the probe.
         is_loadable: Whether a state that comes from a checkpoint is one to go on with.
         is_loaded: Whether a checkpoint was loaded for the fit that begins.
-        fitted: A weak reference to the module that was trained last.
     """
 
     def __init__(self, arguments: Arguments, probe: Probe | None, size: int) -> None:
@@ -50,7 +50,7 @@ class Progress:
         self._has_begun = False
         self.is_loadable = True
         self.is_loaded = False
-        self.fitted: Callable[[], nn.Module | None] = _no_module
+        self._fitted: Callable[[], nn.Module | None] = _no_module  # The module that was trained last.
 
     @property
     def shown(self) -> Results:
@@ -58,9 +58,22 @@ class Progress:
         latest = self._latest.results
         return self.session.results if self._has_begun or latest is None else latest
 
-    def begin(self) -> None:
-        """Take note that these results are the newest, of those of all copies."""
+    def begin(self, module: nn.Module, step: int) -> None:
+        """Begin a fit: go on with what was measured, or forget it.
+
+        It goes on only where the same module is trained further, or a checkpoint held the records.
+
+        Args:
+            module: The module that will be trained.
+            step: The number of optimizer steps taken.
+        """
         self._has_begun, self._latest.results = True, self.session.results
+        self.session.num_failures = 0
+        is_resumed, self.is_loaded = self.is_loaded, False
+        is_same_module, self._fitted = self._fitted() is module, ref(module)
+        self.schedule.begin(step, is_resumed=is_resumed)
+        if step == 0 or not (is_resumed or is_same_module):
+            self.reset()
 
     def reset(self) -> None:
         """Forget another run, so that a monitor can be used for two fits."""
@@ -188,7 +201,7 @@ class Progress:
     def __getstate__(self) -> dict[str, Any]:
         members = ("schedule", "session", "probing")
         # A weak reference has no state.
-        return vars(self) | {name: copy.copy(getattr(self, name)) for name in members} | {"fitted": _no_module}
+        return vars(self) | {name: copy.copy(getattr(self, name)) for name in members} | {"_fitted": _no_module}
 
 
 def _no_module() -> None:

@@ -9,7 +9,6 @@ from torch import nn
 
 from lightning_basin.callback.arguments import Arguments
 from lightning_basin.callback.lightnings import Profiler, Trainer
-from lightning_basin.callback.module import loss_of
 from lightning_basin.callback.notices import Notices
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
 from lightning_basin.callback.step_outputs import step_behavior
@@ -19,6 +18,9 @@ from lightning_basin.naming import escaped
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
 from lightning_basin.settings import Behavior, LayerSelection, Settings
+
+LOSS_ATTRIBUTES = ("loss_fn", "criterion")
+"""The names under which a module's loss is looked for."""
 
 Loss = Callable[..., Any] | Literal["behavioral"]
 
@@ -139,6 +141,19 @@ class Request:
         """The layers to report: curves that began layer by layer go on so, where freed layers make them many."""
         began_as_layers = bool(self.records) and not self.records[0].blocks
         return "all" if self.arguments.layers == "auto" and began_as_layers else self.arguments.layers
+
+
+def loss_of(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the loss that a module keeps under one of the usual names.
+
+    Example:
+        >>> module = nn.Linear(2, 2)
+        >>> module.criterion = nn.MSELoss()
+        >>> loss_of(module)
+        MSELoss()
+    """
+    attributes = (getattr(module, name, None) for name in LOSS_ATTRIBUTES)
+    return next((attribute for attribute in attributes if callable(attribute)), None)
 
 
 def _with_gradients(module: nn.Module, trainer: Trainer | None) -> set[str]:

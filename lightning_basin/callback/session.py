@@ -58,7 +58,7 @@ class Session:
         return self.arguments.max_failures is not None and self.num_failures >= self.arguments.max_failures
 
     def count_failure(self, *, in_training: bool) -> None:
-        """Take note of a measurement that has failed, and say where measuring ends; in training, which goes on."""
+        """Count a measurement that has failed, and say where it was the last; a fit (``in_training``) goes on."""
         self.num_failures += 1
         if self.has_given_up:
             warn(

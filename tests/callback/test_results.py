@@ -59,7 +59,7 @@ def test_two_fits_at_one_time_have_records_of_their_own(tmp_path):
     monitor = BasinMonitor(probe=20)
     inner = copy.deepcopy(monitor)
     outer = FitsAnother(lambda: fit(tmp_path, inner))
-    outer._latest = monitor._latest
+    outer.progress._latest = monitor.progress._latest
     fit(tmp_path, outer, num_epochs=2)
     assert steps(outer) == [0, 3, 6]
     assert steps(inner) == [0, 3]
