@@ -1,4 +1,4 @@
-"""What a run is told: warnings that end none, whatever a filter makes of them, and that move no cursor."""
+"""Messages to the user, which never end a run, whatever a filter makes of warnings."""
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
