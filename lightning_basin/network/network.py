@@ -9,10 +9,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from lightning_basin.network.copying import is_out_of_memory
 from lightning_basin.network.layers import Layer, find_layers
 from lightning_basin.network.precision import RaisedPrecision
-from lightning_basin.network.remedies import cause, remedy
+from lightning_basin.network.remedies import cause, is_out_of_memory, remedy
 from lightning_basin.network.replica import replicas
 from lightning_basin.network.trace import NO_OUTPUTS, Trace, as_plain, recording
 from lightning_basin.operations.recorder import recorded_operations

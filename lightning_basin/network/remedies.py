@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 _BEHAVIOR = "pass behavior=lambda module, inputs: ... that returns one row of outputs per input"
@@ -30,6 +31,21 @@ _BY_MESSAGE_ABOUT_INPUTS = {
     ),
 }
 """The same where types and shapes of the inputs tell more."""
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out; on the CPU, torch has no type of its own for that (torch 2.13).
+
+    Example:
+        >>> is_out_of_memory(MemoryError())
+        True
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
 
 
 def cause(error: Exception) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_basin.naming import escaped
-from lightning_basin.network.copying import DeepCopier, parts_of, tensors_held_by
+from lightning_basin.network.copying import DeepCopier, members_of, tensors_held_by
 from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.tensors import float64_device
 
@@ -58,7 +58,7 @@ def replicas(
     for part in modules:
         _check_tensors(part)
     copier = DeepCopier(dtype)
-    originals = {id(part) for owner in owners for part in parts_of(owner)}
+    originals = {id(part) for owner in owners for part in members_of(owner)}
     with RaisedPrecision(dtype):  # Objects may copy themselves, and modules act in `eval`, by code of their own.
         copies = [copier.copy(item) for item in (module, *callables)]
         for replica in map(_owner, copies):
@@ -74,7 +74,7 @@ def replicas(
 
 def _prepare(replica: nn.Module, originals: Collection[int], *, training: bool, failure: str | None) -> None:
     """Make sure that a copy shares nothing with its original, and put it into its mode."""
-    for part in parts_of(replica):
+    for part in members_of(replica):
         if id(part) in originals:
             shared = f"tensor of shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
             cause = "" if failure is None else f": {failure}"

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_basin.network.copying import is_out_of_memory
 from lightning_basin.network.layers import parameters_in_graph
 from lightning_basin.network.network import ModuleBehavior, Network, call_module
+from lightning_basin.network.remedies import is_out_of_memory
 from lightning_basin.network.replica import replicas
 from lightning_basin.network.rounding import agreement_rtol, rounding_rtol
 from lightning_basin.probe import Probe

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_basin.naming import escaped
-from lightning_basin.network.copying import is_out_of_memory
 from lightning_basin.network.network import LossFunction, Network
-from lightning_basin.network.remedies import cause
+from lightning_basin.network.remedies import cause, is_out_of_memory
 from lightning_basin.network.replica import check_computed
 from lightning_basin.network.rounding import agreement_rtol, in_other_precision
 from lightning_basin.network.runs import other_batches
