@@ -11,7 +11,7 @@ from lightning_basin.evaluation import open_evaluation
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
 from lightning_basin.functional.manifold import null_directions, surviving_fraction
 from lightning_basin.functional.rank import default_rtol, numerical_rank, singular_values
-from lightning_basin.network.network import ModuleBehavior
+from lightning_basin.network.calls import ModuleBehavior
 from lightning_basin.probe import Probe
 from lightning_basin.settings import Settings
 from lightning_basin.tensors import tensors_of

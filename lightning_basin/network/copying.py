@@ -81,7 +81,9 @@ class DeepCopier:
         if type(item) in _IMMUTABLE:
             return item
         if id(item) not in self._copies:
-            self._remember(item, self._copy(item))
+            duplicate = self._copy(item)
+            if id(item) not in self._copies:  # Else something in it has led to it again.
+                self._remember(item, duplicate)
         return self._copies[id(item)]
 
     def _remember(self, item: Any, duplicate: Any) -> Any:

@@ -21,10 +21,10 @@ from lightning_basin.network.input_layout import (
     entering_of,
     input_layout,
     leaving_of,
-    real_numbers,
+    real_elements,
 )
 from lightning_basin.network.network import Network
-from lightning_basin.network.runs import passed_otherwise
+from lightning_basin.network.runs import run_regrouped
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
 from lightning_basin.quantities.scopes import Scope
@@ -85,7 +85,7 @@ def layer_activations(
         layout: Of the trace; ``None`` runs other batches to find it.
     """
     if layout is None:
-        layout = input_layout(network, probe, trace, passed_otherwise(network, probe) if probe.size > 1 else [])
+        layout = input_layout(network, probe, trace, run_regrouped(network, probe) if probe.size > 1 else [])
     with torch.no_grad():
         return _LaidOut(network, probe, trace, layout).activations()
 
@@ -130,7 +130,7 @@ class _LaidOut:
             leaving = self._by_input(partial(leaving_of, name), self._layout.leaving[name])
             part = self._network.module.get_submodule(name)
             found[name] = LayerActivations(
-                entering=concatenated([real_numbers(tensor).flatten(1) for tensor in entering], 1)
+                entering=concatenated([real_elements(tensor).flatten(1) for tensor in entering], 1)
                 if entering
                 else None,
                 scales=torch.cat([_scales(tensor) for tensor in entering]) if entering else None,
@@ -153,7 +153,9 @@ class _LaidOut:
         """Tensors put together from runs of single inputs; none where these differ in shape."""
         if self._singles is None:
             try:
-                self._singles = [self._network.passed(self._probe.select([index])) for index in range(self._probe.size)]
+                self._singles = [
+                    self._network.trace_layers(self._probe.select([index])) for index in range(self._probe.size)
+                ]
             except _CANNOT_RUN:
                 self._singles = []
         shapes = {tuple(tensor.shape for tensor in of(run)) for run in self._singles}
@@ -165,7 +167,7 @@ class _LaidOut:
 
 def _scales(tensor: Tensor) -> Tensor:
     """What each entry of an input's part is compared relative to: the largest of the tensor, 0 for integers."""
-    scale = largest_entry(real_numbers(tensor)) if tensor.is_floating_point() else real_numbers(tensor).new_zeros(())
+    scale = largest_entry(real_elements(tensor)) if tensor.is_floating_point() else real_elements(tensor).new_zeros(())
     return scale.expand(tensor[:1].numel())
 
 
@@ -177,6 +179,6 @@ def _units_last(part: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
     for tensor in tensors:
         # Traced tensors carry one axis more, the rows per input; channels were second without it.
         axis = 2 - tensor.ndim if isinstance(part, _CHANNELS_SECOND) else -1
-        ordered = real_numbers(tensor).movedim(axis, -1)
+        ordered = real_elements(tensor).movedim(axis, -1)
         moved.append(ordered.flatten(1, -2))
     return concatenated(moved, 1) if len({tensor.shape[-1] for tensor in moved}) == 1 else moved[0]

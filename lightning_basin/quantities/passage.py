@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_basin.functional.duplicates import class_means
-from lightning_basin.network.input_layout import real_numbers
+from lightning_basin.network.input_layout import real_elements
 from lightning_basin.network.network import Network
 from lightning_basin.network.rounding import agreement_rtol
 from lightning_basin.network.runs import TracedProbe
@@ -144,7 +144,7 @@ def passage(
     part, arranged = network.module.get_submodule(name), activations[name].leaving
     if left[0].shape[:1] != (probe.size,):
         return None
-    by_input = _units_last(part, [real_numbers(left[0].detach()).unsqueeze(1)])
+    by_input = _units_last(part, [real_elements(left[0].detach()).unsqueeze(1)])
     if arranged is None or by_input is None or not torch.equal(by_input, arranged):
         return None
     used = [parameter for parameter, is_used in zip(network.parameters(), before, strict=True) if is_used]
@@ -207,7 +207,7 @@ def _linear_inputs(
     generator = Generator().manual_seed(0)
     weights = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
     (expected,) = torch.autograd.grad(rows, part.weight, weights, retain_graph=True, materialize_grads=True)
-    inputs = real_numbers(entering[0].detach())
+    inputs = real_elements(entering[0].detach())
     found = (weights.unsqueeze(2) * signals).sum(1).mT @ inputs
     if bool(((found - expected).abs() > rtol * expected.abs().max()).any()):
         return None
