@@ -39,7 +39,7 @@ _SHARED_PACKAGES = frozenset(["lightning", "pytorch_lightning", "lightning_fabri
 
 
 class DeepCopier:
-    """Copies objects, in one precision, into others that share no state with them.
+    """Copies objects into objects of one precision that share no state with them.
 
     ``copy.deepcopy`` keeps a way back to the original in closures, methods of built-in objects, caches of functions
     and weak references; in the copies made here, all of these belong to the copies. Tensors lose their graph, and begin
@@ -278,7 +278,7 @@ def _is_shared(item: Any) -> bool:
 
 
 def _is_importable(function: types.FunctionType) -> bool:
-    """Whether a function is found under its name, as a function defined inside of another one is not."""
+    """Whether a function can be imported by its name, as a function inside of another one cannot."""
     item: Any = sys.modules.get(function.__module__)
     for name in function.__qualname__.split("."):
         item = getattr(item, name, None)
@@ -305,7 +305,7 @@ def tensors_held_by(attribute: Any) -> Iterator[Tensor]:
             yield attribute
     elif type(attribute) in _IMMUTABLE:
         return
-    elif isinstance(attribute, dict | Mapping):  # The first of them is told at once.
+    elif isinstance(attribute, dict | Mapping):  # A dict is recognized faster.
         for item in attribute.values():
             yield from tensors_held_by(item)
     elif isinstance(attribute, list | tuple | set):

@@ -43,8 +43,8 @@ def input_layout(
     rtol = agreement_rtol(network.dtype)
 
     def rows(of: Callable[[str, Trace], list[Tensor]], name: str) -> Rows:
-        batches = [(indices, of(name, batch)) for indices, batch in regrouped]
-        return _rows_per_input(of(name, trace), batches, probe.size, rtol=rtol)
+        chunks = [(indices, of(name, chunk)) for indices, chunk in regrouped]
+        return _rows_per_input(of(name, trace), chunks, probe.size, rtol=rtol)
 
     with torch.no_grad():
         return InputLayout(
@@ -64,26 +64,26 @@ def leaving_of(name: str, trace: Trace) -> list[Tensor]:
 
 
 def _rows_per_input(
-    tensors: Sequence[Tensor], batches: Sequence[tuple[Tensor, list[Tensor]]], num_inputs: int, *, rtol: float
+    tensors: Sequence[Tensor], chunks: Sequence[tuple[Tensor, list[Tensor]]], num_inputs: int, *, rtol: float
 ) -> Rows:
-    """Find the rows per input of tensors of all inputs, by the tensors in the same places of regrouped batches."""
+    """Find the rows per input of tensors of all inputs, by the tensors in the same places of regrouped chunks."""
     if num_inputs == 1:
         return [int(tensor.ndim > 0 and len(tensor) == 1) for tensor in map(by_parts, tensors)]
-    if any(len(of_batch) != len(tensors) for _, of_batch in batches):
+    if any(len(of_chunk) != len(tensors) for _, of_chunk in chunks):
         return None
     counts = [
-        _count_rows(by_parts(tensor.detach()), [(indices, held[place]) for indices, held in batches], num_inputs, rtol)
+        _count_rows(by_parts(tensor.detach()), [(indices, held[place]) for indices, held in chunks], num_inputs, rtol)
         for place, tensor in enumerate(tensors)
     ]
     return None if None in counts else [count for count in counts if count is not None]
 
 
-def _count_rows(tensor: Tensor, batches: Sequence[tuple[Tensor, Tensor]], num_inputs: int, rtol: float) -> int | None:
+def _count_rows(tensor: Tensor, chunks: Sequence[tuple[Tensor, Tensor]], num_inputs: int, rtol: float) -> int | None:
     """Count the rows per input of a tensor: 0 if it is the same for all inputs, ``None`` if they are not adjacent.
 
     Args:
         tensor: The tensor of all inputs.
-        batches: For each regrouped batch the indices of its inputs, and the tensor in the same place.
+        chunks: For each regrouped chunk the indices of its inputs, and the tensor in the same place.
         num_inputs: The number of inputs, k.
         rtol: The relative tolerance within which two evaluations agree.
     """
@@ -101,10 +101,10 @@ def _count_rows(tensor: Tensor, batches: Sequence[tuple[Tensor, Tensor]], num_in
     count = len(tensor) // num_inputs if tensor.ndim else 0
     if count and len(tensor) == num_inputs * count:
         by_input = elements.reshape(num_inputs, count, *elements.shape[1:])
-        expected = (by_input[indices.to(tensor.device)].flatten(0, 1) for indices, _ in batches)
-        if all(agrees(rows, by_parts(held)) for rows, (_, held) in zip(expected, batches, strict=True)):
+        expected = (by_input[indices.to(tensor.device)].flatten(0, 1) for indices, _ in chunks)
+        if all(agrees(rows, by_parts(held)) for rows, (_, held) in zip(expected, chunks, strict=True)):
             return count
-    return 0 if all(agrees(elements, by_parts(held)) for _, held in batches) else None
+    return 0 if all(agrees(elements, by_parts(held)) for _, held in chunks) else None
 
 
 def by_parts(tensor: Tensor) -> Tensor:

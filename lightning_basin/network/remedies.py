@@ -10,7 +10,7 @@ _BEHAVIOR = "pass behavior=lambda module, inputs: ... that returns one row of ou
 
 _BY_MESSAGE = {
     r"is missing the required \"forward\" function": (
-        "it has no forward: pass behavior=lambda module, inputs: ... that calls its parts, as training_step does"
+        "it has no forward: pass behavior=lambda module, inputs: ... that calls its submodules, as training_step does"
     ),
     r"missing \d+ required (?:positional|keyword-only) arguments?": (
         "pass all that forward takes as inputs=(first, second), in a run by batch_fn=, or a behavior"

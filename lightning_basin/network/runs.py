@@ -14,14 +14,14 @@ _Result = TypeVar("_Result")
 
 
 def _regroupings(num_inputs: int) -> Iterator[list[Tensor]]:
-    """Regroup the inputs into other batches, in which an input's results must not change.
+    """Regroup the inputs into chunks, in which an input's results must not change.
 
     Args:
         num_inputs: The number of inputs, k.
 
     Yields:
-        The indices of two random halves; then, for modules that cannot run fewer inputs, two batches of all k in which
-        inputs of one half replace those of the other. Of a single input only itself.
+        The indices of two random halves; then, for modules that cannot run fewer inputs, two chunks of k inputs, in
+        which inputs of one half replace those of the other. Of a single input only itself.
     """
     if num_inputs == 1:
         yield [torch.zeros(1, dtype=torch.int64)]
@@ -30,16 +30,16 @@ def _regroupings(num_inputs: int) -> Iterator[list[Tensor]]:
     # Not sorted: inputs that are paired with their mirror images, or with the other half, could stay together.
     first, second = order.tensor_split(2)
     yield [first, second]
-    batches = []
+    chunks = []
     for kept, replaced in ((first, second), (second, first)):
         indices = torch.arange(num_inputs)
         indices[replaced] = kept[torch.arange(replaced.numel()) % kept.numel()]
-        batches.append(indices)
-    yield batches
+        chunks.append(indices)
+    yield chunks
 
 
 def run_regrouped(network: Network, probe: Probe, *, with_layers: bool = True) -> list[tuple[Tensor, Trace]]:
-    """Run the inputs in other batches than all together: in two halves, or as many at once where the module asks it.
+    """Run the inputs in two halves; or in two chunks of k inputs, for modules that cannot run fewer.
 
     Args:
         network: The network.
@@ -47,40 +47,40 @@ def run_regrouped(network: Network, probe: Probe, *, with_layers: bool = True) -
         with_layers: Whether the traces hold what enters and leaves the layers, or the outputs alone.
 
     Returns:
-        For each batch the indices of its inputs, and its trace without a graph.
+        For each chunk the indices of its inputs, and its trace without a graph.
 
     Raises:
         TypeError: If the outputs are not a floating point tensor.
-        ValueError: If the module can run none of the batches.
+        ValueError: If the module can run neither.
     """
 
     def run(indices: Tensor) -> tuple[Tensor, Trace]:
-        batch = probe.select(indices)
-        return indices, network.trace_layers(batch) if with_layers else Trace(network.outputs(batch))
+        chunk = probe.select(indices)
+        return indices, network.trace_layers(chunk) if with_layers else Trace(network.outputs(chunk))
 
-    halves, *full_batches = _regroupings(probe.size)
+    halves, *full_chunks = _regroupings(probe.size)
     with torch.no_grad():
         try:
             return [run(indices) for indices in halves]
         except (TypeError, ValueError):  # Some modules cannot run so few inputs.
-            if not full_batches:
+            if not full_chunks:
                 raise
-            return [run(indices) for indices in full_batches[0]]
+            return [run(indices) for indices in full_chunks[0]]
 
 
-def outputs_of_full_batches(network: Network, probe: Probe) -> list[tuple[Tensor, Tensor]]:
-    """Run the inputs in two batches of all k, in which inputs of one half replace those of the other.
+def outputs_of_full_chunks(network: Network, probe: Probe) -> list[tuple[Tensor, Tensor]]:
+    """Run the inputs in two chunks of k inputs, in which inputs of one half replace those of the other.
 
     Args:
         network: The network.
         probe: The inputs.
 
     Returns:
-        For each batch the indices of its inputs, and their outputs.
+        For each chunk the indices of its inputs, and their outputs.
     """
-    *_, batches = _regroupings(probe.size)
+    *_, chunks = _regroupings(probe.size)
     with torch.no_grad():
-        return [(indices, network.outputs(probe.select(indices))) for indices in batches]
+        return [(indices, network.outputs(probe.select(indices))) for indices in chunks]
 
 
 class Chunk:

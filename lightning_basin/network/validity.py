@@ -13,7 +13,7 @@ from lightning_basin.network.network import Network
 from lightning_basin.network.remedies import cause, is_out_of_memory
 from lightning_basin.network.replica import check_computed
 from lightning_basin.network.rounding import agreement_rtol, in_other_precision
-from lightning_basin.network.runs import outputs_of_full_batches
+from lightning_basin.network.runs import outputs_of_full_chunks
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
 from lightning_basin.tensors import dense_form, described, tensors_of
@@ -85,14 +85,16 @@ def check_independence(
         regrouped: The results of `run_regrouped`.
 
     Raises:
-        ValueError: If an output changes with the other inputs of its batch, or from one evaluation to the next.
+        ValueError: If an output changes with the other inputs of its chunk, or from one evaluation to the next.
     """
     tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
     deviations = torch.zeros_like(outputs)
-    batches = [(indices, trace.outputs) for indices, trace in regrouped]
-    if any(again.shape[1:] != outputs.shape[1:] for _, again in batches):  # Its shape may depend on their number.
-        batches = outputs_of_full_batches(network, probe)
-    for indices, again in batches:
+    chunks = [(indices, trace.outputs) for indices, trace in regrouped]
+    if any(
+        again.shape[1:] != outputs.shape[1:] for _, again in chunks
+    ):  # The shape may depend on the number of inputs.
+        chunks = outputs_of_full_chunks(network, probe)
+    for indices, again in chunks:
         if again.shape[1:] != outputs.shape[1:]:
             raise ValueError(
                 f"each output must depend on its own input only, but with other inputs beside it the shape of an "
