@@ -10,8 +10,9 @@ from torch import Generator, nn
 from lightning_basin.evaluation import Evaluation, Planner, open_evaluation
 from lightning_basin.functional.rank import GradientRank
 from lightning_basin.memory import MeasurementPlan, plan_measurement
-from lightning_basin.network.network import LossFunction, Network
-from lightning_basin.network.trace import Trace
+from lightning_basin.network.calls import LossFunction
+from lightning_basin.network.network import Network
+from lightning_basin.network.trace import Trace, layers_run_by
 from lightning_basin.probe import Probe
 from lightning_basin.quantities.activations import measure_activation_ranks, measure_activations
 from lightning_basin.quantities.duplicates import (
@@ -219,9 +220,10 @@ def check_measurable(
 
 def _check_loss_runs_no_layer(evaluation: Evaluation, loss_fn: LossFunction) -> None:
     outputs, targets = evaluation.trace.outputs, evaluation.probe.targets
-    layers = evaluation.network.layers_run_by(lambda: loss_fn(outputs, targets))
-    if layers:
-        raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {layers}")
+    module, layers = evaluation.network.module, evaluation.network.layers
+    names = layers_run_by(module, layers, lambda: loss_fn(outputs, targets))
+    if names:
+        raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {names}")
 
 
 def _planner(settings: Settings, num_inputs: int) -> Planner:

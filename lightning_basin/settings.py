@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_basin.functional.rank import check_rtol
 from lightning_basin.limits import AUTO_ROWS, MAX_ROWS
-from lightning_basin.network.network import LossFunction, ModuleBehavior, call_module
+from lightning_basin.network.calls import LossFunction, ModuleBehavior, call_module
 from lightning_basin.network.rounding import rounding_rtol
 from lightning_basin.probe import Probe
 

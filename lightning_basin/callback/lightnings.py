@@ -20,6 +20,7 @@ __all__ = [
     "Callback",
     "DDPStrategy",
     "DeepSpeedStrategy",
+    "DummyLogger",
     "EarlyStopping",
     "EarlyStoppingReason",
     "FSDPStrategy",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import EarlyStopping as BaseEarlyStopping
     from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
     from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
+    from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.profilers import Profiler
     from lightning.pytorch.strategies import (
         DDPStrategy,
@@ -109,6 +111,7 @@ else:
     ModelParallelStrategy = reduce(or_, _each("strategies", "ModelParallelStrategy"))
 
     CSVLogger, TensorBoardLogger = _each("loggers", "CSVLogger")[0], _each("loggers", "TensorBoardLogger")[0]
+    DummyLogger = _each("loggers.logger", "DummyLogger")[0]
     BaseCallback = _base(_each("callbacks", "Callback"))
     BaseEarlyStopping = _base(_each("callbacks", "EarlyStopping"))
 

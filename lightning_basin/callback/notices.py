@@ -3,7 +3,7 @@
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_basin.naming import printable
-from lightning_basin.network.copying import is_out_of_memory
+from lightning_basin.network.remedies import is_out_of_memory
 
 
 def warn(message: str) -> None:
