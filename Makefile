@@ -21,7 +21,7 @@ slow: $(INSTALLED)
 
 # What looks at a trainer, in the trainer of the other package.
 test-pytorch-lightning: $(INSTALLED)
-	LIGHTNING=pytorch_lightning $(BIN)/python -m pytest $$(grep -lE "tests.(training|lightning_packages) import" tests/test_*.py | grep -v third_party)
+	LIGHTNING=pytorch_lightning $(BIN)/python -m pytest $$(grep -rlE "tests.(training|lightning_packages) import" tests --include="test_*.py" | grep -v third_party)
 
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)

@@ -1,5 +1,6 @@
 """Small networks put together in a line, with reproducible weights."""
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -9,8 +10,25 @@ from lightning_basin.limits import GROUP_ELEMENTS
 from lightning_basin.network.runs import TracedProbe
 
 
+def generator_of(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def drawn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """Standard normal numbers in float64."""
+    return torch.randn(shape, generator=generator_of(seed), dtype=torch.float64)
+
+
+def drawn32(*shape, seed=0):
+    """Standard normal numbers in float32."""
+    return torch.randn(shape, generator=generator_of(seed), dtype=torch.float32)
+
+
+def built(build, seed=0):
+    """What `build` returns, initialized from this seed, whatever the global generator holds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
 
 
 def filled(module, seed=0):
@@ -21,6 +39,14 @@ def filled(module, seed=0):
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return module
+
+
+def with_singular_values(num_rows, num_columns, values, seed=0):
+    """A matrix of these singular values and zeros after them, multiplied out in numpy."""
+    random = np.random.default_rng(seed)
+    left = np.linalg.qr(random.standard_normal((num_rows, len(values))))[0]
+    right = np.linalg.qr(random.standard_normal((num_columns, len(values))))[0]
+    return torch.from_numpy((left * np.asarray(values)) @ right.T)
 
 
 class Composed(nn.Module):
@@ -70,3 +96,36 @@ def finite_differences(network, probe, layer):
                     parameter.view(-1)[index] = before
                 columns.append((moved[0] - moved[1]) / (2 * step))
     return torch.stack(columns, dim=1)
+
+
+def convolutional(width=16):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(width * 256, 2),
+    )
+
+
+def images(number, seed=0):
+    return torch.randn(number, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def huge(units):
+    """A first layer of so many units behind which little is left."""
+    return nn.Sequential(nn.Linear(8, units), nn.ReLU(), nn.AvgPool1d(units // 40), nn.Linear(40, 2))
+
+
+def planted(seed, *, k=60, d=5, rtol=1e-3):
+    """Random rows, copies moved by less and by more than the tolerance, and chains of steps below it."""
+    random = np.random.default_rng(seed)
+    rows = random.standard_normal((k, d))
+    for index in range(10, 35):  # Copies beside the tolerance, to both sides.
+        step = rtol * random.choice([0.0, 0.3, 0.9, 1.1, 2.0])
+        rows[index] = rows[random.integers(10)] + step * random.choice([-1, 1], d)
+    for index in range(36, 45):  # A chain whose ends differ by several tolerances.
+        rows[index] = rows[index - 1] + 0.8 * rtol * random.choice([-1, 1], d)
+    rows[-1, 0] = 1.0 if np.abs(rows).max() < 1 else np.abs(rows).max()
+    return rows[random.permutation(k)]

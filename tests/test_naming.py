@@ -20,7 +20,7 @@ from tests.lightning_packages import (
 )
 from tests.training import loader, make_trainer
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*LeafSpec")]
+pytestmark = [pytest.mark.fits, pytest.mark.filterwarnings("ignore:.*LeafSpec")]
 
 # Names with what a terminal, rich, Markdown, HTML, a spreadsheet or a file system make more of than letters. Some
 # differ only in what is escaped, in a slash, or in the escape itself.
@@ -124,6 +124,7 @@ def test_a_name_with_a_slash_and_one_with_a_dot_have_lines_of_their_own():
 NOISY = ["\x1b[31mred", "two\nlines", "[bold]", "<b>", "=1+1"]
 
 
+@pytest.mark.fits
 @pytest.mark.parametrize("prefix", ["basin", "\x1b[1m[red]", "=cmd|A1", "new\nline"])
 def test_numbers_are_found_by_their_key_wherever_they_are_written(tmp_path, prefix):
     monitor = BasinMonitor(20, hessian=False, prefix=prefix, history="csv")
@@ -185,6 +186,7 @@ def test_a_prefix_after_which_no_file_can_be_named_is_refused_in_one_sentence(hi
     assert len(str(raised.value)) < 400
 
 
+@pytest.mark.fits
 def test_a_file_of_the_longest_name_is_written(tmp_path):
     longest = "a" * 245
     with pytest.raises(MisconfigurationException, match="of 1 to 245 letters"):
@@ -195,6 +197,7 @@ def test_a_file_of_the_longest_name_is_written(tmp_path):
     assert {path.name for path in tmp_path.glob("*.csv")} == {f"{longest}.csv", f"{longest}-1.csv"}
 
 
+@pytest.mark.fits
 def test_a_folder_whose_name_is_too_long_costs_one_warning(tmp_path):
     monitor = BasinMonitor(20, hessian=False, history="csv")
     trainer = make_trainer(tmp_path / ("a" * 300), monitor, max_epochs=1)

@@ -1,49 +1,26 @@
 """A run and its checkpoints must agree to the integer, at the same steps and under the same keys."""
 
 import json
-import runpy
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributed import checkpoint as distributed_checkpoint
 
 from lightning_basin import BasinMonitor, measure_checkpoints
 from lightning_basin.__main__ import main
-from tests.lightning_packages import MisconfigurationException, ModelCheckpoint, TensorBoardLogger, WeightAveraging
+from tests.checkpoints import curves, run
+from tests.lightning_packages import MisconfigurationException, WeightAveraging
 from tests.training import (
     Regressor,
     Scripted,
     TwoOptimizers,
-    loader,
-    make_trainer,
     regression_data,
     scripted_loader,
     timeless,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(root, module, *callbacks, batches=None, monitor=None, saving=None, **options):
-    """Train with a monitor that measures every step or epoch, and save a checkpoint of each."""
-    monitor = BasinMonitor(probe=20) if monitor is None else monitor
-    checkpoint = ModelCheckpoint(root / "saved", filename="{step}", save_top_k=-1, **(saving or {}))
-    logger = TensorBoardLogger(root, name="", version="live")
-    options = {"max_epochs": 3, "enable_checkpointing": True, "logger": logger} | options
-    make_trainer(root, monitor, checkpoint, *callbacks, **options).fit(module, batches or loader())
-    logger.finalize("success")
-    return monitor
-
-
-def curves(folder):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: {event.step: event.value for event in events.Scalars(tag)}
-        for tag in events.Tags()["scalars"]
-        if tag.startswith("basin") and not tag.endswith("measure_seconds")
-    }
+pytestmark = pytest.mark.fits
 
 
 @pytest.mark.parametrize(
@@ -181,20 +158,6 @@ def test_what_cannot_be_measured_raises(tmp_path, options, error, message):
         measure_checkpoints(**arguments, progress=False)
 
 
-# ------------------------------------------------------------------------------------------------- command line
-
-
-def test_command_line_writes_the_keys_of_the_run_at_its_steps(tmp_path):
-    run(tmp_path, Regressor())
-    offline = tmp_path / "offline"
-    main([str(tmp_path / "saved"), "--module", "tests.training:Regressor", "--log-dir", str(offline)])
-    live = {
-        tag: {x: value for x, value in points.items() if x > 0} for tag, points in curves(tmp_path / "live").items()
-    }
-    assert curves(offline) == live
-    assert {path.name for path in offline.iterdir()} >= {"basin.jsonl", "metrics.csv"}
-
-
 class Settings:
     """A hyperparameter that weights_only=True does not read."""
 
@@ -231,65 +194,6 @@ def test_duplicates_over_a_training_set_are_those_of_the_run(tmp_path):
     assert timeless(measure_checkpoints(tmp_path, Regressor, offline, progress=False)) == timeless(live.records[1:])
     with pytest.raises(MisconfigurationException, match=r"needs a run. HINT: pass the data set itself"):
         measure_checkpoints(tmp_path, Regressor, BasinMonitor(duplicates_over="train"), progress=False)
-
-
-def test_package_runs_as_a_command(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["lightning_basin", "--help"])
-    with pytest.raises(SystemExit) as exited:
-        runpy.run_module("lightning_basin", run_name="__main__")
-    assert exited.value.code == 0
-    assert "python -m lightning_basin" in capsys.readouterr().out
-
-
-def test_command_line_takes_a_probe_a_loss_and_settings(tmp_path):
-    run(tmp_path, Regressor(), max_epochs=1)
-    torch.save(regression_data(7).tensors, tmp_path / "probe.pt")
-    command = [str(tmp_path / "saved"), "--module", "tests.training:Regressor", "--log-dir", str(tmp_path / "offline")]
-    command += ["--probe", str(tmp_path / "probe.pt"), "--loss-fn", "torch.nn.functional:l1_loss"]
-    main([*command, "--set", "hessian=False", "prefix=held_out", "--set", 'layers=["readout"]'])
-    (row,) = map(json.loads, (tmp_path / "offline" / "held_out.jsonl").read_text().splitlines())
-    assert row["held_out_layer_gradient_rank/readout"] <= 7 * 2
-    assert not [key for key in row if "hessian" in key or key.endswith("/hidden")]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--module", "tests.training:Nothing"], "must be PACKAGE.MODULE:NAME"),
-        (["--module", "no_such_package:Nothing"], "must be PACKAGE.MODULE:NAME"),
-        (["--module", "tests.training:Regressor", "--set", "hessian"], "must be ARGUMENT=VALUE"),
-        (
-            ["--module", "tests.training:Regressor", "--set", "hesian=False"],
-            "['hesian'] must be arguments of BasinMonitor",
-        ),
-        (["--module", "tests.training:Regressor", "--set", "rtol=5"], "`BasinMonitor(rtol=5)` must be inside (0, 1)"),
-        (["--module", "tests.training:Regressor", "--probe", "no.pt"], "there is no file 'no.pt'"),
-        (["--module", "tests.training:Regressor", "--device", "nothing"], "'nothing' must be a device"),
-        (
-            ["--module", "tests.training:Regressor"],
-            "checkpoints must be files of Lightning, or directories with *.ckpt",
-        ),
-    ],
-)
-def test_command_line_says_what_it_does_not_understand(tmp_path, capsys, arguments, message):
-    with pytest.raises(SystemExit):
-        main([str(tmp_path), "--log-dir", str(tmp_path), *arguments])
-    assert message in capsys.readouterr().err
-
-
-def test_command_line_says_in_one_line_that_weights_do_not_fit(tmp_path, capsys):
-    run(tmp_path, Regressor(), max_epochs=1)
-    with pytest.raises(SystemExit):
-        main([str(tmp_path), "--log-dir", str(tmp_path / "offline"), "--module", "tests.training:Scripted"])
-    assert capsys.readouterr().err.splitlines()[-1].startswith("python -m lightning_basin: error: Error(s) in loading")
-
-
-def test_a_probe_file_of_something_else_is_said(tmp_path, capsys):
-    torch.save({"inputs": 1}, tmp_path / "probe.pt")
-    arguments = ["--module", "tests.training:Regressor", "--probe", str(tmp_path / "probe.pt")]
-    with pytest.raises(SystemExit):
-        main([str(tmp_path), "--log-dir", str(tmp_path), *arguments])
-    assert "probe.pt must hold a pair of inputs and targets, got dict" in capsys.readouterr().err
 
 
 def test_checkpoints_of_another_run_below_one_folder_are_named(tmp_path):

@@ -17,8 +17,7 @@ from lightning_basin.probe import Probe
 from tests import models
 from tests.exact import jacobian
 from tests.layer_types import TYPES, trained_case
-from tests.networks import measured
-from tests.test_plan import convolutional, images
+from tests.networks import convolutional, images, measured
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 every_precision = pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,51 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_basin import BasinMonitor
+from tests.lightning_packages import (
+    MisconfigurationException,
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"on_other_probe": "ask"}, r"on_other_probe='ask'\)` must be 'raise' or 'replace'"),
+        ({"probe": 0}, r"probe=0\).* at least 1"),
+        ({"probe": torch.zeros(2, 3)}, "probe"),
+        ({"every_n_epochs": 0}, r"every_n_epochs=0\).* at least 1"),
+        ({"every_n_epochs": -1}, r"every_n_epochs=-1\).* at least 1"),
+        ({"every_n_train_steps": 0}, r"every_n_train_steps=0\).* at least 1"),
+        ({"every_n_epochs_after_zero_loss": 0}, r"every_n_epochs_after_zero_loss=0\).* at least 1"),
+        ({"zero_loss_patience": 0}, r"zero_loss_patience=0\).* at least 1"),
+        ({"zero_loss_threshold": -1.0}, r"zero_loss_threshold=-1.0\).* >= 0"),
+        ({"zero_loss_threshold": math.nan}, r"zero_loss_threshold=nan\).* >= 0"),
+        ({"rtol": 2}, r"rtol=2\).* inside \(0, 1\)"),
+        ({"rtol": 0.0}, r"rtol=0.0\).* inside \(0, 1\)"),
+        ({"duplicate_rtol": 1.0}, r"duplicate_rtol=1.0\).* inside \[0, 1\)"),
+        ({"hessian": "x"}, r"hessian='x'\).*'auto', 'dense', 'bracket', 'gauss-newton'\) or False"),
+        ({"loss_fn": "mse"}, r"loss_fn='mse'\).*callable or 'behavioral'"),
+        ({"behavior": "logits"}, r"behavior='logits'\).*callable, 'outputs' or 'probabilities'"),
+        ({"verify_null_space": 0}, r"verify_null_space=0\).* at least 1"),
+        ({"verify_null_space": "always"}, r"verify_null_space='always'\).*'zero_loss'"),
+        ({"history": "xml"}, r"history='xml'\).*'csv', 'jsonl' or None"),
+        ({"prefix": 3}, r"prefix=3.*must be a string"),
+        ({"loss_fn": nn.MSELoss}, r"loss_fn=.*MSELoss.*must be callable or 'behavioral', and no class"),
+        ({"loss_fn": torch.ones(9, 9)}, r"loss_fn=Tensor\)` must be callable or 'behavioral'"),
+        ({"behavior": torch.ones(9, 9)}, r"behavior=Tensor\)` must be callable, 'outputs' or 'probabilities'"),
+        ({"batch_fn": "inputs"}, r"batch_fn='inputs'\)` must be callable"),
+        ({"prefix": "a" * 250, "history": "csv"}, r"needs a prefix of 1 to \d+ letters"),
+        ({"prefix": "a/b", "history": "jsonl"}, r"needs a prefix without slashes"),
+        ({"prefix": "con", "history": "csv"}, r"no name of a device"),
+        ({"max_overhead": 0.0}, r"max_overhead=0.0\).* inside \(0, 1\)"),
+        ({"max_overhead": 1.0}, r"max_overhead=1.0\).* inside \(0, 1\)"),
+        ({"max_failures": 0}, r"max_failures=0\).* at least 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_argument_out_of_range_raises_at_once(arguments, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        BasinMonitor(**arguments)

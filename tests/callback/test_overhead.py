@@ -1,0 +1,74 @@
+import csv
+import time
+
+import pytest
+
+from lightning_basin import BasinMonitor
+from tests.lightning_packages import (
+    CSVLogger,
+    PassThroughProfiler,
+)
+from tests.training import (
+    Regressor,
+    loader,
+    make_trainer,
+    steps,
+)
+
+pytestmark = pytest.mark.fits
+
+
+class Ticking(PassThroughProfiler):
+    """A clock that runs only while the profiler is told that something is done: three seconds a measurement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def start(self, action_name):
+        if action_name == "[BasinMonitor]basin.measure":
+            self.now += 3.0
+        if action_name == "run_training_batch":
+            self.now += 1.0
+
+    def __call__(self):
+        return self.now
+
+
+def ticking_run(root, monkeypatch, monitor, **options):
+    clock = Ticking()
+    monkeypatch.setattr(time, "monotonic", clock)
+    make_trainer(root, monitor, profiler=clock, max_epochs=12, **options).fit(Regressor(), loader())
+
+
+def test_measurements_take_at_most_their_share_of_the_time(tmp_path, monkeypatch, caplog):
+    monitor, logger = BasinMonitor(probe=20, every_n_train_steps=1, max_overhead=0.25), CSVLogger(tmp_path)
+    with caplog.at_level("INFO"):
+        ticking_run(tmp_path, monkeypatch, monitor, logger=logger)
+    # Three seconds a measurement and one a step: the k-th fits after n steps if 3 k <= (3 k + n) / 4, so if n >= 9 k.
+    assert steps(monitor) == [0, 18, 27, 36]
+    assert monitor.skipped_steps == [step for step in range(1, 37) if step not in (18, 27, 36)]
+    with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open(newline="") as file:
+        column = [row["basin/skipped_measurements"] for row in csv.DictReader(file)]
+    assert [float(value) for value in column if value] == [0, 17, 25, 33]
+    said = [message for message in caplog.messages if "max_overhead" in message]
+    assert said == [
+        "BasinMonitor(max_overhead=0.25) skips measurements",
+        "BasinMonitor(max_overhead=0.25) skipped 33 of 37 measurements, see skipped_steps",
+    ]
+
+
+def test_a_run_with_time_to_spare_skips_nothing(tmp_path, monkeypatch):
+    monitor = BasinMonitor(probe=20, every_n_epochs=4, max_overhead=0.5)
+    ticking_run(tmp_path, monkeypatch, monitor)
+    # The second measurement ends at 3 + 12 + 3 seconds, of which 6 were spent.
+    assert (steps(monitor), monitor.skipped_steps) == ([0, 12, 24, 36], [])
+
+
+def test_skipped_steps_survive_resuming(tmp_path):
+    trainer = make_trainer(tmp_path, BasinMonitor(probe=20, max_overhead=1e-6), max_epochs=2)
+    trainer.fit(Regressor(), loader())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    monitor = BasinMonitor(probe=20)
+    make_trainer(tmp_path, monitor, max_epochs=3).fit(Regressor(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert (steps(monitor), monitor.skipped_steps) == ([0, 9], [3, 6])

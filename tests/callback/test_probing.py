@@ -1,0 +1,91 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_basin import BasinMonitor, Probe
+from tests.callback.monitor.modules import measured_at_start
+from tests.training import (
+    Regressor,
+    loader,
+    make_trainer,
+    regression_data,
+    steps,
+    timeless,
+)
+
+pytestmark = pytest.mark.fits
+
+
+def test_probe_is_the_first_inputs_in_the_order_of_the_loader(tmp_path):
+    monitor = BasinMonitor(probe=30)
+    make_trainer(tmp_path, monitor).fit(Regressor(), loader())
+    torch.testing.assert_close(monitor.probe.inputs, regression_data().tensors[0][:30], rtol=0, atol=0)
+    torch.testing.assert_close(monitor.probe.targets, regression_data().tensors[1][:30], rtol=0, atol=0)
+
+
+def test_every_n_train_steps_keeps_to_multiples_when_the_probe_fills_in_between(tmp_path):
+    monitor = BasinMonitor(probe=100, every_n_train_steps=4)
+    make_trainer(tmp_path, monitor, max_epochs=1).fit(Regressor(), loader(240))
+    assert steps(monitor) == [0, 8, 12]
+
+
+def test_probe_is_all_of_a_dataset_that_is_smaller(tmp_path):
+    module, monitor = Regressor(), BasinMonitor()
+    inputs, targets = regression_data(50).tensors
+    baseline = measured_at_start(copy.deepcopy(module), inputs, targets, loss_fn=nn.MSELoss())
+    make_trainer(tmp_path, monitor).fit(module, loader(50))
+    assert steps(monitor) == [0, 3, 6]
+    assert timeless(monitor.records[:1]) == timeless([baseline])
+
+
+def test_probe_larger_than_a_batch_is_filled_with_every_n_train_steps_and_a_small_dataset(tmp_path):
+    monitor = BasinMonitor(every_n_train_steps=4)
+    make_trainer(tmp_path, monitor, max_epochs=3).fit(Regressor(), loader(50))
+    assert steps(monitor) == [0, 4, 8]
+
+
+def test_probe_of_256_inputs_is_collected_over_thirteen_batches(tmp_path):
+    monitor = BasinMonitor(probe=256)
+    make_trainer(tmp_path, monitor, max_epochs=1).fit(Regressor(), loader(300))
+    assert monitor.probe.size == 256
+    assert steps(monitor) == [0, 15]
+
+
+@pytest.mark.parametrize("as_pair", [True, False], ids=["pair", "Probe"])
+def test_explicit_probe_is_measured_instead_of_training_batches(tmp_path, as_pair):
+    module = Regressor()
+    inputs, targets = regression_data(40, seed=5).tensors
+    baseline = measured_at_start(copy.deepcopy(module), inputs, targets, loss_fn=nn.MSELoss())
+    monitor = BasinMonitor((inputs, targets) if as_pair else Probe(inputs, targets))
+    make_trainer(tmp_path, monitor).fit(module, loader())
+    assert steps(monitor) == [0, 3, 6]
+    assert timeless(monitor.records[:1]) == timeless([baseline])
+
+
+def test_training_step_that_writes_into_its_batch_does_not_change_the_probe(tmp_path):
+    class Overwriting(Regressor):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step([tensor.clone() for tensor in batch], batch_idx)
+            batch[0].zero_()
+            batch[1].fill_(7.0)
+            return loss
+
+    monitor = BasinMonitor(probe=50)
+    batches = [[tensor.clone() for tensor in batch] for batch in loader()]
+    make_trainer(tmp_path, monitor, max_epochs=1).fit(Overwriting(), loader())
+    torch.testing.assert_close(monitor.probe.inputs, torch.cat([inputs for inputs, _ in batches])[:50], rtol=0, atol=0)
+    torch.testing.assert_close(
+        monitor.probe.targets, torch.cat([targets for _, targets in batches])[:50], rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(("num_inputs", "said"), [(60, 60), (200, 128)])
+def test_what_is_said_before_the_first_measurement_counts_the_inputs_that_there_are(tmp_path, caplog, num_inputs, said):
+    monitor = BasinMonitor()
+    with caplog.at_level("INFO"):
+        make_trainer(tmp_path, monitor, max_epochs=1).fit(Regressor(), loader(num_inputs))
+    (message,) = [message for message in caplog.messages if message.startswith("BasinMonitor measures")]
+    assert message.startswith(f"BasinMonitor measures {said} inputs x ")
+    assert monitor.records[0].num_inputs == said

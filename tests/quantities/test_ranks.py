@@ -1,0 +1,193 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_basin import measure_basin
+from lightning_basin.gradients.check import AutogradCheck
+from lightning_basin.network.network import Network
+from lightning_basin.network.runs import TracedProbe
+from lightning_basin.probe import Probe
+from lightning_basin.quantities.ranks import RankMeasurement
+from lightning_basin.quantities.scopes import Scope
+from tests.exact import exact_pseudodeterminant, exact_rank, jacobian
+from tests.models import CASE_NAMES, evaluated_case, integer_case
+from tests.networks import drawn
+
+
+def wide(*widths, seed=0):
+    """Layers of many parameters, tanh between them."""
+    torch.manual_seed(seed)
+    layers = []
+    for entering, leaving in itertools.pairwise(widths):
+        layers += [nn.Linear(entering, leaving), nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def convolutions(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 24, 3), nn.Tanh(), nn.Flatten(), nn.Linear(24 * 16, 4)
+    ).double()
+
+
+NETWORKS = {
+    "full in every layer but the first": (lambda: wide(6, 40, 40, 5), lambda: drawn(40, 6)),
+    "full in the last layer only": (lambda: wide(3, 4, 60, 5), lambda: drawn(40, 3)),
+    "full in the sum of all layers only": (lambda: wide(20, 9, 9, 4), lambda: drawn(64, 20)),
+    "convolutions": (convolutions, lambda: drawn(32, 2, 6, 6)),
+}
+
+
+def repeated(inputs):
+    return torch.cat([inputs[:-5], inputs[:5]])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("is_repeated", [False, True])
+@pytest.mark.parametrize("layers", [[], "all", "auto", ["2"]])
+def test_proved_ranks_are_those_of_singular_values(name, is_repeated, layers):
+    build, draw = NETWORKS[name]
+    module, inputs = build(), repeated(draw()) if is_repeated else draw()
+    proved = measure_basin(module, inputs, spectrum=False, layers=layers)
+    whole = measure_basin(module, inputs, layers=layers)
+    assert proved.gradient_rank == whole.gradient_rank
+    ranks = {layer: found.gradient_rank for layer, found in proved.layers.items()}
+    assert ranks == {layer: found.gradient_rank for layer, found in whole.layers.items()}
+    assert proved.gradient_rank_bound == whole.gradient_rank_bound
+    for tolerance, rank in proved.gradient_rank_at.items():
+        assert rank == whole.gradient_rank_at[tolerance]
+    # What is said of the gap is on the safe side, but for a digit.
+    assert proved.gradient_rank_gap < whole.gradient_rank_gap + 1
+
+
+def test_a_network_of_full_rank_is_proved_by_a_layer():
+    module, inputs = wide(6, 40, 40, 5), drawn(40, 6)
+    record = measure_basin(module, inputs, spectrum=False, layers=[])
+    assert (record.gradient_rank, record.gradient_method) == (200, "cholesky")
+    assert record.gradient_effective_rank is record.log_det_gram is None
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e6, 1e9])
+def test_layers_of_small_gradients_do_not_decide_where_those_of_another_are_large(scale):
+    """Gradients of the first layer are as large as the inputs: beside it a full rank of the last may be rounding."""
+    module, inputs = wide(6, 40, 40, 5), scale * drawn(40, 6)
+    with torch.no_grad():
+        module[0].weight.div_(scale)
+    for layers in ([], "all"):
+        proved = measure_basin(module, inputs, spectrum=False, layers=layers)
+        whole = measure_basin(module, inputs, layers=layers)
+        assert proved.gradient_rank == whole.gradient_rank
+
+
+@pytest.mark.parametrize("rtol", [1e-14, 1e-9, 1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("layers", [[], "all"])
+def test_ranks_at_another_tolerance(rtol, layers):
+    module, inputs = wide(6, 40, 40, 5), drawn(40, 6)
+    proved = measure_basin(module, inputs, spectrum=False, layers=layers, rtol=rtol)
+    whole = measure_basin(module, inputs, layers=layers, rtol=rtol)
+    assert proved.gradient_rank == whole.gradient_rank
+    assert {name: layer.gradient_rank for name, layer in proved.layers.items()} == {
+        name: layer.gradient_rank for name, layer in whole.layers.items()
+    }
+
+
+def test_probabilities_are_of_lower_rank_than_the_outputs_that_are_independent():
+    module, inputs = wide(6, 40, 40, 5), drawn(40, 6)
+    record = measure_basin(module, inputs, spectrum=False, layers=[], behavior="probabilities")
+    assert record.gradient_rank == 40 * 4
+
+
+def test_equal_outputs_may_belong_to_independent_rows():
+    """A head that starts at zero gives every input the same outputs."""
+    module, inputs = wide(6, 40, 40, 5), drawn(40, 6)
+    with torch.no_grad():
+        module[-1].weight.zero_()
+    record = measure_basin(module, inputs, spectrum=False)
+    assert record.gradient_rank == 200
+    assert record.gradient_rank == measure_basin(module, inputs).gradient_rank
+
+
+@pytest.mark.parametrize("num_tried", [0, 1, 2])
+def test_layers_that_are_not_needed_are_not_differentiated(num_tried):
+    """With a frozen head, and frozen layers before it, an earlier one must do; in the end all are looked at."""
+    module, inputs = wide(6, 40, 40, 40, 5), drawn(40, 6)
+    for layer in (6, 4, 2)[:num_tried]:
+        module[layer].requires_grad_(requires_grad=False)
+    network = Network(module)
+    traced = TracedProbe(network, Probe(inputs))
+    whole = Scope("network", "", network.layers)
+    generator = torch.Generator().manual_seed(0)
+    measurement = RankMeasurement(
+        [whole],
+        traced,
+        AutogradCheck(traced, generator),
+        rtol=None,
+        generator=generator,
+        max_waiting=2**20,
+        needs_spectra=False,
+        is_plain=True,
+    )
+    measurement.try_last_layers(max_elements=2**20)
+    assert measurement.is_complete
+    ranks, spectra = measurement.finished()
+    assert (ranks[whole].rank, ranks[whole].method, spectra) == (200, "cholesky", {})
+
+
+@pytest.mark.parametrize("is_repeated", [False, True])
+def test_ranks_in_float32_are_proved_where_they_are_full(is_repeated):
+    module, inputs = wide(6, 40, 40, 5), repeated(drawn(40, 6)) if is_repeated else drawn(40, 6)
+    proved = measure_basin(module, inputs, spectrum=False, layers=["2"], dtype="float32")
+    whole = measure_basin(module, inputs, layers=["2"], dtype="float32")
+    assert proved.gradient_rank == whole.gradient_rank
+    assert proved.layers["2"].gradient_rank == whole.layers["2"].gradient_rank
+    is_full = proved.gradient_rank == 200
+    assert proved.gradient_method == ("cholesky" if is_full else "gram")
+
+
+def test_rows_that_only_all_layers_together_tell_apart_are_proved_by_the_sum_of_their_gram_matrices():
+    build, draw = NETWORKS["full in the sum of all layers only"]
+    record = measure_basin(build(), draw(), spectrum=False)
+    assert (record.gradient_rank, record.gradient_method) == (256, "cholesky")
+    assert max(layer.gradient_rank for layer in record.layers.values()) < 256
+
+
+@pytest.mark.parametrize("spectrum", [False, True])
+def test_channels_that_are_dead_at_equal_distances_leave_the_rank_of_the_others(spectrum):
+    # Of 64 channels 8 are alive: 8 x 64 weights act, fewer than the 123 x 8 outputs that differ.
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv1d(64, 64, 1, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(64 * 4, 8, bias=False))
+    inputs = torch.zeros(128, 64, 4)
+    inputs[:, ::8] = drawn(128, 8, 4).float()
+    record = measure_basin(module, repeated(inputs), spectrum=spectrum)
+    assert record.layers["0"].gradient_rank == 512
+
+
+def log_det(gradients):
+    """The exact logarithm for integer gradients; ``None`` where all of them are zero."""
+    return math.log(exact_pseudodeterminant(gradients)) if exact_rank(gradients) else None
+
+
+@pytest.mark.parametrize("name", CASE_NAMES)
+def test_log_det_gram_of_the_network_and_each_layer_is_exact(name):
+    case, (network, outputs) = integer_case(name, 0), evaluated_case(name, 0)
+    record = measure_basin(case.module, case.inputs)
+    expected = {layer: log_det(jacobian(outputs)[:, columns]) for layer, columns in network.columns.items()}
+    # Rounding moves each singular value by less than 200 epsilon of the largest, which is below 1e3 times the smallest;
+    # at most 100 of them count.
+    assert record.log_det_gram == pytest.approx(log_det(jacobian(outputs)), abs=1e-8)
+    assert {layer: part.log_det_gram for layer, part in record.layers.items()} == pytest.approx(expected, abs=1e-8)
+
+
+def test_log_det_gram_of_a_block_is_that_of_its_layers_side_by_side():
+    torch.manual_seed(0)
+    module, inputs = nn.Sequential(*(nn.Linear(3, 3) for _ in range(40))).double(), drawn(5, 3)
+    record = measure_basin(module, inputs, layers="auto")
+    for part in (*record.blocks.values(), *record.layers.values(), record):
+        assert part.log_det_gram is not None
+    (first, *_), (block, *_) = record.layers.values(), record.blocks.values()
+    # More columns make each eigenvalue of a Gram matrix larger, and here the rank of the block is that of its layer.
+    assert block.gradient_rank == first.gradient_rank
+    assert block.log_det_gram > first.log_det_gram

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_basin import measure_basin
+from tests.models import (
+    sum_of_squares,
+)
+from tests.networks import drawn32
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"loss_fn": sum_of_squares}, ValueError, "loss_fn needs targets to compare the outputs with, got none"),
+        ({"rtol": 0.0}, ValueError, r"rtol must be a relative tolerance inside \(0, 1\), got 0.0"),
+        ({"rtol": 1.0}, ValueError, r"rtol must be a relative tolerance inside \(0, 1\), got 1.0"),
+        ({"rtol": -1e-6}, ValueError, r"rtol must be a relative tolerance inside \(0, 1\), got -1e-06"),
+        ({"rtol": float("nan")}, ValueError, r"rtol must be a relative tolerance inside \(0, 1\), got nan"),
+        ({"duplicate_rtol": 1.0}, ValueError, r"duplicate_rtol must be inside \[0, 1\), got 1.0"),
+        ({"hessian": "lanczos"}, ValueError, r"hessian must be one of \('auto', .* or False, got 'lanczos'"),
+        (
+            {"loss_fn": "mse"},
+            ValueError,
+            "loss_fn must be a function of outputs and targets or 'behavioral', got 'mse'",
+        ),
+        (
+            {"behavior": "logits"},
+            ValueError,
+            "behavior must be a function .*, 'outputs' or 'probabilities', got 'logits'",
+        ),
+        ({"layers": ["0", "1"]}, ValueError, r"layers must be among \['0', '2'\], got \['1'\]"),
+        ({"layers": "some"}, ValueError, "layers must be 'auto', 'all' or a list of names of layers, got 'some'"),
+    ],
+    ids=[
+        "no targets",
+        "rtol 0",
+        "rtol 1",
+        "rtol < 0",
+        "rtol nan",
+        "duplicate_rtol",
+        "hessian",
+        "loss",
+        "behavior",
+        "layer",
+        "layers",
+    ],
+)
+def test_wrong_settings_are_refused(settings, error, message):
+    module = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    with pytest.raises(error, match=message):
+        measure_basin(module, drawn32(4, 2), **settings)
+
+
+def test_fewer_than_one_direction_is_refused():
+    with pytest.raises(ValueError, match="max_outputs must be at least 1, got 0"):
+        measure_basin(nn.Linear(3, 4), drawn32(5, 3), max_outputs=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"layers": None}, TypeError, "layers must be 'auto', 'all' or a list of names of layers, got None"),
+        ({"layers": 5}, TypeError, "layers must be 'auto', 'all' or a list of names of layers, got 5"),
+        ({"layers": ["", ""]}, ValueError, r"layers must be named once each, got \['', ''\]"),
+        ({"rtol": "a"}, TypeError, "rtol must be a number or None, got 'a'"),
+        ({"duplicate_rtol": "a"}, TypeError, "duplicate_rtol must be a number, got 'a'"),
+        ({"memory_budget": "1GB"}, TypeError, "memory_budget must be a number of bytes or None, got '1GB'"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
+        ({"max_outputs": 2.5}, TypeError, "max_outputs must be an integer, 'auto' or None, got 2.5"),
+        ({"max_outputs": True}, TypeError, "max_outputs must be an integer, 'auto' or None, got True"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        measure_basin(nn.Linear(4, 2), torch.ones(5, 4), **arguments)
