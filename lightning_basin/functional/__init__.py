@@ -6,7 +6,7 @@ N parameters, d features of an activation, r columns of a sketch.
 
 from lightning_basin.functional.activations import activation_rank
 from lightning_basin.functional.certificates import certified_rank
-from lightning_basin.functional.duplicate_stream import DuplicateSearch, streamed_duplicate_classes
+from lightning_basin.functional.duplicate_stream import DuplicateSearch
 from lightning_basin.functional.duplicates import dead_units, duplicate_classes, duplicated_activations
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
 from lightning_basin.functional.hessian import hessian_matrix, hessian_product
@@ -70,7 +70,6 @@ __all__ = [
     "singular_values",
     "sketched_spectrum",
     "softmax_jacobian",
-    "streamed_duplicate_classes",
     "surviving_fraction",
     "weighted_rows",
 ]

@@ -21,7 +21,6 @@ from lightning_basin.functional.gradients import (
     sum_of_sketches,
 )
 from lightning_basin.functional.gram import GramMatrix, largest_eigenvalue
-from lightning_basin.functional.projections import mixed
 from lightning_basin.functional.rank import (
     EPSILON,
     GRAM_RESOLUTION,
@@ -152,7 +151,7 @@ def _narrow_gram(gradients: LayerGradients, generator: Generator) -> GramMatrix 
     parts = gradients.parts if isinstance(gradients, StackedGradients) else (gradients,)
     fraction = min(1.0, _NARROW * gradients.num_rows / max(1, gradients.num_columns))
     narrow = [
-        _narrowed(part, math.ceil(part.num_columns * fraction), generator)
+        part.narrowed(math.ceil(part.num_columns * fraction), generator)
         if isinstance(part, KhatriRaoGradients)
         else part
         for part in parts
@@ -163,22 +162,6 @@ def _narrow_gram(gradients: LayerGradients, generator: Generator) -> GramMatrix 
     for part in narrow:
         part.add_gram(gram)
     return gram
-
-
-def _narrowed(part: KhatriRaoGradients, num_columns: int, generator: Generator) -> KhatriRaoGradients:
-    """Gradients times Kronecker products of random orthonormal vectors: ``num_columns`` of them, or hardly more."""
-    k, c, t, d_out = part.output_gradients.shape
-    d_in = part.activations.shape[-1]
-    if t == 1:  # Input activations cost nothing. The c rows of an input need as many directions of output gradients.
-        from_inputs, from_outputs = d_in, max(c, math.ceil(num_columns / max(1, min(k, d_in))))
-    else:
-        fraction = math.sqrt(min(1.0, num_columns / max(1, part.num_columns)))
-        from_inputs, from_outputs = math.ceil(d_in * fraction), math.ceil(d_out * fraction)
-    return replace(
-        part,
-        activations=mixed(part.activations, from_inputs, generator),
-        output_gradients=mixed(part.output_gradients, from_outputs, generator),
-    )
 
 
 def certified_rank(

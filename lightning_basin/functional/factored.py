@@ -17,6 +17,7 @@ from lightning_basin.functional.projections import (
     WAITING_ELEMENTS,
     fourier_sketch,
     gaussian,
+    mixed,
     slices,
 )
 
@@ -89,6 +90,21 @@ class KhatriRaoGradients:
         for start in range(0, d_out, units):
             chosen = self.output_gradients[..., start : start + units].transpose(2, 3).reshape(k, -1, t)
             gram.add_products((chosen @ self.activations).reshape(k * c, -1))
+
+    def narrowed(self, num_columns: int, generator: Generator) -> "KhatriRaoGradients":
+        """Multiply by Kronecker products of random orthonormal vectors: ``num_columns`` of them, or hardly more."""
+        k, c, t, d_out = self.output_gradients.shape
+        d_in = self.activations.shape[-1]
+        if (
+            t == 1
+        ):  # Input activations cost nothing. The c rows of an input need as many directions of output gradients.
+            from_inputs, from_outputs = d_in, max(c, math.ceil(num_columns / max(1, min(k, d_in))))
+        else:
+            fraction = math.sqrt(min(1.0, num_columns / max(1, self.num_columns)))
+            from_inputs, from_outputs = math.ceil(d_in * fraction), math.ceil(d_out * fraction)
+        return KhatriRaoGradients(
+            mixed(self.activations, from_inputs, generator), mixed(self.output_gradients, from_outputs, generator)
+        )
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
         r"""The matrix times random rank-one vectors, the Khatri-Rao sketch, shape ``(m, num_columns)``.
