@@ -210,6 +210,8 @@ def behavioral_gradient_rank(gradients: Tensor, *, rtol: float | None = None) ->
     """
     if gradients.ndim != 2:
         raise ValueError(f"gradients must be a matrix (rows, parameters), got shape {tuple(gradients.shape)}")
+    if gradients.numel() == 0:
+        return 0
     matrix = DenseGradients(gradients.to(torch.float64))
     accumulator = SpectrumAccumulator(matrix.num_rows, matrix.num_columns, Generator().manual_seed(0))
     accumulator.add(matrix)
