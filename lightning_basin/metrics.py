@@ -9,7 +9,8 @@ from torchmetrics import Metric
 
 from lightning_basin.functional.duplicates import duplicated_activations
 from lightning_basin.functional.null_space import hessian_nullity
-from lightning_basin.functional.rank import behavioral_gradient_rank, check_rtol
+from lightning_basin.functional.rank import check_rtol
+from lightning_basin.functional.spectrum import behavioral_gradient_rank
 
 
 class _Count(Metric):
