@@ -13,9 +13,8 @@ from tests.training import (
     regression_data,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
-
+@pytest.mark.fits
 def test_command_line_writes_the_keys_of_the_run_at_its_steps(tmp_path):
     run(tmp_path, Regressor())
     offline = tmp_path / "offline"
@@ -35,6 +34,7 @@ def test_package_runs_as_a_command(monkeypatch, capsys):
     assert "python -m lightning_basin" in capsys.readouterr().out
 
 
+@pytest.mark.fits
 def test_command_line_takes_a_probe_a_loss_and_settings(tmp_path):
     run(tmp_path, Regressor(), max_epochs=1)
     torch.save(regression_data(7).tensors, tmp_path / "probe.pt")
@@ -71,6 +71,7 @@ def test_command_line_says_what_it_does_not_understand(tmp_path, capsys, argumen
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.fits
 def test_command_line_says_in_one_line_that_weights_do_not_fit(tmp_path, capsys):
     run(tmp_path, Regressor(), max_epochs=1)
     with pytest.raises(SystemExit):

@@ -4,7 +4,7 @@ import pytest
 
 from tests.fuzz_ranks import check_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 RANK_SEEDS = range(80)
 

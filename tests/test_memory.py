@@ -110,7 +110,6 @@ def test_the_plan_says_what_the_hessian_may_take():
     assert roomy.hessian_limits.chunk_size is None
     assert narrow.hessian_limits.chunk_size <= narrow.chunk_size < 48
     assert narrow.hessian_limits.basis_elements * 8 < 112 * MEBIBYTE
-    assert roomy.num_operations > planned(1024).num_operations
 
 
 def test_the_plan_says_how_each_layer_is_measured():
@@ -295,6 +294,7 @@ def test_inputs_that_are_run_in_chunks_are_in_no_graph_of_the_hessian():
     assert cut > 10
 
 
+@pytest.mark.fits
 def test_a_monitor_says_before_it_measures_that_the_hessian_does_not_fit(tmp_path):
     module = Regressor()
     module.hidden, module.readout = nn.Linear(3, 100), nn.Linear(100, 2)  # 602 parameters, six times squared: 17 MB.

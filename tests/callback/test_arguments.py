@@ -9,8 +9,6 @@ from tests.lightning_packages import (
     MisconfigurationException,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -25,23 +23,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"zero_loss_patience": 0}, r"zero_loss_patience=0\).* at least 1"),
         ({"zero_loss_threshold": -1.0}, r"zero_loss_threshold=-1.0\).* >= 0"),
         ({"zero_loss_threshold": math.nan}, r"zero_loss_threshold=nan\).* >= 0"),
-        ({"rtol": 2}, r"rtol=2\).* inside \(0, 1\)"),
-        ({"rtol": 0.0}, r"rtol=0.0\).* inside \(0, 1\)"),
-        ({"duplicate_rtol": 1.0}, r"duplicate_rtol=1.0\).* inside \[0, 1\)"),
-        ({"hessian": "x"}, r"hessian='x'\).*'auto', 'dense', 'bracket', 'gauss-newton'\) or False"),
-        ({"loss_fn": "mse"}, r"loss_fn='mse'\).*callable or 'behavioral'"),
-        ({"behavior": "logits"}, r"behavior='logits'\).*callable, 'outputs' or 'probabilities'"),
+        ({"rtol": 2}, r"rtol must be .* inside \(0, 1\), got 2"),
+        ({"rtol": 0.0}, r"rtol must be .* inside \(0, 1\), got 0.0"),
+        ({"duplicate_rtol": 1.0}, r"duplicate_rtol must be inside \[0, 1\), got 1.0"),
+        ({"hessian": "x"}, r"must be .*'auto', 'dense', 'bracket', 'gauss-newton'\) or False, got 'x'"),
+        ({"loss_fn": "mse"}, r"loss_fn must be a function of .* or 'behavioral', got 'mse'"),
+        ({"behavior": "logits"}, r"behavior must be .*, 'outputs' or 'probabilities', got 'logits'"),
         ({"verify_null_space": 0}, r"verify_null_space=0\).* at least 1"),
         ({"verify_null_space": "always"}, r"verify_null_space='always'\).*'zero_loss'"),
         ({"history": "xml"}, r"history='xml'\).*'csv', 'jsonl' or None"),
         ({"prefix": 3}, r"prefix=3.*must be a string"),
-        ({"loss_fn": nn.MSELoss}, r"loss_fn=.*MSELoss.*must be callable or 'behavioral', and no class"),
-        ({"loss_fn": torch.ones(9, 9)}, r"loss_fn=Tensor\)` must be callable or 'behavioral'"),
-        ({"behavior": torch.ones(9, 9)}, r"behavior=Tensor\)` must be callable, 'outputs' or 'probabilities'"),
+        ({"loss_fn": nn.MSELoss}, r"loss_fn must be .*, got the class MSELoss: pass an instance"),
+        ({"loss_fn": torch.ones(9, 9)}, "loss_fn must be .*, got Tensor"),
+        ({"behavior": torch.ones(9, 9)}, "behavior must be .*, got Tensor"),
         ({"batch_fn": "inputs"}, r"batch_fn='inputs'\)` must be callable"),
-        ({"prefix": "a" * 250, "history": "csv"}, r"needs a prefix of 1 to \d+ letters"),
-        ({"prefix": "a/b", "history": "jsonl"}, r"needs a prefix without slashes"),
-        ({"prefix": "con", "history": "csv"}, r"no name of a device"),
         ({"max_overhead": 0.0}, r"max_overhead=0.0\).* inside \(0, 1\)"),
         ({"max_overhead": 1.0}, r"max_overhead=1.0\).* inside \(0, 1\)"),
         ({"max_failures": 0}, r"max_failures=0\).* at least 1"),

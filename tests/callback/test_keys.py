@@ -9,7 +9,7 @@ from tests.callback.watchers import Scheduled, fit
 from tests.lightning_packages import EarlyStopping, MisconfigurationException, ModelCheckpoint
 from tests.training import Regressor
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.fits, pytest.mark.filterwarnings("ignore")]
 
 MISTYPED = {
     "basin/gradient_rnak": "basin/gradient_rank",

@@ -16,7 +16,7 @@ from lightning_basin import BasinMonitor, RankEarlyStopping
 from lightning_basin.callback.lightnings import BaseCallback, Callback, EarlyStopping, LightningModule, Trainer
 from tests.training import loader, seeded, steps, timeless
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
 

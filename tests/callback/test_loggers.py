@@ -16,7 +16,7 @@ from lightning_basin.callback.loggers import log_scalars
 from tests.lightning_packages import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tests.training import Regressor, loader, make_trainer, repeated_loader, steps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 class Full(CSVLogger):

@@ -15,7 +15,7 @@ from tests.training import (
     timeless,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 def test_probe_is_the_first_inputs_in_the_order_of_the_loader(tmp_path):

@@ -12,7 +12,7 @@ from tests.training import (
     timeless,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from lightning_basin.callback.resuming import read_state
 from tests.lightning_packages import EarlyStopping
 from tests.training import Regressor, loader, make_trainer, repeated_loader, steps, timeless
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 @pytest.fixture(scope="module")

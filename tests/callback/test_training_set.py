@@ -10,6 +10,8 @@ from tests.lightning_packages import MisconfigurationException
 from tests.training import Eventful, Regressor, Witness, make_trainer, regression_data
 from tests.training_data import Items
 
+pytestmark = pytest.mark.fits
+
 
 def merged_data():
     """Sixty inputs, the last ten of which repeat the first ten."""

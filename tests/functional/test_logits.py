@@ -286,6 +286,7 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+@pytest.mark.fits
 def test_a_run_on_log_probabilities_shows_the_nullities_of_one_on_logits(tmp_path):
     batches = DataLoader(TensorDataset(drawn(6, 3).float(), LABELS), 6)
     found = []

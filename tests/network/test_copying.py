@@ -19,8 +19,6 @@ from lightning_basin.network.replica import replicas
 from tests.lightning_packages import Callback, CSVLogger, Trainer
 from tests.training import Eventful, make_trainer, regression_data, steps, witnessed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def copied(item):
     return DeepCopier().copy(item)
@@ -247,7 +245,6 @@ class LogsPast(Eventful):
         self.logger.log_metrics({"entering": float(inputs.mean())}, step=self.global_step)
         self.trainer.loggers[0].experiment.log_metrics({"entered": 1.0}, step=self.global_step)
         self.trainer.forward_passes = getattr(self.trainer, "forward_passes", 0) + 1
-        assert isinstance(self.logger, CSVLogger)
         assert isinstance(self.trainer, Trainer)
         return super().forward(inputs)
 
@@ -282,6 +279,7 @@ HOLDING = [
 ]
 
 
+@pytest.mark.fits
 @pytest.mark.parametrize("make_module", HOLDING)
 def test_training_is_the_same_whatever_a_module_holds(tmp_path, make_module):
     monitor = BasinMonitor(probe=20, every_n_train_steps=3)
@@ -391,6 +389,7 @@ def test_a_finalizer_is_not_run_for_a_copy():
     assert Closing.closed == 0
 
 
+@pytest.mark.fits
 def test_data_sets_optimizers_and_what_makes_a_run_are_shared(tmp_path):
     module = nn.Linear(1, 1)
     held = [
@@ -451,9 +450,10 @@ class RunsTheOriginal(Eventful):
         return self.trainer.lightning_module.readout(inputs[:, :1].expand(-1, 4))
 
 
+@pytest.mark.fits
 def test_a_module_that_is_found_through_the_trainer_is_refused_before_the_first_step(tmp_path):
     module = RunsTheOriginal()
     trainer = make_trainer(tmp_path, BasinMonitor(probe=20))
-    with pytest.raises(Exception, match="its part 'readout' itself is run, found in a global variable or through"):
+    with pytest.raises(Exception, match="the submodule 'readout' itself is run, found in a global variable or through"):
         trainer.fit(module, torch.utils.data.DataLoader(regression_data(), 20))
     assert trainer.global_step == 0

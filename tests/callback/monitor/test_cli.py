@@ -11,7 +11,7 @@ from lightning_basin import BasinMonitor
 from tests.lightning_packages import PACKAGE
 from tests.training import Regressor, loader, steps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 pytest.importorskip("jsonargparse")
 

@@ -17,7 +17,7 @@ from lightning_basin import BasinMonitor
 from tests.lightning_packages import Callback, ModelCheckpoint, TensorBoardLogger
 from tests.training import Regressor, Unmeasurable, make_trainer, repeated_loader, steps, timeless
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 ROOT = Path(__file__).parents[3]
 

@@ -28,6 +28,8 @@ from tests.network.cut_modules import (
 )
 from tests.networks import drawn
 
+pytestmark = pytest.mark.fits
+
 
 @pytest.mark.parametrize("name", ["merged by eval", "enabled by training", "noise in training"])
 def test_a_fit_with_a_monitor_trains_the_same_weights_and_measures_the_uncut_rank(tmp_path, name):

@@ -24,7 +24,7 @@ from tests.training import (
     witnessed,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 EVALUATIONS = Counter()
 """How often modules below were called in evaluation mode: copies of a module share nothing but this."""

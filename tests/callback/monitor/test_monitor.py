@@ -20,7 +20,7 @@ from tests.training import (
     witnessed,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 def test_without_arguments_the_initial_weights_and_every_epoch_are_measured(tmp_path):

@@ -10,7 +10,7 @@ from tests.training import (
     steps,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 def test_a_monitor_finds_its_state_under_the_same_key_in_another_process(tmp_path):

@@ -14,7 +14,9 @@ from tests.lightning_packages import MisconfigurationException
 from tests.published.modules import ARGUMENTS, PACKAGES
 from tests.training import fingerprint, seeded, steps
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.fits
+
+pytestmark = [pytest.mark.fits, pytest.mark.filterwarnings("ignore")]
 
 IMPORTED = {"pytorch-forecasting": "pytorch_forecasting", "scvi-tools": "scvi"}
 

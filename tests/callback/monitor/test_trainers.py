@@ -8,7 +8,7 @@ from lightning_basin import BasinMonitor, RankEarlyStopping
 from tests.lightning_packages import BatchSizeFinder, LearningRateFinder, Tuner
 from tests.training import Regressor, fingerprint, loader, make_trainer, regression_data, seeded, steps, timeless
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 class Tunable(Regressor):

@@ -16,7 +16,7 @@ from tests.training import (
     witnessed,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 class WithRedundantScale(Scripted):

@@ -11,7 +11,7 @@ from tests.training import (
     steps,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 def test_behavioral_loss_measures_a_hessian_and_never_reaches_zero_loss(tmp_path):

@@ -22,7 +22,7 @@ from tests.callback.training_step.steps import (
 from tests.lightning_packages import MisconfigurationException
 from tests.training import Unmeasurable, loader, make_trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 @dataclass

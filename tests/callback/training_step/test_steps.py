@@ -23,7 +23,7 @@ from tests.callback.training_step.steps import (
 from tests.lightning_packages import MisconfigurationException
 from tests.training import seeded, steps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.fits
 
 
 class OfAModule(Classifier):

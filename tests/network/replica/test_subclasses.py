@@ -8,8 +8,6 @@ from lightning_basin import BasinMonitor, measure_basin
 from tests.networks import Composed, drawn, filled
 from tests.training import Regressor, loader, make_trainer, steps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Labelled(Tensor):
     """Knows the names of its columns, as PINA's LabelTensor does; what is computed from it does not."""
@@ -73,6 +71,7 @@ def test_a_behavior_that_makes_tensors_of_a_subclass_has_the_record_of_plain_one
     }
 
 
+@pytest.mark.fits
 def test_a_tensor_that_a_module_keeps_is_copied_without_its_own_methods(tmp_path):
     class Keeps(Regressor):
         def training_step(self, batch, batch_idx):
