@@ -10,8 +10,9 @@ from torch import Generator, nn
 from lightning_basin.evaluation import Evaluation, Planner, open_evaluation
 from lightning_basin.functional.rank import GradientRank
 from lightning_basin.memory import MeasurementPlan, plan_measurement
-from lightning_basin.network.network import LossFunction, Network
-from lightning_basin.network.trace import Trace
+from lightning_basin.network.calls import LossFunction
+from lightning_basin.network.network import Network
+from lightning_basin.network.trace import Trace, layers_run_by
 from lightning_basin.probe import Probe
 from lightning_basin.quantities.activations import measure_activation_ranks, measure_activations
 from lightning_basin.quantities.duplicates import (
@@ -63,44 +64,44 @@ def measure_basin(
     random states.
 
     Args:
-        module: Any module, of any floating point type, on any device.
-        inputs: A tensor, or a tuple or dict of tensors, with the k inputs along their first axis; or a `Probe`.
-        targets: What ``loss_fn`` takes as its second argument.
-        loss_fn: From outputs and targets to a scalar. Without it loss and Hessian are not measured. ``"behavioral"``
-            takes the outputs as they are for targets, in squared error: its Hessian is 2 GᵀG at any weights, and there
-            is no loss to report.
-        behavior: From the module and the inputs to the outputs whose gradients count, shape ``(k, ...)``. ``None`` or
-            ``"outputs"`` calls the module, unpacking a tuple or dict as its ``forward`` takes it. ``"probabilities"``
-            counts the gradients of the softmax over the second axis of these, where torch's cross-entropy has the
-            classes, while ``loss_fn`` still takes the outputs before the softmax.
-        layers: ``"all"``, ``"auto"`` (blocks beside the layers where these are more than 32), or names of
-            layers to report.
-        hessian: ``"auto"`` brackets its nullity by some 30 products at any size, and up to 500 parameters forms it
-            too; ``"dense"`` forms it always, ``"bracket"`` never; ``"gauss-newton"`` takes no product and measures
-            ``gauss_newton_nullity`` only; ``False`` measures nothing of it.
-        rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed, eps of
-            ``dtype``.
-        duplicate_rtol: Two activations are the same when they differ by at most this, relative to the largest.
+        module: The module, of any floating point type, on any device.
+        inputs: The k inputs along the first axis of a tensor, or of each tensor in a tuple or dict; or a `Probe`.
+        targets: The second argument of ``loss_fn``.
+        loss_fn: The loss, from outputs and targets to a scalar. Without it loss and Hessian are not measured.
+            ``"behavioral"`` is the squared distance from the outputs as they are: its Hessian is 2 GᵀG at any weights,
+            and there is no loss to report.
+        behavior: The outputs whose gradients count, shape ``(k, ...)``, as a function of the module and the inputs.
+            ``None`` or ``"outputs"`` calls the module, unpacking a tuple or dict as its ``forward`` takes it.
+            ``"probabilities"`` takes the softmax of its outputs over the second axis, where torch's cross-entropy has
+            the classes, while ``loss_fn`` still gets the outputs before the softmax.
+        layers: The layers to report: ``"all"``, ``"auto"`` (blocks beside the layers where these are more than 32), or
+            names of layers.
+        hessian: The way to the Hessian. ``"auto"`` brackets its nullity by some 30 products at any size, and up to 500
+            parameters forms it too; ``"dense"`` forms it always, ``"bracket"`` never; ``"gauss-newton"`` takes no
+            product and measures ``gauss_newton_nullity`` only; ``False`` measures nothing of it.
+        rtol: The relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed, eps
+            of ``dtype``.
+        duplicate_rtol: The difference, relative to the largest activation, up to which two activations are the same.
         duplicates_over: A whole training set over which duplicated activations are counted too: a map-style data set
             or a ``DataLoader`` of one (read in the order of its indices, without the loader's workers and shuffling),
             or batches that can be iterated over several times, each a tensor, a pair of inputs and targets, or a
             `Probe`. It is streamed two times or more.
-        max_outputs: Where a module has more outputs per input, measure the gradients of so many random orthonormal
-            combinations of them; ranks are then lower bounds, and the Hessian is left out. ``"auto"`` does so where
-            there are more than ``MAX_ROWS`` outputs on the probe, ``None`` refuses these.
-        spectrum: Whether singular values are wanted where the rank can be proved without them, several times as fast;
-            without, effective ranks, log-determinants and most ranks at coarser tolerances are then left out.
-        memory_budget: Bytes that the measurement may use beside what the process holds; ``None`` means half of what is
-            free: on the device, or on the machine and in the container or job (of 4 GiB where the system does not tell,
-            as on Windows). Inputs are then measured in chunks, and layers one after the other, where that is needed.
-        dtype: ``"float32"`` runs and differentiates the copy in float32: half the memory of the graph, and the fast
-            type of many accelerators. What comes out is decomposed in float64 all the same, but what is below its
-            rounding cannot be told from zero: a note in the record says where that begins. Activations then are the
-            same within 4e-6 at least, and the Hessian is left out.
-        seed: Of the sketch's random vectors: same seed, same numbers.
-        step: Noted in the record.
-        trained: Names of parameters that are known to get a gradient in training. It is an error if the outputs depend
-            on them and have no gradient there, as under ``no_grad``.
+        max_outputs: The number of random orthonormal combinations of outputs whose gradients are measured where a
+            module has more outputs per input; ranks are then lower bounds, and the Hessian is left out. ``"auto"``
+            combines where there are more than ``MAX_ROWS`` outputs on the probe, ``None`` refuses these.
+        spectrum: Whether to compute singular values where the rank can be proved without them, several times as fast.
+            Without them effective ranks, log-determinants and most ranks at coarser tolerances are left out.
+        memory_budget: The bytes that the measurement may use beside what the process holds; ``None`` means half of what
+            is free: on the device, or on the machine and in the container or job (of 4 GiB where the system does not
+            tell, as on Windows). Where needed, inputs are measured in chunks, and layers one after the other.
+        dtype: The type in which the copy is run and differentiated. ``"float32"`` halves the memory of the graph, and
+            is the fast type of many accelerators. Its results are decomposed in float64 all the same, but singular
+            values below its rounding count as zero, and a note in the record says where this begins. Activations are
+            then the same within 4e-6 at least, and the Hessian is left out.
+        seed: The seed of all random vectors: same seed, same numbers.
+        step: The number of optimizer steps taken, noted in the record.
+        trained: The names of parameters that are known to get a gradient in training. It is an error if the outputs
+            depend on them and have no gradient there, as under ``no_grad``.
 
     Raises:
         TypeError: If there is no input tensor, the outputs are not a floating point tensor, ``duplicates_over`` can be
@@ -219,9 +220,10 @@ def check_measurable(
 
 def _check_loss_runs_no_layer(evaluation: Evaluation, loss_fn: LossFunction) -> None:
     outputs, targets = evaluation.trace.outputs, evaluation.probe.targets
-    layers = evaluation.network.layers_run_by(lambda: loss_fn(outputs, targets))
-    if layers:
-        raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {layers}")
+    module, layers = evaluation.network.module, evaluation.network.layers
+    names = layers_run_by(module, layers, lambda: loss_fn(outputs, targets))
+    if names:
+        raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {names}")
 
 
 def _planner(settings: Settings, num_inputs: int) -> Planner:

@@ -13,7 +13,7 @@ from lightning_basin.functional.manifold import null_directions, surviving_fract
 from lightning_basin.functional.rank import default_rtol, numerical_rank, singular_values
 from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
-from lightning_basin.network.network import ModuleBehavior
+from lightning_basin.network.calls import ModuleBehavior
 from lightning_basin.network.runs import TracedProbe
 from lightning_basin.probe import Probe
 from lightning_basin.settings import Settings

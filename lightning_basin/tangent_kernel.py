@@ -9,7 +9,8 @@ from lightning_basin.functional.gram import GramMatrix
 from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
 from lightning_basin.memory import MeasurementPlan, plan_measurement
-from lightning_basin.network.network import ModuleBehavior, Network
+from lightning_basin.network.calls import ModuleBehavior
+from lightning_basin.network.network import Network
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
 from lightning_basin.settings import Precision, Settings

@@ -110,7 +110,6 @@ def test_the_plan_says_what_the_hessian_may_take():
     assert roomy.hessian_limits.chunk_size is None
     assert narrow.hessian_limits.chunk_size <= narrow.chunk_size < 48
     assert narrow.hessian_limits.basis_elements * 8 < 112 * MEBIBYTE
-    assert roomy.num_operations > planned(1024).num_operations
 
 
 def test_the_plan_says_how_each_layer_is_measured():

@@ -8,7 +8,7 @@ from torchmetrics import MetricCollection
 
 from lightning_basin.functional.duplicates import duplicated_activations
 from lightning_basin.functional.null_space import hessian_nullity
-from lightning_basin.functional.rank import behavioral_gradient_rank
+from lightning_basin.functional.spectrum import behavioral_gradient_rank
 from lightning_basin.metrics import BehavioralGradientRank, DuplicatedActivations, HessianNullity
 
 

@@ -5,7 +5,8 @@ N parameters, d features of an activation, r columns of a sketch.
 """
 
 from lightning_basin.functional.activations import activation_rank
-from lightning_basin.functional.duplicate_stream import DuplicateSearch, streamed_duplicate_classes
+from lightning_basin.functional.certificates import certified_rank
+from lightning_basin.functional.duplicate_stream import DuplicateSearch
 from lightning_basin.functional.duplicates import dead_units, duplicate_classes, duplicated_activations
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
 from lightning_basin.functional.hessian import hessian_matrix, hessian_product
@@ -18,7 +19,6 @@ from lightning_basin.functional.rank import (
     RANK_TOLERANCES,
     GradientRank,
     Spectrum,
-    behavioral_gradient_rank,
     default_rtol,
     effective_rank,
     gradient_rank,
@@ -29,7 +29,7 @@ from lightning_basin.functional.rank import (
 )
 from lightning_basin.functional.rank_bound import gradient_rank_bound, merged_directions, merged_linear_directions
 from lightning_basin.functional.softmax import softmax_jacobian
-from lightning_basin.functional.spectrum import gradient_spectrum, sketched_spectrum
+from lightning_basin.functional.spectrum import SpectrumAccumulator, behavioral_gradient_rank, sketched_spectrum
 
 __all__ = [
     "RANK_TOLERANCES",
@@ -41,9 +41,11 @@ __all__ = [
     "NullSpace",
     "OutputCurvature",
     "Spectrum",
+    "SpectrumAccumulator",
     "activation_rank",
     "behavioral_gradient_rank",
     "behavioral_gradients",
+    "certified_rank",
     "dead_units",
     "default_rtol",
     "duplicate_classes",
@@ -52,7 +54,6 @@ __all__ = [
     "gradient_rank",
     "gradient_rank_bound",
     "gradient_rows",
-    "gradient_spectrum",
     "hessian_matrix",
     "hessian_null_space",
     "hessian_nullity",
@@ -69,7 +70,6 @@ __all__ = [
     "singular_values",
     "sketched_spectrum",
     "softmax_jacobian",
-    "streamed_duplicate_classes",
     "surviving_fraction",
     "weighted_rows",
 ]

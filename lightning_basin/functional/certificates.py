@@ -1,48 +1,47 @@
 """Ranks without the spectrum: a fraction of its cost, and no answer where there is doubt.
 
-A Cholesky factor of the Gram matrix proves that rows are independent; with some of the columns it proves it for all.
-Where they are not, the singular values that a Gram matrix does not resolve are looked at alone, in a sketch that is
-hardly wider than the rank. It is off by a factor of 10, which is enough where none of them is near the tolerance. Else
-the spectrum must be taken.
+A Cholesky factor of the Gram matrix proves that rows are independent; a factor for some of the columns proves it for
+all. Where rows are not independent, a sketch that is hardly wider than the rank decides: each of its singular values is
+off by a factor of 10 or so, which is enough where none of them is near the tolerance. Elsewhere the spectrum is needed.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
 
-from lightning_basin.functional.gram import GramMatrix
+from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
+from lightning_basin.functional.gradients import (
+    LayerGradients,
+    StackedGradients,
+    gram_of,
+    kronecker_spectrum,
+    sum_of_sketches,
+)
+from lightning_basin.functional.gram import GramMatrix, largest_eigenvalue
 from lightning_basin.functional.rank import (
     EPSILON,
     GRAM_RESOLUTION,
     RANK_TOLERANCES,
     GradientRank,
     rank_gap,
-    singular_values,
+    resolved_tolerances,
 )
+from lightning_basin.functional.smallest_values import smallest_singular_values
 
-OVERSAMPLING = 1.25
-"""Columns of a narrow sketch, by the rows or columns of the matrix, whichever are fewer."""
-
+_OVERSAMPLING = 1.25  # columns of a narrow sketch, as a multiple of the rows or columns of the matrix (the fewer)
 _DISTORTION = 30.0
 r"""How far a singular value of a narrow sketch, relative to the largest, may be from that of the matrix.
 
 A Gaussian one is within :math:`(1 + \sqrt{0.8}) / (1 - \sqrt{0.8}) = 18` (Davidson and Szarek, 2001, theorem II.13).
 """
 
-_NORM_MARGIN = 100.0  # by which a random combination of rows may be shorter than they are: in 1 of 125 cases
-_POWER_VECTORS = 10
-_POWER_STEPS = 3  # of so many random vectors: within 10 % where the spectrum falls evenly, too
-_WORTH_DEFLATING = 256  # rows: of fewer all singular values take milliseconds
-_SHIFT = 1e-13  # of the norm, added so that rounding leaves a matrix positive
-_INVERSE_STEPS = 2
-_SPARE = 32  # random vectors beyond the null space that they are to find
-_MOST_OPEN = 0.25  # of all singular values: where more are open, all of them are found as quickly
-_GAP_SOUGHT = 100.0  # times what is not resolved: so much higher the gap may be
-_MOST_REFINEMENTS = 6  # each takes at least 15/16 of what is wrong, most often nearly all
-_CLEARANCE = 16.0  # between an eigenvalue as it was found, and what it is proved to be above
+_MANY_ROWS = 256  # rows of a sketch from which its smallest singular values are found alone: all of fewer take ms
+_NORM_MARGIN = 100.0  # factor by which a random combination of rows may be shorter than they are: in 1 of 125 cases
+_NARROW = 2  # columns, as a multiple of the rows, whose singular values are hardly smaller than those of all columns
+_WORTH_NARROWING = 2.0  # least ratio of operations for which the Gram matrix of fewer columns is formed
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,10 @@ class IndependentRows:
     """What a triangular factor shows of the singular values of a matrix with as many of them as rows.
 
     Attributes:
-        num_rows: m.
-        least: Below every singular value.
+        num_rows: The number of rows, m.
+        least: A lower bound on every singular value.
         smallest: The smallest singular value, within a digit.
-        largest: The largest, of the columns that were looked at, within 20 %.
+        largest: The largest singular value of the columns that were looked at, within 20 %.
     """
 
     num_rows: int
@@ -62,15 +61,15 @@ class IndependentRows:
     largest: float
 
     def rank(self, *, rtol: float, epsilon: float = EPSILON, norm: float | None = None) -> GradientRank | None:
-        """The rank of these rows with further columns, or without.
+        """Return the rank of these rows, or of the same rows with further columns.
 
         Args:
-            rtol: Relative tolerance that the rank is wanted at.
-            epsilon: Rounding of the matrix.
-            norm: Of one standard normal combination of all its rows, where only some columns were looked at.
+            rtol: The relative tolerance that decides the rank.
+            epsilon: The rounding of the matrix.
+            norm: The norm of one standard normal combination of all rows, where only some columns were looked at.
 
         Returns:
-            ``None`` where a singular value may be below the tolerance.
+            The rank, or ``None`` where a singular value may be below the tolerance.
         """
         if norm is not None and rtol * _NORM_MARGIN * norm > self.least:
             return None
@@ -94,8 +93,8 @@ def independent_rows(gram: GramMatrix, *, resolution: float = GRAM_RESOLUTION) -
     at ``GRAM_RESOLUTION`` of the largest one, rounding cannot pretend this.
 
     Args:
-        gram: Products of all pairs of rows, or of all pairs of columns.
-        resolution: Fraction of the largest singular value that all of them must be above; at least
+        gram: The products of all pairs of rows, or of all pairs of columns.
+        resolution: The fraction of the largest singular value that all of them must be above; at least
             ``GRAM_RESOLUTION``.
 
     Returns:
@@ -119,37 +118,118 @@ def independent_rows(gram: GramMatrix, *, resolution: float = GRAM_RESOLUTION) -
     return IndependentRows(
         num_rows=gram.num_rows,
         least=math.sqrt(shift),
-        smallest=math.sqrt(shift + 1.0 / _largest_eigenvalue(factor.solve, gram)),
-        largest=math.sqrt(_largest_eigenvalue(gram.times, gram)),
+        smallest=math.sqrt(shift + 1.0 / largest_eigenvalue(gram, factor.solve)),
+        largest=math.sqrt(largest_eigenvalue(gram, gram.times)),
     )
 
 
-def rank_of_sketch(sketch: Tensor, *, rtol: float, epsilon: float = EPSILON) -> GradientRank | None:
-    """The rank from a narrow sketch, where it has no singular value near the tolerance.
+def rows_independent_in_few_columns(gradients: LayerGradients, generator: Generator) -> IndependentRows | None:
+    """Prove that rows are independent by some of their columns, where this takes much less than their Gram matrix.
+
+    The columns are the gradients times random orthonormal vectors. Rows that are independent in these are so in all
+    columns, whose singular values are no smaller (Weyl, 1912).
 
     Args:
-        sketch: The matrix times random vectors, ``OVERSAMPLING`` times as many as it has rows or columns, whichever are
-            fewer, scaled such that singular values stay what they are on average; shape ``(m, s)``.
-        rtol: Relative tolerance that the rank is wanted at.
-        epsilon: Rounding of the matrix.
+        gradients: The gradients.
+        generator: A generator on the CPU, for random vectors.
 
     Returns:
-        The rank, or ``None`` where the distortion of the sketch may have moved a singular value over ``rtol``.
+        ``None`` where the rows are not independent, or the proof would not be cheaper.
+    """
+    if gradients.num_columns < gradients.num_rows:
+        return None
+    if (spectrum := kronecker_spectrum(gradients)) is not None:
+        smallest, largest = float(spectrum[-1]), float(spectrum[0])
+        is_clear = smallest > GRAM_RESOLUTION * largest
+        return IndependentRows(gradients.num_rows, smallest / 2, smallest, largest) if is_clear else None
+    gram = _narrow_gram(gradients, generator)
+    return None if gram is None else independent_rows(gram)
+
+
+def _narrow_gram(gradients: LayerGradients, generator: Generator) -> GramMatrix | None:
+    """The Gram matrix of fewer columns; ``None`` where it does not take much less than that of all columns."""
+    parts = gradients.parts if isinstance(gradients, StackedGradients) else (gradients,)
+    fraction = min(1.0, _NARROW * gradients.num_rows / max(1, gradients.num_columns))
+    narrow = [
+        part.narrowed(math.ceil(part.num_columns * fraction), generator)
+        if isinstance(part, KhatriRaoGradients)
+        else part
+        for part in parts
+    ]
+    if _WORTH_NARROWING * sum(part.gram_work for part in narrow) >= sum(part.gram_work for part in parts):
+        return None
+    gram = GramMatrix(gradients.num_rows, gradients.device)
+    for part in narrow:
+        part.add_gram(gram)
+    return gram
+
+
+def certified_rank(
+    matrices: Sequence[LayerGradients],
+    generator: Generator,
+    *,
+    default_rtol: float,
+    rtol: float | None = None,
+    epsilon: float = EPSILON,
+    gram: GramMatrix | None = None,
+) -> GradientRank | None:
+    """Prove the rank of matrices side by side without their spectrum.
+
+    Args:
+        matrices: The matrices of gradients, all with the same number of rows.
+        generator: A generator on the CPU, for the random vectors of a sketch.
+        default_rtol: The relative tolerance that decides the rank unless told otherwise. In lower precision than
+            float64 it is also the resolution, see `resolved_tolerances`.
+        rtol: The relative tolerance that decides the rank; ``None`` means ``default_rtol``.
+        epsilon: The rounding of the matrices.
+        gram: The products of all pairs of rows. ``None`` where nobody has formed them, and full rank is then proved by
+            a sketch, too.
+
+    Returns:
+        The rank, or ``None`` where there is doubt, or the spectrum costs no more than the proof.
 
     Example:
-        >>> generator = torch.Generator().manual_seed(0)
         >>> matrix = torch.tensor([[1.0, 2.0], [2.0, 4.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
-        >>> mixed = matrix @ torch.randn(2, 5, generator=generator, dtype=torch.float64) / 5**0.5
-        >>> rank_of_sketch(mixed, rtol=1e-12).rank
+        >>> certified_rank([DenseGradients(matrix)], Generator().manual_seed(0), default_rtol=1e-12).rank
         2
     """
+    if len(matrices) == 1 and kronecker_spectrum(matrices[0]) is not None:
+        return None
+    has_more_rows = matrices[0].num_rows > sum(gradients.num_columns for gradients in matrices)
+    if has_more_rows:
+        matrices = [DenseGradients(torch.cat([gradients.rows() for gradients in matrices], dim=1).mT)]
+        gram = gram_of(matrices[0])
+    rtol = default_rtol if rtol is None else rtol
+    independent = None if gram is None else independent_rows(gram, resolution=rtol)
+    if independent is not None:
+        rank = independent.rank(rtol=rtol, epsilon=epsilon)
+    elif epsilon >= GRAM_RESOLUTION and not has_more_rows:
+        return None  # The eigenvalues of the Gram matrix decide, and are faster.
+    else:
+        rank = _rank_of_sketch(_narrow_sketch(matrices, generator), rtol=rtol, epsilon=epsilon)
+    resolved = resolved_tolerances(default_rtol, epsilon)
+    return rank and replace(
+        rank, at={tolerance: count for tolerance, count in rank.at.items() if tolerance in resolved}
+    )
+
+
+def _narrow_sketch(matrices: Sequence[LayerGradients], generator: Generator) -> Tensor:
+    """A sketch of ``_OVERSAMPLING`` times as many columns as rows; the matrix itself where it has no more."""
+    num_columns = math.ceil(_OVERSAMPLING * matrices[0].num_rows)
+    if sum(gradients.num_columns for gradients in matrices) > num_columns:
+        return sum_of_sketches(matrices, num_columns, generator)
+    return torch.cat([gradients.rows() for gradients in matrices], dim=1)
+
+
+def _rank_of_sketch(sketch: Tensor, *, rtol: float, epsilon: float) -> GradientRank | None:
+    """The rank from a narrow sketch; ``None`` where its distortion may have moved a singular value over ``rtol``."""
     if not sketch.numel():
         return None
-    found = smallest_singular_values(sketch) if min(sketch.shape) >= _WORTH_DEFLATING else None
-    spectrum = torch.linalg.svdvals(sketch) if found is None else found.spectrum
+    smallest = smallest_singular_values(sketch) if min(sketch.shape) >= _MANY_ROWS else None
+    spectrum = torch.linalg.svdvals(sketch) if smallest is None else smallest.spectrum
     relative = spectrum / spectrum[0]
-    # What is not resolved one by one is above this.
-    resolved = 1.0 if found is None else found.least / float(spectrum[0])
+    # Singular values that are not known one by one are above this.
+    resolved = 1.0 if smallest is None else smallest.least / float(spectrum[0])
 
     def clear_rank(tolerance: float) -> int | None:
         if tolerance * _DISTORTION > resolved:
@@ -170,108 +250,3 @@ def rank_of_sketch(sketch: Tensor, *, rtol: float, epsilon: float = EPSILON) -> 
         largest=float(spectrum[0]),
         method="sketch",
     )
-
-
-@dataclass(frozen=True, eq=False)
-class SmallestSingularValues:
-    """Singular values of which the smallest are told apart.
-
-    Attributes:
-        spectrum: Descending; in place of all others but the first, which is within 20 %, stands the smallest of these.
-        least: Below each of these others.
-    """
-
-    spectrum: Tensor
-    least: float
-
-
-def smallest_singular_values(matrix: Tensor) -> SmallestSingularValues | None:
-    r"""The singular values that a Gram matrix does not resolve, without squaring; a fraction of the cost of all.
-
-    Inverse iteration gives a basis Z of what is nearly the null space of the Gram matrix K. That there is no more to
-    it, a Cholesky factor of :math:`K + \beta Z Z^T - \theta` proves: K has no more eigenvalues below :math:`\theta`
-    than Z has columns (Weyl, 1912). The rows :math:`Z^T Y` of the matrix itself are then small. What they still hold of
-    larger singular vectors is found by solving for it and taken away, as in iterative refinement, until the rounding of
-    the matrix remains, and not that of its square.
-
-    Args:
-        matrix: Y, of any shape.
-
-    Returns:
-        ``None`` where these are too many, or not told from the others.
-
-    Example:
-        >>> found = smallest_singular_values(torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)))
-        >>> found.spectrum.round(decimals=6)
-        tensor([2., 1., 0.], dtype=torch.float64)
-    """
-    rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    gram = GramMatrix(len(rows), rows.device)
-    gram.add_products(rows)
-    largest = math.sqrt(_largest_eigenvalue(gram.times, gram))
-    bottom = _bottom(gram)
-    if bottom is None:
-        return None
-    basis, following = bottom
-    threshold = following / _CLEARANCE
-    gram.add_products(math.sqrt(gram.norm) * basis)
-    factor = gram.factor(shift=threshold)
-    if factor is None:
-        return None
-    small, previous = basis.mT @ rows, math.inf
-    for _ in range(_MOST_REFINEMENTS):
-        before = small
-        basis = basis - _apart(factor.solve(_apart(rows @ small.mT, basis)), basis)
-        small = basis.mT @ rows
-        change = float((small - before).norm())
-        if change <= EPSILON * largest * len(small) ** 0.5 or change > previous / 2:  # The rest is rounding.
-            break
-        previous = change
-    spectrum = matrix.new_full((len(rows),), math.sqrt(following))
-    spectrum[len(rows) - len(small) :] = singular_values(small)
-    spectrum[0] = largest
-    return SmallestSingularValues(spectrum, least=math.sqrt(threshold))
-
-
-def _bottom(gram: GramMatrix) -> tuple[Tensor, float] | None:
-    """An orthonormal basis of the eigenvectors that a Gram matrix does not resolve, and the eigenvalue after theirs."""
-    num_rows, norm = gram.num_rows, gram.norm
-    factor = gram.factor(shift=-_SHIFT * norm)
-    if factor is None:
-        return None
-    unresolved = GRAM_RESOLUTION**2 * norm
-    width = min(num_rows, _SPARE + num_rows // 8)
-    while True:
-        basis = _start(gram, width)
-        for _ in range(_INVERSE_STEPS):
-            basis = torch.linalg.qr(factor.solve(basis)).Q
-        values, vectors = torch.linalg.eigh(basis.mT @ gram.times(basis))
-        # Where the spectrum has its widest gap thereabouts, so that the basis is well determined.
-        fewest, most = (int((values <= limit).sum()) for limit in (unresolved, _GAP_SOUGHT * unresolved))
-        if most <= width - _SPARE or (width == num_rows and most < width):
-            break
-        if width >= num_rows * _MOST_OPEN:
-            return None
-        width = min(2 * width, num_rows)
-    steps = values.clamp(min=EPSILON * norm).log().diff(prepend=values.new_zeros(1))[fewest : most + 1]
-    count = fewest + int(steps.argmax()) if fewest > 0 else 0
-    return basis @ vectors[:, :count], float(values[count])
-
-
-def _apart(vectors: Tensor, basis: Tensor) -> Tensor:
-    """What is left of vectors at right angles to a basis."""
-    return vectors - basis @ (basis.mT @ vectors)
-
-
-def _start(gram: GramMatrix, count: int) -> Tensor:
-    """Random vectors, always the same."""
-    generator = Generator().manual_seed(0)
-    return torch.randn(gram.num_rows, count, generator=generator, dtype=torch.float32).to(gram.device, torch.float64)
-
-
-def _largest_eigenvalue(product: Callable[[Tensor], Tensor], like: GramMatrix) -> float:
-    """Of a positive matrix, by power steps from random starts."""
-    vectors = _start(like, _POWER_VECTORS)
-    for _ in range(_POWER_STEPS):
-        vectors = product(vectors / vectors.norm(dim=0))
-    return float(vectors.norm(dim=0).max())

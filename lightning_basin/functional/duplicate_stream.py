@@ -1,6 +1,6 @@
-"""Which inputs a layer no longer tells apart, of more activations than can be held at once."""
+"""Which inputs a layer no longer distinguishes, for more activations than can be held at once."""
 
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,26 +17,100 @@ from lightning_basin.functional.duplicates import (
     random_directions,
 )
 
-_NUM_DIRECTIONS = 4
-"""Of distinct inputs nearly none are near along all of so many directions."""
+_NUM_DIRECTIONS = 4  # random directions: nearly no distinct inputs are near along all of so many
 
-_COMPARED_ELEMENTS = 2**20  # entries of activations compared at once: 8 MiB
+_COMPARED_ELEMENTS = 2**20  # elements of activations compared at once: 8 MiB
+
+
+@dataclass(frozen=True, eq=False)
+class _Positions:
+    """Where inputs lie along a few random directions. Only inputs that are near along all of them can be the same.
+
+    Attributes:
+        positions: The positions, shape ``(k, num_directions)``.
+        windows: The largest distance of two inputs that are the same, along each direction.
+    """
+
+    positions: Tensor
+    windows: Tensor
+
+    def are_near(self, left: Tensor, right: Tensor) -> Tensor:
+        """Whether inputs are near to others, both given by their indices."""
+        return ((self.positions[left] - self.positions[right]).abs() <= self.windows).all(1)
+
+    def near_pairs(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the places in two lists of inputs of all pairs that are near."""
+        sorted_right, order = self.positions[right, 0].sort()
+        here = self.positions[left, 0].contiguous()
+        first = torch.searchsorted(sorted_right, here - self.windows[0])
+        counts = torch.searchsorted(sorted_right, here + self.windows[0], right=True) - first
+        places = torch.arange(left.numel()).repeat_interleave(counts)
+        within = torch.arange(places.numel()) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        others = order[first.repeat_interleave(counts) + within]
+        is_near = self.are_near(left[places], right[others])
+        return places[is_near], others[is_near]
+
+    def have_open_neighbor(self, classes: Tensor, is_done: Tensor, *, is_later: bool) -> Tensor:
+        """Whether inputs that are not done have a near input of another class.
+
+        Args:
+            classes: The class of each input, shape ``(k,)``.
+            is_done: The inputs that are left out, shape ``(k,)``.
+            is_later: Whether only later inputs count.
+        """
+        order = self.positions[:, 0].argsort()
+        is_open = self._have_open_successor(order, classes, is_done, is_later=is_later)
+        return is_open | self._have_open_successor(order.flip(0), classes, is_done, is_later=is_later)
+
+    def _have_open_successor(self, order: Tensor, classes: Tensor, is_done: Tensor, *, is_later: bool) -> Tensor:
+        """The same among the inputs that come later in an order, sorted along the first direction."""
+        positions, classes = self.positions[order], classes[order]
+        num_inputs = order.numel()
+        is_open = torch.zeros(num_inputs, dtype=torch.bool)
+        if num_inputs == 0:
+            return is_open
+        # From each place the first one behind it with another class: steps over large classes at once.
+        changes = torch.full((num_inputs,), num_inputs)
+        changes[:-1] = torch.where(classes[1:] != classes[:-1], torch.arange(1, num_inputs), num_inputs)
+        changes = changes.flip(0).cummin(0).values.flip(0)
+        active = (~is_done[order]).nonzero().squeeze(1)
+        candidates = changes[active]
+        while active.numel():
+            inside = candidates < num_inputs
+            active, candidates = active[inside], candidates[inside]
+            distances = (positions[candidates] - positions[active]).abs()
+            inside = distances[:, 0] <= self.windows[0]
+            active, candidates, distances = active[inside], candidates[inside], distances[inside]
+            is_neighbor = (distances <= self.windows).all(1)
+            if is_later:
+                is_neighbor &= order[candidates] > order[active]
+            is_open[order[active[is_neighbor]]] = True
+            active, candidates = active[~is_neighbor], candidates[~is_neighbor] + 1
+            again = candidates < num_inputs
+            active, candidates = active[again], candidates[again]
+            same = classes[candidates] == classes[active]
+            candidates = torch.where(same, changes[candidates], candidates)
+        return is_open
 
 
 class DuplicateSearch:
     """The classes of `duplicate_classes` over several passes of the same activations, chunk by chunk.
 
-    The first pass keeps where each input lies along a few random directions, and the largest entry of all. Only inputs
-    that are near along all of them can be the same. Later passes compare just these: an input with such a neighbour
-    still to come is held, unless it is the same as one that is held already. Pairs of classes that this leaves open,
-    as the links of a chain, are compared in further passes. So O(k) numbers are kept, and ``max_elements`` at most of
+    The first pass keeps where each input lies along a few random directions, and the largest element of all. Only
+    inputs that are near along all of them can be the same. Later passes compare just these: an input with a near one
+    still to come is held, unless it is the same as one that is held already. Pairs of classes that this leaves open, as
+    the links of a chain, are compared in further passes. So O(k) elements are kept, and ``max_elements`` at most of
     activations.
 
     Args:
-        rtol: Relative to the largest entry of all inputs; 0 asks for equality.
-        max_elements: Entries of activations held at once; fewer may take more passes.
-        repeated_rtol: To which fraction of the largest entry two evaluations of one activation agree, 1e-14 or so in
-            float64; another draw of an augmentation does not.
+        rtol: The relative tolerance, relative to the largest element of all inputs; 0 asks for equality.
+        max_elements: The elements of activations that are held at once; fewer may take more passes.
+        repeated_rtol: The fraction of the largest element to which two evaluations of one activation agree, 1e-14 or so
+            in float64; another draw of an augmentation does not.
+
+    Attributes:
+        classes: For each input the smallest index of its class, int64 on the CPU; right once no pass is needed any
+            more.
 
     Raises:
         ValueError: If ``rtol`` is not inside ``[0, 1)``.
@@ -55,23 +129,19 @@ class DuplicateSearch:
 
     def __init__(self, *, rtol: float = 1e-6, max_elements: int = 2**24, repeated_rtol: float = 1e-9) -> None:
         check_duplicate_rtol(rtol)
-        self._rtol = rtol
-        self._max_elements = max_elements
-        self._repeated_rtol = repeated_rtol
+        self._rtol, self._max_elements, self._repeated_rtol = rtol, max_elements, repeated_rtol
         self._directions: Tensor | None = None
-        self._found: list[Tensor] = []  # positions along the directions, until the first pass is over
-        self._positions: Tensor | None = None
-        self._largest = torch.empty(0)  # magnitude of each entry
+        self._first_positions: list[Tensor] = []  # along the directions, until the first pass is over
+        self._positions: _Positions | None = None
+        self._largest = torch.empty(0)  # magnitude of each element
         self._scales = torch.empty(0)
         self._num_seen = 0
         self._num_passes = 0
-        self._windows = torch.empty(0)
-        self._wanted = torch.empty(0, dtype=torch.bool)
-        self._compared = torch.empty(0, dtype=torch.bool)
+        self._is_open = torch.empty(0, dtype=torch.bool)
+        self._is_compared = torch.empty(0, dtype=torch.bool)
         self._held = torch.empty(0, dtype=torch.int64)
         self._held_rows = torch.empty(0, 0)
         self.classes = torch.empty(0, dtype=torch.int64)
-        """For each input the smallest index of its class, int64 on the CPU; right once no pass is needed any more."""
 
     def add(self, activations: Tensor, scales: Tensor | None = None) -> None:
         """Look at the next inputs of a pass.
@@ -93,43 +163,47 @@ class DuplicateSearch:
             )
         positions = projections(rows, self._directions).cpu()
         if self._positions is None:
-            self._found.append(positions)
+            self._first_positions.append(positions)
             if rows.numel():
                 self._largest = self._largest.maximum(largest_entries(rows))
                 self._scales = self._scales.maximum(largest_entry(rows) if scales is None else scales.to(rows))
         else:
-            self._check_repeated(positions, self._positions[self._num_seen : self._num_seen + rows.shape[0]])
-            self._compare(rows)
+            self._check_repeated(positions, self._positions.positions[self._num_seen : self._num_seen + rows.shape[0]])
+            self._compare(rows, self._positions)
         self._num_seen += rows.shape[0]
 
     def finish_pass(self) -> bool:
-        """End a pass; whether another one over the same activations is needed.
+        """End a pass, and return whether another one over the same activations is needed.
 
         Raises:
             ValueError: If it had fewer inputs than the first.
         """
         if self._positions is None:
-            self._start_comparing()
-        elif self._num_seen != self._positions.shape[0]:
-            raise ValueError(f"each pass must have the same inputs, got {self._num_seen} after {len(self._positions)}")
-        self._compared[self._held] = True
+            self._positions = self._start_comparing()
+        elif self._num_seen != self.classes.numel():
+            raise ValueError(f"each pass must have the same inputs, got {self._num_seen} after {self.classes.numel()}")
+        self._is_compared[self._held] = True
         self._held = self._held[:0]
         self._num_seen = 0
         self._num_passes += 1
-        self._wanted = self._open_inputs()
-        return bool(self._wanted.any())
+        # In the second pass whoever has a near input is held, to find one soon.
+        self._is_open = self._positions.have_open_neighbor(
+            self.classes, self._is_compared, is_later=self._num_passes > 1
+        )
+        return bool(self._is_open.any())
 
-    def _start_comparing(self) -> None:
-        self._positions = torch.cat(self._found) if self._found else torch.empty(0, _NUM_DIRECTIONS)
-        self._found = []
-        num_inputs = self._positions.shape[0]
-        self.classes = torch.arange(num_inputs)
-        self._compared = torch.zeros(num_inputs, dtype=torch.bool)
-        if self._directions is not None:
-            tolerances = self._rtol * self._scales
-            self._windows = largest_distances(self._directions, tolerances=tolerances, largest=self._largest).cpu()
-            if self._directions.shape[0] == 0:  # Activations without entries are all the same.
-                self.classes.zero_()
+    def _start_comparing(self) -> _Positions:
+        positions = torch.cat(self._first_positions) if self._first_positions else torch.empty(0, _NUM_DIRECTIONS)
+        self._first_positions.clear()
+        self.classes = torch.arange(len(positions))
+        self._is_compared = torch.zeros(len(positions), dtype=torch.bool)
+        if self._directions is None:
+            return _Positions(positions, torch.empty(0))
+        tolerances = self._rtol * self._scales
+        windows = largest_distances(self._directions, tolerances=tolerances, largest=self._largest).cpu()
+        if self._directions.shape[0] == 0:  # Activations without elements are all the same.
+            self.classes.zero_()
+        return _Positions(positions, windows)
 
     def _check_repeated(self, positions: Tensor, before: Tensor) -> None:
         assert self._directions is not None
@@ -139,83 +213,27 @@ class DuplicateSearch:
                 "each pass must give the same inputs in the same order, but the activations of two passes differ"
             )
 
-    def _open_inputs(self) -> Tensor:
-        """Inputs that have not been compared with a later one that is near, and in another class."""
-        assert self._positions is not None
-        order = self._positions[:, 0].argsort()
-        wanted = self._with_near_successor(order)
-        return wanted | self._with_near_successor(order.flip(0))
-
-    def _with_near_successor(self, order: Tensor) -> Tensor:
-        """Those inputs for which such a one comes after them in ``order``, sorted along the first direction."""
-        assert self._positions is not None
-        positions, classes = self._positions[order], self.classes[order]
-        num_inputs = order.numel()
-        wanted = torch.zeros(num_inputs, dtype=torch.bool)
-        if num_inputs == 0:
-            return wanted
-        # From each place the first one behind it with another class: steps over large classes at once.
-        changes = torch.full((num_inputs,), num_inputs)
-        changes[:-1] = torch.where(classes[1:] != classes[:-1], torch.arange(1, num_inputs), num_inputs)
-        changes = changes.flip(0).cummin(0).values.flip(0)
-        active = (~self._compared[order]).nonzero().squeeze(1)
-        candidates = changes[active]
-        while active.numel():
-            inside = candidates < num_inputs
-            active, candidates = active[inside], candidates[inside]
-            distances = (positions[candidates] - positions[active]).abs()
-            inside = distances[:, 0] <= self._windows[0]
-            active, candidates, distances = active[inside], candidates[inside], distances[inside]
-            is_open = (distances <= self._windows).all(1)
-            if self._num_passes > 1:  # Before, whoever has a neighbour, to find one soon.
-                is_open &= order[candidates] > order[active]
-            wanted[order[active[is_open]]] = True
-            active, candidates = active[~is_open], candidates[~is_open] + 1
-            again = candidates < num_inputs
-            active, candidates = active[again], candidates[again]
-            same = classes[candidates] == classes[active]
-            candidates = torch.where(same, changes[candidates], candidates)
-        return wanted
-
-    def _compare(self, rows: Tensor) -> None:
+    def _compare(self, rows: Tensor, positions: _Positions) -> None:
         """Join inputs with those held that are the same, and hold what later ones must be compared to."""
         indices = torch.arange(self._num_seen, self._num_seen + rows.shape[0])
-        joined = torch.zeros(indices.numel(), dtype=torch.bool)
-        places, held = self._near_pairs(indices)
+        is_joined = torch.zeros(indices.numel(), dtype=torch.bool)
+        places, held = positions.near_pairs(indices, self._held)
         for pairs in torch.split(torch.arange(places.numel()), max(1, _COMPARED_ELEMENTS // max(1, rows.shape[1]))):
-            joined[self._join_same(rows, indices, places[pairs], held[pairs])] = True
+            is_joined[self._join_same(rows, indices, places[pairs], held[pairs])] = True
         capacity = max(1, self._max_elements // max(1, rows.shape[1]))
-        for place in self._wanted[indices].nonzero().squeeze(1).tolist():
+        for place in self._is_open[indices].nonzero().squeeze(1).tolist():
             # The first time one of each class is enough, as most inputs near to a member are members too.
-            if self._num_passes == 1 and bool(joined[place]):
+            if self._num_passes == 1 and bool(is_joined[place]):
                 continue
             if self._held.numel() == capacity:
                 return
             self._hold(indices[place : place + 1], rows[place])
             later = torch.arange(place + 1, rows.shape[0])
-            distances = (self._positions_of(indices[later]) - self._positions_of(indices[place])).abs()
-            later = later[(distances <= self._windows).all(1)]
-            joined[self._join_same(rows, indices, later, torch.full_like(later, self._held.numel() - 1))] = True
-
-    def _positions_of(self, indices: Tensor) -> Tensor:
-        assert self._positions is not None
-        return self._positions[indices]
-
-    def _near_pairs(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Places in a chunk, and among the inputs held, of all pairs that may be the same."""
-        sorted_held, order = self._positions_of(self._held)[:, 0].sort()
-        here = self._positions_of(indices)[:, 0].contiguous()
-        first = torch.searchsorted(sorted_held, here - self._windows[0])
-        counts = torch.searchsorted(sorted_held, here + self._windows[0], right=True) - first
-        places = torch.arange(indices.numel()).repeat_interleave(counts)
-        within = torch.arange(places.numel()) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        held = order[first.repeat_interleave(counts) + within]
-        distances = (self._positions_of(indices[places]) - self._positions_of(self._held[held])).abs()
-        near = (distances <= self._windows).all(1)
-        return places[near], held[near]
+            later = later[positions.are_near(indices[later], indices[place : place + 1])]
+            is_joined[self._join_same(rows, indices, later, torch.full_like(later, self._held.numel() - 1))] = True
 
     def _join_same(self, rows: Tensor, indices: Tensor, places: Tensor, held: Tensor) -> Tensor:
-        """Compare pairs of a row of a chunk and an input held; places of rows whose class was another's."""
+        """Compare pairs of a row of a chunk and an input held; return the places of rows that were of another class."""
         apart = self.classes[indices[places]] != self.classes[self._held[held]]
         places, held = places[apart], held[apart]
         if places.numel() == 0:
@@ -234,31 +252,3 @@ class DuplicateSearch:
             self._held_rows = grown
         self._held_rows[count] = row
         self._held = torch.cat([self._held, index])
-
-
-def streamed_duplicate_classes(
-    chunks: Callable[[], Iterable[Tensor]], *, rtol: float = 1e-6, max_elements: int = 2**24
-) -> Tensor:
-    """`duplicate_classes` of activations that are too many to be held at once.
-
-    Args:
-        chunks: Gives the activations, chunks of shape ``(chunk, d)``, anew each time it is called.
-        rtol: Relative to the largest entry of all inputs; 0 asks for equality.
-        max_elements: Entries of activations held at once; fewer may take more passes.
-
-    Returns:
-        Smallest index of each input's class, int64, shape ``(k,)``.
-
-    Raises:
-        ValueError: See `DuplicateSearch`.
-
-    Example:
-        >>> streamed_duplicate_classes(lambda: iter([torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0]])]))
-        tensor([0, 1, 0])
-    """
-    search = DuplicateSearch(rtol=rtol, max_elements=max_elements)
-    while True:
-        for chunk in chunks():
-            search.add(chunk)
-        if not search.finish_pass():
-            return search.classes

@@ -20,7 +20,6 @@ from lightning_basin.functional.projections import (
     mixed,
     slices,
 )
-from lightning_basin.functional.rank import singular_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,36 +92,19 @@ class KhatriRaoGradients:
             gram.add_products((chosen @ self.activations).reshape(k * c, -1))
 
     def narrowed(self, num_columns: int, generator: Generator) -> "KhatriRaoGradients":
-        """Times random orthonormal vectors, Kronecker products of such: ``num_columns`` of them, or hardly more.
-
-        Rows that are independent then are so in the whole, whose singular values are no smaller (Weyl, 1912).
-        """
+        """Multiply by Kronecker products of random orthonormal vectors: ``num_columns`` of them, or hardly more."""
         k, c, t, d_out = self.output_gradients.shape
         d_in = self.activations.shape[-1]
-        share = math.sqrt(min(1.0, num_columns / max(1, self.num_columns)))
-        if t == 1:  # What enters costs nothing; the c rows of an input need as many directions of what leaves.
+        if (
+            t == 1
+        ):  # Input activations cost nothing. The c rows of an input need as many directions of output gradients.
             from_inputs, from_outputs = d_in, max(c, math.ceil(num_columns / max(1, min(k, d_in))))
         else:
-            from_inputs, from_outputs = math.ceil(d_in * share), math.ceil(d_out * share)
-        return replace(
-            self,
-            activations=mixed(self.activations, from_inputs, generator),
-            output_gradients=mixed(self.output_gradients, from_outputs, generator),
+            fraction = math.sqrt(min(1.0, num_columns / max(1, self.num_columns)))
+            from_inputs, from_outputs = math.ceil(d_in * fraction), math.ceil(d_out * fraction)
+        return KhatriRaoGradients(
+            mixed(self.activations, from_inputs, generator), mixed(self.output_gradients, from_outputs, generator)
         )
-
-    def kronecker_spectrum(self) -> Tensor | None:
-        r"""Singular values where all inputs have the same derivatives, as for a linear layer at the end.
-
-        Then :math:`G = A \otimes B`, whose singular values are the products of those of A and of B. Shape
-        ``(min(m, N),)``; ``None`` where derivatives differ.
-        """
-        k, c, t, d_out = self.output_gradients.shape
-        signals = self.output_gradients[:1]
-        if t != 1 or k == 0 or not bool((self.output_gradients == signals).all()):
-            return None
-        left, right = singular_values(self.activations.reshape(k, -1)), singular_values(signals.view(c, d_out))
-        products = torch.outer(left, right).flatten().sort(descending=True).values
-        return torch.cat([products, products.new_zeros(min(self.num_rows, self.num_columns) - len(products))])
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
         r"""The matrix times random rank-one vectors, the Khatri-Rao sketch, shape ``(m, num_columns)``.
@@ -219,18 +201,6 @@ class DenseGradients:
     def add_gram(self, gram: GramMatrix) -> None:
         """Add the products of all pairs of rows."""
         gram.add_products(self.matrix)
-
-    def narrowed(self, num_columns: int, generator: Generator) -> "DenseGradients":
-        """Times random orthonormal vectors, each of which mixes columns of its own; see `KhatriRaoGradients.narrowed`.
-
-        The last columns, fewer than ``num_columns``, may be left out.
-        """
-        mixed = self.num_columns // max(1, num_columns)
-        if mixed <= 1:
-            return self
-        drawn = gaussian(mixed, num_columns, generator, like=self.matrix)
-        columns = self.matrix[:, : mixed * num_columns].reshape(-1, mixed, num_columns)
-        return DenseGradients(torch.einsum("mgs,gs->ms", columns, drawn / drawn.norm(dim=0)))
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
         """The matrix times random vectors, see `fourier_sketch`; shape ``(m, num_columns)``."""

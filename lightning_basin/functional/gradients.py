@@ -1,6 +1,5 @@
 """Behavioral gradients of a layer whose parameters fall into parts, and products of all pairs of their rows."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +8,7 @@ from torch import Generator, Tensor
 
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
 from lightning_basin.functional.gram import GramMatrix
+from lightning_basin.functional.rank import singular_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,27 +41,10 @@ class StackedGradients:
             rows.index_copy_(1, columns, part.rows())
         return rows
 
-    @property
-    def gram_work(self) -> float:
-        """Operations that the Gram matrix takes, about."""
-        return sum(part.gram_work for part in self.parts)
-
     def add_gram(self, gram: GramMatrix) -> None:
         """Add the products of all pairs of rows."""
         for part in self.parts:
             part.add_gram(gram)
-
-    def narrowed(self, num_columns: int, generator: Generator) -> "StackedGradients":
-        """Each part narrowed by its share of the columns; see `KhatriRaoGradients.narrowed`."""
-        share = min(1.0, num_columns / max(1, self.num_columns))
-        parts = [part.narrowed(math.ceil(part.num_columns * share), generator) for part in self.parts]
-        return stacked(parts, self.num_rows, self.device)
-
-    def kronecker_spectrum(self) -> Tensor | None:
-        """See `KhatriRaoGradients.kronecker_spectrum`; ``None`` where there are other parts."""
-        part = self.parts[0] if len(self.parts) == 1 else None
-        is_whole = part is not None and part.num_columns == self.num_columns
-        return part.kronecker_spectrum() if is_whole and isinstance(part, KhatriRaoGradients) else None
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
         """The sum of the sketches of the parts, shape ``(m, num_columns)``."""
@@ -97,10 +80,30 @@ def gram_of(gradients: LayerGradients) -> GramMatrix:
     return gram
 
 
-def stacked(
-    parts: Sequence[KhatriRaoGradients | DenseGradients], num_rows: int, device: torch.device
-) -> StackedGradients:
-    """Parts side by side, in their order."""
-    widths = [part.num_columns for part in parts]
-    columns = torch.split(torch.arange(sum(widths), device=device), widths)
-    return StackedGradients(tuple(parts), tuple(columns), num_rows=num_rows, num_columns=sum(widths), device=device)
+def sum_of_sketches(matrices: Sequence[LayerGradients], num_columns: int, generator: Generator) -> Tensor:
+    """Sketch matrices side by side, shape ``(m, num_columns)``."""
+    total = matrices[0].sketch(num_columns, generator)
+    for gradients in matrices[1:]:
+        total.add_(gradients.sketch(num_columns, generator))
+    return total
+
+
+def kronecker_spectrum(gradients: LayerGradients) -> Tensor | None:
+    r"""Find the singular values where all inputs have the same output gradients, as for a linear layer at the end.
+
+    Then :math:`G = A \otimes B`, whose singular values are the products of those of A and of B.
+
+    Returns:
+        The singular values, descending, shape ``(min(m, N),)``; ``None`` where output gradients differ.
+    """
+    parts = gradients.parts if isinstance(gradients, StackedGradients) else (gradients,)
+    factors = parts[0] if len(parts) == 1 else None
+    if not isinstance(factors, KhatriRaoGradients) or factors.num_columns != gradients.num_columns:
+        return None
+    k, c, t, d_out = factors.output_gradients.shape
+    signals = factors.output_gradients[:1]
+    if t != 1 or k == 0 or not bool((factors.output_gradients == signals).all()):
+        return None
+    left, right = singular_values(factors.activations.reshape(k, -1)), singular_values(signals.view(c, d_out))
+    products = torch.outer(left, right).flatten().sort(descending=True).values
+    return torch.cat([products, products.new_zeros(min(k * c, gradients.num_columns) - len(products))])

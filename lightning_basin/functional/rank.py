@@ -244,26 +244,3 @@ def gradient_rank(spectrum: Spectrum, *, rtol: float | None = None) -> GradientR
         largest=float(sigmas[0]) if sigmas.numel() else 0.0,
         method=spectrum.method,
     )
-
-
-def behavioral_gradient_rank(gradients: Tensor, *, rtol: float | None = None) -> int:
-    """The rank of behavioral gradients given as a dense matrix.
-
-    Args:
-        gradients: One row per output of one input, shape ``(m, N)``.
-        rtol: Relative tolerance on singular values; ``None`` means ``max(m, N) * eps`` of float64.
-
-    Raises:
-        ValueError: If ``gradients`` is not a matrix, or ``rtol`` is not inside ``(0, 1)``.
-
-    Example:
-        >>> behavioral_gradient_rank(torch.tensor([[1.0, 2.0], [2.0, 4.0]]))
-        1
-    """
-    if gradients.ndim != 2:
-        raise ValueError(f"gradients must be a matrix (rows, parameters), got shape {tuple(gradients.shape)}")
-    matrix = gradients.to(torch.float64)
-    if matrix.numel() == 0:
-        return 0
-    tolerance = default_rtol(*matrix.shape) if rtol is None else rtol
-    return numerical_rank(singular_values(matrix), rtol=tolerance)

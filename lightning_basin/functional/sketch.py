@@ -1,8 +1,8 @@
 """Names of earlier versions, for scripts that import them: use `lightning_basin.functional`."""
 
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
-from lightning_basin.functional.gradients import LayerGradients, StackedGradients, gram_of, stacked
-from lightning_basin.functional.spectrum import SpectrumAccumulator, gradient_spectrum, sketched_spectrum
+from lightning_basin.functional.gradients import LayerGradients, StackedGradients, gram_of
+from lightning_basin.functional.spectrum import SpectrumAccumulator, sketched_spectrum
 
 __all__ = [
     "DenseGradients",
@@ -10,8 +10,6 @@ __all__ = [
     "LayerGradients",
     "SpectrumAccumulator",
     "StackedGradients",
-    "gradient_spectrum",
     "gram_of",
     "sketched_spectrum",
-    "stacked",
 ]

@@ -21,10 +21,10 @@ from lightning_basin.network.input_layout import (
     entering_of,
     input_layout,
     leaving_of,
-    real_numbers,
+    real_elements,
 )
 from lightning_basin.network.network import Network
-from lightning_basin.network.runs import passed_otherwise
+from lightning_basin.network.runs import run_regrouped
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
 from lightning_basin.quantities.scopes import Scope
@@ -89,7 +89,7 @@ def layer_activations(
         layout: The places of the inputs in the trace; ``None`` runs other batches to find them.
     """
     if layout is None:
-        layout = input_layout(network, probe, trace, passed_otherwise(network, probe) if probe.size > 1 else [])
+        layout = input_layout(network, probe, trace, run_regrouped(network, probe) if probe.size > 1 else [])
     with torch.no_grad():
         return _ActivationReader(network, probe, trace, layout).activations()
 
@@ -132,7 +132,7 @@ class _ActivationReader:
         for name in self._trace.entering:
             entering = self._by_input(partial(entering_of, name), self._layout.entering[name])
             leaving = self._by_input(partial(leaving_of, name), self._layout.leaving[name])
-            rows = [real_numbers(tensor).flatten(1) for tensor in entering]
+            rows = [real_elements(tensor).flatten(1) for tensor in entering]
             activations[name] = LayerActivations(
                 entering=concatenated(rows, 1) if rows else None,
                 scales=torch.cat([_scales(tensor) for tensor in entering]) if entering else None,
@@ -155,7 +155,9 @@ class _ActivationReader:
         """Tensors of runs of single inputs, stacked; none where the runs differ in shape."""
         if self._singles is None:
             try:
-                self._singles = [self._network.passed(self._probe.select([index])) for index in range(self._probe.size)]
+                self._singles = [
+                    self._network.trace_layers(self._probe.select([index])) for index in range(self._probe.size)
+                ]
             except _CANNOT_RUN:
                 self._singles = []
         shapes = {tuple(tensor.shape for tensor in read(run)) for run in self._singles}
@@ -167,7 +169,7 @@ class _ActivationReader:
 
 def _scales(tensor: Tensor) -> Tensor:
     """The scale on which each element of an activation is compared: the largest magnitude, 0 for integers."""
-    scale = largest_entry(real_numbers(tensor)) if tensor.is_floating_point() else real_numbers(tensor).new_zeros(())
+    scale = largest_entry(real_elements(tensor)) if tensor.is_floating_point() else real_elements(tensor).new_zeros(())
     return scale.expand(tensor[:1].numel())
 
 
@@ -177,7 +179,7 @@ def _units_last(layer: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
         return None
     ordered = []
     for tensor in tensors:
-        numbers = real_numbers(tensor if tensor.ndim > 2 else tensor.unsqueeze(2))  # noqa: PLR2004 - a single unit
+        numbers = real_elements(tensor if tensor.ndim > 2 else tensor.unsqueeze(2))  # noqa: PLR2004 - a single unit
         # The tensors have one axis more than the layer's outputs, the rows of an input: channels were second without.
         axis = 2 - numbers.ndim if isinstance(layer, _CHANNELS_SECOND) else -1
         ordered.append(numbers.movedim(axis, -1).flatten(1, -2))

@@ -1,4 +1,4 @@
-"""Ranks of the behavioral gradients of layers, blocks and the network, each by the cheapest proof that decides."""
+"""Ranks of the behavioral gradients of layers, blocks and the network."""
 
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
@@ -8,12 +8,11 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_basin.evaluation import Evaluation
-from lightning_basin.functional.certificates import OVERSAMPLING, IndependentRows, independent_rows
+from lightning_basin.functional.certificates import certified_rank, rows_independent_in_few_columns
 from lightning_basin.functional.gradients import LayerGradients, gram_of
-from lightning_basin.functional.gram import GramMatrix
 from lightning_basin.functional.rank import EPSILON, GradientRank, Spectrum, gradient_rank, log_det_gram
 from lightning_basin.functional.softmax import softmax_jacobian
-from lightning_basin.functional.spectrum import SpectrumAccumulator, rows_independent_in_few_columns
+from lightning_basin.functional.spectrum import SpectrumAccumulator
 from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
 from lightning_basin.limits import GROUP_ELEMENTS
@@ -22,26 +21,26 @@ from lightning_basin.network.runs import TracedProbe
 from lightning_basin.quantities.hessian.measurement import HessianMeasurement
 from lightning_basin.quantities.scopes import Scope
 
-_NUM_TRIED = 2  # layers, whose gradients may show that those of the network are independent
+_NUM_TRIED = 2  # layers, from the last, whose gradients may show that all rows of the network are independent
 
 
 class RankMeasurement:
-    """Ranks of parts of a network, whose gradients are added layer by layer.
+    """Ranks of scopes, whose gradients are added layer by layer.
 
     Args:
-        parts: To judge.
-        traced: The network on the probe.
-        check: Of the gradients of the outputs.
-        rtol: Relative tolerance of ranks; ``None`` means that of what is decomposed.
-        generator: On the CPU; for random vectors.
-        max_waiting: Numbers that may be held of gradients that are not judged yet.
-        needs_spectra: Whether singular values are wanted, also where the rank can be proved without.
-        is_plain: Whether it is the gradients of the outputs that are added.
+        scopes: The scopes to report.
+        traced: The network's runs over the probe.
+        check: The check of the gradients of the outputs.
+        rtol: The relative tolerance of ranks; ``None`` means the default of what is decomposed.
+        generator: A generator on the CPU, for random vectors.
+        max_waiting: The number of elements that may be held of the gradients of a scope.
+        needs_spectra: Whether singular values are needed also where the rank can be proved without them.
+        is_plain: Whether the gradients that are added are those of the outputs.
     """
 
     def __init__(
         self,
-        parts: Sequence[Scope],
+        scopes: Sequence[Scope],
         traced: TracedProbe,
         check: AutogradCheck,
         *,
@@ -51,29 +50,23 @@ class RankMeasurement:
         needs_spectra: bool,
         is_plain: bool,
     ) -> None:
-        self._parts, self._traced, self._check = parts, traced, check
-        self._rtol, self._generator = rtol, generator
-        self._needs_spectra = needs_spectra
+        self._scopes, self._traced, self._check = scopes, traced, check
+        self._rtol, self._generator, self._needs_spectra = rtol, generator, needs_spectra
         self._epsilon = torch.finfo(traced.network.dtype).eps
         self._ranks: dict[Scope, GradientRank] = {}
         self._spectra: dict[Scope, Spectrum] = {}
         self._open = {
-            part: SpectrumAccumulator(
-                check.num_rows,
-                part.num_parameters,
-                generator,
-                max_waiting=max_waiting,
-                epsilon=self._epsilon,
-                # In float32 what a Gram matrix does not resolve is rounding: its factor, or its eigenvalues, decide.
-                is_postponed=not needs_spectra and self._epsilon == EPSILON,
+            scope: SpectrumAccumulator(
+                check.num_rows, scope.num_parameters, generator, max_waiting=max_waiting, epsilon=self._epsilon
             )
-            for part in parts
+            for scope in scopes
         }
-        # Of these alone the norm is known, from the check; and inputs with equal outputs are most often merged ones.
-        self._seeks_independence = (
+        # The check knows the norm of the outputs' gradients alone; and inputs with equal outputs are often merged ones.
+        self._may_be_independent = (
             not needs_spectra and is_plain and self._epsilon == EPSILON and _are_distinct(traced.whole.outputs)
         )
-        self._sums: dict[Scope, GramMatrix] = {}
+        # In float32 the Gram matrix decides: what it does not resolve is rounding.
+        self._needs_grams = needs_spectra or self._may_be_independent or self._epsilon > EPSILON
 
     @property
     def is_complete(self) -> bool:
@@ -81,82 +74,67 @@ class RankMeasurement:
         return not self._open
 
     def try_last_layers(self, *, max_elements: int) -> None:
-        """Look at some layers of many parameters first, where their gradients may be all that is needed.
-
-        They are the last ones, for which the backward passes are short.
+        """Look first at the last large layers, whose backward passes are short: they may prove the network's rank.
 
         Args:
-            max_elements: See `layer_gradients`.
+            max_elements: The same as of `layer_gradients`.
         """
-        if not self._seeks_independence or len(self._parts) > 1 or any(part.is_tiny for part in self._open.values()):
+        if not self._may_be_independent or len(self._scopes) > 1 or self._open[self._scopes[0]].is_tiny:
             return
-        least = OVERSAMPLING * self._check.num_rows
-        large = [layer for layer in reversed(self._traced.network.layers) if layer.num_parameters >= least]
-        for layer in large[:_NUM_TRIED]:
-            for found in layer_gradients(self._traced, self._check, layers=[layer], max_elements=max_elements):
-                self._conclude(self._parts, rows_independent_in_few_columns(found.gradients, self._generator))
+        large = [layer for layer in self._traced.network.layers if layer.num_parameters >= self._check.num_rows]
+        for layer in large[: -_NUM_TRIED - 1 : -1]:
+            for measured in layer_gradients(self._traced, self._check, layers=[layer], max_elements=max_elements):
+                self._try_few_columns(self._scopes, measured.gradients)
             if self.is_complete:
                 return
 
     def add(self, layer: Layer, gradients: LayerGradients) -> None:
         """Take the gradients with respect to the next layer into account."""
-        concerned = [part for part in self._parts if part in self._open and layer in part.layers]
-        if self._needs_spectra:
-            gram = cache(partial(gram_of, gradients)) if len(concerned) > 1 else None
-            for part in concerned:
-                self._open[part].add(gradients, gram)
-        else:
-            self._add_unless_independent(concerned, gradients)
-        for part in concerned:
-            if part.kind == "layer" and part in self._open:  # Complete: judge it now and free its memory.
-                self._judge(part)
+        self._try_few_columns([scope for scope in self._open if layer in scope.layers], gradients)
+        scopes = [scope for scope in self._open if layer in scope.layers]
+        gram = cache(partial(gram_of, gradients)) if self._needs_grams and len(scopes) > 1 else None
+        for scope in scopes:
+            self._open[scope].add(gradients, gram)
+        for scope in scopes:
+            if scope.kind == "layer":  # Complete: judge it now and free its memory.
+                self._judge(scope)
 
     def finished(self) -> tuple[dict[Scope, GradientRank], dict[Scope, Spectrum]]:
-        """Ranks of all parts, and singular values of those whose rank was not proved without."""
-        for part in list(self._open):
-            if part in self._sums:
-                self._conclude([part], independent_rows(self._sums.pop(part)))
-            if part in self._open:
-                self._judge(part)
-        self._ranks |= {part: gradient_rank(spectrum, rtol=self._rtol) for part, spectrum in self._spectra.items()}
-        return {part: self._ranks[part] for part in self._parts}, self._spectra
+        """Return the ranks of all scopes, and the singular values where the rank was not proved without them."""
+        for scope in list(self._open):
+            self._judge(scope)
+        return {scope: self._ranks[scope] for scope in self._scopes}, self._spectra
 
-    def _add_unless_independent(self, concerned: Sequence[Scope], gradients: LayerGradients) -> None:
-        gram = None
-        sought = [part for part in concerned if self._seeks_independence and not self._open[part].is_tiny]
-        if sought and gradients.num_columns >= gradients.num_rows:
-            independent = rows_independent_in_few_columns(gradients, self._generator)
-            if independent is None:
-                gram = gram_of(gradients)
-                independent = independent_rows(gram)
-            self._conclude(sought, independent)
-        for part in concerned:
-            if part not in self._open:
-                continue
-            self._open[part].add(gradients)
-            if part in sought and part.kind != "layer" and part.num_parameters >= gradients.num_rows:
-                total = self._sums.setdefault(part, GramMatrix(gradients.num_rows, gradients.device))
-                gradients.add_gram(total) if gram is None else total.add(gram)
-
-    def _conclude(self, parts: Iterable[Scope], independent: IndependentRows | None) -> None:
-        """Rows that are independent in some columns are so in every part that has these."""
+    def _try_few_columns(self, scopes: Iterable[Scope], gradients: LayerGradients) -> None:
+        """Conclude scopes: rows that are independent in some columns are so in every scope that has these."""
+        large = [scope for scope in scopes if not self._open[scope].is_tiny] if self._may_be_independent else []
+        independent = rows_independent_in_few_columns(gradients, self._generator) if large else None
         if independent is None:
             return
-        for part in parts:
-            rtol = self._open[part].default_rtol if self._rtol is None else self._rtol
-            proved = independent.rank(rtol=rtol, epsilon=self._epsilon, norm=self._check.norm(part.layers))
-            if proved is not None:
-                self._ranks[part] = proved
-                del self._open[part]
-                self._sums.pop(part, None)
+        for scope in large:
+            rtol = self._open[scope].default_rtol if self._rtol is None else self._rtol
+            rank = independent.rank(rtol=rtol, epsilon=self._epsilon, norm=self._check.norm(scope.layers))
+            if rank is not None:
+                self._ranks[scope] = rank
+                del self._open[scope]
 
-    def _judge(self, part: Scope) -> None:
-        accumulator = self._open.pop(part)
-        proved = None if self._needs_spectra else accumulator.proved_rank(rtol=self._rtol)
-        if proved is None:
-            self._spectra[part] = accumulator.spectrum()
-        else:
-            self._ranks[part] = proved
+    def _judge(self, scope: Scope) -> None:
+        accumulator = self._open.pop(scope)
+        matrices = accumulator.matrices()
+        rank = None
+        if not self._needs_spectra and not accumulator.is_tiny and matrices is not None:
+            rank = certified_rank(
+                matrices,
+                self._generator,
+                default_rtol=accumulator.default_rtol,
+                rtol=self._rtol,
+                epsilon=self._epsilon,
+                gram=accumulator.gram() if self._needs_grams else None,
+            )
+        if rank is None:
+            self._spectra[scope] = accumulator.spectrum()
+            rank = gradient_rank(self._spectra[scope], rtol=self._rtol)
+        self._ranks[scope] = rank
 
 
 def _are_distinct(outputs: Tensor) -> bool:

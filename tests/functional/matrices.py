@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
-from tests.networks import drawn
+from lightning_basin.functional.spectrum import SpectrumAccumulator
+from tests.networks import drawn, generator_of
 
 
 def khatri_rao(k=5, c=3, t=1, d_in=4, d_out=2, columns="weight and bias", seed=0):
@@ -53,6 +54,24 @@ def wide_blocks(num_rows=200, rank=None, seed=0):
         repeated = torch.arange(num_rows) % rank
         activations, signals = activations[repeated], [signal[repeated] for signal in signals]
     return [KhatriRaoGradients(activations, signal) for signal in signals]
+
+
+def integer_product(rows, columns, rank, seed):
+    """A product of integer matrices that contain an identity: its rank is exact."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randint(-3, 4, (rows, rank), generator=generator, dtype=torch.float64)
+    right = torch.randint(-3, 4, (rank, columns), generator=generator, dtype=torch.float64)
+    left[:rank], right[:, :rank] = torch.eye(rank), torch.eye(rank)
+    return left @ right
+
+
+def spectrum_of(blocks, seed=0):
+    """The singular values of blocks side by side."""
+    num_columns = sum(block.num_columns for block in blocks)
+    accumulator = SpectrumAccumulator(blocks[0].num_rows, num_columns, generator_of(seed))
+    for block in blocks:
+        accumulator.add(block)
+    return accumulator.spectrum()
 
 
 INFINITE = float("inf")

@@ -1,14 +1,24 @@
 import pytest
 import torch
 
-from lightning_basin.functional import DuplicateSearch, duplicate_classes, streamed_duplicate_classes
+from lightning_basin.functional import DuplicateSearch, duplicate_classes
 from tests.networks import drawn, planted
 
 RTOLS = [0.0, 1e-6, 1e-3, 0.03, 0.3]
 
 
+def classes_of(chunks, **options):
+    """The classes over as many passes as are needed; ``chunks`` gives the activations anew each time."""
+    search = DuplicateSearch(**options)
+    while True:
+        for chunk in chunks():
+            search.add(chunk)
+        if not search.finish_pass():
+            return search.classes
+
+
 def streamed(rows, chunk_size, **options):
-    return streamed_duplicate_classes(lambda: rows.split(chunk_size), **options)
+    return classes_of(lambda: rows.split(chunk_size), **options)
 
 
 def chain(num_links, step):
@@ -67,7 +77,7 @@ def test_single_inputs_no_inputs_and_activations_without_entries(shape):
 
 
 def test_no_chunks_have_no_classes():
-    assert streamed_duplicate_classes(list).tolist() == []
+    assert classes_of(list).tolist() == []
 
 
 def test_zero_and_minus_zero_are_equal():
@@ -120,14 +130,14 @@ def tensors_in(attributes):
 def test_passes_that_differ_are_refused():
     passes = iter([torch.ones(4, 2), torch.ones(4, 2) + 0.1])
     with pytest.raises(ValueError, match="the activations of two passes differ"):
-        streamed_duplicate_classes(lambda: [next(passes)])
+        classes_of(lambda: [next(passes)])
 
 
 @pytest.mark.parametrize("number", [3, 5])
 def test_a_pass_with_another_number_of_inputs_is_refused(number):
     passes = iter([torch.ones(4, 2), torch.ones(number, 2)])
     with pytest.raises(ValueError, match="each pass must"):
-        streamed_duplicate_classes(lambda: [next(passes)])
+        classes_of(lambda: [next(passes)])
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 6])

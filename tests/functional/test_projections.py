@@ -13,7 +13,6 @@ from lightning_basin.functional.rank import (
     singular_values,
 )
 from lightning_basin.functional.spectrum import (
-    gradient_spectrum,
     sketched_spectrum,
 )
 from tests.functional.matrices import (
@@ -22,6 +21,7 @@ from tests.functional.matrices import (
     khatri_rao,
     rounded_to_float32,
     rows_by_loop,
+    spectrum_of,
     wide_blocks,
 )
 from tests.networks import drawn, generator_of, with_singular_values
@@ -181,12 +181,12 @@ def test_default_tolerance_of_a_sketched_spectrum_is_that_of_the_sketch():
 
 
 def test_wide_deficient_matrices_are_judged_by_the_sketch():
-    spectrum = gradient_spectrum(wide_blocks(rank=120), generator=generator_of(0))
+    spectrum = spectrum_of(wide_blocks(rank=120))
     assert spectrum.method == "gram+sketch"
     # 200 rows, 120 of them different.
     assert numerical_rank(spectrum.singular_values, rtol=spectrum.rtol) == 120
 
 
 def test_the_same_seed_gives_the_same_spectrum_of_wide_matrices():
-    spectra = [gradient_spectrum(wide_blocks(rank=120), generator=generator_of(7)) for _ in range(2)]
+    spectra = [spectrum_of(wide_blocks(rank=120), seed=7) for _ in range(2)]
     assert torch.equal(spectra[0].singular_values, spectra[1].singular_values)

@@ -8,7 +8,6 @@ from lightning_basin.functional.rank import (
     EPSILON,
     RANK_TOLERANCES,
     Spectrum,
-    behavioral_gradient_rank,
     default_rtol,
     effective_rank,
     gradient_rank,
@@ -18,44 +17,15 @@ from lightning_basin.functional.rank import (
     singular_values,
 )
 from tests.exact import exact_pseudodeterminant, integers
+from tests.functional.matrices import integer_product
 
 
 def spectrum_of(*values, rtol=1e-14, method="svd"):
     return Spectrum(singular_values=torch.tensor(values, dtype=torch.float64), rtol=rtol, method=method)
 
 
-def integer_product(rows, columns, rank, seed):
-    """A product of integer matrices that contain an identity: its rank is exact."""
-    generator = torch.Generator().manual_seed(seed)
-    left = torch.randint(-3, 4, (rows, rank), generator=generator, dtype=torch.float64)
-    right = torch.randint(-3, 4, (rank, columns), generator=generator, dtype=torch.float64)
-    left[:rank], right[:, :rank] = torch.eye(rank), torch.eye(rank)
-    return left @ right
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (5, 3)])
-def test_rank_of_the_zero_matrix_is_zero(shape):
-    assert behavioral_gradient_rank(torch.zeros(shape)) == 0
-
-
-@pytest.mark.parametrize("shape", [(0, 0), (0, 4), (4, 0)])
-def test_rank_of_an_empty_matrix_is_zero(shape):
-    assert behavioral_gradient_rank(torch.zeros(shape)) == 0
-
-
 def test_rank_of_an_empty_spectrum_is_zero():
     assert numerical_rank(torch.zeros(0), rtol=1e-6) == 0
-
-
-@pytest.mark.parametrize("rank", [1, 2, 7, 12])
-@pytest.mark.parametrize("shape", [(12, 12), (12, 40), (40, 12), (13, 15)])
-def test_rank_of_an_integer_product_is_its_inner_dimension(shape, rank):
-    assert behavioral_gradient_rank(integer_product(*shape, rank, seed=rank)) == rank
-
-
-def test_rank_of_a_float32_matrix_is_taken_in_float64():
-    matrix = integer_product(30, 50, 11, seed=0).to(torch.float32)
-    assert behavioral_gradient_rank(matrix) == 11
 
 
 def test_a_singular_value_at_the_tolerance_does_not_count():
@@ -71,10 +41,6 @@ def test_the_order_of_singular_values_does_not_change_the_rank():
     assert numerical_rank(torch.tensor([1e-9, 2.0, 1e-3], dtype=torch.float64), rtol=1e-6) == 2
 
 
-def test_behavioral_gradient_rank_uses_the_given_tolerance():
-    assert behavioral_gradient_rank(torch.diag(torch.tensor([1.0, 1e-3, 1e-6])), rtol=1e-4) == 2
-
-
 def test_default_tolerance_is_the_larger_side_times_the_rounding_of_float64():
     assert default_rtol(3, 700) == 700 * 2.0**-52
 
@@ -88,17 +54,6 @@ def test_a_tolerance_outside_of_the_open_unit_interval_is_refused(rtol):
 def test_gradient_rank_refuses_a_tolerance_of_zero():
     with pytest.raises(ValueError, match=r"inside \(0, 1\), got 0.0"):
         gradient_rank(spectrum_of(1.0), rtol=0.0)
-
-
-def test_behavioral_gradient_rank_refuses_a_tolerance_of_one():
-    with pytest.raises(ValueError, match=r"inside \(0, 1\), got 1.0"):
-        behavioral_gradient_rank(torch.eye(2), rtol=1.0)
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 2, 2)])
-def test_gradients_that_are_no_matrix_are_refused(shape):
-    with pytest.raises(ValueError, match=r"gradients must be a matrix \(rows, parameters\), got shape"):
-        behavioral_gradient_rank(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (6, 7), (6, 30), (30, 6), (1, 9), (9, 1)])

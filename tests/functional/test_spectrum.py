@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
-from lightning_basin.functional.gradients import StackedGradients, gram_of
+from lightning_basin.functional.gradients import StackedGradients, gram_of, kronecker_spectrum
 from lightning_basin.functional.rank import (
     GRAM_RESOLUTION,
     gradient_rank,
@@ -13,14 +13,16 @@ from lightning_basin.functional.rank import (
 )
 from lightning_basin.functional.spectrum import (
     SpectrumAccumulator,
-    gradient_spectrum,
+    behavioral_gradient_rank,
     sketched_spectrum,
 )
 from tests.functional.matrices import (
     FLOAT32,
+    integer_product,
     khatri_rao,
     rounded_to_float32,
     rows_by_loop,
+    spectrum_of,
     wide_blocks,
 )
 from tests.networks import drawn, generator_of, with_singular_values
@@ -93,7 +95,7 @@ def test_spectrum_of_the_zero_matrix_is_zero():
 
 def test_small_matrices_are_decomposed_side_by_side():
     blocks = [khatri_rao(t=2), DenseGradients(drawn(15, 4, seed=5))]
-    spectrum = gradient_spectrum(blocks, generator=generator_of(0))
+    spectrum = spectrum_of(blocks)
     rows = np.concatenate([rows_by_loop(blocks[0]), blocks[1].matrix.numpy()], axis=1)
     assert spectrum.method == "svd"
     assert spectrum.rtol == 15 * 2.0**-52
@@ -108,7 +110,7 @@ def test_wide_matrices_of_full_rank_are_judged_by_the_gram_matrix():
     signal[..., :2] = torch.tensor([3.0, 4.0])
     signal[::2] *= -1
     block = KhatriRaoGradients(activations.unsqueeze(1), signal)
-    spectrum = gradient_spectrum([block], generator=generator_of(0))
+    spectrum = spectrum_of([block])
     assert spectrum.method == "gram"
     # Orthogonal rows of activations with these norms, times a signal of norm 5.
     torch.testing.assert_close(spectrum.singular_values, torch.from_numpy(5 * values[::-1].copy()))
@@ -125,7 +127,7 @@ def test_large_gram_matrices_are_symmetric_products(k, c, t):
     accumulator = SpectrumAccumulator(k * c, 30, generator_of(0))
     accumulator.add(stacked)
     accumulator.add(stacked, lambda: gram_of(stacked))
-    assert accumulator.proved_rank() is None or accumulator.proved_rank().rank == 15
+    assert gradient_rank(accumulator.spectrum()).rank == np.linalg.matrix_rank(stacked.rows().numpy())
 
 
 @pytest.mark.parametrize(("k", "c", "d_in", "d_out"), [(60, 3, 20, 3), (20, 3, 60, 3), (30, 4, 12, 9), (1, 1, 1, 1)])
@@ -134,57 +136,82 @@ def test_singular_values_of_a_linear_layer_at_the_end_are_products(k, c, d_in, d
     activations[: k // 3] = activations[0]
     block = KhatriRaoGradients(activations, signal.expand(k, c, 1, d_out).contiguous())
     rows = rows_by_loop(block)
-    np.testing.assert_allclose(block.kronecker_spectrum(), np.linalg.svd(rows, compute_uv=False), atol=1e-12)
-    judged = gradient_rank(gradient_spectrum([block], generator=generator_of(0)))
+    np.testing.assert_allclose(kronecker_spectrum(block), np.linalg.svd(rows, compute_uv=False), atol=1e-12)
+    judged = gradient_rank(spectrum_of([block]))
     assert judged.rank == min(k - max(0, k // 3 - 1), d_in) * min(c, d_out)
 
 
 def test_derivatives_that_differ_make_no_product():
     signals = drawn(1, 3, 1, 4).repeat(5, 1, 1, 1)
     signals[4, 0, 0, 0] += 2.0**-50
-    assert KhatriRaoGradients(drawn(5, 1, 6), signals).kronecker_spectrum() is None
-    assert KhatriRaoGradients(drawn(5, 2, 6), drawn(1, 3, 2, 4).repeat(5, 1, 1, 1)).kronecker_spectrum() is None
+    assert kronecker_spectrum(KhatriRaoGradients(drawn(5, 1, 6), signals)) is None
+    assert kronecker_spectrum(KhatriRaoGradients(drawn(5, 2, 6), drawn(1, 3, 2, 4).repeat(5, 1, 1, 1))) is None
 
 
 def test_wide_dense_and_factored_matrices_are_added():
     blocks = wide_blocks(rank=90)
     mixed = [blocks[0], DenseGradients(blocks[1].rows())]
-    spectrum = gradient_spectrum(mixed, generator=generator_of(0))
+    spectrum = spectrum_of(mixed)
     assert numerical_rank(spectrum.singular_values, rtol=spectrum.rtol) == 90
 
 
 def test_accumulating_leaves_the_gram_matrices_of_the_parts_as_they_were():
     blocks = wide_blocks(rank=90)
     before = gram_of(blocks[0]).whole().clone()
-    gradient_spectrum(blocks, generator=generator_of(0))
+    spectrum_of(blocks)
     assert torch.equal(gram_of(blocks[0]).whole(), before)
 
 
 def test_spectra_are_float64():
-    assert gradient_spectrum(wide_blocks(rank=90), generator=generator_of(0)).singular_values.dtype == torch.float64
+    assert spectrum_of(wide_blocks(rank=90)).singular_values.dtype == torch.float64
 
 
 def test_integers_of_a_wide_gram_matrix_are_exact():
     # Entries 0 and 1: all products are integers below 2**53, the singular values sqrt(250 * 261) and zeros.
     ones = torch.ones(200, 1, 250, dtype=torch.float64)
     blocks = [KhatriRaoGradients(ones, ones.new_ones(200, 1, 1, width)) for width in (160, 101)]
-    spectrum = gradient_spectrum(blocks, generator=generator_of(0))
+    spectrum = spectrum_of(blocks)
     torch.testing.assert_close(float(spectrum.singular_values[0]), math.sqrt(200 * 250 * 261))
     assert numerical_rank(spectrum.singular_values, rtol=spectrum.rtol) == 1
-
-
-def test_matrices_with_different_numbers_of_rows_are_refused():
-    blocks = [DenseGradients(torch.zeros(2, 3)), DenseGradients(torch.zeros(3, 3))]
-    with pytest.raises(ValueError, match=r"must share one number of rows, got \[2, 3\]"):
-        gradient_spectrum(blocks, generator=generator_of(0))
-
-
-def test_no_matrix_at_all_is_refused():
-    with pytest.raises(ValueError, match=r"must share one number of rows, got \[\]"):
-        gradient_spectrum([], generator=generator_of(0))
 
 
 @pytest.mark.parametrize("num_columns", [4, 100_000_000])
 def test_a_spectrum_of_nothing_is_refused(num_columns):
     with pytest.raises(RuntimeError, match="columns must be added to be judged, got 0"):
         SpectrumAccumulator(2, num_columns, generator_of(0)).spectrum()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (5, 3)])
+def test_rank_of_the_zero_matrix_is_zero(shape):
+    assert behavioral_gradient_rank(torch.zeros(shape)) == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 4), (4, 0)])
+def test_rank_of_an_empty_matrix_is_zero(shape):
+    assert behavioral_gradient_rank(torch.zeros(shape)) == 0
+
+
+@pytest.mark.parametrize("rank", [1, 2, 7, 12])
+@pytest.mark.parametrize("shape", [(12, 12), (12, 40), (40, 12), (13, 15)])
+def test_rank_of_an_integer_product_is_its_inner_dimension(shape, rank):
+    assert behavioral_gradient_rank(integer_product(*shape, rank, seed=rank)) == rank
+
+
+def test_rank_of_a_float32_matrix_is_taken_in_float64():
+    matrix = integer_product(30, 50, 11, seed=0).to(torch.float32)
+    assert behavioral_gradient_rank(matrix) == 11
+
+
+def test_behavioral_gradient_rank_uses_the_given_tolerance():
+    assert behavioral_gradient_rank(torch.diag(torch.tensor([1.0, 1e-3, 1e-6])), rtol=1e-4) == 2
+
+
+def test_behavioral_gradient_rank_refuses_a_tolerance_of_one():
+    with pytest.raises(ValueError, match=r"inside \(0, 1\), got 1.0"):
+        behavioral_gradient_rank(torch.eye(2), rtol=1.0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2, 2)])
+def test_gradients_that_are_no_matrix_are_refused(shape):
+    with pytest.raises(ValueError, match=r"gradients must be a matrix \(rows, parameters\), got shape"):
+        behavioral_gradient_rank(torch.zeros(shape))
