@@ -105,7 +105,7 @@ def merged_linear_directions(classes: Tensor, signals: Tensor, inputs: Tensor, *
     Args:
         classes: First member of each input's class, shape ``(k,)``; inputs of one class have the same ``signals``.
         signals: Derivative of each output by what leaves the linear layer, shape ``(k, c, units)``.
-        inputs: What enters it, shape ``(k, features)``.
+        inputs: The layer's input activations, shape ``(k, features)``.
         rtol: Tolerance at which the rank of the gradients is counted, relative to their largest singular value.
 
     Example:

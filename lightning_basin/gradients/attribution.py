@@ -1,4 +1,4 @@
-"""Which part of an operation's result belongs to which input, and the outputs' derivatives with respect to it.
+"""Which slice of an operation's output belongs to which input, and the derivatives of the network's outputs by it.
 
 Axis letters: k inputs, c outputs per input, t positions of a sequence, n elements of a parameter.
 """
