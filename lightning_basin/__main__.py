@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure checkpoints as a command line says.
 
     Args:
-        arguments: Of the command line; ``None`` takes those of the process.
+        arguments: The arguments of the command line; ``None`` takes the arguments of the process.
     """
     parser = _parser()
     options = parser.parse_args(arguments)

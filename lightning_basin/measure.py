@@ -10,8 +10,9 @@ from torch import Generator, nn
 from lightning_basin.evaluation import Evaluation, Planner, open_evaluation
 from lightning_basin.functional.rank import GradientRank
 from lightning_basin.memory import MeasurementPlan, plan_measurement
-from lightning_basin.network.network import LossFunction, Network
-from lightning_basin.network.trace import Trace
+from lightning_basin.network.calls import LossFunction
+from lightning_basin.network.network import Network
+from lightning_basin.network.trace import Trace, layers_run_by
 from lightning_basin.probe import Probe
 from lightning_basin.quantities.activations import measure_activation_ranks, measure_activations
 from lightning_basin.quantities.duplicates import (
@@ -63,44 +64,44 @@ def measure_basin(
     random states.
 
     Args:
-        module: Any module, of any floating point type, on any device.
-        inputs: A tensor, or a tuple or dict of tensors, with the k inputs along their first axis; or a `Probe`.
-        targets: What ``loss_fn`` takes as its second argument.
-        loss_fn: From outputs and targets to a scalar. Without it loss and Hessian are not measured. ``"behavioral"``
-            takes the outputs as they are for targets, in squared error: its Hessian is 2 GᵀG at any weights, and there
-            is no loss to report.
-        behavior: From the module and the inputs to the outputs whose gradients count, shape ``(k, ...)``. ``None`` or
-            ``"outputs"`` calls the module, unpacking a tuple or dict as its ``forward`` takes it. ``"probabilities"``
-            counts the gradients of the softmax over the second axis of these, where torch's cross-entropy has the
-            classes, while ``loss_fn`` still takes the outputs before the softmax.
-        layers: ``"all"``, ``"auto"`` (blocks beside the layers where these are more than 32), or names of
-            layers to report.
-        hessian: ``"auto"`` brackets its nullity by some 30 products at any size, and up to 500 parameters forms it
-            too; ``"dense"`` forms it always, ``"bracket"`` never; ``"gauss-newton"`` takes no product and measures
-            ``gauss_newton_nullity`` only; ``False`` measures nothing of it.
-        rtol: Relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed, eps of
-            ``dtype``.
-        duplicate_rtol: Two activations are the same when they differ by at most this, relative to the largest.
+        module: The module, of any floating point type, on any device.
+        inputs: The k inputs along the first axis of a tensor, or of each tensor in a tuple or dict; or a `Probe`.
+        targets: The second argument of ``loss_fn``.
+        loss_fn: The loss, from outputs and targets to a scalar. Without it loss and Hessian are not measured.
+            ``"behavioral"`` is the squared distance from the outputs as they are: its Hessian is 2 GᵀG at any weights,
+            and there is no loss to report.
+        behavior: The outputs whose gradients count, shape ``(k, ...)``, as a function of the module and the inputs.
+            ``None`` or ``"outputs"`` calls the module, unpacking a tuple or dict as its ``forward`` takes it.
+            ``"probabilities"`` takes the softmax of its outputs over the second axis, where torch's cross-entropy has
+            the classes, while ``loss_fn`` still gets the outputs before the softmax.
+        layers: The layers to report: ``"all"``, ``"auto"`` (blocks beside the layers where these are more than 32), or
+            names of layers.
+        hessian: The way to the Hessian. ``"auto"`` brackets its nullity by some 30 products at any size, and up to 500
+            parameters forms it too; ``"dense"`` forms it always, ``"bracket"`` never; ``"gauss-newton"`` takes no
+            product and measures ``gauss_newton_nullity`` only; ``False`` measures nothing of it.
+        rtol: The relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed, eps
+            of ``dtype``.
+        duplicate_rtol: The difference, relative to the largest activation, up to which two activations are the same.
         duplicates_over: A whole training set over which duplicated activations are counted too: a map-style data set
             or a ``DataLoader`` of one (read in the order of its indices, without the loader's workers and shuffling),
             or batches that can be iterated over several times, each a tensor, a pair of inputs and targets, or a
             `Probe`. It is streamed two times or more.
-        max_outputs: Where a module has more outputs per input, measure the gradients of so many random orthonormal
-            combinations of them; ranks are then lower bounds, and the Hessian is left out. ``"auto"`` does so where
-            there are more than ``MAX_ROWS`` outputs on the probe, ``None`` refuses these.
-        spectrum: Whether singular values are wanted where the rank can be proved without them, several times as fast;
-            without, effective ranks, log-determinants and most ranks at coarser tolerances are then left out.
-        memory_budget: Bytes that the measurement may use beside what the process holds; ``None`` means half of what is
-            free: on the device, or on the machine and in the container or job (of 4 GiB where the system does not tell,
-            as on Windows). Inputs are then measured in chunks, and layers one after the other, where that is needed.
-        dtype: ``"float32"`` runs and differentiates the copy in float32: half the memory of the graph, and the fast
-            type of many accelerators. What comes out is decomposed in float64 all the same, but what is below its
-            rounding cannot be told from zero: a note in the record says where that begins. Activations then are the
-            same within 4e-6 at least, and the Hessian is left out.
-        seed: Of the sketch's random vectors: same seed, same numbers.
-        step: Noted in the record.
-        trained: Names of parameters that are known to get a gradient in training. It is an error if the outputs depend
-            on them and have no gradient there, as under ``no_grad``.
+        max_outputs: The number of random orthonormal combinations of outputs whose gradients are measured where a
+            module has more outputs per input; ranks are then lower bounds, and the Hessian is left out. ``"auto"``
+            combines where there are more than ``MAX_ROWS`` outputs on the probe, ``None`` refuses these.
+        spectrum: Whether to compute singular values where the rank can be proved without them, several times as fast.
+            Without them effective ranks, log-determinants and most ranks at coarser tolerances are left out.
+        memory_budget: The bytes that the measurement may use beside what the process holds; ``None`` means half of what
+            is free: on the device, or on the machine and in the container or job (of 4 GiB where the system does not
+            tell, as on Windows). Where needed, inputs are measured in chunks, and layers one after the other.
+        dtype: The type in which the copy is run and differentiated. ``"float32"`` halves the memory of the graph, and
+            is the fast type of many accelerators. Its results are decomposed in float64 all the same, but singular
+            values below its rounding count as zero, and a note in the record says where this begins. Activations are
+            then the same within 4e-6 at least, and the Hessian is left out.
+        seed: The seed of all random vectors: same seed, same numbers.
+        step: The number of optimizer steps taken, noted in the record.
+        trained: The names of parameters that are known to get a gradient in training. It is an error if the outputs
+            depend on them and have no gradient there, as under ``no_grad``.
 
     Raises:
         TypeError: If there is no input tensor, the outputs are not a floating point tensor, ``duplicates_over`` can be
@@ -144,12 +145,12 @@ def measure_basin(
 def measure(
     module: nn.Module, probe: Probe, settings: Settings, *, duplicates_over: Any = None, step: int | None = None
 ) -> BasinRecord:
-    """Measure what the settings ask for; see `measure_basin`.
+    """Measure the quantities that the settings ask for, as `measure_basin` does.
 
     Args:
         module: The module to measure, which stays as it is.
         probe: The inputs and targets.
-        settings: What is asked for.
+        settings: The settings of the measurement.
         duplicates_over: The training set over which duplicated activations are counted too.
         step: The number of optimizer steps taken, noted in the record.
     """
@@ -157,7 +158,7 @@ def measure(
     settings.check_targets(probe)
     training_set = None if duplicates_over is None else as_probes(duplicates_over)
     generator = Generator().manual_seed(settings.seed)
-    with open_evaluation(module, probe, settings, _planner(settings, probe), with_layout=True) as evaluation:
+    with open_evaluation(module, probe, settings, _planner(settings, probe.size), with_layout=True) as evaluation:
         projected = project_outputs(evaluation, generator)
         scopes = select_scopes(evaluation.network.layers, settings.layers)
         hessian = hessian_measurement(evaluation, scopes)
@@ -189,61 +190,51 @@ def measure(
 def check_measurable(
     module: nn.Module, probe: Probe, settings: Settings, *, num_inputs: int | None = None, is_loss_given: bool = True
 ) -> MeasurementPlan:
-    """Evaluate once, so that what cannot be measured is known before anything is.
+    """Evaluate once, so that a module that cannot be measured is refused before training.
 
     Args:
         module: The module to measure, which stays as it is.
-        probe: The inputs that there are of the probe.
-        settings: What is asked for.
-        num_inputs: The number of inputs that the probe will have; ``None`` for those that it has.
-        is_loss_given: Whether the loss was passed by a person. A loss that was found on the module by its name must be
-            a function of outputs and targets alone: many a method of that name takes inputs and runs the module.
+        probe: The first inputs of the probe, as far as there are any.
+        settings: The settings of the measurement.
+        num_inputs: The number of inputs that the probe will have; ``None`` if it has all its inputs.
+        is_loss_given: Whether the loss was passed by a person. A loss that was taken from the module by its name must
+            be a function of outputs and targets alone: methods of such a name often take inputs and run the module.
 
     Returns:
-        How large a measurement will be.
+        The plan, which says how large a measurement will be.
 
     Raises:
-        TypeError: As `measure_basin`.
-        ValueError: As `measure_basin`.
-        MemoryBudgetError: As `measure_basin`.
+        TypeError: If `measure_basin` would raise it.
+        ValueError: If `measure_basin` would raise it.
+        MemoryBudgetError: If `measure_basin` would raise it.
     """
     settings.check_targets(probe)
     with open_evaluation(module, probe, settings) as evaluation:
-        select_scopes(evaluation.network.layers, settings.layers)
         if not is_loss_given and evaluation.loss_fn is not None:
             _check_loss_runs_no_layer(evaluation, evaluation.loss_fn)
-        num_inputs = probe.size if num_inputs is None else num_inputs
-        num_outputs = settings.num_directions(num_inputs, evaluation.num_outputs)
         behavior_jacobian(evaluation)
-        plan = plan_measurement(
-            evaluation.network,
-            evaluation.probe,
-            evaluation.trace,
-            num_inputs=num_inputs,
-            num_outputs=num_outputs,
-            with_readout=settings.counts_probabilities,
-            hessian=settings.planned_hessian,
-            memory_budget=settings.memory_budget,
-        )
+        make_plan = _planner(settings, probe.size if num_inputs is None else num_inputs)
+        plan = make_plan(evaluation.network, evaluation.probe, evaluation.trace)
         return replace(plan, unseen=evaluation.unseen)
 
 
 def _check_loss_runs_no_layer(evaluation: Evaluation, loss_fn: LossFunction) -> None:
     outputs, targets = evaluation.trace.outputs, evaluation.probe.targets
-    run = evaluation.network.layers_run_by(lambda: loss_fn(outputs, targets))
-    if run:
-        raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {run}")
+    module, layers = evaluation.network.module, evaluation.network.layers
+    names = layers_run_by(module, layers, lambda: loss_fn(outputs, targets))
+    if names:
+        raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {names}")
 
 
-def _planner(settings: Settings, probe: Probe) -> Planner:
-    def plan(network: Network, few: Probe, trace: Trace) -> MeasurementPlan:
+def _planner(settings: Settings, num_inputs: int) -> Planner:
+    def plan(network: Network, sample: Probe, trace: Trace) -> MeasurementPlan:
         scopes = select_scopes(network.layers, settings.layers)
         return plan_measurement(
             network,
-            few,
+            sample,
             trace,
-            num_inputs=probe.size,
-            num_outputs=settings.num_directions(probe.size, network.rows(trace.outputs).shape[1]),
+            num_inputs=num_inputs,
+            num_outputs=settings.num_directions(num_inputs, network.rows(trace.outputs).shape[1]),
             num_blocks=sum(scope.kind == "block" for scope in scopes),
             with_readout=settings.counts_probabilities,
             hessian=settings.planned_hessian,
@@ -262,27 +253,30 @@ def _note_precision(evaluation: Evaluation, rank: GradientRank) -> None:
 
 
 def _assemble(
-    evaluation: Evaluation, fields: Mapping[Scope, Mapping[str, Any]], duplicates: DuplicateCounts, **others: Any
+    evaluation: Evaluation,
+    fields: Mapping[Scope, Mapping[str, Any]],
+    duplicates: DuplicateCounts,
+    **network_fields: Any,
 ) -> BasinRecord:
-    """Put together what was measured of each scope.
+    """Put the record together from the fields of each scope.
 
     Args:
         evaluation: The network on the probe.
-        fields: What the record says of each scope, by field.
-        duplicates: What is counted of each layer, and of the network.
-        others: Further fields of the network.
+        fields: The record's fields of each scope, the network last.
+        duplicates: The record's fields of duplicated activations and dead units.
+        network_fields: Further fields of the network.
     """
     records: dict[Scope, LayerRecord] = {}
     for scope in list(fields)[:-1]:
         members = [duplicates.layers.get(layer.name, {}) for layer in scope.layers]
-        counted = members[0] if scope.kind == "layer" else block_duplicates(members)
+        counts = members[0] if scope.kind == "layer" else block_duplicates(members)
         records[scope] = LayerRecord(
-            num_parameters=scope.num_parameters, num_rows=evaluation.num_rows, **fields[scope], **counted
+            num_parameters=scope.num_parameters, num_rows=evaluation.num_rows, **fields[scope], **counts
         )
     *_, network = fields
     layers = {scope.name: record for scope, record in records.items() if scope.kind == "layer"}
     order = [layer.name for layer in evaluation.network.layers]
-    # The behavioral loss is zero by what it is: no sign of a fit.
+    # The behavioral loss is always zero: no sign of a fit.
     loss = None if evaluation.loss_fn is behavioral_loss else evaluation.loss
     return BasinRecord(
         num_parameters=network.num_parameters,
@@ -294,5 +288,5 @@ def _assemble(
         notes=tuple(evaluation.notes),
         **fields[network],
         **duplicates.network,
-        **others,
+        **network_fields,
     )

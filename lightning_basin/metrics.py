@@ -22,7 +22,7 @@ class _Count(Metric):
     plot_lower_bound = 0.0
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot one or several values, see `torchmetrics.Metric`."""
+        """Plot one or several values, as every `torchmetrics.Metric` does."""
         return self._plot(val, ax)
 
 
@@ -42,17 +42,17 @@ class _CountOfRows(_Count):
         super().sync(*args, **kwargs)
 
     def _all_rows(self) -> Tensor:
-        """A list before the processes are synchronized, a tensor after."""
+        """Return the rows, which are a list before the processes are synchronized, and a tensor after."""
         return self.rows if isinstance(self.rows, Tensor) else torch.cat(_never_empty(self.rows, self._num_columns))
 
 
 class BehavioralGradientRank(_CountOfRows):
-    """Rank of behavioral gradients collected over batches; the functional twin is `behavioral_gradient_rank`.
+    """The rank of behavioral gradients collected over batches; the functional twin is `behavioral_gradient_rank`.
 
     Args:
-        num_parameters: Columns of the gradients, N.
-        rtol: Relative tolerance on singular values; ``None`` means ``max(m, N) * eps`` of float64.
-        kwargs: Of `torchmetrics.Metric`.
+        num_parameters: The number of columns of the gradients, N.
+        rtol: The relative tolerance of singular values; ``None`` means ``max(m, N) * eps`` of float64.
+        kwargs: Keyword arguments of `torchmetrics.Metric`.
 
     Raises:
         ValueError: If ``num_parameters`` is not positive, or ``rtol`` not inside ``(0, 1)``.
@@ -76,25 +76,25 @@ class BehavioralGradientRank(_CountOfRows):
         """Add rows.
 
         Args:
-            gradients: One row per output of one input, shape ``(rows, N)``, all at the same weights.
+            gradients: The gradients, one row per output of one input, shape ``(rows, N)``, all at the same weights.
 
         Raises:
-            ValueError: If the shape is another.
+            ValueError: If the tensor has another shape.
         """
         self.rows.append(_checked(gradients, "gradients", self.num_parameters))
 
     def compute(self) -> Tensor:
-        """The rank, int64, shape ``()``."""
+        """Return the rank, int64, shape ``()``."""
         return torch.tensor(behavioral_gradient_rank(self._all_rows(), rtol=self.rtol))
 
 
 class HessianNullity(_Count):
-    """Zero eigenvalues of a Hessian averaged over batches; the functional twin is `hessian_nullity`.
+    """The number of zero eigenvalues of a Hessian averaged over batches; the functional twin is `hessian_nullity`.
 
     Args:
-        num_parameters: Rows and columns of the Hessian, N.
-        rtol: Relative to the eigenvalue of largest magnitude; ``None`` means ``N * eps`` of float64.
-        kwargs: Of `torchmetrics.Metric`.
+        num_parameters: The number of rows and columns of the Hessian, N.
+        rtol: The tolerance relative to the eigenvalue of largest magnitude; ``None`` means ``N * eps`` of float64.
+        kwargs: Keyword arguments of `torchmetrics.Metric`.
 
     Raises:
         ValueError: If ``num_parameters`` is not positive, or ``rtol`` not inside ``(0, 1)``.
@@ -124,11 +124,11 @@ class HessianNullity(_Count):
         """Add the Hessian of the mean loss of a batch.
 
         Args:
-            hessian: Symmetric, shape ``(N, N)``.
-            num_inputs: In the batch: a short last batch weighs less.
+            hessian: The Hessian, symmetric, shape ``(N, N)``.
+            num_inputs: The number of inputs in the batch: a short last batch weighs less.
 
         Raises:
-            ValueError: If the shape is another, or ``num_inputs`` is not positive.
+            ValueError: If the tensor has another shape, or ``num_inputs`` is not positive.
         """
         _check_positive("num_inputs", num_inputs)
         hessian = _checked(hessian, "hessian", self.num_parameters)
@@ -138,17 +138,17 @@ class HessianNullity(_Count):
         self.num_inputs = self.num_inputs + num_inputs
 
     def compute(self) -> Tensor:
-        """The nullity, int64, shape ``()``."""
+        """Return the nullity, int64, shape ``()``."""
         return torch.tensor(hessian_nullity(self.weighted_sum / self.num_inputs.clamp(min=1), rtol=self.rtol))
 
 
 class DuplicatedActivations(_CountOfRows):
-    """Inputs that share their activation with an earlier one; the functional twin is `duplicated_activations`.
+    """The number of inputs with the activation of an earlier one; the functional twin is `duplicated_activations`.
 
     Args:
-        num_features: Entries of one activation, d.
-        rtol: Relative tolerance within which two activations are the same; 0 asks for equality.
-        kwargs: Of `torchmetrics.Metric`.
+        num_features: The number of elements of one activation, d.
+        rtol: The relative tolerance within which two activations are the same; 0 asks for equality.
+        kwargs: Keyword arguments of `torchmetrics.Metric`.
 
     Raises:
         ValueError: If ``num_features`` is not positive, or ``rtol`` not inside ``[0, 1)``.
@@ -175,15 +175,15 @@ class DuplicatedActivations(_CountOfRows):
         """Add activations.
 
         Args:
-            activations: One row per input, shape ``(k, d)``.
+            activations: The activations, one row per input, shape ``(k, d)``.
 
         Raises:
-            ValueError: If the shape is another.
+            ValueError: If the tensor has another shape.
         """
         self.rows.append(_checked(activations, "activations", self.num_features))
 
     def compute(self) -> Tensor:
-        """The number of duplicates, int64, shape ``()``."""
+        """Return the number of duplicates, int64, shape ``()``."""
         return torch.tensor(duplicated_activations(self._all_rows(), rtol=self.rtol))
 
 

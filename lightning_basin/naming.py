@@ -1,19 +1,19 @@
-"""Names of the user's, of layers and prefixes, as they can be printed, tabulated, logged and written."""
+"""A user's names, of layers and prefixes, in a form that can be printed, logged and written to tables."""
 
 import re
 from urllib.parse import quote
 
 _MARKUP = re.compile(r"""[\[\]<>&"'`*|\\%]""")
-"""What rich, Markdown and HTML read as more than a character; and the sign of an escape itself."""
+"""The characters that rich, Markdown and HTML read as markup, and the sign of an escape itself."""
 
 _FORMULA = "=+-@"
-"""At the beginning of a cell, these make a spreadsheet compute."""
+"""The characters that make a spreadsheet compute where a cell begins with them."""
 
 
 def escaped(name: str) -> str:
-    """A name whose control characters, line ends and markup are percent-encoded, as in a URL.
+    """Percent-encode a name's control characters, line ends and markup, as in a URL.
 
-    Two names that differ stay different, and one of letters, digits, spaces and ``._-/`` stays as it is.
+    Two names that differ stay different. A name of letters, digits, spaces and ``._-/`` stays as it is.
 
     Args:
         name: Any string.
@@ -35,7 +35,7 @@ def _is_special(character: str) -> bool:
 
 
 def printable(text: str) -> str:
-    r"""A text, which may have several lines, whose other control characters are percent-encoded.
+    r"""Percent-encode a text's control characters, except for line ends.
 
     Example:
         >>> printable("red: \x1b[31m")

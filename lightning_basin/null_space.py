@@ -1,36 +1,39 @@
 """Is the null space of the gradients real? The measured counterpart of `gradient_nullity`."""
 
-from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from lightning_basin.evaluation import open_evaluation
-from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
+from lightning_basin.evaluation import Evaluation, open_evaluation
+from lightning_basin.functional.hessian import flat_vector
 from lightning_basin.functional.manifold import null_directions, surviving_fraction
 from lightning_basin.functional.rank import default_rtol, numerical_rank, singular_values
-from lightning_basin.network.network import ModuleBehavior
+from lightning_basin.gradients.check import AutogradCheck
+from lightning_basin.gradients.layers import layer_gradients
+from lightning_basin.network.calls import ModuleBehavior
+from lightning_basin.network.runs import TracedProbe
 from lightning_basin.probe import Probe
 from lightning_basin.settings import Settings
-from lightning_basin.tensors import tensors_of
 
 MAX_DENSE_ELEMENTS = 2**27
-"""Largest number of dense gradients, outputs on the probe times parameters: 1 GiB, of which some copies are needed."""
+"""The largest number of elements of the gradients as dense rows, m · N: 1 GiB, of which some copies are needed."""
 
-_CONVERGED = 1e-4  # Where two manifolds touch, the distance goes with the square root: a fraction is right to 0.01.
+_CONVERGED = 1e-4  # residual at which a fraction is right to 0.01, its square root, also where two manifolds touch
 
 
 @dataclass(frozen=True, kw_only=True)
 class NullSpaceVerification:
-    """What was left of steps along random null directions, projected back on the behavior manifold.
+    """How much is left of steps along random null directions, after their projection on the behavior manifold.
 
     Attributes:
         nullity: N minus the rank of the behavioral gradients.
-        surviving_fractions: For each direction; 1.0000 where the manifold has the direction in its tangent space.
-        residuals: What the projection left of the change of the outputs, relative to it; a fraction counts only where
-            this is small.
+        surviving_fractions: The fraction of each step that is left; 1.0000 where the direction is tangent to the
+            manifold.
+        residuals: The change of the outputs after each projection, relative to the change before; a fraction counts
+            only where its residual is small.
     """
 
     nullity: int
@@ -39,7 +42,7 @@ class NullSpaceVerification:
 
     @property
     def surviving_fraction(self) -> float:
-        """The smallest over the directions; 1 where there is no null direction."""
+        """The smallest fraction over the directions; 1 where there is no null direction."""
         return min(self.surviving_fractions, default=1.0)
 
     @property
@@ -60,24 +63,24 @@ def verify_null_space(
 ) -> NullSpaceVerification:
     """Measure whether the null space of the behavioral gradients is tangent to a manifold of equal behavior.
 
-    ``gradient_nullity`` bounds the dimension of the manifold from above only. This steps along random null directions
-    and back onto the manifold: where the whole step survives, the directions are really free.
+    ``gradient_nullity`` bounds the dimension of the manifold from above only. This function steps along random null
+    directions and back onto the manifold: where the whole step survives, the directions are really free.
 
     Args:
-        module: Left as it is; a float64 copy is moved.
-        inputs: As of `measure_basin`.
-        behavior: As of `measure_basin`.
-        num_directions: How many random null directions to try.
-        step: Length of the steps, relative to the norm of the parameters (absolute where that is below 1).
-        rtol: Relative tolerance of the rank; ``None`` means ``max(m, N) * eps``.
-        seed: Of the random directions.
+        module: The module, which stays as it is; a copy in float64 is moved.
+        inputs: The k inputs, or a `Probe`, as in `measure_basin`.
+        behavior: The function from the module and the inputs to the outputs; ``None`` calls the module.
+        num_directions: The number of random null directions to try.
+        step: The length of the steps, relative to the norm of the parameters; absolute where the norm is below 1.
+        rtol: The relative tolerance of the rank; ``None`` means ``max(m, N) * eps``.
+        seed: The seed of the random directions.
 
     Raises:
-        ValueError: If ``num_directions`` is not positive or ``step`` not inside ``(0, 1)``, or there are more than
-            ``MAX_DENSE_ELEMENTS`` gradients; and as `measure_basin`.
+        ValueError: If ``num_directions`` is not positive, ``step`` is not inside ``(0, 1)``, there are more than
+            ``MAX_DENSE_ELEMENTS`` elements of gradients, or `measure_basin` would refuse the module or the inputs.
 
     Example:
-        Adding to the weight of one input what is taken from an equal one leaves all outputs as they are:
+        Two features are equal: what one weight gains, the other may lose, and all outputs stay as they are:
 
         >>> twins = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
         >>> verification = verify_null_space(nn.Linear(2, 1), twins)
@@ -91,53 +94,60 @@ def verify_null_space(
     settings = Settings(behavior=behavior, rtol=rtol, seed=seed)
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs)
     with open_evaluation(module, probe, settings) as evaluation:
-        network, probe = evaluation.network, evaluation.probe
-        names = [name for layer in network.layers for name in layer.parameters]
-        values = {name: network.named_parameters[name].detach() for name in names}
-        start = torch.cat([value.flatten() for value in values.values()])
-        _check_size(probe.size, evaluation.num_outputs, start.numel())
-
-        def unflattened(parameters: Tensor) -> Mapping[str, Tensor]:
-            parts = torch.split(parameters, [value.numel() for value in values.values()])
-            return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}
-
-        def outputs(parameters: Tensor) -> Tensor:
-            with torch.no_grad():
-                return network.functional(probe, tensors_of(probe.inputs), unflattened(parameters)).flatten()
-
-        def jacobian(parameters: Tensor) -> Tensor:
-            tensors = tensors_of(probe.inputs)
-            try:
-                return behavioral_gradients(
-                    lambda values, tensors: network.functional(probe, tensors, values),
-                    unflattened(parameters),
-                    tensors,
-                )
-            except RuntimeError:  # vmap is beyond some modules.
-                moved = parameters.detach().requires_grad_()
-                return gradient_rows(network.functional(probe, tensors, unflattened(moved)), [moved])
-
-        gradients = jacobian(start)
+        _check_size(evaluation)
+        outputs = _MovableOutputs(evaluation)
+        start = outputs.parameters
+        gradients = outputs.gradients_at(start)
         tolerance = default_rtol(*gradients.shape) if rtol is None else rtol
         rank = numerical_rank(singular_values(gradients), rtol=tolerance)
-        nullity = start.numel() - rank
-        if nullity == 0:
+        if rank == start.numel():
             return NullSpaceVerification(nullity=0, surviving_fractions=(), residuals=())
         generator = Generator().manual_seed(seed)
         drawn = torch.randn(num_directions, start.numel(), generator=generator, dtype=torch.float64).to(start.device)
         length = step * max(1.0, float(start.norm()))
-        tried = [
-            surviving_fraction(outputs, jacobian, start, direction, step=length)
-            for direction in null_directions(gradients, drawn, rank=rank)
-        ]
-    return NullSpaceVerification(
-        nullity=nullity,
-        surviving_fractions=tuple(fraction for fraction, _ in tried),
-        residuals=tuple(left for _, left in tried),
-    )
+        fractions, residuals = zip(
+            *(
+                surviving_fraction(outputs.at, outputs.gradients_at, start, direction, step=length)
+                for direction in null_directions(gradients, drawn, rank=rank)
+            ),
+            strict=True,
+        )
+    return NullSpaceVerification(nullity=start.numel() - rank, surviving_fractions=fractions, residuals=residuals)
 
 
-def _check_size(num_inputs: int, num_outputs: int, num_parameters: int) -> None:
+class _MovableOutputs:
+    """All outputs on the probe, and their gradients, as functions of the parameters in one vector.
+
+    Args:
+        evaluation: The network on the probe.
+    """
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._network, self._probe = evaluation.network, evaluation.probe
+        self._seed = evaluation.settings.seed
+        self.parameters = flat_vector(self._network.parameters()).detach()
+
+    def at(self, parameters: Tensor) -> Tensor:
+        """Return the outputs at some parameters, shape ``(m,)``."""
+        with self._moved(parameters), torch.no_grad():
+            return self._network.rows(self._network.outputs(self._probe)).flatten()
+
+    def gradients_at(self, parameters: Tensor) -> Tensor:
+        """Return the gradients at some parameters, as a measurement finds them, shape ``(m, N)``."""
+        with self._moved(parameters):
+            traced = TracedProbe(self._network, self._probe)
+            check = AutogradCheck(traced, Generator().manual_seed(self._seed))
+            columns = {measured.layer: measured.gradients.rows() for measured in layer_gradients(traced, check)}
+        return torch.cat([columns[layer] for layer in self._network.layers], dim=1)
+
+    def _moved(self, parameters: Tensor) -> AbstractContextManager[None]:
+        sizes = [parameter.numel() for parameter in self._network.parameters()]
+        return self._network.at(torch.split(parameters, sizes))
+
+
+def _check_size(evaluation: Evaluation) -> None:
+    num_inputs, num_outputs = evaluation.probe.size, evaluation.num_outputs
+    num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
     if num_inputs * num_outputs * num_parameters > MAX_DENSE_ELEMENTS:
         largest = MAX_DENSE_ELEMENTS // (num_outputs * num_parameters)
         raise ValueError(

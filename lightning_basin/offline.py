@@ -41,18 +41,19 @@ def measure_checkpoints(
     as in a run. A file that cannot be read is passed over, with a warning.
 
     Args:
-        checkpoints: Checkpoints of Lightning's Trainer, or directories in which to look for ``*.ckpt``.
-        module: The class of the LightningModule, which is built from the hyperparameters that it has saved; or what
-            returns a module that takes the checkpoint's weights.
-        monitor: Measures as it would in a trainer, stays as it is, and need not have been in the run. Without a probe
-            of its own it takes the one that a monitor of its prefix has left in the checkpoints. ``None`` means
-            ``BasinMonitor()``.
-        log_dir: Where to write TensorBoard's events, ``metrics.csv`` of Lightning's ``CSVLogger`` and
-            ``<prefix>.jsonl``: the keys of a run at the steps of a run.
-        loggers: Other places to log to.
-        device: Where to measure.
-        weights_only: See ``torch.load``. ``False`` runs code that a checkpoint brings along: only if you trust it.
-        progress: Show a progress bar.
+        checkpoints: The checkpoints of Lightning's Trainer, or directories in which to look for ``*.ckpt``.
+        module: The class of the LightningModule, which is built from the hyperparameters that it has saved; or a
+            function that returns a module that takes the checkpoint's weights.
+        monitor: The monitor whose arguments say what to measure; it stays as it is, and need not have been in the run.
+            Without a probe in it, the probe is measured that a monitor of its prefix has left in the checkpoints.
+            ``None`` means ``BasinMonitor()``.
+        log_dir: The directory for TensorBoard's events, ``metrics.csv`` of Lightning's ``CSVLogger`` and
+            ``<prefix>.jsonl``, with the keys and steps of a run.
+        loggers: Further loggers.
+        device: The device to measure on.
+        weights_only: Whether ``torch.load`` refuses all but tensors and builtins. ``False`` runs code that a checkpoint
+            brings along: only if you trust it.
+        progress: Whether to show a progress bar.
 
     Returns:
         A record for each step that could be measured, in order.
@@ -64,26 +65,27 @@ def measure_checkpoints(
         RuntimeError: If the weights of a checkpoint do not fit into the module.
     """
     monitor = copy.deepcopy(monitor or BasinMonitor())
-    found = _found(checkpoints, monitor.checkpoint_key, weights_only=weights_only)
+    run, session = monitor.progress, monitor.progress.session
+    described = _find_checkpoints(checkpoints, monitor.checkpoint_key, weights_only=weights_only)
     outputs = [*loggers, *([] if log_dir is None else _loggers_in(log_dir))]
     history = None if log_dir is None else HistoryFile(Path(log_dir) / f"{tag(monitor.prefix)}.jsonl")
-    for index, checkpoint in enumerate(tqdm(found, desc="Measuring", unit="checkpoint", disable=not progress)):
-        loaded = _loaded(checkpoint, module, weights_only=weights_only).to(device)
+    for index, checkpoint in enumerate(tqdm(described, desc="Measuring", unit="checkpoint", disable=not progress)):
+        loaded = _load(checkpoint, module, weights_only=weights_only).to(device)
         if index == 0:
-            held = next((item for item in found if item.probe is not None), checkpoint)
-            monitor.start(loaded, held.probe, held.step_calls)
+            holder = next((other for other in described if other.probe is not None), checkpoint)
+            run.start(loaded, holder.probe, holder.step_calls)
             if history is not None:
                 history.write([])
-        record = monitor.observe(loaded, checkpoint.step)
+        record = run.observe(loaded, checkpoint.step)
         if record is None:
             continue
-        for problem in log_scalars(outputs, monitor.logged(record), step=checkpoint.log_step):
+        for problem in log_scalars(outputs, session.log_values(record), step=checkpoint.log_step):
             rank_zero_warn(problem)
         if history is not None:
-            history.append(monitor.row(record))
+            history.append(session.table_row(record))
     for logger in outputs:
         logger.finalize("success")
-    return monitor.records
+    return session.results.records
 
 
 @dataclass(frozen=True)
@@ -97,34 +99,29 @@ class _Checkpoint:
     step_calls: list[int] | None
 
 
-def _found(checkpoints: Paths, state_key: str, *, weights_only: bool) -> list[_Checkpoint]:
-    """Every readable checkpoint, one for each step, in the order of steps."""
-    given = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
-    paths = sorted({path for item in given for path in _paths(Path(item))})
+def _find_checkpoints(checkpoints: Paths, state_key: str, *, weights_only: bool) -> list[_Checkpoint]:
+    """Return every readable checkpoint, one for each step, in the order of steps."""
+    sources = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
+    paths = sorted({path for source in sources for path in _paths(Path(source))})
     if not paths:
-        raise FileNotFoundError(f"checkpoints must be files of Lightning, or directories with *.ckpt, got {given}")
+        raise FileNotFoundError(f"checkpoints must be files of Lightning, or directories with *.ckpt, got {sources}")
     by_step: dict[int, _Checkpoint] = {}
     left_out: dict[int, list[Path]] = {}
     for checkpoint in _readable(paths, state_key, weights_only=weights_only):
         if by_step.setdefault(checkpoint.step, checkpoint) is not checkpoint:
             left_out.setdefault(checkpoint.step, []).append(checkpoint.path)
-    for line in _of_other_folders(by_step, left_out):
-        rank_zero_warn(line)
     if not by_step:
         raise FileNotFoundError(f"none of {len(paths)} checkpoints can be read, {paths[0]} is the first")
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _of_other_folders(by_step: Mapping[int, _Checkpoint], left_out: Mapping[int, list[Path]]) -> Iterator[str]:
-    """What was passed over and stands elsewhere: it may be of another run. ``last.ckpt`` beside it is the same."""
     for step in sorted(left_out):
+        # In another folder it may be of another run; ``last.ckpt`` beside the measured one holds the same weights.
         taken = by_step[step].path
         others = [str(path) for path in left_out[step] if path.parent != taken.parent]
         if others:
-            yield (
+            rank_zero_warn(
                 f"Of step {step}, {taken} is measured, and {', '.join(others)} left out. HINT: pass the folder of one "
                 f"run alone"
             )
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _paths(path: Path) -> Iterator[Path]:
@@ -147,13 +144,13 @@ def _readable(paths: Iterable[Path], state_key: str, *, weights_only: bool) -> I
     for path in paths:
         try:
             content = _read(path, weights_only=weights_only)
-            yield _described(path, content, state_key)
+            yield _describe(path, content, state_key)
         except UnpicklingError as error:  # noqa: PERF203 - one file that cannot be read must not cost the others
             rank_zero_warn(
                 f"{path} is left out: it holds objects that torch.load(weights_only=True) refuses. HINT: pass "
                 f"weights_only=False if you trust where it comes from. {error}"
             )
-        except Exception as error:  # A file that was cut off, say: which error that is depends on where.
+        except Exception as error:  # A file that was cut off raises one error or another.
             rank_zero_warn(f"{path} is left out: it cannot be read. {type(error).__name__}: {error}")
 
 
@@ -165,7 +162,7 @@ def _read(path: Path, *, weights_only: bool) -> Mapping[str, Any]:
     return content
 
 
-def _described(path: Path, content: Mapping[str, Any], state_key: str) -> _Checkpoint:
+def _describe(path: Path, content: Mapping[str, Any], state_key: str) -> _Checkpoint:
     state = content.get("callbacks", {}).get(state_key)
     try:
         probe = None if state is None else read_probe(state)["probe"]
@@ -181,7 +178,7 @@ def _described(path: Path, content: Mapping[str, Any], state_key: str) -> _Check
 
 
 def _batches_that_stepped(content: Mapping[str, Any]) -> int:
-    """As Lightning's own counter, which lags in a checkpoint that is saved before the end of a batch."""
+    """Return Lightning's counter, which lags in a checkpoint that is saved before the end of a batch."""
     loop = content.get("loops", {}).get("fit_loop", {})
     manual = loop.get("epoch_loop.manual_optimization.optim_step_progress")
     if manual and manual["total"]["completed"]:  # Several optimizers may step in a batch.
@@ -189,7 +186,7 @@ def _batches_that_stepped(content: Mapping[str, Any]) -> int:
     return int(content["global_step"])
 
 
-def _loaded(
+def _load(
     checkpoint: _Checkpoint, module: type[LightningModule] | Callable[[], nn.Module], *, weights_only: bool
 ) -> nn.Module:
     if isinstance(module, nn.Module) or not callable(module):

@@ -28,10 +28,10 @@ class Probe:
     """A batch of k inputs, copied when it is made and never written to.
 
     Attributes:
-        inputs: What the module is called with: a tensor, or a (nested) tuple, list or dict with tensors in it. Every
-            tensor has the k inputs along its first axis, and is dense. A list or tuple of k other things (words, say)
-            has one for each input; anything else is the same for all.
-        targets: In the same form, or ``None``.
+        inputs: The arguments of the module: a tensor, or a (nested) tuple, list or dict with tensors in it. Every
+            tensor is dense, with the k inputs along its first axis. A list or tuple of k other things (strings, say)
+            has one for each input; anything else is the same for all inputs.
+        targets: The targets in the same form, or ``None``.
 
     Raises:
         TypeError: If there is no tensor among the inputs.
@@ -72,7 +72,7 @@ class Probe:
 
         Args:
             batches: Pairs of inputs and targets.
-            size: Inputs wanted; all of them are taken where the batches hold fewer.
+            size: The number of inputs to take; where the batches hold fewer inputs, all of them are taken.
 
         Raises:
             TypeError: If there is no tensor among the inputs.
@@ -88,48 +88,47 @@ class Probe:
         if not batches:
             raise ValueError("a probe needs at least one batch to take its inputs from, got none")
         marked = [_with_columns(batch) for batch in batches]
-        if len({len(_parts(batch)) for batch in marked}) > 1:  # A list that has the length of one batch by chance.
+        if len({len(_leaves(batch)) for batch in marked}) > 1:  # A list that has the length of one batch by chance.
             marked = list(batches)
         try:
-            columns = zip(*map(_parts, marked), strict=True)
-            joined = iter([_joined(column, size) for column in columns])
+            joined = iter([_joined(leaves, size) for leaves in zip(*map(_leaves, marked), strict=True)])
         except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(
                 f"batches must have tensors of the same structure and shapes to be joined: {error}"
             ) from error
-        inputs, targets = _map_parts(lambda _: next(joined), marked[0])
+        inputs, targets = _map_leaves(lambda _: next(joined), marked[0])
         return cls(inputs, targets)
 
     @property
     def size(self) -> int:
-        """Number of inputs, k."""
+        """The number of inputs, k."""
         return int(tensors_of(self.inputs)[0].shape[0])
 
     def select(self, indices: Sequence[int] | Tensor) -> "Probe":
-        """The probe of some of the inputs."""
+        """Return the probe of some of the inputs."""
         chosen = torch.as_tensor(indices)
 
-        def select(part: "Tensor | _Column") -> Any:
-            if isinstance(part, Tensor):
-                return part[chosen.to(part.device)]
-            return type(part.items)([part.items[index] for index in chosen.tolist()])
+        def select(leaf: "Tensor | _Column") -> Any:
+            if isinstance(leaf, Tensor):
+                return leaf[chosen.to(leaf.device)]
+            return type(leaf.items)([leaf.items[index] for index in chosen.tolist()])
 
-        return Probe(*_map_parts(select, _with_columns((self.inputs, self.targets))))
+        return Probe(*_map_leaves(select, _with_columns((self.inputs, self.targets))))
 
     @property
     def has_columns(self) -> bool:
         """Whether there is a list or tuple of other things than tensors, with one for each input."""
         marked = _with_columns((self.inputs, self.targets))
-        return any(isinstance(part, _Column) for part in _parts(marked))
+        return any(isinstance(leaf, _Column) for leaf in _leaves(marked))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Probe":
-        """The probe on another device, as by `torch.nn.Module.to`: ``dtype`` is for floating point tensors only."""
+        """Return the probe on another device, as `torch.nn.Module.to` does: floating point tensors take ``dtype``."""
 
-        def moved(tensor: Tensor) -> Tensor:
+        def move(tensor: Tensor) -> Tensor:
             tensor = tensor.to(device)
             return tensor if dtype is None else as_dtype(tensor, dtype)
 
-        return Probe(*map_tensors(moved, (self.inputs, self.targets)))
+        return Probe(*map_tensors(move, (self.inputs, self.targets)))
 
 
 def _as_tensor_hint(inputs: Any) -> str:
@@ -139,13 +138,13 @@ def _as_tensor_hint(inputs: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Column:
-    """A list or tuple with something for each input."""
+    """A list or tuple with one item for each input."""
 
     items: Any
 
 
 def _with_columns(batch: Any) -> Any:
-    """The same nested collection with every list or tuple that has something for each input marked as such."""
+    """The same nested collection, in which every list or tuple with one item for each input is a `_Column`."""
     tensors = tensors_of(batch)
     size = tensors[0].shape[0] if tensors and tensors[0].ndim else None
 
@@ -161,32 +160,32 @@ def _with_columns(batch: Any) -> Any:
     return tuple(map(marked, batch))
 
 
-def _parts(marked: Any) -> list[Any]:
-    """Tensors and columns, in the order of `_map_parts`."""
-    found: list[Any] = []
-    _map_parts(found.append, marked)
-    return found
+def _leaves(marked: Any) -> list[Any]:
+    """The tensors and columns of a collection, in the order of `_map_leaves`."""
+    leaves: list[Any] = []
+    _map_leaves(leaves.append, marked)
+    return leaves
 
 
-def _map_parts(function: Callable[[Any], Any], marked: Any) -> Any:
+def _map_leaves(function: Callable[[Any], Any], marked: Any) -> Any:
     return apply_to_collection(marked, (Tensor, _Column), function)
 
 
-def _joined(parts: Sequence[Any], size: int) -> Any:
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts))[:size]
-    kind = type(parts[0].items)
-    return kind(item for part in parts for item in part.items)[:size]
+def _joined(leaves: Sequence[Any], size: int) -> Any:
+    if isinstance(leaves[0], Tensor):
+        return torch.cat(list(leaves))[:size]
+    kind = type(leaves[0].items)
+    return kind(item for leaf in leaves for item in leaf.items)[:size]
 
 
 class ProbeCollector:
     """Takes a probe from training batches as they come by.
 
     Args:
-        size: Inputs wanted.
-        batch_fn: From a batch to a pair of inputs and targets. ``None`` takes a pair as it is, and a tensor, or a
-            sequence of one, as inputs without targets.
-        whole_batches: Take any other batch as inputs without targets, instead of refusing it.
+        size: The number of inputs to take.
+        batch_fn: The function from a batch to a pair of inputs and targets. ``None`` takes a pair as it is, and a
+            tensor, or a sequence of one, as inputs without targets.
+        whole_batches: Whether any other batch is taken as inputs without targets, instead of being refused.
 
     Example:
         >>> import torch
@@ -204,20 +203,23 @@ class ProbeCollector:
 
     @property
     def num_inputs(self) -> int:
-        """Inputs taken so far, at most as many as were wanted."""
+        """The number of inputs taken so far, at most ``size``."""
         return self.probe().size if self._batches else 0
 
     @property
     def complete(self) -> bool:
-        """Whether there are as many inputs as were wanted."""
+        """Whether all inputs have been taken."""
         return self.num_inputs == self._size
 
     def add(self, batch: Any) -> None:
-        """Copy what a batch holds: a training step may write to it.
+        """Take the inputs and targets of a batch, as copies: a training step may write to the batch.
+
+        Args:
+            batch: The batch as the training step gets it.
 
         Raises:
-            TypeError: If inputs and targets cannot be told apart.
-            ValueError: If the batch does not fit to the ones before, which are kept.
+            TypeError: If the batch does not say which tensors are inputs and which are targets.
+            ValueError: If the batch does not fit to the batches before, which are kept.
         """
         pair = split_batch(batch, self._batch_fn, whole_batches=self._whole_batches)
         check_containers(pair)
@@ -226,10 +228,10 @@ class ProbeCollector:
         self._batches.append(pair)
 
     def probe(self) -> Probe:
-        """The probe of what has been taken so far.
+        """Return the probe of the inputs taken so far.
 
         Raises:
-            ValueError: If nothing has.
+            ValueError: If no batch has been taken.
         """
         return Probe.from_batches(self._batches, self._size)
 
@@ -237,15 +239,16 @@ class ProbeCollector:
 def split_batch(
     batch: Any, batch_fn: Callable[[Any], Any] | None = None, *, whole_batches: bool = False
 ) -> tuple[Any, Any]:
-    """Inputs and targets of a training batch.
+    """Split a training batch into inputs and targets.
 
     Args:
-        batch: A pair as it is; a tensor, or a sequence of one, as inputs without targets.
-        batch_fn: From any other batch to a pair.
-        whole_batches: Take any other batch as inputs without targets, instead of refusing it.
+        batch: The batch. Without ``batch_fn``, a pair is taken as it is, and a tensor, or a sequence of one, as inputs
+            without targets.
+        batch_fn: The function from the batch to a pair; ``None`` for none.
+        whole_batches: Whether any other batch is taken as inputs without targets, instead of being refused.
 
     Raises:
-        TypeError: If inputs and targets cannot be told apart.
+        TypeError: If the batch does not say which tensors are inputs and which are targets.
     """
     if batch_fn is not None:
         try:

@@ -57,7 +57,7 @@ NETWORK_QUANTITIES = (
 """Names of the quantities that are logged of a network; a run has ``zero_loss_step`` beside them."""
 
 OUTPUT_QUANTITIES = ("duplicated_activations", "duplicated_activations_exact", "train_duplicated_activations")
-"""Names of the quantities that are logged of the outputs, as of what enters a layer."""
+"""Names of the quantities that are logged of the outputs, as if they entered a further layer."""
 
 _STATISTICS = ("gradient_rank", "gradient_rank_deficit", "hessian_nullity", "duplicated_activations", "dead_units")
 
@@ -101,8 +101,8 @@ class LayerRecord:
             ``None`` without a spectrum, and at rank 0.
         hessian_nullity: The number of eigenvalues of the Hessian that the residual leaves indistinguishable from zero;
             ``None`` where the Hessian was not formed and the two ends of the bracket do not meet.
-        hessian_nullity_lower: The lower end of the bracket of ``hessian_nullity``, which is certain.
-        hessian_nullity_upper: The upper end of the bracket, which fails with a probability of 1e-9.
+        hessian_nullity_lower: The lower end of the bracket of ``hessian_nullity``; it is certain.
+        hessian_nullity_upper: The upper end of the bracket; it fails with a probability of 1e-9.
         hessian_nullity_strict: The number of eigenvalues that are zero to rounding.
         hessian_negative: The number of eigenvalues that are negative beyond rounding.
         hessian_largest: The largest magnitude of an eigenvalue of the Hessian.
@@ -180,7 +180,7 @@ class LayerRecord:
         return self.hessian_nullity_lower == self.hessian_nullity_upper
 
     def quantities(self) -> dict[str, float]:
-        """Every quantity that was measured, by name, in the order in which it is logged."""
+        """Return every quantity that was measured, by name, in the order of the logged keys."""
         return _measured(self, LAYER_QUANTITIES)
 
 
@@ -193,8 +193,8 @@ class BasinRecord(LayerRecord):
     Attributes:
         num_inputs: The number of inputs of the probe, k.
         loss: The loss on the probe, in evaluation mode.
-        surviving_fraction: The part of steps along random null directions that survives: 1 where the directions are
-            free.
+        surviving_fraction: The fraction of steps along random null directions that survives: 1 where the directions
+            are free.
         gradient_rank_bound: The largest rank that the duplicated activations leave possible.
         output_duplicated_activations: The number of inputs whose output equals that of an earlier one.
         output_duplicated_activations_exact: The same number, with equality in place of a tolerance.
@@ -234,7 +234,7 @@ class BasinRecord(LayerRecord):
         return None if self.loss is None or self.loss < 0 else math.log10(max(self.loss, 1e-40))
 
     def quantities(self) -> dict[str, float]:
-        """Every quantity that was measured, by name, in the order in which it is logged."""
+        """Return every quantity that was measured, by name, in the order of the logged keys."""
         return _measured(self, NETWORK_QUANTITIES)
 
     def scalars(self, prefix: str = "basin") -> dict[str, float]:
@@ -243,16 +243,16 @@ class BasinRecord(LayerRecord):
         Above ``MAX_LAYER_CURVES`` layers, ``<prefix>_block_<name>/<range>`` takes the place of the layers' keys.
 
         Args:
-            prefix: The first part of every key. Control characters and markup are percent-encoded, in the prefix and
+            prefix: The first word of every key. Control characters and markup are percent-encoded, in the prefix and
                 in names of layers.
         """
         prefix = escaped(prefix)
-        named = {f"{prefix}/{name}": float(value) for name, value in self.quantities().items()}
-        parts, kind = (self.blocks, "block") if self.blocks else (self.layers, "layer")
-        tags = tags_of(parts)
-        for part, record in parts.items():
+        scalars = {f"{prefix}/{name}": float(value) for name, value in self.quantities().items()}
+        records, kind = (self.blocks, "block") if self.blocks else (self.layers, "layer")
+        tags = tags_of(records)
+        for scope, record in records.items():
             for name, value in record.quantities().items():
-                named[f"{prefix}_{kind}_{name}/{tags[part]}"] = float(value)
+                scalars[f"{prefix}_{kind}_{name}/{tags[scope]}"] = float(value)
         counts = (
             self.output_duplicated_activations,
             self.output_duplicated_activations_exact,
@@ -260,8 +260,8 @@ class BasinRecord(LayerRecord):
         )
         for name, count in zip(OUTPUT_QUANTITIES, counts, strict=True):
             if count is not None and "output" not in tags.values():
-                named[f"{prefix}_{kind}_{name}/output"] = float(count)
-        return named | {f"{prefix}_stats/{name}": value for name, value in self._statistics()}
+                scalars[f"{prefix}_{kind}_{name}/output"] = float(count)
+        return scalars | {f"{prefix}_stats/{name}": value for name, value in self._statistics()}
 
     def _statistics(self) -> Iterator[tuple[str, float]]:
         for name in _STATISTICS:
@@ -273,7 +273,7 @@ class BasinRecord(LayerRecord):
                 yield f"{name}_p90", deciles[8]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as builtins, layers as nested dicts; `from_dict` reads them back."""
+        """Return all fields as builtins, layers as nested dicts; `from_dict` reads them back."""
         plain = _fields(self)
         for name in _MERGED:
             plain[name] = [(merged.index, merged.equals, merged.layer) for merged in plain[name]]
@@ -283,15 +283,19 @@ class BasinRecord(LayerRecord):
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "BasinRecord":
-        """The record that `to_dict` wrote, in this version or an earlier one."""
-        parts = {
-            part: {name: LayerRecord(**record) for name, record in plain[part].items()} for part in ("layers", "blocks")
+        """Read the record that `to_dict` wrote, in this version or an earlier one.
+
+        Args:
+            plain: The fields as builtins.
+        """
+        records = {
+            kind: {name: LayerRecord(**record) for name, record in plain[kind].items()} for kind in ("layers", "blocks")
         }
         merged = {name: tuple(MergedInput(*item) for item in plain.get(name, ())) for name in _MERGED}
-        return cls(**{**plain, **parts, **merged})
+        return cls(**{**plain, **records, **merged})
 
     def __str__(self) -> str:
-        """A table that can be read in a terminal of 100 columns."""
+        """Return a table for a terminal of 100 columns."""
         return "\n".join([*heading(self), table(self), *(f"note: {note}" for note in self.notes)])
 
 

@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 
 
 def heading(record: "BasinRecord") -> list[str]:
-    """The lines above the table: sizes, rank, merged inputs, Hessian."""
+    """Return the lines above the table: sizes, rank, merged inputs, Hessian."""
     step = "" if record.step is None else f"step {record.step}: "
     loss = "" if record.loss is None else f", loss {record.loss:.3g}"
     gap = "none" if record.gradient_rank_gap is None else f"{record.gradient_rank_gap:.1f} digits"
     flags = "".join(f" [{flag}]" for flag in ("saturated", "ill_defined") if getattr(record, flag))
-    decided = f"rank by {record.gradient_method}, decided at {record.gradient_rtol:.1e} of the largest singular value"
-    elsewhere = ", ".join(f"{rtol:.0e}: {rank}" for rtol, rank in record.gradient_rank_at.items())
+    method = f"rank by {record.gradient_method}, decided at {record.gradient_rtol:.1e} of the largest singular value"
+    ranks = ", ".join(f"{rtol:.0e}: {rank}" for rtol, rank in record.gradient_rank_at.items())
     lines = [
         f"{step}{record.num_inputs} inputs, {record.num_rows} outputs, {record.num_parameters} parameters{loss}",
-        f"{decided}, gap {gap}{flags}",
+        f"{method}, gap {gap}{flags}",
     ]
     if record.gradient_effective_rank is not None:
-        lines.append(f"rank at {elsewhere}; effective {record.gradient_effective_rank:.1f}")
+        lines.append(f"rank at {ranks}; effective {record.gradient_effective_rank:.1f}")
     if record.gradient_rank_bound is not None:
         lines.append(f"duplicated activations bound the rank by {record.gradient_rank_bound}")
     if record.surviving_fraction is not None:
@@ -52,14 +52,14 @@ def _hessian_lines(record: "BasinRecord") -> Iterator[str]:
 
 
 def _known_nullity(record: "BasinRecord") -> str:
-    """In one sentence what is known of the nullity."""
+    """One sentence on the nullity: its value or bracket, and the reason."""
     smallest, residual = record.smallest_curvature, record.residual_curvature
     sizes = ""
     if smallest is not None and residual is not None:
         sizes = f"smallest curvature {smallest:.1e} {{}} 2·residual curvature {2 * residual:.1e}"
     if record.hessian_certified:
-        because = f": {sizes.format('>')}" if sizes else ""
-        return f"nullity {record.hessian_nullity}, certified{because}"
+        reason = f": {sizes.format('>')}" if sizes else ""
+        return f"nullity {record.hessian_nullity}, certified{reason}"
     if record.hessian_certified is None:
         return "nothing is proved of the nullity" + (
             "" if record.hessian_nullity is None else f", counted {record.hessian_nullity}"
@@ -86,12 +86,12 @@ _COLUMNS = {
 
 
 def table(record: "BasinRecord") -> str:
-    """One row for each layer or block, the outputs and the network."""
+    """Return a table with one row for each layer or block, the outputs and the network."""
     rows = [["layer", *_COLUMNS]]
-    parts = record.blocks or record.layers
-    tags = tags_of(parts)
-    for name, part in [*((tags[name], part) for name, part in parts.items()), ("network", record)]:
-        rows.append([name, *(_cell(part, attribute) for attribute in _COLUMNS.values())])
+    records = record.blocks or record.layers
+    tags = tags_of(records)
+    for name, row_record in [*((tags[scope], records[scope]) for scope in records), ("network", record)]:
+        rows.append([name, *(_cell(row_record, attribute) for attribute in _COLUMNS.values())])
     if record.output_duplicated_activations is not None:
         cells = {"layer": "output", "duplicates": f"{record.output_duplicated_activations:,}"}
         rows.insert(-1, [cells.get(column, "") for column in rows[0]])
@@ -105,19 +105,19 @@ def table(record: "BasinRecord") -> str:
     )
 
 
-def _merged_lines(what: str, merged: Sequence["MergedInput"]) -> Iterator[str]:
+def _merged_lines(inputs: str, merged: Sequence["MergedInput"]) -> Iterator[str]:
     """At most one line: how many inputs merged, and the first of them at each layer."""
     if not merged:
         return
-    at: dict[str | None, list[MergedInput]] = {}
+    by_layer: dict[str | None, list[MergedInput]] = {}
     for item in merged:
-        at.setdefault(item.layer, []).append(item)
-    parts = [
+        by_layer.setdefault(item.layer, []).append(item)
+    places = [
         f"{len(items)} at {'output' if layer is None else tag(layer)} ({', '.join(map(_pair, items[:3]))}"
         + (", ...)" if len(items) > 3 else ")")  # noqa: PLR2004 - some examples
-        for layer, items in at.items()
+        for layer, items in by_layer.items()
     ]
-    yield shorten(f"{len(merged):,} {what} merged, first {'; '.join(parts)}", 100, placeholder=" ...")
+    yield shorten(f"{len(merged):,} {inputs} merged, first {'; '.join(places)}", 100, placeholder=" ...")
 
 
 def _pair(merged: "MergedInput") -> str:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_basin.functional.rank import check_rtol
 from lightning_basin.limits import AUTO_ROWS, MAX_ROWS
-from lightning_basin.network.network import LossFunction, ModuleBehavior, call_module
+from lightning_basin.network.calls import LossFunction, ModuleBehavior, call_module
 from lightning_basin.network.rounding import rounding_rtol
 from lightning_basin.probe import Probe
 
@@ -57,7 +57,7 @@ class Settings:
         rtol: The relative tolerance of ranks.
         duplicate_rtol: The relative tolerance within which two activations are the same.
         max_outputs: The largest number of outputs per input that are measured one by one.
-        spectrum: Whether singular values are wanted where the rank can be proved without them.
+        spectrum: Whether singular values are computed where the rank can be proved without them.
         memory_budget: The bytes that a measurement may use.
         dtype: The name of the floating point type in which the network is run.
         seed: The seed of all random vectors.
@@ -87,43 +87,28 @@ class Settings:
     trained: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        check_rtol(self.rtol)
-        check_precision(self.dtype, self.hessian, self.rtol)
-        self._check_types()
-        if not 0.0 <= self.duplicate_rtol < 1.0:
-            raise ValueError(f"duplicate_rtol must be inside [0, 1), got {self.duplicate_rtol}")
-        if isinstance(self.max_outputs, int) and self.max_outputs < 1:
-            raise ValueError(f"max_outputs must be at least 1, got {self.max_outputs}")
-
-    def _check_choices(self) -> None:
+        _check_function("loss_fn", self.loss_fn, "a function of outputs and targets", ["behavioral"])
+        if not isinstance(self.behavior, Probabilities):
+            _check_function("behavior", self.behavior, "a function of module and inputs", ["outputs", "probabilities"])
         if self.hessian is not False and self.hessian not in HESSIAN_MODES:
             raise ValueError(f"hessian must be one of {HESSIAN_MODES} or False, got {self.hessian!r}")
-        if isinstance(self.loss_fn, str) and self.loss_fn != "behavioral":
-            raise ValueError(f"loss_fn must be a function of outputs and targets or 'behavioral', got {self.loss_fn!r}")
-        if not (callable(self.loss_fn) or isinstance(self.loss_fn, str | None)) or isinstance(self.loss_fn, type):
-            is_class = isinstance(self.loss_fn, type)
-            kind = f"{_named(self.loss_fn)}: pass an instance of it" if is_class else type(self.loss_fn).__name__
-            raise TypeError(f"loss_fn must be a function of outputs and targets or 'behavioral', got {kind}")
-        if not (callable(self.behavior) or isinstance(self.behavior, str | Probabilities | None)):
-            raise TypeError(
-                f"behavior must be a function of module and inputs, 'outputs' or 'probabilities', got "
-                f"{type(self.behavior).__name__}"
-            )
-        if isinstance(self.behavior, str) and self.behavior not in ("outputs", "probabilities"):
-            raise ValueError(
-                f"behavior must be a function of module and inputs, 'outputs' or 'probabilities', got {self.behavior!r}"
-            )
-        if isinstance(self.max_outputs, str) and self.max_outputs != "auto":
-            raise ValueError(f"max_outputs must be a number, 'auto' or None, got {self.max_outputs!r}")
-
-    def _check_types(self) -> None:
-        if not _is_number(self.duplicate_rtol, float):
-            raise TypeError(f"duplicate_rtol must be a number, got {self.duplicate_rtol!r}")
-        if not isinstance(self.max_outputs, str | None) and not _is_number(self.max_outputs, int):
-            raise TypeError(f"max_outputs must be an integer, 'auto' or None, got {self.max_outputs!r}")
         if not isinstance(self.layers, Sequence) or not all(isinstance(name, str) for name in self.layers):
             raise TypeError(f"layers must be 'auto', 'all' or a list of names of layers, got {self.layers!r}")
+        check_rtol(self.rtol)
+        _check_precision(self.dtype, self.hessian, self.rtol)
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        if not _is_number(self.duplicate_rtol, float):
+            raise TypeError(f"duplicate_rtol must be a number, got {self.duplicate_rtol!r}")
+        if not 0.0 <= self.duplicate_rtol < 1.0:
+            raise ValueError(f"duplicate_rtol must be inside [0, 1), got {self.duplicate_rtol}")
+        if isinstance(self.max_outputs, str) and self.max_outputs != "auto":
+            raise ValueError(f"max_outputs must be a number, 'auto' or None, got {self.max_outputs!r}")
+        if not isinstance(self.max_outputs, str | None) and not _is_number(self.max_outputs, int):
+            raise TypeError(f"max_outputs must be an integer, 'auto' or None, got {self.max_outputs!r}")
+        if isinstance(self.max_outputs, int) and self.max_outputs < 1:
+            raise ValueError(f"max_outputs must be at least 1, got {self.max_outputs}")
         if self.memory_budget is not None and not _is_number(self.memory_budget, float):
             raise TypeError(f"memory_budget must be a number of bytes or None, got {self.memory_budget!r}")
         if self.memory_budget is not None and not math.isfinite(self.memory_budget):
@@ -168,15 +153,14 @@ class Settings:
         )
 
     def num_directions(self, num_inputs: int, num_outputs: int) -> int:
-        """Return along how many directions an input's outputs are seen; all of them where none are projected away.
+        """Return along how many directions the outputs of an input are seen: all, unless some are projected away.
 
         Args:
             num_inputs: The number of inputs, k.
             num_outputs: The number of outputs per input.
 
         Raises:
-            ValueError: If there are more outputs than one decomposition can take, or some of the probabilities would be
-                left out.
+            ValueError: If there are more outputs than one decomposition can take, or probabilities would be left out.
         """
         directions = num_outputs
         if isinstance(self.max_outputs, int):
@@ -219,12 +203,19 @@ def squared_distance(outputs: Tensor, others: Tensor) -> Tensor:
     return (outputs - others).square().sum()
 
 
-def check_precision(dtype: Precision, hessian: HessianMode, rtol: float | None) -> None:
-    """Refuse what cannot be told in a floating point type.
+def _check_function(name: str, value: Any, kind: str, words: Sequence[str]) -> None:
+    """Refuse what is neither a function nor one of some words; a class can be called too, and is not meant."""
+    requirement = f"{name} must be {kind}{', ' if len(words) > 1 else ' or '}{' or '.join(map(repr, words))}"
+    if isinstance(value, str) and value not in words:
+        raise ValueError(f"{requirement}, got {value!r}")
+    if isinstance(value, type):
+        raise TypeError(f"{requirement}, got {_named(value)}: pass an instance of it")
+    if not (callable(value) or isinstance(value, str | None)):
+        raise TypeError(f"{requirement}, got {type(value).__name__}")
 
-    Raises:
-        ValueError: If ``dtype`` is not one that networks are evaluated in, or too coarse for what is asked.
-    """
+
+def _check_precision(dtype: Precision, hessian: HessianMode, rtol: float | None) -> None:
+    """Refuse a floating point type that no network is evaluated in, or that is too coarse for what is asked."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {tuple(DTYPES)}, got {dtype!r}")
     if dtype == "float64":
@@ -246,23 +237,23 @@ def check_order(module: Any, **others: Any) -> None:
 
     Args:
         module: The first argument of `measure_basin`.
-        others: The next four by name.
+        others: The next four arguments of `measure_basin` by name.
 
     Raises:
-        TypeError: If they are; it says what to pass.
+        TypeError: If an argument is of another kind; the error says what to pass.
     """
-    modules = {name: part for name, part in others.items() if isinstance(part, nn.Module)}
+    modules = {name: other for name, other in others.items() if isinstance(other, nn.Module)}
     if isinstance(module, type):
         raise TypeError(f"module must be a torch.nn.Module, got the class {module.__name__}: pass an instance of it")
     if not isinstance(module, nn.Module):
         swapped = ": pass the module first, then the inputs" if modules else ""
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}{swapped}")
     if not any(True for _ in module.parameters()):
-        for name, part in modules.items():
-            if any(True for _ in part.parameters()):
+        for name, other in modules.items():
+            if any(True for _ in other.parameters()):
                 raise TypeError(
                     f"module must have parameters, but {type(module).__name__} has none, and {name}, "
-                    f"{type(part).__name__}, has some: pass the one in place of the other"
+                    f"{type(other).__name__}, has some: pass the one in place of the other"
                 )
     if others["behavior"] is module:
         raise TypeError("behavior must be a function of module and inputs, got the module, which is called without it")
@@ -279,7 +270,7 @@ def _check_data(inputs: Any, targets: Any) -> None:
     if callable(targets):
         raise TypeError(f"targets must be data, got {_named(targets)}, which can be called: pass loss_fn=...")
     if isinstance(inputs, Probe) and targets is not None:
-        raise TypeError("targets must be those of the Probe that is passed as inputs: pass Probe(inputs, targets)")
+        raise TypeError("targets must be None where inputs is a Probe, which has its own: pass Probe(inputs, targets)")
 
 
 def _named(function: Any) -> str:

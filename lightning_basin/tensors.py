@@ -12,21 +12,24 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 def is_sequence_of(length: int, item: Any) -> bool:
-    """Whether something is a tuple or list of a length."""
+    """Whether an item is a tuple or list of this length."""
     return isinstance(item, tuple | list) and len(item) == length
 
 
 def check_containers(collection: Any) -> None:
-    """Refuse containers that cannot be made again from other tensors, and tensors without axes, wherever they stand.
+    """Refuse containers that cannot be built again from other tensors, and tensors that are not dense.
+
+    Args:
+        collection: A nested collection, which is searched at all depths.
 
     Raises:
-        TypeError: If there is such a container.
-        ValueError: If there is such a tensor.
+        TypeError: If a container cannot be built again.
+        ValueError: If a tensor is not dense.
     """
     if isinstance(collection, Tensor) and (dense := dense_form(collection)) is not None:
         raise ValueError(
             f"all tensors of a probe must be dense, got {dense.kind}: pass tensor.{dense.method}, by batch_fn in a "
-            f"run, and a behavior that makes of it what the module takes"
+            f"run, and a behavior that turns it into what the module takes"
         )
     if isinstance(collection, PackedSequence):
         raise TypeError(
@@ -42,7 +45,7 @@ def check_containers(collection: Any) -> None:
             except Exception as error:
                 raise TypeError(
                     f"a batch must hold tensors in dicts, tuples and lists, got {described(collection)}, which cannot "
-                    f"be made of other tensors: pass batch_fn=lambda batch: {written_as_pair(collection)}"
+                    f"be built from other tensors: pass batch_fn=lambda batch: {written_as_pair(collection)}"
                 ) from error
     else:
         items = list(collection) if isinstance(collection, tuple | list) else []
@@ -52,11 +55,11 @@ def check_containers(collection: Any) -> None:
 
 
 class DenseForm(NamedTuple):
-    """How a tensor that has no plain axes is made one that has.
+    """How to make a tensor dense.
 
     Attributes:
-        kind: What it is.
-        method: Makes it dense.
+        kind: The kind of the tensor, for messages.
+        method: The call of the tensor's method that makes it dense.
     """
 
     kind: str
@@ -64,7 +67,7 @@ class DenseForm(NamedTuple):
 
 
 def dense_form(tensor: Tensor) -> DenseForm | None:
-    """How a tensor is made dense; ``None`` for one that is.
+    """Say how to make a tensor dense; ``None`` for a dense tensor.
 
     Example:
         >>> dense_form(torch.eye(2).to_sparse()).method
@@ -76,11 +79,11 @@ def dense_form(tensor: Tensor) -> DenseForm | None:
 
 
 def written_as_pair(batch: Any, name: str = "batch") -> str:
-    """A pair of a batch as it is written in Python: of the parts that have the most common size.
+    """Write a pair of inputs and targets in Python, of the first two items of a batch with the most common size.
 
     Args:
-        batch: Anything.
-        name: How the batch itself is written.
+        batch: The batch, of any type.
+        name: The name of the batch in the code that is written.
 
     Example:
         >>> written_as_pair({"size": torch.tensor(8), "image": torch.zeros(8, 2), "label": torch.zeros(8)})
@@ -88,26 +91,26 @@ def written_as_pair(batch: Any, name: str = "batch") -> str:
     """
     if is_sequence_of(2, batch):
         return name
-    parts: dict[str, Any] = {}
+    items: dict[str, Any] = {}  # by the code that reads an item from the batch
     if isinstance(batch, Tensor):
-        parts = {name: batch}
+        items = {name: batch}
     elif isinstance(batch, Mapping):
-        parts = {f"{name}[{key!r}]": part for key, part in batch.items()}
+        items = {f"{name}[{key!r}]": item for key, item in batch.items()}
     elif isinstance(batch, tuple | list):
         if len(batch) > 2 and all(is_sequence_of(2, item) for item in batch):  # noqa: PLR2004
             return f"torch.utils.data.default_collate({name})"
-        parts = {f"{name}[{index}]": part for index, part in enumerate(batch)}
+        items = {f"{name}[{index}]": item for index, item in enumerate(batch)}
     elif is_dataclass(batch):
-        parts = {f"{name}.{item.name}": getattr(batch, item.name) for item in fields(batch)}
-    sizes = {part: tensors[0].shape[:1] for part, held in parts.items() if (tensors := tensors_of(held))}
-    counted = Counter(size for size in sizes.values() if size)
-    found = [part for part, size in sizes.items() if size == counted.most_common(1)[0][0]] if counted else [*sizes]
-    found = (found or ["inputs", "targets"])[:2]
-    return f"({', '.join([*found, *('None' for _ in range(2 - len(found)))])})"
+        items = {f"{name}.{field.name}": getattr(batch, field.name) for field in fields(batch)}
+    sizes = {code: tensors[0].shape[:1] for code, item in items.items() if (tensors := tensors_of(item))}
+    counts = Counter(size for size in sizes.values() if size)
+    codes = [code for code, size in sizes.items() if size == counts.most_common(1)[0][0]] if counts else [*sizes]
+    inputs, targets = [*(codes or ["inputs", "targets"]), "None"][:2]
+    return f"({inputs}, {targets})"
 
 
 def described(batch: Any) -> str:
-    """Name the type of something, with its keys or its length.
+    """Name the type of a batch, with its keys or its length.
 
     Example:
         >>> described({"x": 1})
@@ -119,11 +122,11 @@ def described(batch: Any) -> str:
 
 
 _WITHOUT_TENSORS = frozenset([type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.layout])
-"""What arguments of operations mostly are: each is looked through several times."""
+"""The types of most arguments of operations: each argument is searched several times."""
 
 
 def tensors_of(collection: Any) -> list[Tensor]:
-    """Every tensor in a nested collection, in the order in which `map_tensors` meets them."""
+    """Return every tensor in a nested collection, in the order of `map_tensors`."""
     if isinstance(collection, Tensor):
         return [collection]
     kind = type(collection)
@@ -143,21 +146,25 @@ def tensors_of(collection: Any) -> list[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Any], collection: Any) -> Any:
-    """The same collection with every tensor replaced; containers are new, everything else is shared."""
+    """Return the same collection with every tensor replaced; containers are new, everything else is shared."""
     return apply_to_collection(collection, Tensor, function)
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in a floating point type; those of integers and booleans stay. From devices without float64, on the CPU.
+    """Convert a tensor to a floating point type, unless it holds integers or booleans.
 
-    Float64 holds every number of a lower precision; float32 rounds those of float64.
+    A tensor of a device without float64 comes to the CPU. Float64 holds every element of a lower precision.
+
+    Args:
+        tensor: The tensor.
+        dtype: The floating point type.
     """
     tensor = tensor.to(float64_device(tensor.device))
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where to compute what lies on a device: there, or on the CPU if it has no float64.
+    """Return the device on which to compute with a device's tensors: the CPU where the device has no float64.
 
     Example:
         >>> float64_device(torch.device("mps"))
@@ -167,5 +174,5 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """Return a copy without a graph."""
+    """Copy a tensor without its graph."""
     return tensor.detach().clone()

@@ -1,4 +1,4 @@
-"""All inputs of a training set, in order, as probes: what a run's own loader must not be asked for."""
+"""All inputs of a training set, in order, as probes, without a run's loader, which must not be disturbed."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -12,26 +12,25 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_basin.probe import Probe, split_batch
 
-_BATCH_SIZE = 256  # of data sets that come without one
+_BATCH_SIZE = 256  # size of a batch where the data set comes without a loader
 
 
 class TrainingSet:
     """The inputs of a map-style data set, one after the other, the same at each iteration.
 
-    The data set is read in this process, in the order of its indices, under random states of its own: an augmentation
+    The data set is read in this process, in the order of its indices, under seeded random states: an augmentation
     that draws from the generators of Python, NumPy or torch draws the same numbers at each iteration, and the run
-    that these generators belong to sees nothing of it. What a data set changes in itself when it is read (a counter, a
-    generator of its own) does change.
+    does not notice it. A data set that changes when it is read (a counter, a private generator) does change.
 
     Args:
-        data: A map-style data set, or a loader of one, of which the data set, ``collate_fn`` and the size of a batch
-            are taken and nothing else: no order, no workers.
-        prepare: Applied to each collated batch.
-        batch_fn: From a batch to a pair of inputs and targets; see `split_batch`.
-        whole_batches: See `split_batch`.
+        data: A map-style data set, or a loader of one. Of a loader only the data set, ``collate_fn`` and the size of a
+            batch are used: no order, no workers.
+        prepare: The function that is applied to each collated batch; ``None`` for none.
+        batch_fn: The function from a batch to a pair of inputs and targets, as `split_batch` takes it.
+        whole_batches: Whether batches that are no pairs are taken as inputs without targets.
 
     Raises:
-        TypeError: If the data set has no length or no indices, so that it can only be read in the order of its own.
+        TypeError: If the data set has no length or no indices, so that its order is not known.
 
     Example:
         >>> [probe.size for probe in TrainingSet(torch.utils.data.TensorDataset(torch.zeros(600, 2)))]
@@ -46,8 +45,10 @@ class TrainingSet:
         batch_fn: Callable[[Any], Any] | None = None,
         whole_batches: bool = False,
     ) -> None:
-        loader = data if isinstance(data, DataLoader) else DataLoader(data, _BATCH_SIZE) if is_map_style(data) else None
-        if loader is None or not is_map_style(loader.dataset):
+        loader = (
+            data if isinstance(data, DataLoader) else DataLoader(data, _BATCH_SIZE) if _is_map_style(data) else None
+        )
+        if loader is None or not _is_map_style(loader.dataset):
             kind = type(data if loader is None else loader.dataset).__name__
             raise TypeError(
                 f"a training set that is read twice must be a map-style data set, with a length and indices, or a "
@@ -64,7 +65,7 @@ class TrainingSet:
     def __iter__(self) -> Iterator[Probe]:
         size = self._batch_size
         for start in range(0, len(self._dataset), size or 1):
-            with _random_states_of_its_own(start):
+            with _seeded_random_states(start):
                 if size is None:
                     batch = self._collate(self._dataset[start])
                 else:
@@ -75,20 +76,20 @@ class TrainingSet:
             yield Probe(inputs, targets)
 
 
-def is_map_style(data: Any) -> bool:
-    """Whether data are a data set that can be read at any index."""
+def _is_map_style(data: Any) -> bool:
+    """Whether the data are a data set that can be read at any index."""
     return isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
 
 
 def as_probes(data: Any) -> Iterable[Probe]:
-    """What a person passes as a training set, as probes that can be iterated over more than once.
+    """Turn a training set into probes that can be iterated over more than once.
 
     Args:
         data: A map-style data set, or a loader of one; or an iterable of batches, each a `Probe`, a tensor of inputs,
             or a pair of inputs and targets.
 
     Raises:
-        TypeError: If it is none of these, or can be iterated over only once.
+        TypeError: If ``data`` is none of these, or can be iterated over only once.
 
     Example:
         >>> [probe.size for probe in as_probes([torch.zeros(3, 2), torch.zeros(2, 2)])]
@@ -107,7 +108,7 @@ def as_probes(data: Any) -> Iterable[Probe]:
 
 
 class _Batches:
-    """Batches as probes, at each iteration anew."""
+    """Batches as probes, made anew at each iteration."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches
@@ -118,8 +119,8 @@ class _Batches:
 
 
 @contextmanager
-def _random_states_of_its_own(seed: int) -> Iterator[None]:
-    """Seeded generators inside; those of the run are put back, also when the body raises."""
+def _seeded_random_states(seed: int) -> Iterator[None]:
+    """Seed all generators, and restore the run's states afterwards, also when the body raises."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = [torch.cuda.current_device()] if is_used else []

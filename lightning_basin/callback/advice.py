@@ -1,125 +1,116 @@
 """What Lightning's own callbacks make of a value that is not measured at each of their checks."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_basin.callback.arguments import Arguments
-from lightning_basin.callback.lightnings import (
-    EARLY_STOPPINGS,
-    Callback,
-    EarlyStopping,
-    LRSchedulerConfig,
-    ModelCheckpoint,
-    Trainer,
-)
+from lightning_basin.callback.lightnings import EARLY_STOPPINGS, EarlyStopping, Trainer
+from lightning_basin.callback.watching import Watcher
 
 
-def misunderstandings(trainer: Trainer, logs: Callable[[str], bool], arguments: Arguments) -> Iterator[str]:
-    """Say where a callback that monitors a measured value cannot do what is meant.
+def sufficient_patience(checks: float, tolerated: int) -> int | None:
+    """Return how many checks in a row must be tolerated so that patience outlasts the time between measurements.
 
     Args:
-        trainer: The trainer at the start of training, when every callback is set up.
-        logs: A function that says whether a key is one of the measured values.
+        checks: The number of checks from one measurement to the next; infinity where nobody knows.
+        tolerated: The number of checks without a better value that are tolerated.
+
+    Returns:
+        The number of checks of ``tolerated + 1`` measurements but one; ``None`` where ``tolerated`` is enough.
+
+    Example:
+        >>> sufficient_patience(3, tolerated=1), sufficient_patience(3, tolerated=2)
+        (5, None)
+    """
+    if checks == math.inf or tolerated >= math.ceil(checks) - 1:  # The first check may see a better value.
+        return None
+    return (tolerated + 1) * math.ceil(checks) - 1
+
+
+def epochs_between(arguments: Arguments, steps_in_epoch: float) -> int:
+    """Return the largest number of epochs from one measurement to the next.
+
+    Args:
+        arguments: The monitor's arguments, of which the cadence is read.
+        steps_in_epoch: The number of optimizer steps in an epoch; infinity where nobody knows.
+    """
+    steps = arguments.every_n_train_steps
+    epochs = arguments.every_n_epochs if steps is None else math.ceil(steps / max(1.0, steps_in_epoch))
+    return max(1, epochs, arguments.every_n_epochs_after_zero_loss or 1)
+
+
+def advise_patience(trainer: Trainer, watchers: Iterable[Watcher], arguments: Arguments) -> Iterator[str]:
+    """Say which callbacks and schedulers count their checks, and give up before there can be a new value.
+
+    Args:
+        trainer: The trainer at the start of training.
+        watchers: The callbacks and schedulers that monitor a value of this monitor.
         arguments: The monitor's arguments, of which the cadence is read.
 
     Returns:
-        One sentence for each callback or scheduler, with what to change.
+        One sentence for each, with the patience to pass.
     """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
-    for callback in callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and logs(callback.monitor):
-            yield from _of_checkpoint(trainer, callback, arguments)
-        # One that has a way of its own to look at values is left alone.
-        check = getattr(type(callback), "on_train_epoch_end", None)
-        is_plain = any(check is plain.on_train_epoch_end for plain in EARLY_STOPPINGS)
-        if isinstance(callback, EarlyStopping) and is_plain and logs(callback.monitor):
-            yield from _of_early_stopping(trainer, callback, arguments)
-    for config in trainer.lr_scheduler_configs:
-        if isinstance(config.scheduler, ReduceLROnPlateau) and config.monitor is not None and logs(config.monitor):
-            yield from _of_scheduler(trainer, config, config.scheduler.patience, arguments)
+    automatic = trainer.lightning_module.automatic_optimization
+    steps = trainer.num_training_batches / trainer.accumulate_grad_batches if automatic else math.inf
+    epochs = epochs_between(arguments, steps)
+    for watcher in watchers:
+        owner, scheduler = watcher.owner, getattr(watcher.owner, "scheduler", None)
+        if isinstance(owner, EarlyStopping) and type(owner).on_train_epoch_end in _COUNTING:
+            # It stops at the last check of its patience, where a scheduler still waits.
+            patience, checks, remedy = owner.patience, float(epochs), ", or use RankEarlyStopping"
+            sufficient = sufficient_patience(checks, patience - 1)
+            needed = None if sufficient is None else sufficient + 1
+        elif isinstance(scheduler, ReduceLROnPlateau):
+            between = epochs if owner.interval != "step" else arguments.every_n_train_steps or epochs * steps
+            patience, checks, remedy = scheduler.patience, between / owner.frequency, ""
+            needed = sufficient_patience(checks, patience)
+        else:
+            continue
+        if needed is not None:
+            yield (
+                f"{watcher.name} counts its checks, which see each value up to {math.ceil(checks)} times: "
+                f"patience={patience} is over before the next measurement. HINT: pass patience={needed}{remedy}"
+            )
 
 
-def _of_early_stopping(trainer: Trainer, stopping: EarlyStopping, arguments: Arguments) -> Iterator[str]:
-    name = f"EarlyStopping(monitor={stopping.monitor!r})"
-    if not stopping._check_on_train_epoch_end and not trainer.enable_validation:
-        yield (
-            f"{name} checks after validation, of which there is none. HINT: pass check_on_train_epoch_end=True, or use "
-            f"RankEarlyStopping"
-        )
-    elif not stopping._check_on_train_epoch_end and arguments.every_n_train_steps is None:
-        yield (
-            f"{name} checks after validation, before the measurement of the epoch, and sees the one before. HINT: pass "
-            f"check_on_train_epoch_end=True, or use RankEarlyStopping"
-        )
-    epochs = _epochs_between(trainer, arguments)
-    if stopping.patience < epochs:
-        yield (
-            f"{name} counts its checks, and finds each value up to {epochs} times: patience={stopping.patience} is "
-            f"over before the next measurement. HINT: pass patience={epochs * stopping.patience}, or use "
-            f"RankEarlyStopping, whose patience counts measurements"
-        )
+_COUNTING = [stopping.on_train_epoch_end for stopping in EARLY_STOPPINGS]
+"""Lightning's own ways to check; a callback with another one is left alone."""
 
 
-def _of_scheduler(trainer: Trainer, config: LRSchedulerConfig, patience: int, arguments: Arguments) -> Iterator[str]:
-    between: float = _epochs_between(trainer, arguments)
-    if config.interval == "step":
-        between = arguments.every_n_train_steps or between * _steps_in_epoch(trainer)
-    if between == math.inf:
-        return
-    steps = math.ceil(between / config.frequency)
-    if patience < steps - 1:  # The first of them may find a better value, and the others do not.
-        yield (
-            f"{type(config.scheduler).__name__}(monitor={config.monitor!r}) counts its steps, and finds each value up "
-            f"to {steps} times: patience={patience} is over before the next measurement. HINT: pass "
-            f"patience={steps * (patience + 1) - 1}"
-        )
+class RankedSaves:
+    """Notices where a ``ModelCheckpoint`` ranks weights by the value of others.
+
+    Args:
+        watchers: The callbacks and schedulers that monitor a value of this monitor.
+    """
+
+    def __init__(self, watchers: Iterable[Watcher]) -> None:
+        self._rankings = [(watcher, _ranking(watcher.owner)) for watcher in watchers if watcher.is_saving]
+
+    def misjudged(self, step: int, measured_step: int | None, arguments: Arguments) -> list[str]:
+        """Say once of each ``ModelCheckpoint`` that it saves weights that were not measured.
+
+        Args:
+            step: The number of optimizer steps taken when a checkpoint is written.
+            measured_step: The number of optimizer steps at the newest record.
+            arguments: The monitor's arguments, of which the cadence is read.
+        """
+        interval = arguments.every_n_train_steps
+        cadence = f"every_n_epochs={epochs_between(arguments, math.inf)} and save_on_train_epoch_end=True"
+        remedy = cadence if interval is None else f"every_n_train_steps={interval}"
+        current = [(saver, before, _ranking(saver.owner)) for saver, before in self._rankings]
+        problems = {
+            saver.name: f"{saver.name} ranks weights of step {step}, which were not measured, by the value of step "
+            f"{measured_step}. HINT: pass {remedy}"
+            for saver, before, after in current
+            if after - before and step != measured_step
+        }
+        self._rankings = [(saver, after) for saver, _, after in current if saver.name not in problems]
+        return list(problems.values())
 
 
-def _of_checkpoint(trainer: Trainer, checkpoint: ModelCheckpoint, arguments: Arguments) -> Iterator[str]:
-    if not (checkpoint._every_n_epochs or checkpoint._every_n_train_steps or checkpoint._train_time_interval):
-        return
-    name = f"ModelCheckpoint(monitor={checkpoint.monitor!r})"
-    at_epoch_end = arguments.every_n_train_steps is None
-    is_early = trainer.enable_validation and not checkpoint._should_save_on_train_epoch_end(trainer)
-    if at_epoch_end and checkpoint._every_n_epochs >= 1 and is_early:
-        yield (
-            f"{name} saves after validation, before the measurement of the epoch, under the value of the one before. "
-            f"HINT: pass save_on_train_epoch_end=True"
-        )
-    if not _measures_saved(trainer, checkpoint, arguments):
-        wanted = (
-            f"every_n_epochs={_epochs_between(trainer, arguments)}"
-            if at_epoch_end
-            else f"every_n_train_steps={arguments.every_n_train_steps}"
-        )
-        yield f"{name} also saves weights that were not measured, under the value of others. HINT: pass {wanted}"
-
-
-def _epochs_between(trainer: Trainer, arguments: Arguments) -> int:
-    """Return the largest number of epochs from one measurement to the next."""
-    if arguments.every_n_train_steps is None:
-        between = arguments.every_n_epochs
-    else:
-        between = math.ceil(arguments.every_n_train_steps / max(1.0, _steps_in_epoch(trainer)))
-    return max(1, between, arguments.every_n_epochs_after_zero_loss or 1)
-
-
-def _steps_in_epoch(trainer: Trainer) -> float:
-    """Return the optimizer steps of an epoch; infinity where nobody knows: iterable data set, manual optimization."""
-    if not trainer.lightning_module.automatic_optimization:
-        return math.inf
-    return trainer.num_training_batches / trainer.accumulate_grad_batches
-
-
-def _measures_saved(trainer: Trainer, checkpoint: ModelCheckpoint, arguments: Arguments) -> bool:
-    """Whether all weights are measured that a callback saves."""
-    steps_between = arguments.every_n_train_steps
-    if steps_between is None:
-        epochs = _epochs_between(trainer, arguments)
-        return checkpoint._every_n_epochs >= 1 and checkpoint._every_n_epochs % epochs == 0
-    if checkpoint._every_n_epochs >= 1:
-        steps = checkpoint._every_n_epochs * _steps_in_epoch(trainer)
-        return not steps < math.inf or steps % steps_between == 0
-    return checkpoint._every_n_train_steps >= 1 and checkpoint._every_n_train_steps % steps_between == 0
+def _ranking(checkpoint: Any) -> set[tuple[str, float]]:
+    return {(path, float(value)) for path, value in checkpoint.best_k_models.items()}

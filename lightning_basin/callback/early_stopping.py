@@ -8,19 +8,21 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_basin.callback.arguments import as_builtin
-from lightning_basin.callback.keys import Key, did_you_mean
+from lightning_basin.callback.keys import did_you_mean
 from lightning_basin.callback.lightnings import (
     BaseEarlyStopping,
-    Callback,
     EarlyStoppingReason,
     LightningModule,
     MisconfigurationException,
     Trainer,
+    callbacks_of,
     early_stopping_reasons,
+    plain_state,
 )
 from lightning_basin.callback.monitor import BasinMonitor
-from lightning_basin.callback.notices import warn
-from lightning_basin.callback.reliability import rank_in_doubt
+from lightning_basin.callback.notices import Notices, warn
+from lightning_basin.callback.reliability import passed_over_because
+from lightning_basin.callback.session import Session
 from lightning_basin.callback.watching import keys_of
 from lightning_basin.naming import printable
 from lightning_basin.record import BasinRecord
@@ -39,14 +41,14 @@ class RankEarlyStopping(BaseEarlyStopping):
     Such measurements are passed over, also where the quantity is only computed from such a rank.
 
     Args:
-        monitor: Key of the quantity.
+        monitor: The key of the quantity.
         mode: ``"plateau"`` stops when the value has not moved by more than ``min_delta`` either way, ``"min"`` when it
             has not fallen by more than that, ``"max"`` when it has not risen.
-        patience: For so many measurements in a row.
-        min_delta: See ``mode``.
-        stopping_threshold: Stop at once when the value is beyond this; with ``"min"`` and ``"max"`` only.
-        after_zero_loss: Look only at measurements from the one on at which the loss on the probe has reached zero, see
-            ``zero_loss_threshold`` of `BasinMonitor`. ``False`` looks at all, and is for runs without such a moment.
+        patience: The number of measurements in a row without a move after which training stops.
+        min_delta: The largest change of the value that counts as none.
+        stopping_threshold: A value beyond which training stops at once; with ``"min"`` and ``"max"`` only.
+        after_zero_loss: Look only at measurements from the one on at which the loss on the probe has reached zero, as
+            ``BasinMonitor(zero_loss_threshold=...)`` says. ``False`` looks at all, for runs without such a moment.
         strict: Refuse, at the start of the fit, a quantity that the monitor is set not to measure; ``False`` warns.
         check_finite: Stop when the value is not finite.
         verbose: Log improvements too; why training stopped is always logged.
@@ -77,17 +79,7 @@ class RankEarlyStopping(BaseEarlyStopping):
         check_finite: bool = True,
         verbose: bool = False,
     ) -> None:
-        if mode not in self.mode_dict:
-            raise MisconfigurationException(f"`RankEarlyStopping(mode={mode!r})` must be in {tuple(self.mode_dict)}")
-        if patience < 1:
-            raise MisconfigurationException(f"`RankEarlyStopping(patience={patience})` must be at least 1")
-        if min_delta < 0:
-            raise MisconfigurationException(f"`RankEarlyStopping(min_delta={min_delta})` must not be negative")
-        if mode == "plateau" and stopping_threshold is not None:
-            raise MisconfigurationException(
-                f"`RankEarlyStopping(stopping_threshold={stopping_threshold})` needs a direction. HINT: pass "
-                f"mode='min' to stop below it, mode='max' to stop above it"
-            )
+        _check_arguments(mode, patience, min_delta, stopping_threshold)
         self._reasons = early_stopping_reasons()
         super().__init__(
             monitor=monitor,
@@ -100,8 +92,8 @@ class RankEarlyStopping(BaseEarlyStopping):
             stopping_threshold=stopping_threshold,
         )
         self.after_zero_loss = after_zero_loss
-        self._basin_monitor: BasinMonitor | None = None
-        self._said: set[str] = set()
+        self._session: Session | None = None
+        self._notices = Notices()
 
     @property
     def stopping_reason(self) -> EarlyStoppingReason:
@@ -123,20 +115,9 @@ class RankEarlyStopping(BaseEarlyStopping):
         self._reasons = early_stopping_reasons(trainer)
         if stage != "fit":
             return
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
-        monitors = [callback for callback in callbacks if isinstance(callback, BasinMonitor)]
-        self._basin_monitor = next((monitor for monitor in monitors if monitor.logs(self.monitor)), None)
-        if self._basin_monitor is None:
-            prefixes = [monitor.prefix for monitor in monitors]
-            keys = [key for monitor in monitors for key in keys_of(vars(monitor), pl_module)]
-            hint = ". HINT: `Trainer(callbacks=[BasinMonitor(), RankEarlyStopping()])`"
-            raise MisconfigurationException(
-                f"`RankEarlyStopping(monitor={self.monitor!r})` needs a BasinMonitor that logs this key, "
-                f"got {f'those with prefixes {prefixes}' if prefixes else 'none'}"
-                f"{did_you_mean(self.monitor, keys) or hint}"
-            )
-        self._said.clear()
-        self._basin_monitor.subscribe(self.on_measurement)
+        basin_monitor = _find_monitor(self.monitor, trainer, pl_module)
+        self._session, self._notices = basin_monitor.progress.session, Notices()
+        basin_monitor.subscribe(self.on_measurement)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,7 +126,7 @@ class RankEarlyStopping(BaseEarlyStopping):
             super().load_state_dict(state_dict)
             counts = (self.wait_count, self.stopped_epoch, self.patience)
             if not isinstance(self.best_score, Tensor) or not all(isinstance(count, int) for count in counts):
-                raise TypeError("it holds other things than numbers")
+                raise TypeError("it holds other values than numbers")
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # Damaged, or of another version.
             super().load_state_dict(unread)
             warn(
@@ -153,46 +134,24 @@ class RankEarlyStopping(BaseEarlyStopping):
             )
 
     def on_measurement(self, trainer: Trainer, record: BasinRecord) -> None:
-        """Take the newest measurement into account, and stop training if it is the last straw."""
-        basin_monitor = self._basin_monitor
-        assert basin_monitor is not None, "set up before it listens"
-        if self.after_zero_loss and basin_monitor.zero_loss_step is None:
-            if record.loss is None:
-                self._say(
-                    f"{self._name} waits for zero loss, and none is measured: it will not stop this run. HINT: pass "
-                    f"RankEarlyStopping(after_zero_loss=False), or BasinMonitor(loss_fn=...)"
-                )
-            return
-        if self._is_in_doubt(record, basin_monitor.prefix):
-            return
-        values = basin_monitor.monitored(record)
-        if self.monitor not in values and any(
-            self.monitor in basin_monitor.logged(one) for one in basin_monitor.records
-        ):
-            return  # Not every measurement has a spectrum, say: this one says nothing of the quantity.
-        stopped_before = self.stopping_reason_message
-        self._check(trainer, {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()})
-        reason = self.stopping_reason_message
-        if reason is not None and reason != stopped_before and not self.verbose:
-            rank_zero_info(reason)
-
-    def _is_in_doubt(self, record: BasinRecord, prefix: str) -> bool:
-        """Whether the value is none of the network itself, but of how it was measured; says so once."""
-        key = Key.of(self.monitor, prefix)
-        assert key is not None, "one that the monitor logs"
-        reason = rank_in_doubt(key.quantity, key.measured(record), projected=record.projected)
+        """Take the newest measurement into account, and stop training if it decides so."""
+        session = self._session
+        assert session is not None, "set up before it listens"
+        reason = passed_over_because(self.monitor, record, session, after_zero_loss=self.after_zero_loss)
         if reason is not None:
-            self._say(f"{self._name} passes over ranks that are {reason}")
-        return reason is not None
+            if reason:
+                self._notices.warn(f"{self._name} {reason}")
+            return
+        stopped_before = self.stopping_reason_message
+        values = session.callback_values(record)
+        self._check(trainer, {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()})
+        stopped = self.stopping_reason_message
+        if stopped is not None and stopped != stopped_before and not self.verbose:
+            rank_zero_info(stopped)
 
     @property
     def _name(self) -> str:
         return f"RankEarlyStopping(monitor={printable(self.monitor)!r})"
-
-    def _say(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            warn(message)
 
     def _check(self, trainer: Trainer, values: dict[str, Tensor]) -> None:
         """As the base class does it, on values of a record: those of the trainer may be of an earlier one."""
@@ -235,4 +194,38 @@ class RankEarlyStopping(BaseEarlyStopping):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+        return plain_state(self) | {"_session": None}
+
+
+def _check_arguments(mode: str, patience: int, min_delta: float, stopping_threshold: float | None) -> None:
+    modes = tuple(RankEarlyStopping.mode_dict)
+    if mode not in modes:
+        raise MisconfigurationException(f"`RankEarlyStopping(mode={mode!r})` must be in {modes}")
+    if patience < 1:
+        raise MisconfigurationException(f"`RankEarlyStopping(patience={patience})` must be at least 1")
+    if min_delta < 0:
+        raise MisconfigurationException(f"`RankEarlyStopping(min_delta={min_delta})` must not be negative")
+    if mode == "plateau" and stopping_threshold is not None:
+        raise MisconfigurationException(
+            f"`RankEarlyStopping(stopping_threshold={stopping_threshold})` needs a direction. HINT: pass mode='min' to "
+            f"stop below it, mode='max' to stop above it"
+        )
+
+
+def _find_monitor(key: str, trainer: Trainer, module: LightningModule) -> BasinMonitor:
+    """Return the monitor of a trainer that logs a key.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    monitors = [callback for callback in callbacks_of(trainer) if isinstance(callback, BasinMonitor)]
+    for monitor in monitors:
+        if monitor.progress.session.owns_key(key):
+            return monitor
+    prefixes = [monitor.prefix for monitor in monitors]
+    keys = [possible for monitor in monitors for possible in keys_of(monitor, module)]
+    hint = ". HINT: `Trainer(callbacks=[BasinMonitor(), RankEarlyStopping()])`"
+    raise MisconfigurationException(
+        f"`RankEarlyStopping(monitor={key!r})` needs a BasinMonitor that logs this key, "
+        f"got {f'monitors with the prefixes {prefixes}' if prefixes else 'none'}{did_you_mean(key, keys) or hint}"
+    )

@@ -20,12 +20,12 @@ class GatheredModule:
     parameters without a word, and its derivatives by what one passes are zero (torch 2.13).
 
     Args:
-        module: Not sharded yet. The copy is in float64, which holds any precision that training may choose.
+        module: The module, not sharded yet. Its copy is in float64, which holds any precision of training.
         is_here: Whether this is the process that holds the copy.
 
     Raises:
         ValueError: If the module cannot be copied as it is: parameters have no shape, or no numbers yet.
-        TypeError: See `replicas`.
+        TypeError: If the module cannot be copied for another reason.
     """
 
     def __init__(self, module: nn.Module, *, is_here: bool) -> None:
@@ -41,41 +41,41 @@ class GatheredModule:
         """Collect weights and buffers as they are now; all processes must call this together.
 
         Args:
-            sharded: What became of the module.
+            sharded: The module, whose parameters are sharded now.
 
         Returns:
-            Gives the copy, filled with them, on the process that holds it. It raises a ValueError if parameters or
-            buffers were added, removed or renamed since the copy was made.
+            A function that returns the filled copy, on the process that holds it. It raises a ValueError if parameters
+            or buffers were added, removed or renamed since the copy was made.
         """
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return partial(self._filled, sharded, get_model_state_dict(sharded, options=options))
 
     def _filled(self, sharded: nn.Module, state: Mapping[str, Any]) -> nn.Module:
         assert self._copy is not None, "only one process holds the copy"
-        own = self._copy.state_dict()
-        if own.keys() != state.keys():
+        copied = self._copy.state_dict()
+        if copied.keys() != state.keys():
             raise ValueError(
                 f"the parameters and buffers of a sharded module must be those that it was made with, but "
-                f"{sorted(own.keys() ^ state.keys())} came or went in `configure_model`. {_OFFLINE}"
+                f"{sorted(copied.keys() ^ state.keys())} came or went in `configure_model`. {_OFFLINE}"
             )
         with torch.no_grad():
-            for name, tensor in own.items():
+            for name, tensor in copied.items():
                 tensor.copy_(state[name])
         _take_over_what_is_whole(sharded, self._copy)
         return self._copy
 
 
 def _take_over_what_is_whole(sharded: nn.Module, replica: nn.Module) -> None:
-    """What every process has of a sharded module, and no state dict: some buffers, flags, plain attributes."""
-    parts, buffers, parameters = (
-        dict(found) for found in (sharded.named_modules(), sharded.named_buffers(), sharded.named_parameters())
+    """Copy what every process has of a sharded module, and no state dict: some buffers, flags, plain attributes."""
+    submodules, buffers, parameters = (
+        dict(named) for named in (sharded.named_modules(), sharded.named_buffers(), sharded.named_parameters())
     )
     for name, buffer in replica.named_buffers():
         buffer.copy_(buffers[name])
     for name, parameter in replica.named_parameters():
         parameter.requires_grad_(parameters[name].requires_grad)
-    for name, part in replica.named_modules():
-        now = vars(parts[name])
-        for attribute, value in vars(part).items():
+    for name, submodule in replica.named_modules():
+        now = vars(submodules[name])
+        for attribute, value in vars(submodule).items():
             if isinstance(value, bool | int | float | str) and attribute in now:
-                vars(part)[attribute] = now[attribute]
+                vars(submodule)[attribute] = now[attribute]

@@ -7,11 +7,11 @@ from itertools import chain, count
 from pathlib import Path
 
 
-def unused(path: Path) -> Path:
-    """The path, or where a file is there already, one with the first number behind its name that is free.
+def find_unused(path: Path) -> Path:
+    """Return the path or, where a file is there already, one with the first number behind its name that is free.
 
     Example:
-        >>> unused(Path("no_such_folder/basin.csv")).name
+        >>> find_unused(Path("no_such_folder/basin.csv")).name
         'basin.csv'
     """
     numbered = (path.with_stem(f"{path.stem}-{number}") for number in count(1))
@@ -22,7 +22,7 @@ class HistoryFile:
     """A table that grows row by row, and is complete after every one.
 
     Args:
-        path: Its ending says the format: ``.csv``, or ``.jsonl`` with one JSON object a line. Written anew by `write`.
+        path: The path of the file, ``*.csv``, or ``*.jsonl`` with one JSON object a line; `write` begins it anew.
 
     Raises:
         ValueError: If the path ends in anything else.

@@ -1,10 +1,12 @@
-"""The keys under which a monitor's values are found: which there can be, what one is about, and which one was meant."""
+"""The keys of a monitor's values: which there can be, what a key is about, and which one was meant."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal
+from itertools import chain
+from typing import Literal
 
+from lightning_basin.callback.arguments import Arguments
 from lightning_basin.layer_names import layer_blocks, tags_of
 from lightning_basin.naming import escaped
 from lightning_basin.record import (
@@ -16,9 +18,15 @@ from lightning_basin.record import (
     BasinRecord,
     LayerRecord,
 )
+from lightning_basin.settings import LayerSelection
 
-_GROUPS = {"network": "/", "layer": "_layer_", "block": "_block_", "stats": "_stats/"}
-_ALIKE = 0.85  # of two keys: one character in seven is another
+Group = Literal["network", "layer", "block", "stats"]
+
+_STARTS: dict[Group, str] = {"layer": "_layer_", "block": "_block_", "stats": "_stats/", "network": "/"}
+"""What stands between the prefix of a key and the quantity."""
+
+_SIMILARITY = 0.85
+"""Two keys of at least this similarity may be meant for each other: one character in seven differs."""
 
 
 @dataclass(frozen=True)
@@ -26,48 +34,48 @@ class Key:
     """What a key is about.
 
     Attributes:
-        group: The network, one of its layers or blocks, or statistics over layers.
-        quantity: Its name.
-        part: The tag of the layer or block, empty for the others.
+        group: Whether the value is of the network, of one of its layers or blocks, or a statistic over layers.
+        quantity: The quantity's name.
+        scope: The tag of the layer or block; empty for the other groups.
     """
 
-    group: Literal["network", "layer", "block", "stats"]
+    group: Group
     quantity: str
-    part: str = ""
+    scope: str = ""
 
     @classmethod
     def of(cls, key: str, prefix: str) -> "Key | None":
-        """A key taken apart; ``None`` where it does not begin as those of a prefix do.
+        """Take a key apart; ``None`` where it does not begin as the keys of a prefix do.
 
         Example:
             >>> Key.of("basin_layer_dead_units/fc1", "basin")
-            Key(group='layer', quantity='dead_units', part='fc1')
+            Key(group='layer', quantity='dead_units', scope='fc1')
         """
-        for group in ("layer", "block", "stats", "network"):
-            start = f"{escaped(prefix)}{_GROUPS[group]}"
+        for group, separator in _STARTS.items():
+            start = f"{escaped(prefix)}{separator}"
             if key.startswith(start):
-                has_part = group in ("layer", "block")
-                quantity, _, part = key.removeprefix(start).partition("/") if has_part else (key[len(start) :], "", "")
-                return cls(group, quantity, part)
+                rest = key.removeprefix(start)
+                quantity, _, scope = rest.partition("/") if group in ("layer", "block") else (rest, "", "")
+                return cls(group, quantity, scope)
         return None
 
-    def measured(self, record: BasinRecord) -> list[LayerRecord]:
-        """The parts of a record that the value is computed from; none where it has none of this name."""
+    def records_in(self, record: BasinRecord) -> list[LayerRecord]:
+        """Return the records from which the value is computed; none where the scope was not measured."""
         if self.group == "network":
             return [record]
         if self.group == "stats":
             return list(record.layers.values())
-        parts = record.blocks if self.group == "block" else record.layers
-        return [parts[name] for name, tag in tags_of(parts).items() if tag == self.part]
+        scopes = record.blocks if self.group == "block" else record.layers
+        return [scopes[name] for name, tag in tags_of(scopes).items() if tag == self.scope]
 
 
-def possible_keys(prefix: str, layers: Sequence[str], selection: Literal["auto", "all"] | Sequence[str]) -> list[str]:
-    """Every key that a record of a network can have, whatever is measured of it.
+def possible_keys(prefix: str, layers: Sequence[str], selection: LayerSelection) -> list[str]:
+    """Return every key that a record of a network can have, whatever is measured of it.
 
     Args:
-        prefix: First part of every key.
-        layers: Names of its layers, in order.
-        selection: Which of them are measured, as `measure_basin` takes it.
+        prefix: The first characters of every key.
+        layers: The names of the layers of the network, in order.
+        selection: The layers that are measured, as `measure_basin` takes them.
 
     Example:
         >>> keys = possible_keys("basin", ["fc1", "fc2"], "auto")
@@ -79,18 +87,18 @@ def possible_keys(prefix: str, layers: Sequence[str], selection: Literal["auto",
     blocks = layer_blocks(names) if selection == "auto" else {}
     group, tags = ("block" if blocks else "layer"), list(tags_of(blocks or names).values())
     quantities = BLOCK_QUANTITIES if blocks else LAYER_QUANTITIES
-    parts = [(quantity, tag) for quantity in quantities for tag in tags]
+    scoped = [(quantity, tag) for quantity in quantities for tag in tags]
     if "output" not in tags:
-        parts += [(quantity, "output") for quantity in OUTPUT_QUANTITIES]
+        scoped += [(quantity, "output") for quantity in OUTPUT_QUANTITIES]
     return [
         *(f"{prefix}/{quantity}" for quantity in (*NETWORK_QUANTITIES, "zero_loss_step")),
-        *(f"{prefix}_{group}_{quantity}/{tag}" for quantity, tag in parts),
+        *(f"{prefix}_{group}_{quantity}/{tag}" for quantity, tag in scoped),
         *(f"{prefix}_stats/{name}" for name in STATISTICS),
     ]
 
 
 def did_you_mean(key: str, keys: Iterable[str]) -> str:
-    """A question that ends a sentence, where one of the keys looks like another one; else nothing.
+    """Return a question that ends a sentence, where another key looks like this one; else nothing.
 
     Example:
         >>> did_you_mean("basin/gradient_rnak", ["basin/loss", "basin/gradient_rank"])
@@ -101,12 +109,12 @@ def did_you_mean(key: str, keys: Iterable[str]) -> str:
 
 
 def mistaken_for(key: str, keys: Collection[str], prefixes: Sequence[str]) -> str | None:
-    """The key that was meant by one that no monitor has; ``None`` where it is a value of the user's own, most likely.
+    """Return the key that was meant by one that no monitor has; ``None`` for what is most likely the user's own value.
 
     Args:
-        key: Begins with none of the prefixes.
-        keys: Those that there can be, of one prefix.
-        prefixes: Of all monitors.
+        key: A key that begins with none of the prefixes.
+        keys: The possible keys of one prefix.
+        prefixes: The prefixes of all monitors.
 
     Example:
         >>> keys = possible_keys("held_out", [], "auto")
@@ -114,40 +122,36 @@ def mistaken_for(key: str, keys: Collection[str], prefixes: Sequence[str]) -> st
         'held_out/gradient_rank'
         >>> mistaken_for("val/loss", keys, ["held_out"])
     """
-    default = Key.of(key, "basin")
-    if default is not None and "basin" not in prefixes:
-        renamed = [f"{escaped(prefix)}{key.removeprefix('basin')}" for prefix in prefixes]
-        alike = [match for name in renamed for match in get_close_matches(name, keys, n=1, cutoff=_ALIKE)]
-        return alike[0] if alike else None
-    # A loss is what everybody logs, under any name.
-    own = [one for one in keys if not one.endswith("loss")]
-    alike = get_close_matches(key, own, n=1, cutoff=_ALIKE)
-    return alike[0] if alike else None
+    if Key.of(key, "basin") is not None and "basin" not in prefixes:
+        candidates = [f"{escaped(prefix)}{key.removeprefix('basin')}" for prefix in prefixes]
+    else:  # A loss is what everybody logs, under any name.
+        candidates, keys = [key], [other for other in keys if not other.endswith("loss")]
+    matches = (get_close_matches(candidate, keys, n=1, cutoff=_SIMILARITY) for candidate in candidates)
+    return next(chain.from_iterable(matches), None)
 
 
-def left_out(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Quantities that no measurement with some settings has, each with the setting that leaves it out.
+def left_out(arguments: Arguments) -> dict[str, str]:
+    """Return the quantities that no measurement has with some arguments, each with the argument that leaves it out.
 
     Args:
-        settings: Arguments of a `BasinMonitor` by name.
+        arguments: The monitor's arguments.
 
     Example:
-        >>> left_out({"hessian": False, "dtype": "float64", "verify_null_space": 3, "duplicates_over": "train"})[
-        ...     "gauss_newton_nullity"
-        ... ]
+        >>> from lightning_basin import BasinMonitor
+        >>> left_out(BasinMonitor(hessian=False))["gauss_newton_nullity"]
         'hessian=False'
     """
+    training_set = [name for name in NETWORK_QUANTITIES if name.startswith("train_")]
+    hessian = [name for name in NETWORK_QUANTITIES if name.startswith(_OF_HESSIAN)]
     missing: dict[str, str] = {}
-    of_training_set = [name for name in NETWORK_QUANTITIES if name.startswith("train_")]
-    of_hessian = [name for name in NETWORK_QUANTITIES if name.startswith(_OF_HESSIAN)]
-    for name, leaves_out, quantities in (
-        ("hessian", settings["hessian"] is False, of_hessian),
-        ("dtype", settings["dtype"] == "float32", of_hessian),
-        ("verify_null_space", settings["verify_null_space"] is None, ["surviving_fraction"]),
-        ("duplicates_over", settings["duplicates_over"] is None, of_training_set),
+    for name, is_left_out, quantities in (
+        ("hessian", arguments.hessian is False, hessian),
+        ("dtype", arguments.dtype == "float32", hessian),
+        ("verify_null_space", arguments.verify_null_space is None, ["surviving_fraction"]),
+        ("duplicates_over", arguments.duplicates_over is None, training_set),
     ):
-        if leaves_out:
-            missing |= dict.fromkeys(quantities, f"{name}={settings[name]!r}")
+        if is_left_out:
+            missing |= dict.fromkeys(quantities, f"{name}={getattr(arguments, name)!r}")
     return missing
 
 

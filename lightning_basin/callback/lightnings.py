@@ -20,6 +20,7 @@ __all__ = [
     "Callback",
     "DDPStrategy",
     "DeepSpeedStrategy",
+    "DummyLogger",
     "EarlyStopping",
     "EarlyStoppingReason",
     "FSDPStrategy",
@@ -35,7 +36,9 @@ __all__ = [
     "Strategy",
     "TensorBoardLogger",
     "Trainer",
+    "callbacks_of",
     "early_stopping_reasons",
+    "plain_state",
 ]
 
 
@@ -55,13 +58,13 @@ _PACKAGES = _installed()
 
 
 def _each(module: str, name: str) -> tuple[Any, ...]:
-    """The classes of a name, package by package; old packages lack some."""
+    """Return the classes of a name, package by package; old packages lack some."""
     modules = (import_module(f"{package.__name__}.{module}") for package in _PACKAGES)
-    return tuple(vars(found)[name] for found in modules if name in vars(found))
+    return tuple(vars(imported)[name] for imported in modules if name in vars(imported))
 
 
 def _base(classes: Sequence[Any]) -> Any:
-    """A class that inherits from all of them, and is constructed as the first, whose attributes are those of all."""
+    """Return a class that inherits from all of them, and is constructed as the first, whose attributes all have."""
     first, *others = classes
     silent = [type(first.__name__, (other,), {"__init__": _accept_nothing}) for other in others]
     return type(first.__name__, (first, *silent), {"__module__": __name__})
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import EarlyStopping as BaseEarlyStopping
     from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
     from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
+    from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.profilers import Profiler
     from lightning.pytorch.strategies import (
         DDPStrategy,
@@ -107,6 +111,7 @@ else:
     ModelParallelStrategy = reduce(or_, _each("strategies", "ModelParallelStrategy"))
 
     CSVLogger, TensorBoardLogger = _each("loggers", "CSVLogger")[0], _each("loggers", "TensorBoardLogger")[0]
+    DummyLogger = _each("loggers.logger", "DummyLogger")[0]
     BaseCallback = _base(_each("callbacks", "Callback"))
     BaseEarlyStopping = _base(_each("callbacks", "EarlyStopping"))
 
@@ -119,13 +124,24 @@ EARLY_STOPPINGS: tuple[type[EarlyStopping], ...] = _each("callbacks", "EarlyStop
 
 
 def early_stopping_reasons(trainer: Any = None) -> type[EarlyStoppingReason]:
-    """The reasons for which callbacks stop, of the package that a trainer is of: those of two packages are never equal.
+    """Return the reasons for which callbacks stop, of a trainer's package: members of two packages are never equal.
 
     Args:
-        trainer: ``None`` means one of the first package that is installed.
+        trainer: The trainer; ``None`` means one of the first package that is installed.
     """
     package = next((package for package in _PACKAGES if isinstance(trainer, package.Trainer)), _PACKAGES[0])
     reasons: type[EarlyStoppingReason] = import_module(
         f"{package.__name__}.callbacks.early_stopping"
     ).EarlyStoppingReason
     return reasons
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks of a trainer, which a connector of lightning 2.6 sets."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def plain_state(callback: Callback) -> dict[str, Any]:
+    """Return the attributes of a callback without the methods of the module that Lightning hangs onto it."""
+    return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}

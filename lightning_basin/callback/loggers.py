@@ -6,19 +6,20 @@ from typing import Any
 
 import torch
 
-from lightning_basin.callback.lightnings import Logger, MLFlowLogger, Trainer
+from lightning_basin.callback.lightnings import Logger, MLFlowLogger, Trainer, callbacks_of
 
 _REFUSED_BY_MLFLOW = re.compile(r"[^a-zA-Z0-9_/. -]")
-_MLFLOW_BATCH = 1000  # So many values MLflow takes in one request.
+_MLFLOW_BATCH = 1000
+"""The number of values that MLflow takes in one request."""
 
 
 def log_scalars(loggers: Iterable[Logger], scalars: Mapping[str, float], *, step: int) -> list[str]:
     """Hand values to every logger, as one row where it has rows.
 
     Args:
-        loggers: Any number of them.
-        scalars: By key.
-        step: On the x axis.
+        loggers: The loggers.
+        scalars: The values by key.
+        step: The place on the x axis.
 
     Returns:
         A sentence for each logger that failed: a training run is worth more than a curve.
@@ -37,7 +38,7 @@ def _problem_of(logger: Logger, scalars: Mapping[str, float], step: int) -> str 
 
 
 def _accepted(logger: Logger, scalars: Mapping[str, float]) -> list[dict[str, float]]:
-    """The values under names, and in portions, that a logger takes."""
+    """Return the values under names, and in portions, that a logger takes."""
     if not isinstance(logger, MLFlowLogger):
         return [dict(scalars)]
     named: dict[str, float] = {}
@@ -51,19 +52,19 @@ def _accepted(logger: Logger, scalars: Mapping[str, float]) -> list[dict[str, fl
 
 
 def set_callback_metrics(trainer: Trainer, scalars: Mapping[str, float], is_ours: Callable[[str], bool]) -> None:
-    """Put values where callbacks find them, in place of all that stand there under keys of the same kind.
+    """Put values where callbacks look for them, in place of all that stand there under keys of the same kind.
 
     A value that is not among the new ones stays where something monitors it: a strict ``EarlyStopping`` raises without.
 
     Args:
-        trainer: Its own values are not looked at: reading ``callback_metrics`` would compute its metrics, too early.
-        scalars: By key.
-        is_ours: Whether a key is one of this kind.
+        trainer: The trainer, of which ``callback_metrics`` is not read: this would compute its metrics too early.
+        scalars: The values by key.
+        is_ours: A function that says whether a key is of this kind.
     """
     metrics = getattr(trainer._logger_connector, "_callback_metrics", None)  # As of lightning 2.4 - 2.6.
     metrics = trainer.callback_metrics if metrics is None else metrics
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
-    monitored = {getattr(monitoring, "monitor", None) for monitoring in (*callbacks, *trainer.lr_scheduler_configs)}
+    owners: list[Any] = [*callbacks_of(trainer), *trainer.lr_scheduler_configs]
+    monitored = {getattr(owner, "monitor", None) for owner in owners}
     for key in [key for key in metrics if is_ours(key) and key not in scalars and key not in monitored]:
         del metrics[key]
     # Early stopping squeezes what it finds; float64 keeps large integers.
@@ -71,5 +72,5 @@ def set_callback_metrics(trainer: Trainer, scalars: Mapping[str, float], is_ours
 
 
 def batches_that_stepped(trainer: Trainer) -> int:
-    """The x axis of Lightning's own curves: private, but what its LearningRateMonitor uses (lightning 2.5 - 2.6)."""
+    """Return the x axis of Lightning's curves: private, but what its LearningRateMonitor uses (lightning 2.5 - 2.6)."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -1,9 +1,9 @@
-"""What a run is told: warnings that end none, whatever a filter makes of them, and that move no cursor."""
+"""Messages to the user, which never end a run, whatever a filter makes of warnings."""
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_basin.naming import printable
-from lightning_basin.network.copying import is_out_of_memory
+from lightning_basin.network.remedies import is_out_of_memory
 
 
 def warn(message: str) -> None:

@@ -1,4 +1,4 @@
-"""What measuring takes of the wall time: a limit to it, and a word where it takes long."""
+"""The wall time of measuring: a limit to it, and a word where it takes long."""
 
 import threading
 import time
@@ -17,8 +17,8 @@ class OverheadLimit:
     The next one is expected to take as long as the last.
 
     Args:
-        share: Of the wall time, inside ``(0, 1)``.
-        clock: Seconds since any moment; ``None`` means ``time.monotonic``.
+        share: The share of the wall time, inside ``(0, 1)``.
+        clock: A function that returns seconds since any moment; ``None`` means ``time.monotonic``.
 
     Example:
         A measurement of one second at the start, and a limit of a tenth: the second has to wait for 19 s.
@@ -40,7 +40,7 @@ class OverheadLimit:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Take note of what a measurement takes."""
+        """Take note of the time of a measurement."""
         started = self._clock()
         try:
             yield
@@ -59,7 +59,7 @@ def announced(measurement: str) -> Iterator[None]:
     """Say once that a measurement is still running, and how long it was, where it takes longer than `LONG_SECONDS`.
 
     Args:
-        measurement: What it is called.
+        measurement: The name of the measurement.
     """
     started = time.monotonic()
     # From another thread, as this one is inside a decomposition.

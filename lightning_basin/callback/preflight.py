@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_basin.callback.module import LOSS_ATTRIBUTES, found_loss
-from lightning_basin.callback.request import Request
+from lightning_basin.callback.request import LOSS_ATTRIBUTES, Request, loss_of
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
-from lightning_basin.callback.training_step import agrees_with, read_training_step, step_behavior
+from lightning_basin.callback.step_outputs import step_behavior
+from lightning_basin.callback.training_step import agrees_with, read_training_step
 from lightning_basin.limits import MemoryBudgetError
 from lightning_basin.measure import check_measurable
 from lightning_basin.probe import Probe
@@ -34,7 +34,7 @@ def read_first_step(request: Request, module: nn.Module, batch: Any) -> bool:
         findings.unread = str(error)
         return False
     with_loss = request.arguments.loss_fn is None
-    loss_fn = quiet_loss(found_loss(module), trainer) if with_loss else None
+    loss_fn = quiet_loss(loss_of(module), trainer) if with_loss else None
     if agrees_with(step, module, batch, quiet_behavior(None, trainer), loss_fn, with_loss=with_loss):
         return False
     try:
@@ -53,9 +53,9 @@ def check_request(request: Request, module: nn.Module, probe: Probe, *, num_inpu
     """Evaluate a module once, without and with the loss, and say how large a measurement will be.
 
     Args:
-        request: What the measurements will be asked for. A loss that was found and does not fit is left out of it.
+        request: What the measurements will be asked for; a loss of the module that does not fit is left out of it.
         module: The module that will be measured.
-        probe: The inputs that there are of the probe.
+        probe: The inputs that there are already.
         num_inputs: The number of inputs that the probe will have.
 
     Raises:
@@ -81,7 +81,7 @@ def check_request(request: Request, module: nn.Module, probe: Probe, *, num_inpu
 
 
 def _check_loss(request: Request, module: nn.Module, probe: Probe, *, num_inputs: int) -> None:
-    """Evaluate the loss once; one that was found and not passed is left out where it does not fit."""
+    """Evaluate the loss once; a loss of the module that was not passed is left out where it does not fit."""
     is_passed, is_read = request.arguments.loss_fn is not None, request.findings.step_calls is not None
     probe, loss_fn = request.with_loss(module, probe)
     if loss_fn is None and is_read:  # The sentence on the training step has said it.
@@ -104,6 +104,6 @@ def _check_loss(request: Request, module: nn.Module, probe: Probe, *, num_inputs
             raise
         request.findings.leaves_out_loss = True
         request.notices.warn(
-            f"Loss and Hessian are not measured with the loss found on {type(module).__name__}: {error}. "
+            f"Loss and Hessian are not measured with the loss of {type(module).__name__}: {error}. "
             f"HINT: pass BasinMonitor(loss_fn=...)"
         )

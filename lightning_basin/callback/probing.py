@@ -21,13 +21,14 @@ from lightning_basin.record import BasinRecord
 from lightning_basin.settings import DTYPES
 
 ModuleGetter = Callable[[], nn.Module]
+"""A function that returns a module with all of its parameters, on the first process."""
 
 InitialWeights = tuple[nn.Module, int, int]
-"""A copy of the module, the number of optimizer steps at which it was made, and the place of these on the x axis."""
+"""A copy of the module, the number of optimizer steps at which it was made, and their place on the x axis."""
 
 _PAIR_HINT = (
-    ". The behavior got the first part of the batch, which is a pair of inputs and targets. HINT: where it takes the "
-    "whole batch, pass BasinMonitor(batch_fn=lambda batch: (batch, None))"
+    ". The behavior got the inputs of the batch, which is a pair of inputs and targets. HINT: where it takes the whole "
+    "batch, pass BasinMonitor(batch_fn=lambda batch: (batch, None))"
 )
 
 
@@ -53,8 +54,8 @@ class Probing:
     def __init__(self, arguments: Arguments, notices: Notices, probe: Probe | None, size: int) -> None:
         self.arguments = arguments
         self.probe = probe
-        self._notices = notices
         self.size = size
+        self._notices = notices
         self._is_passed = probe is not None
         self.reset()
 
@@ -75,25 +76,15 @@ class Probing:
         self._collector = ProbeCollector(self.size, batch_fn=self.request([]).batch_fn, whole_batches=whole_batches)
 
     def request(self, records: Sequence[BasinRecord], trainer: Trainer | None = None) -> Request:
-        """Return what the next measurement is asked for.
-
-        Args:
-            records: The records of the run so far.
-            trainer: The trainer; ``None`` outside of a fit.
-        """
+        """Return what the next measurement is asked for, after some records; no trainer means outside of a fit."""
         return Request(self.arguments, self.findings, records, self._notices, trainer)
 
     def start(self, module: nn.Module, probe: Probe | None, step_calls: Sequence[int] | None) -> None:
-        """Check a module outside of a fit.
-
-        Args:
-            module: The module that will be measured.
-            probe: The probe to take where none was passed to the monitor.
-            step_calls: The calls in ``training_step`` whose outputs were measured with this probe.
+        """Check a module outside of a fit; `Progress.start` says what the arguments are.
 
         Raises:
             TypeError: If the module cannot be measured.
-            ValueError: If it cannot be measured, or there is no probe.
+            ValueError: If the module cannot be measured, or there is no probe.
         """
         if self.probe is None:
             self.probe = probe
@@ -160,35 +151,35 @@ class Probing:
         check_request(request, module, probe, num_inputs=size)
 
     def _hint(self, batch: Any) -> str:
-        """Return what else to say where the first batch cannot be measured."""
+        """Return the rest of what to say where the first batch cannot be measured."""
         is_pair = callable(self.arguments.behavior) and self.arguments.batch_fn is None and not self._is_passed
         if is_pair and isinstance(batch, tuple | list) and len(batch) == 2:  # noqa: PLR2004
             return _PAIR_HINT
         return self.findings.unread and f". It cannot be read from training_step: {self.findings.unread}"
 
-    def take_what_there_is(self) -> None:
-        """End the collection after an epoch, which has no more inputs."""
+    def end_collection(self) -> None:
+        """Make the probe of the inputs of an epoch, which has no more."""
         if self.probe is None and self._collector.num_inputs:
             self.probe = self._collector.probe()
             self._notices.inform(
-                f"The probe has {self.probe.size} inputs, not {self.size}: an epoch has no more. HINT: for "
-                f"more, pass BasinMonitor(probe=(inputs, targets))"
+                f"The probe has {self.probe.size} inputs, not {self.size}: an epoch has no more. HINT: for more, pass "
+                f"BasinMonitor(probe=(inputs, targets))"
             )
 
     def fingerprint(self) -> str | None:
-        """Return by what the probe of the run is known again; ``None`` where there is no probe yet."""
+        """Return the fingerprint of the probe of the run; ``None`` where there is no probe yet."""
         return self._expected or (None if self.probe is None else self._fingerprint(self.probe))
 
     def passed_fingerprint(self) -> str | None:
-        """Return by what a probe is known that was passed; ``None`` where it is taken from training batches."""
+        """Return the fingerprint of a probe that was passed; ``None`` where it is taken from training batches."""
         return fingerprint(self.probe) if self._is_passed and self.probe is not None else None
 
     def _fingerprint(self, probe: Probe) -> str:
-        """Targets that a training step makes may be made again."""
+        # Targets that a training step makes may be made again.
         return fingerprint(probe if self.findings.step_calls is None else Probe(probe.inputs))
 
     def refuse_another(self) -> None:
-        """On resuming with a probe that had to be taken again and is another one, measure nothing instead."""
+        """Measure nothing on a probe that had to be taken again on resuming, and is another one."""
         if self.probe is None or self._expected is None:
             return
         self.is_refused = self._fingerprint(self.probe) != self._expected
@@ -202,7 +193,7 @@ class Probing:
         """Go on with the probe of the run so far.
 
         Args:
-            state: The parts of a state that could be read.
+            state: The state in a checkpoint, as far as it could be read.
 
         Raises:
             MisconfigurationException: If the monitor's probe is another one, and is not to replace it.
@@ -211,26 +202,23 @@ class Probing:
         before, size = state["probe_fingerprint"], state.get("probe_size", self.size)
         if before is None:  # No probe was full yet.
             return
-        passed = self.passed_fingerprint()
+        passed, replaces = self.passed_fingerprint(), self.arguments.on_other_probe == "replace"
         is_other = self.size != size if passed is None else passed != before
-        if is_other and self.arguments.on_other_probe == "raise":
+        if is_other and not replaces:
             raise MisconfigurationException(
-                f"`BasinMonitor(probe=...)` is not the one of the run so far: that was "
-                f"{_described(size)}, this is {_described(self.size)}. HINT: pass the same, "
-                f"or BasinMonitor(on_other_probe='replace')"
+                f"`BasinMonitor(probe=...)` must be the probe of the run so far, {_describe(size)}, got "
+                f"{_describe(self.size)}. HINT: pass the same, or BasinMonitor(on_other_probe='replace')"
             )
         if self._is_passed:
             return
         self.drop_batches()
-        self.probe = None
-        if state["probe"] is not None and not is_other:
-            self.probe = state["probe"]
-        elif self.arguments.on_other_probe == "raise":
+        self.probe = None if is_other else state["probe"]
+        if self.probe is None and not replaces:
             self._expected = before
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"findings": copy.copy(self.findings), "initial": None}
 
 
-def _described(probe_size: int) -> str:
+def _describe(probe_size: int) -> str:
     return f"probe={probe_size}" if probe_size else "a given batch"

@@ -12,7 +12,7 @@ _TIMEOUT = timedelta(days=1)  # A large measurement takes longer than a process 
 
 
 class PatientBroadcast:
-    """Send what the first process has to all others, which wait for it longer than training lets them.
+    """Sends what the first process has to all others, which wait for it longer than training lets them.
 
     The message goes over a process group of its own, from CPU to CPU: it cannot get between the collectives of
     training, nor wait for its streams. All processes must make, call and close it together.

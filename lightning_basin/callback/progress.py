@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 from torch import nn
 
@@ -10,6 +11,7 @@ from lightning_basin.callback.arguments import Arguments
 from lightning_basin.callback.lightnings import MisconfigurationException
 from lightning_basin.callback.notices import Notices
 from lightning_basin.callback.probing import Probing
+from lightning_basin.callback.results import Latest, Results
 from lightning_basin.callback.resuming import read_state
 from lightning_basin.callback.schedule import Schedule
 from lightning_basin.callback.session import Session
@@ -18,7 +20,7 @@ from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
 
 _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
-"""The arguments that change the numbers, and not only which there are."""
+"""The arguments that change the numbers themselves, and not only which of them there are."""
 
 
 class Progress:
@@ -34,8 +36,8 @@ class Progress:
         schedule: Decides when to measure.
         session: Measures, and keeps the records.
         probing: Takes the probe.
+        is_loadable: Whether a state that comes from a checkpoint is one to go on with.
         is_loaded: Whether a checkpoint was loaded for the fit that begins.
-        fitted: A weak reference to the module that was trained last.
     """
 
     def __init__(self, arguments: Arguments, probe: Probe | None, size: int) -> None:
@@ -44,8 +46,34 @@ class Progress:
         self.schedule = Schedule(arguments)
         self.session = Session(arguments, self.notices)
         self.probing = Probing(arguments, self.notices, probe, size)
+        self._latest = Latest()  # The same for all copies.
+        self._has_begun = False
+        self.is_loadable = True
         self.is_loaded = False
-        self.fitted: Callable[[], nn.Module | None] = _no_module
+        self._fitted: Callable[[], nn.Module | None] = _no_module  # The module that was trained last.
+
+    @property
+    def shown(self) -> Results:
+        """The results of the run; those of a copy where packages have copied the monitor, and fit with the copy."""
+        latest = self._latest.results
+        return self.session.results if self._has_begun or latest is None else latest
+
+    def begin(self, module: nn.Module, step: int) -> None:
+        """Begin a fit: go on with what was measured, or forget it.
+
+        It goes on only where the same module is trained further, or a checkpoint held the records.
+
+        Args:
+            module: The module that will be trained.
+            step: The number of optimizer steps taken.
+        """
+        self._has_begun, self._latest.results = True, self.session.results
+        self.session.num_failures = 0
+        is_resumed, self.is_loaded = self.is_loaded, False
+        is_same_module, self._fitted = self._fitted() is module, ref(module)
+        self.schedule.begin(step, is_resumed=is_resumed)
+        if step == 0 or not (is_resumed or is_same_module):
+            self.reset()
 
     def reset(self) -> None:
         """Forget another run, so that a monitor can be used for two fits."""
@@ -54,7 +82,7 @@ class Progress:
         self.probing.reset()
 
     def start(self, module: nn.Module, probe: Probe | None, step_calls: Sequence[int] | None) -> None:
-        """Begin to measure outside of a fit; see `BasinMonitor.start`.
+        """Begin to measure outside of a fit: forget what was measured, and see whether a module can be.
 
         Args:
             module: A module like those that will be measured.
@@ -64,6 +92,7 @@ class Progress:
         Raises:
             MisconfigurationException: If there is no probe, or the module cannot be measured on it.
         """
+        self._has_begun = True
         self.reset()
         self.session.num_failures = 0
         try:
@@ -72,11 +101,14 @@ class Progress:
             raise MisconfigurationException(f"BasinMonitor cannot measure {type(module).__name__}: {error}") from error
 
     def observe(self, module: nn.Module, step: int) -> BasinRecord | None:
-        """Measure outside of a fit, and add the record to the others; see `BasinMonitor.observe`.
+        """Measure outside of a fit, as at a step of one, and add the record to the others.
 
         Args:
             module: The module to measure, which stays as it is.
             step: The number of optimizer steps for which it was trained.
+
+        Returns:
+            The record; ``None``, after a warning, where measuring failed.
         """
         session, probe = self.session, self.probing.probe
         if session.has_given_up:
@@ -122,6 +154,8 @@ class Progress:
         Raises:
             MisconfigurationException: If the monitor's probe is another one, and is not to replace it.
         """
+        if not self.is_loadable:
+            return
         state, problems = read_state(state_dict, _COMPARED_ON_RESUME, self.probing.passed_fingerprint())
         self.reset()
         if problems:
@@ -159,19 +193,15 @@ class Progress:
         self.session.history_path = state.get("history_path")
 
     def belong_to(self, arguments: Arguments) -> None:
-        """Read another monitor's arguments from now on: those of a copy.
-
-        Args:
-            arguments: The arguments of the copy.
-        """
+        """Read the arguments of another monitor, a copy, from now on."""
         self._arguments = arguments
-        for part in (self.schedule, self.session, self.probing):
-            part.arguments = arguments
+        for member in (self.schedule, self.session, self.probing):
+            member.arguments = arguments
 
     def __getstate__(self) -> dict[str, Any]:
-        parts = ("schedule", "session", "probing")
+        members = ("schedule", "session", "probing")
         # A weak reference has no state.
-        return vars(self) | {name: copy.copy(getattr(self, name)) for name in parts} | {"fitted": _no_module}
+        return vars(self) | {name: copy.copy(getattr(self, name)) for name in members} | {"_fitted": _no_module}
 
 
 def _no_module() -> None:

@@ -1,39 +1,71 @@
-"""Ranks that say more of the measurement than of the network."""
+"""Measurements by which no run is stopped: they say nothing of the end of training, or more of the probe."""
 
 from collections.abc import Sequence
 
-from lightning_basin.record import ILL_DEFINED_GAP, LayerRecord
+from lightning_basin.callback.keys import Key
+from lightning_basin.callback.session import Session
+from lightning_basin.record import ILL_DEFINED_GAP, BasinRecord, LayerRecord
 
 
-def rank_in_doubt(quantity: str, parts: Sequence[LayerRecord], *, projected: bool) -> str | None:
-    """Why a rank, or what is computed from it, says more of the measurement than of the network.
+def passed_over_because(monitored: str, record: BasinRecord, session: Session, *, after_zero_loss: bool) -> str | None:
+    """Return why a measurement is no reason to stop, as the rest of a sentence.
 
     Args:
-        quantity: Its name; of statistics over layers, with the quantile behind it.
-        parts: The network, the layer, or the layers that the statistics are over.
+        monitored: The key of the value that could stop the run.
+        record: The newest record.
+        session: All records of the run.
+        after_zero_loss: Whether only measurements count from the one on at which the loss has reached zero.
+
+    Returns:
+        The reason, empty where nobody needs to know it; ``None`` where the measurement counts.
+    """
+    if after_zero_loss and session.results.zero_loss_step is None:
+        return (
+            "waits for zero loss, and none is measured: it will not stop this run. HINT: pass "
+            "RankEarlyStopping(after_zero_loss=False), or BasinMonitor(loss_fn=...)"
+            if record.loss is None
+            else ""
+        )
+    key = Key.of(monitored, session.arguments.prefix)
+    assert key is not None, "the key of a value that the monitor logs"
+    reason = unreliable_because(key.quantity, key.records_in(record), projected=record.projected)
+    if reason is not None:
+        return f"passes over ranks that are {reason}"
+    is_measured_rarely = any(monitored in session.log_values(earlier) for earlier in session.results.records)
+    # Not every measurement has a spectrum, say: such a one says nothing of the quantity.
+    return "" if is_measured_rarely and monitored not in session.callback_values(record) else None
+
+
+def unreliable_because(quantity: str, records: Sequence[LayerRecord], *, projected: bool) -> str | None:
+    """Return why a rank, or what is computed from it, says more of the measurement than of the network.
+
+    Args:
+        quantity: The quantity's name; for statistics over layers, with the quantile behind it.
+        records: The records of the network, of the layer, or of the layers over which the statistics are taken.
         projected: Whether ranks are lower bounds.
 
     Returns:
-        What such a rank is, with what helps; ``None`` for a rank that is the network's own, or no rank at all.
+        What such a rank is, with what helps; ``None`` for a rank of the network itself, or for no rank at all.
     """
     if quantity.startswith(("gradient_rank_gap", "gradient_rank_bound")) or not quantity.startswith(_RANKS):
         return None
     if projected:
         return "lower bounds, those of random combinations of outputs. HINT: pass a smaller BasinMonitor(probe=...)"
-    if any(_looks_saturated(part, quantity) for part in parts):
+    if any(_looks_saturated(record, quantity) for record in records):
         return "saturated, those of the probe and not of the network. HINT: pass a larger BasinMonitor(probe=...)"
-    if quantity.startswith(_AT_OWN_TOLERANCE):
-        return None
-    if any(part.ill_defined for part in parts):
+    if not quantity.startswith(_WITHOUT_TOLERANCE) and any(record.ill_defined for record in records):
         return f"ill-defined, as no gap of {ILL_DEFINED_GAP:g} digits separates what counts from what does not"
     return None
 
 
-_RANKS = ("gradient_rank", "gradient_nullity", "gradient_effective_rank")
-_AT_OWN_TOLERANCE = ("gradient_rank_at_", "gradient_effective_rank")
+_RANKS = ("gradient_rank", "gradient_nullity", "gradient_effective_rank", "log_det_gram")
+_WITHOUT_TOLERANCE = ("gradient_rank_at_", "gradient_effective_rank")
+"""Quantities that do not depend on the tolerance of the rank."""
 
 
-def _looks_saturated(part: LayerRecord, quantity: str) -> bool:
+def _looks_saturated(record: LayerRecord, quantity: str) -> bool:
+    if quantity.startswith("log_det_gram"):  # All singular values count, and their product moves with the network.
+        return False
     if not quantity.startswith("gradient_rank_at_"):
-        return part.saturated
-    return part.quantities().get(quantity) == part.num_rows < part.num_parameters
+        return record.saturated
+    return record.quantities().get(quantity) == record.num_rows < record.num_parameters

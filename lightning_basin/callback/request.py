@@ -9,15 +9,18 @@ from torch import nn
 
 from lightning_basin.callback.arguments import Arguments
 from lightning_basin.callback.lightnings import Profiler, Trainer
-from lightning_basin.callback.module import found_loss
 from lightning_basin.callback.notices import Notices
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
+from lightning_basin.callback.step_outputs import step_behavior
 from lightning_basin.callback.training_set import whole_training_set
-from lightning_basin.callback.training_step import read_training_step, step_behavior
+from lightning_basin.callback.training_step import read_training_step
 from lightning_basin.naming import escaped
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
 from lightning_basin.settings import Behavior, LayerSelection, Settings
+
+LOSS_ATTRIBUTES = ("loss_fn", "criterion")
+"""The names under which a module's loss is looked for."""
 
 Loss = Callable[..., Any] | Literal["behavioral"]
 
@@ -32,7 +35,7 @@ class Findings:
             module itself, or the monitor's behavior, is called.
         loss_in_words: What was said last of the loss of the training step.
         unread: Why the training step could not be read; empty where it was, or need not be.
-        leaves_out_loss: Whether the loss that was found does not fit the outputs.
+        leaves_out_loss: Whether the loss of the module does not fit the outputs.
     """
 
     trained: frozenset[str] = frozenset()
@@ -62,7 +65,7 @@ class Request:
 
     @property
     def batch_fn(self) -> Callable[..., Any] | None:
-        """The function that makes a pair of inputs and targets of a batch; a training step takes the whole batch."""
+        """The function that makes a pair of inputs and targets of a batch; a training step takes all of it."""
         return self.arguments.batch_fn if self.findings.step_calls is None else _whole_batch
 
     @property
@@ -72,11 +75,7 @@ class Request:
         return quiet_behavior(self.arguments.behavior if calls is None else step_behavior(calls), self.trainer)
 
     def settings(self, loss_fn: Loss | None = None) -> Settings:
-        """Return the settings of the next measurement.
-
-        Args:
-            loss_fn: The loss; ``None`` leaves loss and Hessian out.
-        """
+        """Return the settings of the next measurement; no loss leaves loss and Hessian out."""
         return Settings(
             loss_fn=loss_fn,
             behavior=self.behavior,
@@ -93,12 +92,7 @@ class Request:
         )
 
     def specify(self, module: nn.Module, probe: Probe) -> tuple[Probe, Settings]:
-        """Return what to measure a module with, as it is now: the probe with its targets, and the settings.
-
-        Args:
-            module: The module that will be measured.
-            probe: The probe as it was taken.
-        """
+        """Return what to measure a module with, as it is now: the probe with its targets, and the settings."""
         probe, loss_fn = self.with_loss(module, probe)
         settings = self.settings(loss_fn)
         if trained := _with_gradients(module, self.trainer):
@@ -106,16 +100,11 @@ class Request:
         return probe, settings
 
     def with_loss(self, module: nn.Module, probe: Probe) -> tuple[Probe, Loss | None]:
-        """Return the probe with its targets, and the loss; a training step that is read makes both anew each time.
-
-        Args:
-            module: The module on which a loss is looked for, or whose training step is read.
-            probe: The probe as it was taken.
-        """
+        """Return the probe with its targets, and the loss; a training step that is read makes both anew each time."""
         loss_fn, findings = self.arguments.loss_fn, self.findings
         if findings.step_calls is None:
             if loss_fn is None and not findings.leaves_out_loss:
-                loss_fn = found_loss(module)
+                loss_fn = loss_of(module)
             return probe, quiet_loss(loss_fn, self.trainer)
         if loss_fn is None and findings.leaves_out_loss:
             return probe, None
@@ -141,11 +130,7 @@ class Request:
         )
 
     def profiled(self, action: str) -> AbstractContextManager[Any]:
-        """Show in the run's profiler how long an action takes.
-
-        Args:
-            action: The action's name.
-        """
+        """Show in the run's profiler how long an action takes."""
         if self.trainer is None:
             return nullcontext()
         profiler: Profiler = self.trainer.profiler  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
@@ -153,9 +138,22 @@ class Request:
 
     @property
     def _layers(self) -> LayerSelection:
-        """Curves that began as those of layers stay so, where freed layers make them more than 32."""
+        """The layers to report: curves that began layer by layer go on so, where freed layers make them many."""
         began_as_layers = bool(self.records) and not self.records[0].blocks
         return "all" if self.arguments.layers == "auto" and began_as_layers else self.arguments.layers
+
+
+def loss_of(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the loss that a module keeps under one of the usual names.
+
+    Example:
+        >>> module = nn.Linear(2, 2)
+        >>> module.criterion = nn.MSELoss()
+        >>> loss_of(module)
+        MSELoss()
+    """
+    attributes = (getattr(module, name, None) for name in LOSS_ATTRIBUTES)
+    return next((attribute for attribute in attributes if callable(attribute)), None)
 
 
 def _with_gradients(module: nn.Module, trainer: Trainer | None) -> set[str]:

@@ -1,4 +1,4 @@
-"""What a monitor has found out, also where a package has copied the monitor and fits with the copy."""
+"""The results of a monitor, also where a package has copied the monitor and fits with the copy."""
 
 from dataclasses import dataclass, field
 
@@ -8,12 +8,12 @@ from lightning_basin.record import BasinRecord
 
 @dataclass
 class Results:
-    """What was found out in one fit.
+    """The results of one fit.
 
     Attributes:
-        records: Oldest first.
-        skipped_steps: Steps at which a measurement was due that was not allowed.
-        zero_loss_step: Optimizer steps taken when the loss had reached zero.
+        records: The records, oldest first.
+        skipped_steps: The steps at which a measurement was due that was not allowed.
+        zero_loss_step: The number of optimizer steps taken when the loss had reached zero.
         probe: The inputs that were measured.
     """
 

@@ -20,91 +20,88 @@ _FORM: dict[str, Any] = {
     "leave_out_loss": bool,
     "history_path": str | None,
 }
-"""Of every part but the probe and the records, its type."""
+"""The type of every entry of a state but those that are read apart."""
 
 _READ_APART = ("probe", "probe_fingerprint", "step_calls", "records")
 
 
-def read_state(state: Any, settings: Sequence[str], own: str | None) -> tuple[dict[str, Any] | None, list[str]]:
-    """What of a state can be used, in the form in which a monitor writes it but for the probe and the records.
+def read_state(
+    state: Any, settings: Sequence[str], passed_fingerprint: str | None
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return as much of a state as can be used, with a `Probe` and a list of `BasinRecord`, and what is wrong with it.
 
-    The curve of one probe is not gone on with on another: where the probe cannot be read, nothing is used. Where the
-    records cannot, the probe is, and they begin anew.
+    The curve of one probe does not go on with another: where the probe cannot be read, nothing is used. Where the
+    records cannot be read, they begin anew on the same probe.
 
     Args:
         state: Whatever a checkpoint holds.
-        settings: Names of the settings that this version writes.
-        own: The fingerprint of a probe that the monitor was given; ``None`` where it takes one from training.
+        settings: The names of the settings that this version writes.
+        passed_fingerprint: The fingerprint of a probe that was passed; ``None`` where it is taken from training.
 
     Returns:
-        The parts that could be read, by name, with a `Probe` and a list of `BasinRecord`; a part that is missing could
-        not. ``None`` where nothing is to be used. And what is wrong, one clause each.
+        The entries that could be read, ``None`` where nothing is to be used; and one clause for each problem.
     """
-    read: dict[str, Any] | None = None
+    usable: dict[str, Any] | None = None
     try:
-        read = read_probe(state, own)
-        records, unknown = _read_records(state.get("records"))
+        usable = read_probe(state, passed_fingerprint)
+        records, unknown_fields = _read_records(state.get("records"))
     except ValueError as error:
-        return read, [str(error)]
-    good = {name for name, form in _FORM.items() if name in state and _is_a(state[name], form)}
-    read |= {name: state[name] for name in good} | {"records": records}
-    stated = read.get("settings", {})
-    read["settings"] = {name: stated[name] for name in settings if _is_builtin(stated.get(name, _NOTHING))}
-    wrong = {
-        "parts that are missing or damaged": (_FORM.keys() - good) | ({*_READ_APART} - state.keys()),
+        return usable, [str(error)]
+    names = {name for name, form in _FORM.items() if name in state and _is_a(state[name], form)}
+    usable |= {name: state[name] for name in names} | {"records": records}
+    stated = usable.get("settings", {})
+    usable["settings"] = {name: stated[name] for name in settings if name in stated and _is_builtin(stated[name])}
+    problems = {
+        "parts that are missing or damaged": (_FORM.keys() - names) | ({*_READ_APART} - state.keys()),
         "unknown parts": state.keys() - _FORM.keys() - {*_READ_APART},
-        "unknown fields of its records": unknown,
-        "unknown or damaged settings": stated.keys() - read["settings"].keys(),
+        "unknown fields of its records": unknown_fields,
+        "unknown or damaged settings": stated.keys() - usable["settings"].keys(),
     }
-    return read, [f"{what}: {', '.join(sorted(map(repr, names)))}" for what, names in wrong.items() if names]
-
-
-_NOTHING = object()
+    return usable, [f"{what}: {', '.join(sorted(map(repr, who)))}" for what, who in problems.items() if who]
 
 
 def _is_builtin(value: Any) -> bool:
     return isinstance(value, bool | int | float | str | None)
 
 
-def read_probe(state: Any, own: str | None = None) -> dict[str, Any]:
-    """The ``probe``, if a state holds one, the ``probe_fingerprint`` by which it is known, and its ``step_calls``.
+def read_probe(state: Any, passed_fingerprint: str | None = None) -> dict[str, Any]:
+    """Return the ``probe`` of a state, if it holds one, its ``probe_fingerprint`` and its ``step_calls``.
 
     Args:
         state: Whatever a checkpoint holds.
-        own: The fingerprint of a probe that the monitor was given, which need not be read again.
+        passed_fingerprint: The fingerprint of a probe that was passed, which need not be read again.
 
     Raises:
-        ValueError: If it is not what was written.
+        ValueError: If the probe is not as it was written.
     """
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"no parts in it but {_kind(state)}")
-    plain, expected = state.get("probe"), state.get("probe_fingerprint")
+    plain, expected, calls = state.get("probe"), state.get("probe_fingerprint"), state.get("step_calls")
     if not isinstance(expected, str | None):
-        raise ValueError(f"what its probe is known by is {_kind(expected)}")
-    calls = state.get("step_calls")
+        raise ValueError(f"a fingerprint of its probe that is {_kind(expected)}")
     if not _is_a(calls, list[int] | None):
-        raise ValueError(f"the losses from which its outputs were read are {_kind(calls)}")
-    if own is not None and expected == own:
-        return {"probe": None, "probe_fingerprint": own, "step_calls": calls}
-    if plain is None:  # None was full yet, or none that a checkpoint can hold.
-        if (expected is None and state.get("records")) or (own is None and "probe" not in state):
+        raise ValueError(f"positions of the losses in its training step that are {_kind(calls)}")
+    if passed_fingerprint is not None and expected == passed_fingerprint:
+        return {"probe": None, "probe_fingerprint": expected, "step_calls": calls}
+    if plain is None:  # No probe was full yet, or a checkpoint cannot hold it.
+        if (expected is None and state.get("records")) or (passed_fingerprint is None and "probe" not in state):
             raise ValueError("no probe in it")
         return {"probe": None, "probe_fingerprint": expected, "step_calls": calls}
     try:
         probe = Probe(**plain)
-        found = fingerprint(probe if calls is None else Probe(probe.inputs))
+        actual = fingerprint(probe if calls is None else Probe(probe.inputs))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"its probe cannot be read ({error})") from error
-    if expected is not None and found != expected:
+    if expected is not None and actual != expected:
         raise ValueError("its probe is not the one that was written")
-    return {"probe": probe, "probe_fingerprint": found, "step_calls": calls}
+    return {"probe": probe, "probe_fingerprint": actual, "step_calls": calls}
 
 
 def _read_records(plain: Any) -> tuple[list[BasinRecord], set[str]]:
-    """All records, and the names of fields that this version does not know.
+    """Return all records, and the names of fields that this version does not know.
 
     Raises:
-        ValueError: If one cannot be read.
+        ValueError: If a record cannot be read.
     """
     if not isinstance(plain, list):
         raise ValueError(f"its records are no list but {_kind(plain)}")
@@ -113,8 +110,8 @@ def _read_records(plain: Any) -> tuple[list[BasinRecord], set[str]]:
     for index, item in enumerate(plain):
         try:
             known = _known(item, BasinRecord, unknown)
-            for part in ("layers", "blocks"):
-                known[part] = {name: _known(layer, LayerRecord, unknown) for name, layer in known[part].items()}
+            for scopes in ("layers", "blocks"):
+                known[scopes] = {name: _known(scope, LayerRecord, unknown) for name, scope in known[scopes].items()}
             record = BasinRecord.from_dict(known)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"record {index} of {len(plain)} cannot be read ({error})") from error
@@ -125,7 +122,7 @@ def _read_records(plain: Any) -> tuple[list[BasinRecord], set[str]]:
 
 
 def _known(plain: Mapping[str, Any], form: type[LayerRecord], unknown: set[str]) -> dict[str, Any]:
-    """The fields that a record has; the names of others are added to those unknown."""
+    """Return the fields that a record has; add the names of the others to the unknown ones."""
     names = {field.name for field in fields(form)}
     unknown |= plain.keys() - names
     return {name: value for name, value in plain.items() if name in names}

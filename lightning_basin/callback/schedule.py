@@ -6,14 +6,16 @@ from lightning_basin.callback.arguments import Arguments
 class Schedule:
     """Decides after every batch and epoch whether a measurement is due.
 
+    A step is the number of optimizer steps taken, an epoch the number of epochs before it.
+
     Args:
         arguments: The monitor's arguments, of which the cadence is read.
 
     Attributes:
-        arguments: The same.
-        seen_step: The number of optimizer steps at the last batch that was looked at.
-        measured_step: The number of optimizer steps at the last measurement that was due; ``None`` before the baseline.
-        resumed_step: The number of optimizer steps at which the run was resumed, until its first batch begins.
+        arguments: The monitor's arguments.
+        seen_step: The step at the last batch that was looked at.
+        measured_step: The step at the last measurement that was due; ``None`` before the baseline.
+        resumed_step: The step at which the run was resumed, until its first batch begins.
     """
 
     def __init__(self, arguments: Arguments) -> None:
@@ -23,12 +25,7 @@ class Schedule:
         self.resumed_step: int | None = None
 
     def begin(self, step: int, *, is_resumed: bool) -> None:
-        """Take note of the step at which training begins.
-
-        Args:
-            step: The number of optimizer steps taken.
-            is_resumed: Whether a checkpoint was loaded.
-        """
+        """Take note of the step at which training begins, and whether a checkpoint was loaded."""
         self.seen_step = step
         self.resumed_step = step if is_resumed else None
 
@@ -37,10 +34,6 @@ class Schedule:
 
         Steps that cross a multiple of the cadence are counted, not steps that meet one: several batches may share a
         step, and manual optimization may take several steps in a batch.
-
-        Args:
-            step: The number of optimizer steps taken.
-            at_zero_loss: Whether the loss has reached zero.
         """
         seen, self.seen_step = self.seen_step, step
         interval = self.arguments.every_n_train_steps
@@ -49,25 +42,12 @@ class Schedule:
         return step // interval > seen // interval
 
     def is_due_after_epoch(self, epoch: int, step: int, *, at_zero_loss: bool) -> bool:
-        """Whether a cadence in epochs asks for a measurement at the end of an epoch.
-
-        Args:
-            epoch: The number of the epoch, which ends; the first is 0.
-            step: The number of optimizer steps taken.
-            at_zero_loss: Whether the loss has reached zero.
-        """
+        """Whether a cadence in epochs asks for a measurement at the end of an epoch."""
         interval = self._epochs_between(at_zero_loss=at_zero_loss)
         return interval is not None and (epoch + 1) % interval == 0 and step != self.measured_step
 
     def is_overdue(self, epoch: int, step: int, batch_idx: int, *, at_zero_loss: bool) -> bool:
-        """Whether a resumed run begins where a measurement was interrupted or left out; to be asked before each batch.
-
-        Args:
-            epoch: The number of the epoch, which goes on; the first is 0.
-            step: The number of optimizer steps taken.
-            batch_idx: The index of the batch in its epoch.
-            at_zero_loss: Whether the loss has reached zero.
-        """
+        """Whether a resumed run begins where a measurement was interrupted or left out; to be asked at each batch."""
         resumed_step, self.resumed_step = self.resumed_step, None
         if self.measured_step is None or resumed_step != step or step == self.measured_step:
             return False
@@ -75,8 +55,9 @@ class Schedule:
         interval = self._epochs_between(at_zero_loss=at_zero_loss)
         if interval is not None:
             return batch_idx == 0 and epoch % interval == 0
-        assert self.arguments.every_n_train_steps is not None
-        return step // self.arguments.every_n_train_steps > self.measured_step // self.arguments.every_n_train_steps
+        steps_between = self.arguments.every_n_train_steps
+        assert steps_between is not None, "a cadence is one in epochs or in steps"
+        return step // steps_between > self.measured_step // steps_between
 
     def _epochs_between(self, *, at_zero_loss: bool) -> int | None:
         """Return the cadence in epochs; ``None`` where it is one in steps."""

@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_basin.callback.arguments import Arguments
-from lightning_basin.callback.notices import Notices, memory_hint, warn
+from lightning_basin.callback.keys import Key
+from lightning_basin.callback.notices import Notices, inform, memory_hint, warn
 from lightning_basin.callback.request import Request
 from lightning_basin.callback.results import Results
 from lightning_basin.measure import measure
+from lightning_basin.naming import escaped
 from lightning_basin.null_space import verify_null_space
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
@@ -29,6 +31,7 @@ class Session:
 
     Attributes:
         arguments: The monitor's arguments.
+        notices: Says each message once.
         results: What was measured.
         num_zero_losses: The number of measurements in a row, up to the newest, in which the loss was zero.
         num_failures: The number of measurements in a row that have failed.
@@ -41,7 +44,7 @@ class Session:
         self.num_zero_losses = 0
         self.num_failures = 0
         self.history_path: str | None = None
-        self._notices = notices
+        self.notices = notices
 
     def reset(self) -> None:
         """Forget another run; failures are counted on, as they may have the same cause."""
@@ -55,11 +58,7 @@ class Session:
         return self.arguments.max_failures is not None and self.num_failures >= self.arguments.max_failures
 
     def count_failure(self, *, in_training: bool) -> None:
-        """Take note of a measurement that has failed, and say so where it was the last.
-
-        Args:
-            in_training: Whether this is in a fit, which goes on.
-        """
+        """Count a measurement that has failed, and say where it was the last; a fit (``in_training``) goes on."""
         self.num_failures += 1
         if self.has_given_up:
             warn(
@@ -67,13 +66,22 @@ class Session:
                 f"{_goes_on(in_training=in_training)}. HINT: BasinMonitor(max_failures=None) keeps trying"
             )
 
-    def keep(self, record: BasinRecord, probe: Probe | None) -> None:
-        """Add a record to the others.
+    def skip(self, step: int) -> None:
+        """Take note of a measurement that the limit on overhead does not allow."""
+        self.results.skipped_steps.append(step)
+        self.notices.inform(f"BasinMonitor(max_overhead={self.arguments.max_overhead:g}) skips measurements")
 
-        Args:
-            record: The newest record.
-            probe: The probe on which it was measured.
-        """
+    def inform_of_skipped(self) -> None:
+        """Say how many measurements were skipped in all."""
+        num_skipped = len(self.results.skipped_steps)
+        if self.arguments.max_overhead is not None and num_skipped:
+            inform(
+                f"BasinMonitor(max_overhead={self.arguments.max_overhead:g}) skipped {num_skipped} of "
+                f"{len(self.results.records) + num_skipped} measurements, which skipped_steps lists"
+            )
+
+    def keep(self, record: BasinRecord, probe: Probe | None) -> None:
+        """Add the newest record, and the probe on which it was measured."""
         self.num_failures = 0
         if self.reaches_zero_loss(record):
             self.results.zero_loss_step = record.step
@@ -95,19 +103,35 @@ class Session:
         is_zero = record.loss is not None and abs(record.loss) <= self.arguments.zero_loss_threshold
         return self.num_zero_losses + 1 if is_zero else 0
 
+    def owns_key(self, key: str) -> bool:
+        """Whether a metric's key begins as the keys of this monitor do."""
+        return Key.of(key, self.arguments.prefix) is not None
+
+    def log_values(self, record: BasinRecord) -> dict[str, float]:
+        """Return the values of a record of this run by key; the step of zero loss is in one record only."""
+        is_first_zero = record.step is not None and record.step == self.results.zero_loss_step
+        return record.scalars(self.arguments.prefix) | (self._zero_loss_value if is_first_zero else {})
+
+    def callback_values(self, record: BasinRecord) -> dict[str, float]:
+        """Return what callbacks see: the step of zero loss stays, as a strict ``EarlyStopping`` would miss it."""
+        return self.log_values(record) | self._zero_loss_value
+
+    def table_row(self, record: BasinRecord) -> dict[str, float]:
+        """Return the values of a record as a row of a table, which begins with the step."""
+        return ({} if record.step is None else {"step": record.step}) | self.log_values(record)
+
+    @property
+    def _zero_loss_value(self) -> dict[str, float]:
+        step = self.results.zero_loss_step
+        return {} if step is None else {f"{escaped(self.arguments.prefix)}/zero_loss_step": float(step)}
+
     def measure(
         self, request: Request, whole: Callable[[], nn.Module], probe: Probe | None, step: int
     ) -> BasinRecord | None:
-        """Measure a module, and add nothing yet.
-
-        Args:
-            request: What the measurement is asked for.
-            whole: A function that returns the module, with all of its parameters.
-            probe: The inputs that are measured; it is a failure if there are none.
-            step: The number of optimizer steps taken.
+        """Measure the module that ``whole`` returns, and add nothing yet.
 
         Returns:
-            The record; ``None``, after a warning, where measuring failed.
+            The record; ``None``, after a warning, where measuring failed or there is no probe.
         """
         try:
             with request.profiled("measure"):
@@ -132,7 +156,7 @@ class Session:
         return every_n is not None and len(self.results.records) % every_n == 0
 
     def _verify(self, request: Request, module: nn.Module, probe: Probe, record: BasinRecord) -> BasinRecord:
-        """Return the record, with what survives of steps along null directions if that can be measured."""
+        """Return the record with its surviving fraction, if this can be measured."""
         started = time.perf_counter()
         behavior = request.behavior
         if isinstance(behavior, Probabilities):
@@ -144,10 +168,10 @@ class Session:
                     module, probe, behavior=behavior, rtol=self.arguments.rtol, seed=self.arguments.seed
                 )
         except Exception as error:  # The rest of the record is as it would be without.
-            self._notices.warn(f"The null space could not be verified. {type(error).__name__}: {error}")
+            self.notices.warn(f"The null space could not be verified. {type(error).__name__}: {error}")
             return record
         if not check.converged:
-            self._notices.inform(
+            self.notices.inform(
                 "The null space could not be verified at every step: no way back to the same outputs was found"
             )
             return record

@@ -1,35 +1,36 @@
 """What a copy of a LightningModule must not do: log, write to its trainer, wait for other processes."""
 
+import copy
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_basin.callback.lightnings import Callback, LightningModule, Logger, Trainer
-from lightning_basin.network.network import call_module
+from lightning_basin.callback.lightnings import Callback, DummyLogger, LightningModule, Trainer
+from lightning_basin.network.calls import call_module
 from lightning_basin.settings import Behavior, Probabilities
 
 
 def quiet_behavior(
     behavior: Callable[..., Any] | Literal["outputs", "probabilities"] | None, trainer: Trainer | None
 ) -> Behavior:
-    """The behavior, on a copy that still finds its trainer and loggers but logs nothing, and waits for nobody.
+    """Return the behavior of a copy that finds its trainer, but logs nothing, and waits for no other process.
 
     Args:
-        behavior: As `BasinMonitor` takes it.
-        trainer: ``None`` outside of a fit.
+        behavior: The behavior, as `BasinMonitor` takes it.
+        trainer: The trainer of the run; ``None`` outside of a fit.
     """
     call = behavior if callable(behavior) else call_module
 
     def outputs(module: nn.Module, inputs: Any) -> Any:
-        for part in module.modules():
-            if isinstance(part, LightningModule) and vars(part).get("log") is not _ignore:
-                _silence(part, trainer)
+        for submodule in module.modules():
+            if isinstance(submodule, LightningModule) and vars(submodule).get("log") is not _ignore:
+                _silence(submodule, trainer)
         with collectives_refused(trainer):
             return call(module, inputs)
 
@@ -41,21 +42,21 @@ def quiet_step(module: nn.Module, trainer: Trainer | None, objectives: list[Tens
 
     Args:
         module: The copy.
-        trainer: ``None`` outside of a fit.
-        objectives: Takes what the step hands to its manual backward passes.
+        trainer: The trainer of the run; ``None`` outside of a fit.
+        objectives: A list that takes what the step hands to its manual backward passes.
     """
-    for part in module.modules():
-        if isinstance(part, LightningModule):
-            _silence(part, trainer)
-            vars(part).update(manual_backward=lambda loss, *_, **__: objectives.append(loss))
+    for submodule in module.modules():
+        if isinstance(submodule, LightningModule):
+            _silence(submodule, trainer)
+            vars(submodule).update(manual_backward=lambda loss, *_, **__: objectives.append(loss))
 
 
 def quiet_loss(loss_fn: Any, trainer: Trainer | None) -> Any:
-    """A loss that waits for nobody; anything else than a function stays as it is.
+    """Return a loss that waits for no other process; what is no function stays as it is.
 
     Args:
-        loss_fn: As `measure_basin` takes it.
-        trainer: ``None`` outside of a fit.
+        loss_fn: The loss, as `measure_basin` takes it.
+        trainer: The trainer of the run; ``None`` outside of a fit.
     """
     if trainer is None or trainer.world_size == 1 or not callable(loss_fn):
         return loss_fn
@@ -68,21 +69,22 @@ def quiet_loss(loss_fn: Any, trainer: Trainer | None) -> Any:
 
 
 def _silence(module: LightningModule, trainer: Trainer | None) -> None:
-    """Let a copy log nothing, by itself, through its trainer or by a callback of which it has a hook."""
-    of_the_run = (None if trainer is None else trainer.optimizers) or [torch.optim.SGD([torch.zeros(1)])]
-    optimizers = [_QuietOptimizer(optimizer) for optimizer in of_the_run]
+    """Let a copy log nothing, by itself, through its trainer or by a callback that owns one of its hooks."""
+    optimizers = [_Nothing() for _ in (trainer.optimizers if trainer is not None else ())] or [_Nothing()]
     vars(module).update(
         dict.fromkeys(_EFFECTS, _ignore),
         optimizers=lambda *_, **__: optimizers if len(optimizers) > 1 else optimizers[0],
         lr_schedulers=_Nothing,
     )
-    for part in module.modules():
-        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
+    for submodule in module.modules():
+        for hook in (*submodule._forward_hooks.values(), *submodule._forward_pre_hooks.values()):
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, Callback):
                 vars(owner).update(log=_ignore, log_dict=_ignore)
     if trainer is not None:
-        module._trainer = _QuietTrainer(trainer)  # type: ignore[assignment]  # all that a copy asks of a trainer
+        quiet_trainer = copy.copy(trainer)  # What is set in it does not reach the run.
+        quiet_trainer.loggers = [DummyLogger() for _ in trainer.loggers]  # As in Trainer(fast_dev_run=True).
+        module._trainer = quiet_trainer
         if trainer.world_size > 1:
             vars(module).update(all_gather=partial(_refuse_to_wait, "all_gather"))
 
@@ -91,47 +93,16 @@ _EFFECTS = ("log", "log_dict", "print", "manual_backward", "toggle_optimizer", "
 """Methods of a LightningModule that act on the run."""
 
 
-class _StandIn:
-    """Has the attributes of another object, and its class for `isinstance`; what is set in it does not reach that."""
-
-    def __init__(self, original: Any) -> None:
-        self._original = original
-
-    @property
-    def __class__(self) -> Any:
-        return type(self._original)
-
-    @__class__.setter
-    def __class__(self, _: Any) -> None:
-        raise TypeError("what stands in for another object keeps its class")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_original"], name)
-
-
-class _QuietTrainer(_StandIn):
-    """A trainer as a copy finds it: what is asked of it is the run's, what is set in it or logged reaches nobody."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer)
-        self.loggers = [_QuietLogger(logger) for logger in trainer.loggers]
-        self.logger = self.loggers[0] if self.loggers else None
-
-
-class _QuietLogger(_StandIn):
-    """A logger with the places and names of another one, that does nothing."""
-
-    def __init__(self, logger: Logger) -> None:
-        super().__init__(logger)
-        self.experiment = _Nothing()
-
-    def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        return _ignore if callable(value) else value
+def _ignore(*_: Any, **__: Any) -> None:
+    """Take the place of a method that acts on the run."""
 
 
 class _Nothing:
-    """Takes whatever is done with the object behind a logger."""
+    """Takes the place of an optimizer or a scheduler: whatever is done with it has no effect."""
+
+    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        """Only call the function that computes the loss."""
+        return None if closure is None else closure()
 
     def __getattr__(self, name: str) -> "_Nothing":
         if name.startswith("__"):
@@ -154,36 +125,30 @@ class _Nothing:
         """Nothing was opened."""
 
 
-class _QuietOptimizer(_Nothing, _StandIn):
-    """An optimizer that moves no parameter, of the class of another one."""
-
-    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
-        """Only run what computes the loss."""
-        return None if closure is None else closure()
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    """Takes the place of a method that would log."""
-
-
 def _refuse_to_wait(name: str, *_: Any, **__: Any) -> None:
-    """Takes the place of what would wait for the other processes, which are not at the same place."""
     raise RuntimeError(
         f"each process measures apart, and `{name}` would wait for the others: pass a behavior without it"
     )
 
 
 _WAITS = re.compile("gather|reduce|broadcast|scatter|all_?to_?all|barrier|send|recv")
+"""Names of the methods of a process group that wait for other processes."""
 
 
 @contextmanager
 def collectives_refused(trainer: Trainer | None) -> Iterator[None]:
-    """Refuse, in this thread, whatever waits for other processes: all of it goes through a process group."""
+    """Refuse, in this thread, whatever waits for other processes: all of it goes through a process group.
+
+    A mode below autograd would need fewer lines, but inside of one no module can make a tensor of a subclass
+    (torch 2.13).
+
+    Args:
+        trainer: The trainer of the run; ``None`` outside of a fit.
+    """
     if trainer is None or trainer.world_size == 1 or not torch.distributed.is_available():
         yield
         return
     thread, group = threading.get_ident(), torch.distributed.ProcessGroup
-    methods = {name: method for name, method in vars(group).items() if _WAITS.search(name) and callable(method)}
 
     def refusing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def refused(*args: Any, **kwargs: Any) -> Any:
@@ -193,10 +158,9 @@ def collectives_refused(trainer: Trainer | None) -> Iterator[None]:
 
         return refused
 
-    try:
-        for name in methods:
-            setattr(group, name, refusing(name, getattr(group, name)))
+    with ExitStack() as stack:
+        for name, method in [*vars(group).items()]:
+            if _WAITS.search(name) and callable(method):
+                stack.callback(setattr, group, name, method)
+                setattr(group, name, refusing(name, method))
         yield
-    finally:
-        for name, method in methods.items():
-            setattr(group, name, method)

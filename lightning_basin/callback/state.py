@@ -1,4 +1,4 @@
-"""What of a probe stands in a checkpoint, and by what it is known again."""
+"""A probe in a checkpoint, and its fingerprint."""
 
 import hashlib
 from typing import Any
@@ -11,7 +11,7 @@ from lightning_basin.tensors import map_tensors, tensors_of
 
 
 def probe_state(probe: Probe) -> dict[str, Any] | None:
-    """A probe as what ``torch.load(weights_only=True)`` reads, on the CPU.
+    """Return a probe in the form that ``torch.load(weights_only=True)`` reads, on the CPU.
 
     Returns:
         The arguments of `Probe`; ``None`` where its inputs or targets hold other objects than tensors, numbers and
@@ -29,7 +29,7 @@ def probe_state(probe: Probe) -> dict[str, Any] | None:
 
 
 def fingerprint(probe: Probe) -> str:
-    """The same for two probes if, and almost surely only if, they hold the same tensors in the same order.
+    """Return a string that is the same for two probes if, and almost surely only if, they hold the same tensors.
 
     Example:
         >>> fingerprint(Probe(torch.zeros(2, 1))) == fingerprint(Probe(torch.zeros(2, 1)))

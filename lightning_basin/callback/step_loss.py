@@ -18,10 +18,10 @@ class StepLoss:
     """The losses that a training step calls, as a function of the outputs that it calls them with.
 
     Attributes:
-        calls: Functions with positional and keyword arguments, in which places stand for outputs and targets.
-        weights: What each value is multiplied by before all are summed.
-        shapes: Of the outputs.
-        num_inputs: k.
+        calls: The functions with positional and keyword arguments, in which places stand for outputs and targets.
+        weights: The factors of the values in the sum.
+        shapes: The shapes of the outputs.
+        num_inputs: The number of inputs, k.
     """
 
     calls: tuple[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], ...]
@@ -33,7 +33,7 @@ class StepLoss:
     def of(
         cls, calls: Sequence[Call], weights: tuple[Tensor, ...], outputs: Sequence[Tensor], num_inputs: int
     ) -> "StepLoss":
-        """From the calls of one run."""
+        """Make the loss from the calls of one run."""
         places: dict[int, Place] = {}
         for is_output, tensors in ((True, outputs), (False, targets_of(calls, num_inputs))):
             places |= {id(tensor): Place(is_output, index, tensor.shape) for index, tensor in enumerate(tensors)}
@@ -45,11 +45,11 @@ class StepLoss:
         return cls(filled, weights, tuple(tensor.shape for tensor in outputs), num_inputs)
 
     def __call__(self, outputs: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        """The loss of other outputs, shape ``(k, ...)``, and targets, each of k rows."""
-        parts = parted(outputs, self.shapes, self.num_inputs)
+        """Return the loss of other outputs, shape ``(k, ...)``, and targets, each of k rows."""
+        separate = _split_outputs(outputs, self.shapes, self.num_inputs)
 
         def fill(place: Place) -> Tensor:
-            return (parts if place.is_output else targets)[place.index].reshape(place.shape)
+            return (separate if place.is_output else targets)[place.index].reshape(place.shape)
 
         values = [
             function(*apply_to_collection(args, Place, fill), **apply_to_collection(kwargs, Place, fill))
@@ -63,11 +63,11 @@ class RunLoss:
     """All that a training step computes, by whatever code, as a function of what one of its modules returns to it.
 
     Attributes:
-        module: With the step; measured together, loss and behavior have one copy.
-        trainer: Of the run; ``None`` outside of a fit.
-        calls: Positions of the outputs among all calls.
-        shapes: Of the outputs.
-        num_inputs: k.
+        module: The module with the step; measured together, loss and behavior have one copy of it.
+        trainer: The trainer; ``None`` outside of a fit.
+        calls: The positions of the outputs among all calls.
+        shapes: The shapes of the outputs.
+        num_inputs: The number of inputs, k.
     """
 
     module: nn.Module
@@ -77,9 +77,11 @@ class RunLoss:
     num_inputs: int
 
     def __call__(self, outputs: Tensor, batch: Any) -> Tensor:
-        """The loss of other outputs, shape ``(k, ...)``: the step is run with these in their place."""
-        parts = parted(outputs, self.shapes, self.num_inputs)
-        given = {index: part.reshape(shape) for index, part, shape in zip(self.calls, parts, self.shapes, strict=True)}
+        """Return the loss of other outputs, shape ``(k, ...)``: the step is run with these in their place."""
+        separate = _split_outputs(outputs, self.shapes, self.num_inputs)
+        given = {
+            index: tensor.reshape(shape) for index, tensor, shape in zip(self.calls, separate, self.shapes, strict=True)
+        }
         watch, result = run_step(self.module, map_tensors(Tensor.clone, batch), self.trainer, given=given)
         objectives = objectives_of(watch, result)
         if not objectives:
@@ -87,17 +89,17 @@ class RunLoss:
         return objectives[0].reshape(())
 
 
-def parted(outputs: Tensor, shapes: Sequence[torch.Size], num_inputs: int) -> tuple[Tensor, ...]:
-    """What was joined by `_joined`, as one row of each for every input."""
+def _split_outputs(outputs: Tensor, shapes: Sequence[torch.Size], num_inputs: int) -> tuple[Tensor, ...]:
+    """Return what `join_outputs` put side by side, as one row of each tensor for every input."""
     return torch.split(outputs.reshape(num_inputs, -1), [shape.numel() // num_inputs for shape in shapes], 1)
 
 
 def targets_of(calls: Sequence[Call], num_inputs: int) -> list[Tensor]:
-    """The other tensors that have rows of all inputs, each once; the rest are constants."""
-    found = {}
+    """Return the tensors without a gradient that have rows of all inputs, each once; the others are constants."""
+    targets = {}
     for call in calls:
         lengths = {output.shape[0] for output in call.outputs if output.ndim}
         for tensor in tensors_of((call.args, call.kwargs)):
             if not tensor.requires_grad and tensor.ndim and tensor.shape[0] in lengths:
-                found[id(tensor)] = tensor
-    return [tensor for tensor in found.values() if tensor.shape[0] % num_inputs == 0]
+                targets[id(tensor)] = tensor
+    return [tensor for tensor in targets.values() if tensor.shape[0] % num_inputs == 0]

@@ -12,23 +12,24 @@ from lightning_basin.callback.silence import collectives_refused, quiet_step
 from lightning_basin.callback.step_watch import Call, LastCall, StepWatch
 from lightning_basin.network.isolation import at_rest, isolated_evaluation
 from lightning_basin.network.precision import RaisedPrecision
-from lightning_basin.network.replica import replicas
+from lightning_basin.network.replica import device_of, replicas
 from lightning_basin.probe import Probe
-from lightning_basin.tensors import float64_device, map_tensors, tensors_of
+from lightning_basin.tensors import map_tensors, tensors_of
 
-_PERTURBATION = 1e-3  # of all parameters, relative to the largest of each: a loss of the outputs alone must not notice
+_PERTURBATION = 1e-3
+"""How far parameters move, relative to the largest element of each: a loss of the outputs alone must not notice."""
 
 
 def trained_parameters(module: nn.Module, batch: Any, trainer: Any, dtype: torch.dtype) -> frozenset[str]:
-    """Names of the parameters to which a training step gives a gradient; none where it cannot be run by itself.
+    """Return the names of the parameters to which a training step gives a gradient; none where it cannot be run alone.
 
     Args:
-        module: Stays as it is.
-        batch: A batch of training.
-        trainer: Of the run; the copy finds it, and logs nothing.
-        dtype: Of the copy.
+        module: The module, which stays as it is.
+        batch: A training batch.
+        trainer: The trainer, which the copy finds without logging anything.
+        dtype: The floating point type of the copy.
     """
-    device = float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
+    device = device_of(module)
     try:
         with isolated_evaluation(device, dtype), at_rest(module):
             probe = Probe(batch).to(device, dtype)
@@ -46,10 +47,10 @@ class StepRun:
     """One run of the training step of a copy.
 
     Attributes:
-        replica: The copy.
+        replica: The copy of the module.
         probe: The whole batch as inputs.
-        calls: Losses and modules that it called.
-        objectives: What it minimizes, one after the other.
+        calls: The losses and modules that the step called.
+        objectives: The losses that the step minimizes, one after the other.
     """
 
     replica: nn.Module
@@ -68,15 +69,15 @@ class StepRun:
         is_moved: bool = False,
         given: Mapping[int, Tensor] | None = None,
     ) -> "StepRun":
-        """Run a copy.
+        """Run the step of a copy.
 
         Args:
-            module: Stays as it is.
+            module: The module, which stays as it is.
             probe: The whole batch as inputs.
-            trainer: As `read_training_step` takes it.
-            batch_idx: That the step is told.
-            is_moved: Whether all parameters of the copy are others.
-            given: As `StepWatch` takes it.
+            trainer: The trainer; ``None`` outside of a fit.
+            batch_idx: The index of the batch, which the step is told.
+            is_moved: Whether all parameters of the copy are moved before.
+            given: The tensors that take the place of what modules return, by position among all calls.
         """
         (replica,) = replicas(module)
         if is_moved:
@@ -91,17 +92,17 @@ class StepRun:
 
     @property
     def total(self) -> Tensor:
-        """What the first optimizer minimizes."""
+        """The loss that the first optimizer minimizes."""
         return self.objectives[0]
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those that are trained."""
+        """The trained parameters of the copy, by name."""
         return {name: parameter for name, parameter in self.replica.named_parameters() if parameter.requires_grad}
 
 
 def _move(module: nn.Module) -> None:
-    """Move every parameter, also one that is zero, and each entry otherwise: a softmax notices no common change."""
+    """Move every parameter, also one that is zero, and each element otherwise: a softmax notices no common change."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -113,14 +114,14 @@ def _move(module: nn.Module) -> None:
 def run_step(
     module: nn.Module, batch: Any, trainer: Any, *, batch_idx: int = 0, given: Mapping[int, Tensor] | None = None
 ) -> tuple[StepWatch, Any]:
-    """Run the step of a copy to its end, without any effect; what it called, and what it returned."""
+    """Run the step of a copy to its end, without any effect; return what it called, and what it returned."""
     watch = StepWatch(given=given)
     quiet_step(module, trainer, watch.objectives)
     return watch, watch_step(watch, module, batch, batch_idx)
 
 
 def watch_step(watch: StepWatch, module: nn.Module, batch: Any, batch_idx: int = 0) -> Any:
-    """What the step returns; ``None`` where the watch ends it."""
+    """Run the step of a copy under a watch; return what it returns, ``None`` where the watch ends it."""
     try:
         with watch.modules(module), watch:
             step: Any = module.training_step
@@ -130,17 +131,14 @@ def watch_step(watch: StepWatch, module: nn.Module, batch: Any, batch_idx: int =
 
 
 def _arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> list[Any]:
-    """The batch, its index if the step asks for that, and 0 for every other index."""
-    signature = inspect.signature(step)
-    if "dataloader_iter" in signature.parameters:
+    """Return the batch, its index if the step asks for one, and 0 for every other index."""
+    parameters = inspect.signature(step).parameters
+    if "dataloader_iter" in parameters:
         raise ValueError("a training_step that takes its batches itself (dataloader_iter) cannot be read")
-    kinds = [parameter.kind for parameter in signature.parameters.values()]
-    positional = [
-        parameter
-        for parameter in signature.parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    takes_index = len(positional) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds  # As in lightning 2.6.
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [parameter for parameter in parameters.values() if parameter.kind in by_position]
+    has_more = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters.values())
+    takes_index = len(positional) > 1 or has_more  # As in lightning 2.6.
     others = [0 for parameter in positional[2:] if parameter.default is inspect.Parameter.empty]
     return [batch, *([batch_idx] if takes_index else []), *others]
 
@@ -151,14 +149,14 @@ def batch_size(batch: Any) -> int:
 
 
 def objectives_of(watch: StepWatch, result: Any) -> list[Tensor]:
-    """What training minimizes: what the step hands to its own backward passes, else its result."""
+    """Return what training minimizes: what the step hands to its own backward passes, else its result."""
     if isinstance(result, Mapping):
         result = result.get("loss")
     return [item for item in watch.objectives or [result] if isinstance(item, Tensor) and item.numel() == 1]
 
 
 def contributing_calls(run: StepRun) -> list[int]:
-    """Positions of the losses that the total depends on."""
+    """Return the positions of the losses on which the total depends."""
     losses = {
         index: call.value
         for index, call in enumerate(run.calls)
@@ -166,9 +164,10 @@ def contributing_calls(run: StepRun) -> list[int]:
     }
     if not losses:
         return []
-    found = torch.autograd.grad(
-        run.total, [*losses.values()], torch.ones_like(run.total), retain_graph=True, allow_unused=True
-    )
+    ones = torch.ones_like(run.total)
+    gradients = torch.autograd.grad(run.total, [*losses.values()], ones, retain_graph=True, allow_unused=True)
     return [
-        index for index, gradient in zip(losses, found, strict=True) if gradient is not None and bool(gradient.any())
+        index
+        for index, gradient in zip(losses, gradients, strict=True)
+        if gradient is not None and bool(gradient.any())
     ]

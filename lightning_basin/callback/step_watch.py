@@ -37,11 +37,11 @@ class Call:
     """A loss that a step has called, or one tensor of what a module with parameters has returned to it.
 
     Attributes:
-        function: A function or a module.
-        args: Positional arguments of a loss.
-        kwargs: Keyword arguments of a loss.
-        value: The loss, or the tensor.
-        is_loss: Which of both it is.
+        function: The function or module that was called.
+        args: The positional arguments of a loss.
+        kwargs: The keyword arguments of a loss.
+        value: The value of the loss, or the tensor.
+        is_loss: Whether a loss was called.
     """
 
     function: Callable[..., Any]
@@ -52,14 +52,14 @@ class Call:
 
     @property
     def name(self) -> str:
-        """Name of the function, or of the class of the module."""
+        """The name of the function, or of the class of the module."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     @property
     def outputs(self) -> list[Tensor]:
-        """What has a gradient: of a loss its arguments."""
-        found = (self.args, self.kwargs) if self.is_loss else self.value
-        return [tensor for tensor in tensors_of(found) if tensor.requires_grad]
+        """The tensors with a gradient: arguments of a loss, or what a module returned."""
+        candidates = (self.args, self.kwargs) if self.is_loss else self.value
+        return [tensor for tensor in tensors_of(candidates) if tensor.requires_grad]
 
 
 class StepWatch(TorchFunctionMode):
@@ -67,7 +67,7 @@ class StepWatch(TorchFunctionMode):
 
     Args:
         last: The position of the loss that ends the body; ``None`` for none.
-        given: By position, what takes the place of a tensor that a module returns.
+        given: The tensors that take the place of what modules return, by position among all calls.
     """
 
     def __init__(self, last: int | None = None, given: Mapping[int, Tensor] | None = None) -> None:
@@ -76,7 +76,7 @@ class StepWatch(TorchFunctionMode):
         self.objectives: list[Tensor] = []
         self._last = last
         self._given = given or {}
-        self._entered: list[int] = []  # For every module that runs: how many calls there were before.
+        self._entered: list[int] = []  # The number of calls before each module that runs.
         self._thread = threading.get_ident()
 
     def __torch_function__(
@@ -97,11 +97,11 @@ class StepWatch(TorchFunctionMode):
         """Watch modules too: one without parameters that makes a number is a loss, others make outputs.
 
         Args:
-            root: Its ``forward`` counts as a call of it, as a step often calls that itself.
+            root: The module with the step, whose ``forward`` counts as a call too, as a step often calls it directly.
         """
         before = register_module_forward_pre_hook(lambda *_: self._enter())
         after = register_module_forward_hook(self._leave, with_kwargs=True, always_call=True)
-        forward, own = root.forward, vars(root).get("forward")
+        forward, assigned = root.forward, vars(root).get("forward")
 
         @wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -120,8 +120,8 @@ class StepWatch(TorchFunctionMode):
             before.remove()
             after.remove()
             del vars(root)["forward"]
-            if own is not None:
-                vars(root)["forward"] = own
+            if assigned is not None:
+                vars(root)["forward"] = assigned
 
     def _enter(self) -> None:
         if threading.get_ident() == self._thread:

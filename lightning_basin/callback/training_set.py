@@ -13,14 +13,14 @@ from lightning_basin.training_set import TrainingSet, as_probes
 
 
 def check_one_loader(trainer: Trainer, batch: Any) -> None:
-    """Refuse batches that hold one of each of some loaders: a pair of them is no pair of inputs and targets.
+    """Refuse batches that hold a batch of each of some loaders: a pair of them is no pair of inputs and targets.
 
     Args:
-        trainer: In training.
-        batch: Of it.
+        trainer: The trainer, in training.
+        batch: A training batch.
 
     Raises:
-        TypeError: If they do; it says what to pass.
+        TypeError: If a batch holds those of several loaders; the error says what to pass.
     """
     loaders, place = trainer.train_dataloader, "batch"
     count = len(loaders) if isinstance(loaders, list | tuple | dict) else 0
@@ -37,16 +37,16 @@ def check_one_loader(trainer: Trainer, batch: Any) -> None:
 def whole_training_set(
     duplicates_over: Any, trainer: Trainer | None, *, batch_fn: Callable[..., Any] | None, whole_batches: bool
 ) -> Iterable[Probe] | None:
-    """Over which duplicates are counted, as a loader's data set is read anew by a plain sequential pass.
+    """Return the training set over which duplicates are counted; a loader's data set is read anew, in order.
 
     Args:
-        duplicates_over: As `BasinMonitor` takes it.
-        trainer: ``None`` outside of a fit.
-        batch_fn: As `BasinMonitor` takes it.
-        whole_batches: Without a ``batch_fn``, take a batch as inputs.
+        duplicates_over: The argument of this name of `BasinMonitor`.
+        trainer: The trainer; ``None`` outside of a fit.
+        batch_fn: The function from a batch to a pair of inputs and targets.
+        whole_batches: Whether a batch is taken as inputs where there is no ``batch_fn``.
 
     Raises:
-        MisconfigurationException: If it cannot be read in that way.
+        MisconfigurationException: If the training set cannot be read in this way.
     """
     data, prepare = duplicates_over, None
     if data is None:
@@ -69,7 +69,7 @@ def whole_training_set(
 
 
 def _as_in_training(trainer: Trainer, batch: Any) -> Any:
-    """A batch as the training step gets it: what lightning 2.6 does between the loader and the step."""
+    """Return a batch as the training step gets it: what lightning 2.6 does between the loader and the step."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

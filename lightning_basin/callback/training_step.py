@@ -6,7 +6,6 @@ are the targets, and what leads from the batch to the outputs is the behavior th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +13,17 @@ from torch import Tensor, nn
 
 from lightning_basin.callback.silence import collectives_refused
 from lightning_basin.callback.step_loss import RunLoss, StepLoss, targets_of
-from lightning_basin.callback.step_run import StepRun, batch_size, contributing_calls, watch_step
-from lightning_basin.callback.step_watch import Call, StepWatch
+from lightning_basin.callback.step_outputs import distinct_outputs, join_outputs, select_calls
+from lightning_basin.callback.step_run import StepRun, contributing_calls
+from lightning_basin.callback.step_watch import Call
 from lightning_basin.network.isolation import at_rest, isolated_evaluation
 from lightning_basin.network.layers import parameters_in_graph
 from lightning_basin.network.network import Network
 from lightning_basin.network.precision import RaisedPrecision
-from lightning_basin.network.replica import replicas
+from lightning_basin.network.replica import device_of, replicas
 from lightning_basin.network.rounding import agreement_rtol
 from lightning_basin.probe import Probe, split_batch
-from lightning_basin.tensors import float64_device, map_tensors, tensors_of
+from lightning_basin.tensors import float64_device, tensors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,15 +31,15 @@ class TrainingStep:
     """What one run of a training step showed.
 
     Attributes:
-        calls: Positions of what has the outputs, among all calls.
-        probe: The whole batch as inputs, and what the loss takes as targets.
-        outputs: What the losses took as outputs, or a module returned, shape ``(k, ...)``, detached.
-        loss: The loss of these; ``None`` where it is no function of outputs and targets alone.
-        value: The loss that the step returned.
-        names: Names of the losses, or of the module that returned the outputs.
+        calls: The positions, among all calls, of those that have the outputs.
+        probe: The whole batch as inputs, with the loss's targets.
+        outputs: The outputs that the losses took, or a module returned, shape ``(k, ...)``, detached.
+        loss: The loss of the outputs; ``None`` where it is no function of outputs and targets alone.
+        value: The value of the loss that the step returned.
+        names: The names of the losses, or of the module that returned the outputs.
         is_whole: Whether ``loss`` is all that the step returned.
         is_of_a_module: Whether a module returned the outputs; the loss then takes the whole batch as targets.
-        reached: Names of the parameters that are in the graph of the outputs.
+        reached: The names of the parameters that are in the graph of the outputs.
     """
 
     calls: tuple[int, ...]
@@ -54,7 +54,7 @@ class TrainingStep:
 
     @property
     def targets(self) -> Any:
-        """What another loss gets as targets: the second of a pair where no loss that was called says them."""
+        """The targets for another loss: the second of a pair where no loss that was called says them."""
         targets = self.probe.targets
         if self.is_of_a_module:
             return targets[1] if isinstance(targets, tuple | list) and len(targets) == 2 else targets  # noqa: PLR2004
@@ -67,8 +67,12 @@ class TrainingStep:
         if self.loss is None:
             return "no loss, as it is no function of outputs and targets that is the same in every batch"
         if self.is_of_a_module:
-            return "loss: " + ("all of what" if self.is_whole else "part of what") + " the step makes of them"
-        return f"loss: all of what the step returns ({named})" if self.is_whole else f"loss: {named}, part of the whole"
+            return "loss: " + ("all" if self.is_whole else "some") + " of what the step makes of them"
+        return (
+            f"loss: all of what the step returns ({named})"
+            if self.is_whole
+            else f"loss: {named}, not all of what it returns"
+        )
 
     def __str__(self) -> str:
         """One sentence."""
@@ -82,46 +86,20 @@ class TrainingStep:
         )
 
 
-def outputs_of_step(module: nn.Module, batch: Any, *, calls: Sequence[int]) -> Tensor:
-    """Run a training step up to its outputs.
-
-    Args:
-        module: A copy with a ``training_step``.
-        batch: As the step takes it; the first tensor has the k inputs along its first axis.
-        calls: Positions of what has the outputs, among all calls.
-
-    Returns:
-        The outputs: a single tensor of k rows as it is; else all side by side, shape ``(k, c)``.
-
-    Raises:
-        ValueError: If the step calls fewer losses or modules, or their outputs have no rows of k inputs.
-    """
-    if not torch.is_grad_enabled():  # By their gradients outputs are known.
-        with torch.enable_grad():
-            return outputs_of_step(module, batch, calls=calls).detach()
-    watch = StepWatch(last=max(calls))
-    watch_step(watch, module, map_tensors(Tensor.clone, batch))
-    if len(watch.calls) <= max(calls):
-        raise ValueError(
-            f"training_step must call {max(calls) + 1} losses or modules as at first, but calls {len(watch.calls)}"
-        )
-    return _joined(_distinct([watch.calls[index] for index in calls]), batch_size(batch))
-
-
 def read_training_step(module: nn.Module, batch: Any, trainer: Any, calls: Sequence[int] | None = None) -> TrainingStep:
     """Run the training step of a copy of a module, and read from it what is trained.
 
     Args:
-        module: Stays as it is.
-        batch: A batch of training, or several in one.
-        trainer: Of the run; the copy finds it, and logs nothing; ``None`` outside of a fit.
-        calls: Positions of what has the outputs; ``None`` takes the arguments of the losses that the result is made of.
-            Where this is no sum of such losses, it takes what one module with parameters returns to the step.
+        module: The module, which stays as it is.
+        batch: A training batch, or several in one.
+        trainer: The trainer, which the copy finds without logging anything; ``None`` outside of a fit.
+        calls: The positions, among all calls, of those that have the outputs. ``None`` takes the arguments of the
+            losses of which the result is the sum; where it is no such sum, what one module with parameters returns.
 
     Raises:
         ValueError: If the step cannot be run so, draws random numbers, or makes its loss of neither.
     """
-    device = float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
+    device = device_of(module)
     probe = Probe(batch).to(device, torch.float64)
     with isolated_evaluation(device), at_rest(module), collectives_refused(trainer), RaisedPrecision(torch.float64):
         runs = (
@@ -130,27 +108,27 @@ def read_training_step(module: nn.Module, batch: Any, trainer: Any, calls: Seque
             StepRun.of(module, probe, trainer, is_moved=True),
         )
         if calls is not None:
-            return _understood(module, trainer, runs, calls)
-        found, problem = None, ValueError("training_step calls no loss of torch, nor a module that makes a number")
+            return _compare_runs(module, trainer, runs, calls)
+        by_losses, problem = None, "training_step calls no loss of torch, nor a module that makes a number"
         losses = contributing_calls(runs[0])
         if losses:
             try:
-                found = _understood(module, trainer, runs, losses)
+                by_losses = _compare_runs(module, trainer, runs, losses)
             except ValueError as error:
-                problem = error
-        if found is not None and found.loss is not None and found.is_whole:
-            return found
+                problem = str(error)
+        if by_losses is not None and by_losses.loss is not None and by_losses.is_whole:
+            return by_losses
         try:
-            other = _understood(module, trainer, runs, _returned(module, trainer, runs[0]))
+            by_module = _compare_runs(module, trainer, runs, _returned_calls(module, trainer, runs[0]))
         except Exception as error:  # Whatever a step raises that is run on other values than those of its modules.
-            if found is None:
+            if by_losses is None:
                 raise ValueError(f"{problem}; and {error}") from error
-            return found
-        if found is None and other.loss is None:
+            return by_losses
+        if by_losses is None and by_module.loss is None:
             raise ValueError(
-                f"{problem}; and what it makes of the outputs of {other.names[0]} is {other.loss_in_words}"
+                f"{problem}; and what it makes of the outputs of {by_module.names[0]} is {by_module.loss_in_words}"
             )
-        return other if other.is_whole else found or other
+        return by_module if by_module.is_whole else by_losses or by_module
 
 
 def agrees_with(
@@ -165,10 +143,10 @@ def agrees_with(
     """Whether a training step trains just what a module makes of the first of a pair, compared with the second.
 
     Args:
-        step: What the step shows of the batch.
-        module: Stays as it is.
-        batch: The batch.
-        behavior: From the module and inputs to outputs.
+        step: What the step showed of the batch.
+        module: The module, which stays as it is.
+        batch: The training batch.
+        behavior: A function from the module and inputs to outputs.
         loss_fn: The loss that stands on the module, if any.
         with_loss: Whether the losses must agree too.
     """
@@ -201,37 +179,35 @@ def _is_close(first: Tensor, second: Tensor) -> bool:
     )
 
 
-def _understood(module: nn.Module, trainer: Any, runs: Sequence[StepRun], calls: Sequence[int]) -> TrainingStep:
-    """What a run shows, compared with others: with another index of the batch, and with other parameters."""
-    found, again, moved = (_seen(module, trainer, run, calls) for run in runs)
-    if not _is_close(again.outputs, found.outputs):
+def _compare_runs(module: nn.Module, trainer: Any, runs: Sequence[StepRun], calls: Sequence[int]) -> TrainingStep:
+    """Return what a run shows, compared with one of another batch index and with one of other parameters."""
+    step, of_index, of_parameters = (_describe_run(module, trainer, run, calls) for run in runs)
+    if not _is_close(of_index.outputs, step.outputs):
         raise ValueError("training_step draws random numbers, or its outputs change with the index of the batch")
-    if not all(_gives(module, found, other) for other in (again, moved)):
-        return replace(found, loss=None, is_whole=False)
-    return replace(found, is_whole=found.is_whole and again.is_whole and moved.is_whole)
+    if not all(_has_same_loss(module, step, other) for other in (of_index, of_parameters)):
+        return replace(step, loss=None, is_whole=False)
+    return replace(step, is_whole=step.is_whole and of_index.is_whole and of_parameters.is_whole)
 
 
-def _gives(module: nn.Module, found: TrainingStep, other: TrainingStep) -> bool:
+def _has_same_loss(module: nn.Module, step: TrainingStep, other: TrainingStep) -> bool:
     """Whether the loss of one run is also that of another, as a function of outputs and targets is."""
-    if found.loss is None or other.loss is None:
+    if step.loss is None or other.loss is None:
         return False
-    if isinstance(found.loss, StepLoss) and isinstance(other.loss, StepLoss):
-        if not _have_equal_constants(found, other):
+    if isinstance(step.loss, StepLoss) and isinstance(other.loss, StepLoss):
+        if not _have_equal_constants(step, other):
             return False
         expected = float(other.loss(other.outputs, other.probe.targets).detach())
     else:
         expected = other.value
-    _, loss = replicas(module, found.loss)  # Of a copy that has run no step.
-    return _is_close(loss(other.outputs, found.probe.targets).detach(), other.outputs.new_tensor(expected))
+    _, loss = replicas(module, step.loss)  # Of a copy that has run no step.
+    return _is_close(loss(other.outputs, step.probe.targets).detach(), other.outputs.new_tensor(expected))
 
 
-def _seen(module: nn.Module, trainer: Any, run: StepRun, calls: Sequence[int]) -> TrainingStep:
-    """What one run shows, where the outputs are those of some calls."""
-    if max(calls) >= len(run.calls):
-        raise ValueError(f"training_step must call {max(calls) + 1} losses or modules, but calls {len(run.calls)}")
-    probe, chosen = run.probe, [run.calls[index] for index in calls]
-    tensors = _distinct(chosen)
-    outputs = _joined(tensors, probe.size)
+def _describe_run(module: nn.Module, trainer: Any, run: StepRun, calls: Sequence[int]) -> TrainingStep:
+    """Return what one run shows, where the outputs are those of some calls."""
+    probe, chosen = run.probe, select_calls(run.calls, calls)
+    tensors = distinct_outputs(chosen)
+    outputs = join_outputs(tensors, probe.size)
     if outputs.shape[0] != probe.size:
         raise ValueError(f"a loss must take one row of outputs per input, got shape {tuple(outputs.shape)}")
     loss: StepLoss | RunLoss | None
@@ -261,29 +237,28 @@ def _seen(module: nn.Module, trainer: Any, run: StepRun, calls: Sequence[int]) -
     )
 
 
-def _returned(module: nn.Module, trainer: Any, run: StepRun) -> list[int]:
-    """Positions of the tensors that one module returns, and of which alone the step makes all of its loss.
+def _returned_calls(module: nn.Module, trainer: Any, run: StepRun) -> list[int]:
+    """Return the positions of the tensors that one module returns, and of which alone the step makes all of its loss.
 
     Raises:
         ValueError: If there is no such module.
     """
     calls = {index: call for index, call in enumerate(run.calls) if not call.is_loss and call.value.requires_grad}
     given = {index: call.value.detach().requires_grad_() for index, call in calls.items()}
-    parted = StepRun.of(module, run.probe, trainer, given=given)
-    sources = [*given.values(), *parted.parameters.values()]
-    found = torch.autograd.grad(parted.total, sources, torch.ones_like(parted.total), allow_unused=True)
-    positions = [index for index, gradient in zip(given, found, strict=False) if gradient is not None]
-    if any(gradient is not None for gradient in found[len(given) :]):
+    cut = StepRun.of(module, run.probe, trainer, given=given)
+    sources = [*given.values(), *cut.parameters.values()]
+    gradients = torch.autograd.grad(cut.total, sources, torch.ones_like(cut.total), allow_unused=True)
+    if any(gradient is not None for gradient in gradients[len(given) :]):
         raise ValueError("the loss takes parameters otherwise than through modules that training_step calls")
+    positions = [index for index, gradient in zip(given, gradients, strict=False) if gradient is not None]
     modules = {id(calls[index].function): calls[index].name for index in positions}
     if len(modules) != 1:
         raise ValueError(f"the loss must be made of what one module returns, but is made of {[*modules.values()]}")
     for index in positions:
-        others = [calls[other].value for other in positions if other != index]
-        sums = [other.sum() for other in others]
-        if sums and any(
+        others = [calls[other].value.sum() for other in positions if other != index]
+        if any(
             gradient is not None
-            for total in sums
+            for total in others
             for gradient in torch.autograd.grad(total, calls[index].value, retain_graph=True, allow_unused=True)
         ):
             raise ValueError("an output must not enter the module that makes the others")
@@ -291,38 +266,22 @@ def _returned(module: nn.Module, trainer: Any, run: StepRun) -> list[int]:
 
 
 def _weights(calls: Sequence[Call], outputs: Sequence[Tensor], total: Tensor) -> tuple[tuple[Tensor, ...] | None, bool]:
-    """By what each value is multiplied in the total, and whether the sum is all of it; none for another function."""
+    """Return the factor of each loss in the total, ``None`` for another function, and whether they are all of it."""
     known = {id(output) for output in outputs}
     if not calls or any(id(output) not in known for call in calls for output in call.outputs):
         return None, False
     values, ones = [call.value for call in calls], torch.ones_like(total)
-    found = torch.autograd.grad(total, values, ones, retain_graph=True, materialize_grads=True)
-    weights = tuple(weight.detach() for weight in found)
-    summed = torch.stack([(weight * value).sum() for weight, value in zip(weights, values, strict=True)]).sum()
-    wanted = torch.autograd.grad(total, outputs, ones, retain_graph=True, materialize_grads=True)
-    got = torch.autograd.grad(summed, outputs, retain_graph=True, materialize_grads=True)
+    factors = torch.autograd.grad(total, values, ones, retain_graph=True, materialize_grads=True)
+    weights = tuple(factor.detach() for factor in factors)
+    weighted = torch.stack([(weight * value).sum() for weight, value in zip(weights, values, strict=True)]).sum()
+    of_total = torch.autograd.grad(total, outputs, ones, retain_graph=True, materialize_grads=True)
+    of_weighted = torch.autograd.grad(weighted, outputs, retain_graph=True, materialize_grads=True)
     rtol = agreement_rtol(torch.float64)
-    scale = max(float(gradient.abs().max()) for gradient in (*wanted, *got))
-    if any(float((a - b).abs().max()) > rtol * scale for a, b in zip(wanted, got, strict=True)):
+    scale = max(float(gradient.abs().max()) for gradient in (*of_total, *of_weighted))
+    if any(float((a - b).abs().max()) > rtol * scale for a, b in zip(of_total, of_weighted, strict=True)):
         return None, False
-    difference = abs(float(summed.detach()) - float(total.detach()))
+    difference = abs(float(weighted.detach()) - float(total.detach()))
     return weights, difference <= rtol * max(1.0, abs(float(total.detach())))
-
-
-def _distinct(calls: Sequence[Call]) -> list[Tensor]:
-    """The tensors that have a gradient, each once."""
-    return list({id(tensor): tensor for call in calls for tensor in call.outputs}.values())
-
-
-def _joined(outputs: Sequence[Tensor], num_inputs: int) -> Tensor:
-    if len(outputs) == 1 and outputs[0].ndim and outputs[0].shape[0] == num_inputs:
-        return outputs[0]
-    if not outputs:
-        raise ValueError("outputs must have a gradient, got none")
-    for tensor in outputs:
-        if tensor.ndim == 0 or tensor.shape[0] % num_inputs:
-            raise ValueError(f"outputs must have rows of all {num_inputs} inputs, got shape {tuple(tensor.shape)}")
-    return torch.cat([tensor.reshape(num_inputs, -1) for tensor in outputs], 1)
 
 
 def _have_equal_constants(first: TrainingStep, second: TrainingStep) -> bool:
@@ -336,8 +295,3 @@ def _have_equal_constants(first: TrainingStep, second: TrainingStep) -> bool:
         a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol)
         for a, b in zip(*constants, strict=True)
     )
-
-
-def step_behavior(calls: Sequence[int]) -> Callable[[nn.Module, Any], Tensor]:
-    """The behavior that runs a training step up to its losses; see `outputs_of_step`."""
-    return partial(outputs_of_step, calls=tuple(calls))

@@ -1,14 +1,15 @@
 """Callbacks and schedulers that monitor a measured value: what they look for, and what they do until there is one."""
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from lightning_basin.callback.arguments import Arguments
 from lightning_basin.callback.keys import Key, did_you_mean, left_out, mistaken_for, possible_keys
-from lightning_basin.callback.lightnings import Callback, MisconfigurationException, Trainer
+from lightning_basin.callback.lightnings import MisconfigurationException, Trainer, callbacks_of
 from lightning_basin.naming import escaped, printable
 from lightning_basin.network.layers import find_layers
 
@@ -19,8 +20,8 @@ class Watcher:
 
     Attributes:
         owner: The callback, or Lightning's configuration of the scheduler.
-        key: For which it looks.
-        name: How a message calls it.
+        key: The key of the value.
+        name: How a message calls the watcher.
     """
 
     owner: Any
@@ -38,57 +39,54 @@ class Watcher:
         return hasattr(self.owner, "save_top_k")
 
 
-def watchers(trainer: Trainer) -> Iterator[Watcher]:
-    """Every callback and scheduler of a run that monitors a value, of whatever kind."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
-    named: list[tuple[Any, Any]] = [(callback, callback) for callback in callbacks]
+def find_watchers(trainer: Trainer) -> list[Watcher]:
+    """Return every callback and scheduler of a run that monitors a value, of whatever kind."""
+    named: list[tuple[Any, Any]] = [(callback, callback) for callback in callbacks_of(trainer)]
     named += [(config, config.scheduler) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
-    for owner, called in named:
-        key = getattr(owner, "monitor", None)
-        if isinstance(key, str):
-            yield Watcher(owner, key, f"{type(called).__name__}(monitor={printable(key)!r})")
+    return [
+        Watcher(owner, key, f"{type(called).__name__}(monitor={printable(key)!r})")
+        for owner, called in named
+        if isinstance(key := getattr(owner, "monitor", None), str)
+    ]
 
 
 def check_watchers(
-    trainer: Trainer, settings: Mapping[str, Any], module: nn.Module, prefixes: Sequence[str]
+    watchers: Iterable[Watcher], arguments: Arguments, module: nn.Module, prefixes: Sequence[str]
 ) -> Iterator[str]:
     """Refuse what looks for a value that no measurement of a monitor can have.
 
     Args:
-        trainer: At the start of training, when every callback and scheduler is set up.
-        settings: Arguments of the monitor by name.
-        module: The one that it measures.
-        prefixes: Of all monitors of the run, this one's among them.
+        watchers: The callbacks and schedulers of the run that monitor any value.
+        arguments: The monitor's arguments.
+        module: The module that the monitor measures.
+        prefixes: The prefixes of all monitors of the run, this one's among them.
 
     Returns:
-        A warning for each that goes on all the same.
+        A warning for each watcher that goes on all the same.
 
     Raises:
-        MisconfigurationException: For a key that is mistyped, or a value that the settings leave out and that the run
-            would be ended for.
+        MisconfigurationException: For a key that is mistyped, or a value that the arguments leave out where the run
+            would end without it.
     """
-    found = list(watchers(trainer))
-    if not found:
-        return
-    prefix = settings["prefix"]
-    keys = keys_of(settings, module)
-    later = _later_keys(settings, module, keys)
-    for watcher in found:
-        key = Key.of(watcher.key, prefix)
-        is_of_another = any(Key.of(watcher.key, other) for other in prefixes if other != prefix)
+    keys = keys_of(arguments, module)
+    later = _later_keys(arguments, module, keys)
+    for watcher in watchers:
+        key = Key.of(watcher.key, arguments.prefix)
+        is_of_another = any(Key.of(watcher.key, other) for other in prefixes if other != arguments.prefix)
         if key is None:
-            yield from _check_foreign(watcher, keys, prefixes)
+            if not is_of_another:
+                yield from _check_foreign(watcher, keys, prefixes)
         elif watcher.key not in keys and watcher.key not in later and not is_of_another:
             raise MisconfigurationException(
-                f"{watcher.name} looks for a value that BasinMonitor(prefix={prefix!r}) never logs"
-                f"{did_you_mean(watcher.key, keys) or '. HINT: see BasinRecord.scalars for its keys'}"
+                f"{watcher.name} looks for a value that BasinMonitor(prefix={arguments.prefix!r}) never logs"
+                f"{did_you_mean(watcher.key, keys) or '. HINT: `BasinRecord.scalars` shows the keys'}"
             )
-        elif (setting := left_out(settings).get(key.quantity)) is not None:
-            problem = f"{watcher.name} looks for a value that `BasinMonitor({setting})` does not measure"
+        elif (argument := left_out(arguments).get(key.quantity)) is not None:
+            problem = f"{watcher.name} looks for a value that `BasinMonitor({argument})` does not measure"
             if watcher.is_strict:
                 raise MisconfigurationException(f"{problem}. HINT: change this argument, or the key")
             yield problem
-        elif watcher.is_strict and _is_late(key.quantity, settings):
+        elif watcher.is_strict and _is_late(key.quantity, arguments):
             lenient = "" if watcher.is_saving else ". HINT: pass strict=False"
             yield (
                 f"{watcher.name} looks for a value that is not there before the loss has reached zero, and is passed "
@@ -96,46 +94,35 @@ def check_watchers(
             )
 
 
-def _later_keys(settings: Mapping[str, Any], module: nn.Module, keys: Sequence[str]) -> set[str]:
-    """Keys of modules that are no layers now, and may become some where their parameters are trained later."""
-    groups = {found.group for key in keys if (found := Key.of(key, settings["prefix"])) is not None}
-    if "block" in groups or not isinstance(settings["layers"], str):
-        return set()
-    names = [_compiled_away(name) for name, _ in module.named_modules()]
-    return set(possible_keys(settings["prefix"], names, "all"))
-
-
-def keys_of(settings: Mapping[str, Any], module: nn.Module) -> list[str]:
-    """Every key that a measurement of a module can have, as far as one can tell before.
-
-    Args:
-        settings: Arguments of the monitor by name.
-        module: The one that it measures.
-    """
-    return possible_keys(settings["prefix"], _layers(module), settings["layers"])
-
-
-def _layers(module: nn.Module) -> list[str]:
+def keys_of(arguments: Arguments, module: nn.Module) -> list[str]:
+    """Return every key that a measurement of a module can have, as far as one can tell before."""
     try:
-        return [_compiled_away(layer.name) for layer in find_layers(module)]
+        layers = [_compiled_away(layer.name) for layer in find_layers(module)]
     except ValueError:  # Nothing is trained: the first batch is where this is refused.
-        return []
+        layers = []
+    return possible_keys(arguments.prefix, layers, arguments.layers)
+
+
+def _later_keys(arguments: Arguments, module: nn.Module, keys: Iterable[str]) -> set[str]:
+    """Return the keys of modules that are no layers now, and may become some where they are trained later."""
+    has_blocks = any(key.startswith(f"{escaped(arguments.prefix)}_block_") for key in keys)
+    if has_blocks or not isinstance(arguments.layers, str):
+        return set()
+    return set(possible_keys(arguments.prefix, [_compiled_away(name) for name, _ in module.named_modules()], "all"))
 
 
 def _compiled_away(name: str) -> str:
-    """A module's name as in a copy, which is not compiled."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """Return a module's name as in a copy, which is not compiled."""
+    return ".".join(level for level in name.split(".") if level != "_orig_mod")
 
 
-def _is_late(quantity: str, settings: Mapping[str, Any]) -> bool:
-    is_verified = quantity == "surviving_fraction" and settings["verify_null_space"] == "zero_loss"
+def _is_late(quantity: str, arguments: Arguments) -> bool:
+    is_verified = quantity == "surviving_fraction" and arguments.verify_null_space == "zero_loss"
     return quantity == "zero_loss_step" or is_verified
 
 
 def _check_foreign(watcher: Watcher, keys: Collection[str], prefixes: Sequence[str]) -> Iterator[str]:
-    """Refuse a key that begins like none of this monitor's, and that is meant to."""
-    if any(Key.of(watcher.key, prefix) for prefix in prefixes):
-        return
+    """Refuse a key that begins like none of any monitor's, where it looks like one of them."""
     meant = mistaken_for(watcher.key, keys, prefixes)
     if meant is not None:
         raise MisconfigurationException(
@@ -149,55 +136,52 @@ def _check_foreign(watcher: Watcher, keys: Collection[str], prefixes: Sequence[s
 
 
 class Lenience:
-    """Lets watchers pass over their checks until there is a value, where they would end the run for want of it.
+    """Lets watchers pass over their checks until there is a value, where they would end the run without it.
 
     A strict ``EarlyStopping`` is lenient until then, a scheduler does not step, and a ``ModelCheckpoint`` ranks no
     weights. No value is made up: a provisional one could stop a run.
 
     Args:
-        trainer: At the start of training.
-        settings: Arguments of the monitor by name.
+        watchers: The callbacks and schedulers that monitor a value of this monitor.
+        arguments: The monitor's arguments.
         present: The keys that have a value already.
     """
 
-    def __init__(self, trainer: Trainer, settings: Mapping[str, Any], present: Collection[str]) -> None:
-        self._settings = settings
-        waiting = [one for one in watchers(trainer) if self._key(one) and one.key not in present]
-        self._kept: list[tuple[Watcher, dict[str, Any]]] = []
-        for watcher in waiting:
-            lenient = _lenient(watcher)
-            self._kept.append((watcher, {name: getattr(watcher.owner, name) for name in lenient}))
-            _set(watcher.owner, lenient)
+    def __init__(self, watchers: Iterable[Watcher], arguments: Arguments, present: Collection[str]) -> None:
+        self._arguments = arguments
+        self._waiting: list[tuple[Watcher, dict[str, Any]]] = []
+        for watcher in watchers:
+            if watcher.key not in present:
+                lenient = _lenient(watcher)
+                self._waiting.append((watcher, {name: getattr(watcher.owner, name) for name in lenient}))
+                _set(watcher.owner, lenient)
 
     def unmet(self, keys: Collection[str]) -> Iterator[str]:
-        """Say who found no value after a measurement that should have brought it.
+        """Say who waits on after a measurement that should have brought the value.
 
         Args:
-            keys: Those that have one.
+            keys: The keys that have a value.
         """
-        for watcher, _ in self._kept:
-            key = self._key(watcher)
+        for watcher, _ in self._waiting:
+            key = Key.of(watcher.key, self._arguments.prefix)
             assert key is not None, "one of this monitor's"
-            if not _is_late(key.quantity, self._settings) and key.quantity not in left_out(self._settings):
+            if not _is_late(key.quantity, self._arguments) and key.quantity not in left_out(self._arguments):
                 saving = ", and saves no ranked weights until then" if watcher.is_saving else ""
                 yield (
                     f"{watcher.name} is passed over until there is a value for it, as the first measurement brought "
-                    f"none{saving}{did_you_mean(watcher.key, keys) if key.part else ''}"
+                    f"none{saving}{did_you_mean(watcher.key, keys) if key.scope else ''}"
                 )
 
     def end(self, present: Collection[str] | None = None) -> None:
-        """Let those whose key has a value now check as they did before; ``None`` lets all."""
-        ends = [one for one in self._kept if present is None or one[0].key in present]
-        self._kept = [one for one in self._kept if one not in ends]
+        """Let every watcher whose key has a value now check as it did before; ``None`` lets all."""
+        ends = [entry for entry in self._waiting if present is None or entry[0].key in present]
+        self._waiting = [entry for entry in self._waiting if entry not in ends]
         for watcher, before in ends:
             _set(watcher.owner, before)
 
-    def _key(self, watcher: Watcher) -> Key | None:
-        return Key.of(watcher.key, self._settings["prefix"])
-
 
 def _lenient(watcher: Watcher) -> dict[str, Any]:
-    """What has to be set for a watcher that ends no run for a missing value, and says nothing of it."""
+    """Return the attributes of a watcher that ends no run for a missing value, and says nothing of it."""
     if watcher.is_saving:
         return {"save_top_k": 0}
     if not watcher.is_strict:

@@ -197,23 +197,6 @@ def joined_classes(classes: Tensor, left: Tensor, right: Tensor) -> Tensor:
             classes = classes[classes]
 
 
-def class_means(values: Tensor, classes: Tensor) -> Tensor:
-    """Replace each input's values by their mean over its class.
-
-    Args:
-        values: The values, shape ``(k, ...)``.
-        classes: The first member of each input's class, shape ``(k,)``.
-
-    Example:
-        >>> class_means(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
-        tensor([2., 2., 2.])
-    """
-    classes = classes.to(values.device)
-    sums = torch.zeros_like(values).index_add_(0, classes, values)[classes]
-    counts = classes.bincount(minlength=classes.numel())[classes]
-    return sums / counts.view(-1, *(1,) * (values.ndim - 1))
-
-
 def _first_members(labels: Tensor) -> Tensor:
     """Replace each label by the smallest index that carries it."""
     _, inverse = torch.unique(labels, return_inverse=True)

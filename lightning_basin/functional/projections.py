@@ -28,8 +28,8 @@ def fourier_sketch(
     """Multiply a matrix by a subsampled random Fourier transform, shape ``(m, num_columns)``.
 
     The transform costs ``N log N`` a row where a Gaussian matrix costs ``N * num_columns`` (Woolfe, Liberty, Rokhlin
-    and Tygert, 2008). Its frequencies repeat on columns at equal distances, which may be all that is used: only
-    every eighth channel may be alive. So the columns are put into a random order first. The diagonal is random and continuous: it
+    and Tygert, 2008). Its frequencies repeat on columns at equal distances, and only these may be used, as where every
+    eighth channel is alive. So the columns are put into a random order first. The diagonal is random and continuous: it
     keeps the rank almost surely if any diagonal does, and for almost every order one does. The sketch is scaled so that
     ``Y @ Y.T`` has the Gram matrix as its mean.
 

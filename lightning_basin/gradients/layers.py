@@ -58,5 +58,5 @@ def _check_dense_size(layer: Layer, num_rows: int, max_elements: int) -> None:
         raise MemoryBudgetError(
             f"layer {escaped(layer.name)!r} must be measured row by row, but its {num_rows} rows by "
             f"{layer.num_parameters} parameters do not fit into memory_budget: take a smaller probe, fewer outputs "
-            f"(max_outputs), or a larger memory_budget"
+            f"(max_outputs of measure_basin), or a larger memory_budget"
         )

@@ -1,4 +1,4 @@
-"""Which part of the tensors that enter and leave a layer belongs to which input."""
+"""Which rows of the tensors that enter and leave a layer belong to which input."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,31 +13,38 @@ from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
 
 Rows = list[int] | None
-"""Rows per input of some tensors, 0 for one that all inputs share; ``None`` where an input's rows are scattered."""
+"""The rows per input of each of some tensors, 0 for one that all inputs share; ``None`` if rows are scattered."""
 
 
 @dataclass(frozen=True)
 class InputLayout:
-    """Which part of the tensors that enter and leave each layer belongs to which input."""
+    """Which rows of the tensors that enter and leave each layer belong to which input.
+
+    Attributes:
+        entering: The rows per input of the tensors that enter each layer.
+        leaving: The rows per input of the tensors that leave each layer.
+    """
 
     entering: Mapping[str, Rows]
     leaving: Mapping[str, Rows]
 
 
-def input_layout(network: Network, probe: Probe, trace: Trace, others: Sequence[tuple[Tensor, Trace]]) -> InputLayout:
-    """Find the inputs in traced tensors by those of other batches, which together hold all of them.
+def input_layout(
+    network: Network, probe: Probe, trace: Trace, regrouped: Sequence[tuple[Tensor, Trace]]
+) -> InputLayout:
+    """Find the rows of each input in traced tensors, by comparison with runs of regrouped inputs.
 
     Args:
-        network: That was traced.
+        network: The network that was traced.
         probe: The inputs.
-        trace: Of the probe.
-        others: See `passed_otherwise`; of a single input none are needed.
+        trace: The trace of the probe.
+        regrouped: The results of `run_regrouped`; none are needed for a single input.
     """
     rtol = agreement_rtol(network.dtype)
 
     def rows(of: Callable[[str, Trace], list[Tensor]], name: str) -> Rows:
-        found = [(indices, of(name, other)) for indices, other in others]
-        return _rows_per_input(of(name, trace), found, probe.size, rtol=rtol)
+        chunks = [(indices, of(name, chunk)) for indices, chunk in regrouped]
+        return _rows_per_input(of(name, trace), chunks, probe.size, rtol=rtol)
 
     with torch.no_grad():
         return InputLayout(
@@ -57,54 +64,54 @@ def leaving_of(name: str, trace: Trace) -> list[Tensor]:
 
 
 def _rows_per_input(
-    tensors: Sequence[Tensor], others: Sequence[tuple[Tensor, list[Tensor]]], num_inputs: int, *, rtol: float
+    tensors: Sequence[Tensor], chunks: Sequence[tuple[Tensor, list[Tensor]]], num_inputs: int, *, rtol: float
 ) -> Rows:
-    """Where the inputs are in tensors of all inputs, seen from those in their place in other batches."""
-    parts = [by_parts(tensor.detach()) for tensor in tensors]
+    """Find the rows per input of tensors of all inputs, by the tensors in the same places of regrouped chunks."""
     if num_inputs == 1:
-        return [int(part.ndim > 0 and len(part) == 1) for part in parts]
-    if any(len(found) != len(parts) for _, found in others):
+        return [int(tensor.ndim > 0 and len(tensor) == 1) for tensor in map(by_parts, tensors)]
+    if any(len(of_chunk) != len(tensors) for _, of_chunk in chunks):
         return None
-    layouts = [
-        _layout(part, [(indices, found[place]) for indices, found in others], num_inputs, rtol=rtol)
-        for place, part in enumerate(parts)
+    counts = [
+        _count_rows(by_parts(tensor.detach()), [(indices, held[place]) for indices, held in chunks], num_inputs, rtol)
+        for place, tensor in enumerate(tensors)
     ]
-    return None if None in layouts else [layout for layout in layouts if layout is not None]
+    return None if None in counts else [count for count in counts if count is not None]
 
 
-def _layout(tensor: Tensor, others: Sequence[tuple[Tensor, Tensor]], num_inputs: int, *, rtol: float) -> int | None:
-    """Rows per input of a tensor, 0 where it is the same for all inputs, ``None`` where they are not adjacent.
+def _count_rows(tensor: Tensor, chunks: Sequence[tuple[Tensor, Tensor]], num_inputs: int, rtol: float) -> int | None:
+    """Count the rows per input of a tensor: 0 if it is the same for all inputs, ``None`` if they are not adjacent.
 
     Args:
-        tensor: Of all inputs.
-        others: Indices of the inputs of other batches, and the tensor in their place.
-        num_inputs: k.
-        rtol: To which two evaluations agree.
+        tensor: The tensor of all inputs.
+        chunks: For each regrouped chunk the indices of its inputs, and the tensor in the same place.
+        num_inputs: The number of inputs, k.
+        rtol: The relative tolerance within which two evaluations agree.
     """
-    numbers = real_numbers(tensor)
-    tolerance = rtol * largest_entry(numbers)
+    elements = real_elements(tensor)
+    tolerance = rtol * largest_entry(elements)
 
-    def agrees(expected: Tensor, found: Tensor) -> bool:
-        if expected.shape != found.shape:
+    def agrees(expected: Tensor, evaluated: Tensor) -> bool:
+        if expected.shape != evaluated.shape:
             return False
-        found = real_numbers(found)
-        if found.numel() and bool((expected - found).abs_().amax() <= tolerance):  # So do most: in few passes.
+        evaluated = real_elements(evaluated)
+        if evaluated.numel() and bool((expected - evaluated).abs_().amax() <= tolerance):  # Most do: in few passes.
             return True
-        return bool(are_same(expected.reshape(1, -1), found.reshape(1, -1), tolerance))
+        return bool(are_same(expected.reshape(1, -1), evaluated.reshape(1, -1), tolerance))
 
     count = len(tensor) // num_inputs if tensor.ndim else 0
     if count and len(tensor) == num_inputs * count:
-        by_input = numbers.reshape(num_inputs, count, *numbers.shape[1:])
-        if all(agrees(by_input[indices.to(tensor.device)].flatten(0, 1), by_parts(found)) for indices, found in others):
+        by_input = elements.reshape(num_inputs, count, *elements.shape[1:])
+        expected = (by_input[indices.to(tensor.device)].flatten(0, 1) for indices, _ in chunks)
+        if all(agrees(rows, by_parts(held)) for rows, (_, held) in zip(expected, chunks, strict=True)):
             return count
-    return 0 if all(agrees(numbers, by_parts(found)) for _, found in others) else None
+    return 0 if all(agrees(elements, by_parts(held)) for _, held in chunks) else None
 
 
 def by_parts(tensor: Tensor) -> Tensor:
-    """A complex tensor as its real and imaginary parts, side by side; any other as it is."""
+    """Return a complex tensor as its real and imaginary parts, side by side; any other as it is."""
     return torch.cat([tensor.real, tensor.imag], dim=-1) if tensor.is_complex() else tensor
 
 
-def real_numbers(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor in float64; a complex one becomes its real and imaginary parts, side by side."""
+def real_elements(tensor: Tensor) -> Tensor:
+    """Return the elements of a tensor in float64; a complex one becomes its real and imaginary parts, side by side."""
     return by_parts(tensor).to(torch.float64)

@@ -1,4 +1,4 @@
-"""A place to evaluate a copy that leaves no trace."""
+"""Contexts in which a copy is evaluated without a trace in the process or in the original."""
 
 import random
 import threading
@@ -19,20 +19,22 @@ from lightning_basin.naming import escaped
 
 @contextmanager
 def at_rest(module: nn.Module) -> Iterator[None]:
-    """Refuse that a module, or a part of it, is run by this thread: a copy of it is.
+    """Refuse that this thread runs a module or one of its submodules, while a copy is measured.
+
+    A copy may find its original in places that are not copied, as in a global variable.
 
     Args:
-        module: Found by what runs inside in a place to which the copy was not followed, a global variable say.
+        module: The original.
     """
-    names = {id(part): name for name, part in module.named_modules()}
+    names = {id(submodule): name for name, submodule in module.named_modules()}
     thread = threading.get_ident()
 
-    def refuse(part: nn.Module, _: Any) -> None:
-        if id(part) in names and threading.get_ident() == thread:
-            name = escaped(names[id(part)])
+    def refuse(called: nn.Module, _: Any) -> None:
+        if id(called) in names and threading.get_ident() == thread:
+            name = escaped(names[id(called)])
             raise ValueError(
-                f"a copy of the module is measured, but {f'its part {name!r}' if name else 'the module'} itself is "
-                f"run, found in a global variable or through the trainer: use the module that is passed in"
+                f"a copy of the module is measured, but {f'the submodule {name!r}' if name else 'the module'} itself "
+                f"is run, found in a global variable or through the trainer: use the module that is passed in"
             )
 
     handle = register_module_forward_pre_hook(refuse)
@@ -43,7 +45,7 @@ def at_rest(module: nn.Module) -> Iterator[None]:
 
 
 class _NoCheckpoint:
-    """Takes the place of a reentrant checkpoint: everything is kept."""
+    """Takes the place of a reentrant checkpoint: all activations are kept."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:  # noqa: FBT001  # as in torch
@@ -51,27 +53,27 @@ class _NoCheckpoint:
 
 
 def _no_checkpoint(*_: Any, **__: Any) -> Iterator[None]:
-    """Takes the place of what runs around the function of any other checkpoint: everything is kept."""
+    """Take the place of the generator around any other checkpoint: all activations are kept."""
     yield
 
 
 @contextmanager
 def _plain_float32() -> Iterator[None]:
-    """No TF32 or bfloat16 inside of products of float32, which Lightning advises to allow, and no foreign kernels.
+    """Multiply float32 in float32: without TF32 or bfloat16, which Lightning advises to allow, and foreign kernels.
 
-    Those of oneDNN hide the products of recurrent layers, as those of cuDNN do, and have precisions of their own. The
+    The kernels of oneDNN hide the products of recurrent layers, as cuDNN does, and round in other precisions. The
     convolutions of NNPACK are off by twenty times the rounding of a sum.
     """
-    backends: Any = torch.backends  # Whose parts are not in the stubs of torch 2.13.
+    backends: Any = torch.backends  # Its attributes are not in the stubs of torch 2.13.
     with ExitStack() as stack:
         stack.enter_context(torch.backends.nnpack.flags(enabled=False))
         stack.callback(setattr, backends.mkldnn, "enabled", backends.mkldnn.enabled)
         backends.mkldnn.enabled = False
-        for place in (backends, backends.cuda.matmul):  # The second follows the first where it is not set itself.
-            before = place.fp32_precision
+        for owner in (backends, backends.cuda.matmul):  # The second follows the first, unless it was set itself.
+            before = owner.fp32_precision
             if before not in ("none", "ieee"):
-                stack.callback(setattr, place, "fp32_precision", before)
-                place.fp32_precision = "ieee"
+                stack.callback(setattr, owner, "fp32_precision", before)
+                owner.fp32_precision = "ieee"
         yield
 
 
@@ -79,16 +81,15 @@ def _plain_float32() -> Iterator[None]:
 def isolated_evaluation(device: torch.device, dtype: torch.dtype = torch.float64) -> Iterator[None]:
     """Evaluate in float64 or float32 with gradients, and put every global state back, also when the body raises.
 
-    Inside: gradients on, inference mode, autocast, anomaly detection and compilation off, the mathematical attention
-    kernel (others have no second derivative), no cuDNN, no checkpoints and no cached parametrizations, ``dtype`` inside
-    of matrix products too.
-    What runs code of the user enters `RaisedPrecision` for it.
-    Afterwards: the random states of Python, NumPy, torch and ``device`` are as before. These belong to the process, so
-    that what another thread draws from them meanwhile is drawn again.
+    Inside, gradients are on; inference mode, autocast, anomaly detection, compilation, cuDNN, checkpoints and cached
+    parametrizations are off; attention runs by its formula, as other kernels have no second derivative; and matrix
+    products are computed in ``dtype``. Code of the user needs `RaisedPrecision` around it, too.
+    Afterwards, the random states of Python, NumPy, torch and ``device`` are as before. These belong to the process:
+    numbers that another thread draws from them meanwhile are drawn again.
 
     Args:
-        device: Where the evaluation runs.
-        dtype: In which.
+        device: The device on which the evaluation runs.
+        dtype: The floating point type of the evaluation.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     default_dtype = torch.get_default_dtype()
@@ -104,15 +105,15 @@ def isolated_evaluation(device: torch.device, dtype: torch.dtype = torch.float64
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # The recurrent kernels of cuDNN hide their products and have no second derivative; reentrant checkpoints hide
-        # all of their graph from `torch.autograd.grad`, others run again in a backward pass, where no mode is.
+        # The recurrent kernels of cuDNN hide their products and have no second derivative. Reentrant checkpoints hide
+        # their graph from `torch.autograd.grad`; others run again in a backward pass, outside of all modes.
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.callback(setattr, checkpoint, "CheckpointFunction", checkpoint.CheckpointFunction)
         checkpoint.CheckpointFunction = _NoCheckpoint  # type: ignore[misc,assignment]
         generator = checkpoint._checkpoint_without_reentrant_generator
         stack.callback(setattr, checkpoint, "_checkpoint_without_reentrant_generator", generator)
         checkpoint._checkpoint_without_reentrant_generator = _no_checkpoint
-        # It is found by the module that was parametrized first, of which this is a copy.
+        # The cache finds a value by the id of the original module, also for its copy.
         for name, empty in (("_cache_enabled", 0), ("_cache", {})):
             stack.callback(setattr, parametrize, name, getattr(parametrize, name))
             setattr(parametrize, name, empty)

@@ -11,9 +11,9 @@ class Layer:
     """A module that directly owns trainable parameters.
 
     Attributes:
-        name: Its name in ``named_modules()``; ``""`` for the root.
-        parameters: Full names of the parameters it owns; one shared by two modules belongs to the first.
-        num_parameters: Their number of entries.
+        name: The module's name in ``named_modules()``; ``""`` for the root.
+        parameters: The full names of its trainable parameters; one shared by two modules belongs to the first.
+        num_parameters: The number of elements of these parameters.
     """
 
     name: str
@@ -22,9 +22,12 @@ class Layer:
 
 
 def find_layers(module: nn.Module) -> tuple[Layer, ...]:
-    """The layers of a module, in the order of ``named_modules()``.
+    """Find the layers of a module, in the order of ``named_modules()``.
 
-    A parameter without elements, as some modules hold one to know their device, is left out like a frozen one.
+    A parameter without elements, which some modules hold to know their device, is left out like a frozen one.
+
+    Args:
+        module: The module.
 
     Raises:
         ValueError: If the module has no trainable parameters.
@@ -35,10 +38,10 @@ def find_layers(module: nn.Module) -> tuple[Layer, ...]:
     """
     seen: set[int] = set()
     layers = []
-    for name, part in module.named_modules():
+    for name, submodule in module.named_modules():
         owned = {
-            f"{name}.{own}" if name else own: parameter
-            for own, parameter in part.named_parameters(recurse=False)
+            f"{name}.{attribute}" if name else attribute: parameter
+            for attribute, parameter in submodule.named_parameters(recurse=False)
             if parameter.requires_grad and parameter.numel() > 0 and id(parameter) not in seen
         }
         seen |= {id(parameter) for parameter in owned.values()}
@@ -47,17 +50,17 @@ def find_layers(module: nn.Module) -> tuple[Layer, ...]:
     if not layers:
         raise ValueError(
             f"the module must have at least one trainable parameter, got {type(module).__name__} with none: "
-            f"set requires_grad=True on those to measure"
+            f"set requires_grad=True on the parameters to measure"
         )
     return tuple(layers)
 
 
 def parameters_in_graph(result: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
-    """Names of the parameters on which a result depends, by its graph.
+    """Return the names of the parameters on which a result depends, by its graph.
 
     Args:
         result: A tensor with or without a graph.
-        parameters: Tensors that may be in it, by name.
+        parameters: The parameters that may be in the graph, by name.
 
     Example:
         >>> import torch
@@ -66,14 +69,14 @@ def parameters_in_graph(result: Tensor, parameters: Mapping[str, Tensor]) -> set
         ['bias', 'weight']
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
-    found: set[str] = set()
+    reached: set[str] = set()
     waiting, seen = [result.grad_fn], {result.grad_fn}
     while waiting:
         node = waiting.pop()
         name = names.get(id(getattr(node, "variable", None)))
-        found |= set() if name is None else {name}
+        reached |= set() if name is None else {name}
         for following, _ in () if node is None else node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 waiting.append(following)
-    return found
+    return reached

@@ -1,4 +1,4 @@
-"""Code of the user, run in the precision of an evaluation, whichever it asks for."""
+"""Code of the user, run in the precision of the evaluation, whatever precision it asks for."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -38,24 +38,29 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 _PLAIN: Mapping[Callable[..., Any], Callable[..., Any]] = {torch._weight_norm: _weight_norm}
-"""Fused operations with a wrong second derivative on the CPU (torch 2.13), and the formula of each in plain ones."""
+"""Formulas of fused operations whose second derivative is wrong on the CPU (torch 2.13)."""
 
 _DRAWN = frozenset([torch.rand, torch.randn, torch.normal])
-_MAY_ASK = frozenset([torch.dtype, str, type(torch.FloatTensor)])  # Types of arguments that can ask for a precision.
+"""Functions that draw other numbers at a second call."""
+
+_MAY_ASK = frozenset([torch.dtype, str, type(torch.FloatTensor)])
+"""Types of arguments that can ask for a precision."""
 
 
 class RaisedPrecision(TorchFunctionMode):
-    """Turns requests for a precision below that of the evaluation, by dtype, by method or by default, into such for it.
+    """Inside this mode, code that asks for a lower precision (by dtype, by method or by default) gets ``dtype``.
 
-    Attention and normalisation layers often ask for float32 by name (``softmax(..., dtype=torch.float32)``); the
-    rounding of that one line would fill the null space. The default dtype itself stays as it is: it is that of all
-    threads of the process, in some of which a run may be making its batches.
+    Attention and normalization layers often ask for float32 by name (``softmax(..., dtype=torch.float32)``); the
+    rounding of that one line would fill the null space. The default dtype itself stays as it is: it belongs to all
+    threads of the process, and some of them may be making batches for training.
 
-    It is entered around code of the user only, as it delays every call of torch: a copy that is made or run, a loss. No
-    such mode is seen in backward passes, and nesting it changes nothing.
+    The mode delays every call of torch. So it is entered only around code of the user: a copy that is made or run, a
+    loss. Backward passes run outside of it, and nesting it changes nothing. A mode below autograd would see less: it
+    gets ``torch.tensor(1 / 3)`` after this was rounded to float32, and inside of one no module can make a tensor of a
+    subclass (torch 2.13).
 
     Args:
-        dtype: Of the evaluation.
+        dtype: The floating point type of the evaluation, float64 or float32.
 
     Example:
         >>> with RaisedPrecision(torch.float64):
@@ -75,11 +80,11 @@ class RaisedPrecision(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         for device_type in self._autocast_device_types:
-            if torch.is_autocast_enabled(device_type):  # By the module itself.
+            if torch.is_autocast_enabled(device_type):  # The module itself has enabled it.
                 with torch.autocast(device_type, enabled=False):
                     return self.__torch_function__(func, types, args, kwargs)
         func = _PLAIN.get(func) or self._raised_casts.get(func, func)
-        # Most calls ask for nothing: thousands of them are in each measurement.
+        # Fast where a call asks for no precision, as do most of the thousands in each measurement.
         raised = args if _MAY_ASK.isdisjoint(map(type, args)) else tuple(map(self._raised, args))
         named = {name: self._raised(argument) for name, argument in kwargs.items()} if kwargs else {}
         has_dtype = named.get("dtype") is not None or any(isinstance(argument, torch.dtype) for argument in raised)
@@ -88,8 +93,7 @@ class RaisedPrecision(TorchFunctionMode):
         try:
             result = func(*raised, **named)
         except RuntimeError:
-            # A constant of the module that the copy did not reach, of lower precision: the same numbers in that of the
-            # evaluation.
+            # A constant has a lower precision, as it is kept in a place that is not copied.
             tensors = tensors_of((raised, named))
             if not any(tensor.dtype in self._raised_dtypes and not tensor.requires_grad for tensor in tensors):
                 raise
@@ -98,8 +102,8 @@ class RaisedPrecision(TorchFunctionMode):
             return self._without_default(func, raised, named, result)
         return result
 
-    def _is_default(self, result: Tensor, has_dtype: bool) -> bool:  # noqa: FBT001 - whether it was asked for
-        """Whether a number is more precise than the evaluation, because the process has such a default."""
+    def _is_default(self, result: Tensor, has_dtype: bool) -> bool:  # noqa: FBT001 - whether a dtype was asked for
+        """Whether a result is more precise than the evaluation because the default dtype is."""
         return (
             result.dtype == torch.float64 != self._dtype
             and not has_dtype
@@ -109,21 +113,24 @@ class RaisedPrecision(TorchFunctionMode):
     def _without_default(
         self, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any], result: Tensor
     ) -> Tensor:
-        """What a function returns that takes its precision from no argument, as ``zeros(2)`` and ``arange(2) / 2``."""
+        """Return the result again in the precision of the evaluation, if it was that of the default dtype.
+
+        No argument has it in ``zeros(2)`` and ``arange(2) / 2``.
+        """
         tensors = tensors_of((args, named))
         if any(tensor.dtype == result.dtype for tensor in tensors):
             return result
         dtype = self._raised_dtypes.get(result.dtype, self._dtype)
         attempts = [(args, {**named, "dtype": dtype})]
-        if tensors:  # Integers have the default dtype as soon as they are divided, say.
+        if tensors:  # Integers get the default dtype when they are divided, for example.
             attempts.insert(0, (map_tensors(self._as_real, args), map_tensors(self._as_real, named)))
         for arguments, keywords in attempts:
             try:
-                found = func(*arguments, **keywords)
+                again = func(*arguments, **keywords)
             except (TypeError, ValueError, RuntimeError):  # A function without dtype, or of integers only.
                 continue
-            if isinstance(found, Tensor) and found.dtype == dtype:
-                return found
+            if isinstance(again, Tensor) and again.dtype == dtype:
+                return again
         return result.to(dtype)
 
     def _as_real(self, tensor: Tensor) -> Tensor:
@@ -138,6 +145,6 @@ class RaisedPrecision(TorchFunctionMode):
             return self._raised_dtypes.get(argument, argument)
         if isinstance(argument, str | type(torch.FloatTensor)):  # As in tensor.type("torch.FloatTensor").
             name = argument if isinstance(argument, str) else f"{argument.__module__}.{argument.__name__}"
-            found = _TENSOR_TYPE.fullmatch(name)
-            return argument if found is None else self._raised_dtypes.get(_TENSOR_TYPES[found[1]], argument)
+            match = _TENSOR_TYPE.fullmatch(name)
+            return argument if match is None else self._raised_dtypes.get(_TENSOR_TYPES[match[1]], argument)
         return argument

@@ -1,15 +1,16 @@
-"""What to do about an error that a module raises on the inputs of a probe."""
+"""What an error of a module means, and what to do about it."""
 
 import re
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 _BEHAVIOR = "pass behavior=lambda module, inputs: ... that returns one row of outputs per input"
 
 _BY_MESSAGE = {
     r"is missing the required \"forward\" function": (
-        "it has no forward: pass behavior=lambda module, inputs: ... that calls its parts, as training_step does"
+        "it has no forward: pass behavior=lambda module, inputs: ... that calls its submodules, as training_step does"
     ),
     r"missing \d+ required (?:positional|keyword-only) arguments?": (
         "pass all that forward takes as inputs=(first, second), in a run by batch_fn=, or a behavior"
@@ -19,7 +20,7 @@ _BY_MESSAGE = {
     ),
     r"on the same device": "register tensors that the module keeps as buffers, so that they move with it",
 }
-"""What helps, by a pattern in the message of torch 2.13 or of Python."""
+"""Remedies by a pattern in the message of torch 2.13 or of Python."""
 
 _BY_MESSAGE_ABOUT_INPUTS = {
     r"must have the same dtype|scalar types?: Long|used as indices must be|found (?:Long|Byte|Int)": (
@@ -29,11 +30,33 @@ _BY_MESSAGE_ABOUT_INPUTS = {
         "bring the inputs into the shape that the module expects, in a run by batch_fn, or in a behavior"
     ),
 }
-"""The same where types and shapes of the inputs tell more."""
+"""Remedies by a pattern in the message, for errors that are said with types and shapes of the inputs."""
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
+"""Messages of torch on the CPU, where it raises a RuntimeError (torch 2.13)."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory has run out.
+
+    Args:
+        error: The error.
+
+    Example:
+        >>> is_out_of_memory(MemoryError())
+        True
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
 
 
 def cause(error: Exception) -> str:
-    r"""An error in one line: torch adds backtraces, lists of kernels and advice to some.
+    r"""Return an error in one line: torch adds backtraces, lists of kernels and advice to some messages.
+
+    Args:
+        error: The error.
 
     Example:
         >>> cause(RuntimeError("no such kernel. This could be because\nCPU: registered at ..."))
@@ -44,11 +67,11 @@ def cause(error: Exception) -> str:
 
 
 def remedy(error: BaseException, inputs: Sequence[Tensor]) -> str:
-    """What helps, by the cause; a behavior where the cause is not known.
+    """Return what helps against an error; to pass a behavior, where the cause is not known.
 
     Args:
-        error: What the module has raised.
-        inputs: The tensors that it was called on.
+        error: The error that the module raised.
+        inputs: The tensors on which the module was called.
 
     Example:
         >>> remedy(TypeError("forward() missing 1 required positional argument: 'y'"), [])[:40]

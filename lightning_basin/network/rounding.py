@@ -1,4 +1,4 @@
-"""How far rounding moves what a network computes."""
+"""How far rounding moves the results of a network."""
 
 import torch
 
@@ -13,7 +13,7 @@ _GROWTH = 1e4
 
 
 def rounding_rtol(dtype: torch.dtype) -> float:
-    """How far rounding moves an element that a network computes, relative to the largest of its tensor.
+    """Return how far rounding moves an element of a result, relative to the largest element of its tensor.
 
     Args:
         dtype: The dtype in which the network is evaluated.
@@ -26,7 +26,7 @@ def rounding_rtol(dtype: torch.dtype) -> float:
 
 
 def agreement_rtol(dtype: torch.dtype) -> float:
-    """To which fraction of the largest element two evaluations agree, but a wrong formula does not.
+    """Return the tolerance, relative to the largest element, within which evaluations agree but wrong formulas do not.
 
     Args:
         dtype: The dtype in which the network is evaluated.
@@ -41,8 +41,8 @@ def agreement_rtol(dtype: torch.dtype) -> float:
 def in_other_precision(network: Network, probe: Probe) -> tuple[Network, Probe]:
     """Copy a network and a probe from float64 to float32, or from float32 to float64.
 
-    What two precisions compute differs by the rounding of the lower one, of all operations together. It shows how much
-    of a result is rounding, also where terms cancel that nobody sees.
+    The results in two precisions differ by the rounding of the lower one, in all operations together. The difference
+    shows how much of a result is rounding, also where terms cancel inside of the network.
 
     Args:
         network: The network.

@@ -1,79 +1,96 @@
-"""Forward passes over a probe: as a whole, in chunks of inputs, and in other batches."""
+"""Forward passes over a probe: of all inputs at once, in chunks, and regrouped."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
-from lightning_basin.network.network import Network, _Result
+from lightning_basin.network.network import Network
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
 
+_Result = TypeVar("_Result")
 
-def other_batches(num_inputs: int) -> Iterator[list[Tensor]]:
-    """Batches in which every input has other company than in the whole, where its part of all results is the same.
+
+def _regroupings(num_inputs: int) -> Iterator[list[Tensor]]:
+    """Regroup the inputs into chunks, in which an input's results must not change.
 
     Args:
-        num_inputs: k.
+        num_inputs: The number of inputs, k.
 
     Yields:
-        Indices of two random halves; then, for modules that cannot run these, batches of all k in which each half is
-        replaced by inputs of the other. Of a single input only itself.
+        The indices of two random halves; then, for modules that cannot run fewer inputs, two chunks of k inputs, in
+        which inputs of one half replace those of the other. Of a single input only itself.
     """
     if num_inputs == 1:
         yield [torch.zeros(1, dtype=torch.int64)]
         return
     order = torch.randperm(num_inputs, generator=Generator().manual_seed(0))
-    # Not sorted: inputs that are paired with their mirror images, or with the other half, could keep their company.
+    # Not sorted: inputs that are paired with their mirror images, or with the other half, could stay together.
     first, second = order.tensor_split(2)
     yield [first, second]
-    replaced = []
-    for kept, others in ((first, second), (second, first)):
+    chunks = []
+    for kept, replaced in ((first, second), (second, first)):
         indices = torch.arange(num_inputs)
-        indices[others] = kept[torch.arange(others.numel()) % kept.numel()]
-        replaced.append(indices)
-    yield replaced
+        indices[replaced] = kept[torch.arange(replaced.numel()) % kept.numel()]
+        chunks.append(indices)
+    yield chunks
 
 
-def passed_otherwise(network: Network, probe: Probe, *, with_layers: bool = True) -> list[tuple[Tensor, Trace]]:
-    """What enters and leaves each layer in the first of `other_batches` that the module can run, without a graph.
+def run_regrouped(network: Network, probe: Probe, *, with_layers: bool = True) -> list[tuple[Tensor, Trace]]:
+    """Run the inputs in two halves; or in two chunks of k inputs, for modules that cannot run fewer.
 
     Args:
-        network: To run.
+        network: The network.
         probe: The inputs.
-        with_layers: Whether the layers are wanted, and not the outputs alone.
+        with_layers: Whether the traces hold what enters and leaves the layers, or the outputs alone.
 
     Returns:
-        Indices of the inputs of each batch, and what was noted of it.
+        For each chunk the indices of its inputs, and its trace without a graph.
 
     Raises:
-        TypeError: See `Network.outputs`.
-        ValueError: See `Network.outputs`; if the module can run none of them.
+        TypeError: If the outputs are not a floating point tensor.
+        ValueError: If the module can run neither.
     """
 
     def run(indices: Tensor) -> tuple[Tensor, Trace]:
-        batch = probe.select(indices)
-        return indices, network.passed(batch) if with_layers else Trace(network.outputs(batch))
+        chunk = probe.select(indices)
+        return indices, network.trace_layers(chunk) if with_layers else Trace(network.outputs(chunk))
 
-    few, *many = other_batches(probe.size)
+    halves, *full_chunks = _regroupings(probe.size)
     with torch.no_grad():
         try:
-            return [run(indices) for indices in few]
-        except (TypeError, ValueError):  # Some modules cannot run so few: as many as in the whole they can.
-            if not many:
+            return [run(indices) for indices in halves]
+        except (TypeError, ValueError):  # Some modules cannot run so few inputs.
+            if not full_chunks:
                 raise
-            return [run(indices) for indices in many[0]]
+            return [run(indices) for indices in full_chunks[0]]
+
+
+def outputs_of_full_chunks(network: Network, probe: Probe) -> list[tuple[Tensor, Tensor]]:
+    """Run the inputs in two chunks of k inputs, in which inputs of one half replace those of the other.
+
+    Args:
+        network: The network.
+        probe: The inputs.
+
+    Returns:
+        For each chunk the indices of its inputs, and their outputs.
+    """
+    *_, chunks = _regroupings(probe.size)
+    with torch.no_grad():
+        return [(indices, network.outputs(probe.select(indices))) for indices in chunks]
 
 
 class Chunk:
-    """Inputs of a probe that are run at once.
+    """Inputs of a probe that are run together.
 
     Args:
-        network: To run.
-        indices: Where the inputs stand in the whole probe.
+        network: The network.
+        indices: The places of the inputs in the whole probe.
         probe: The inputs.
-        trace: Of these, where there is one already.
+        trace: The trace of these inputs; ``None`` runs them when the trace is asked for.
     """
 
     def __init__(self, network: Network, indices: Tensor, probe: Probe, trace: Trace | None = None) -> None:
@@ -84,19 +101,19 @@ class Chunk:
 
     @property
     def trace(self) -> Trace:
-        """What running them shows; they are run when it is asked for."""
+        """The trace of these inputs."""
         if self._trace is None:
             self._trace = self._network.trace(self.probe)
         return self._trace
 
 
 class TracedProbe:
-    """A probe that a network has been run on, all inputs at once or chunk by chunk where memory asks for it.
+    """A network's runs over a probe: all inputs at once, or chunk by chunk where memory asks for it.
 
     Args:
-        network: To run.
+        network: The network.
         probe: The inputs.
-        chunk_size: Inputs per run; the traces of several chunks are not kept, but made anew at each iteration.
+        chunk_size: The number of inputs per run; traces of several chunks are made anew at each iteration.
     """
 
     def __init__(self, network: Network, probe: Probe, *, chunk_size: int | None = None) -> None:
@@ -106,7 +123,7 @@ class TracedProbe:
         self._whole: Trace | None = None
 
     def chunks(self) -> Iterator[Chunk]:
-        """The inputs that are run at once, chunk by chunk."""
+        """Yield the inputs chunk by chunk, in their order."""
         indices = torch.arange(self.probe.size)
         if self.is_whole:
             yield Chunk(self.network, indices, self.probe, self.whole)
@@ -115,7 +132,7 @@ class TracedProbe:
             yield Chunk(self.network, chosen, self.probe.select(chosen))
 
     def each(self, function: Callable[..., _Result], *args: Any) -> list[_Result]:
-        """What a function makes of each chunk of inputs, in the order of the inputs.
+        """Return what a function returns for each chunk, in the order of the inputs.
 
         Args:
             function: A function of the network, a chunk and further arguments.

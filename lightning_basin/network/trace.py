@@ -16,7 +16,8 @@ from lightning_basin.network.layers import Layer
 from lightning_basin.operations.uses import Operations
 from lightning_basin.tensors import dense_form, tensors_of
 
-NO_OUTPUTS = torch.empty(0)  # Until there are some.
+NO_OUTPUTS = torch.empty(0)
+"""The outputs of a trace before the forward pass has ended."""
 
 
 @dataclass(eq=False)
@@ -24,11 +25,12 @@ class Trace:
     """What one forward pass showed.
 
     Attributes:
-        outputs: Attached to the graph, one row per input.
-        entering: Tensors that entered each layer, over all its calls, in the order of first entry.
+        outputs: The outputs, one row per input, attached to the graph.
+        entering: The input activations of each layer, of all its calls, in the order of first entry.
         leaving: The (first) tensor that left each call of a layer.
-        num_first: How many layers were entered before any had been left: the first one, and what it sits in.
-        operations: Those that use trainable parameters.
+        num_first: The number of layers that were entered before any had been left: the first layer, and the layers
+            around it.
+        operations: The operations that use trainable parameters.
     """
 
     outputs: Tensor
@@ -38,10 +40,10 @@ class Trace:
     operations: Operations = field(default_factory=Operations)
 
     def detached(self) -> "Trace":
-        """The same without the graph, in which no operation can be found again."""
+        """Return the trace without the graph, and so without its operations."""
         entering, leaving = (
-            {name: [tensor.detach() for tensor in tensors] for name, tensors in noted.items()}
-            for noted in (self.entering, self.leaving)
+            {name: [tensor.detach() for tensor in tensors] for name, tensors in by_layer.items()}
+            for by_layer in (self.entering, self.leaving)
         )
         operations = Operations(num_elements=self.operations.num_elements)
         return Trace(self.outputs.detach(), entering, leaving, self.num_first, operations)
@@ -49,7 +51,13 @@ class Trace:
 
 @contextmanager
 def recording(module: nn.Module, layers: Sequence[Layer], trace: Trace) -> Iterator[None]:
-    """Hooks on the layers of a module that fill a trace, gone afterwards."""
+    """Record what enters and leaves the layers of a module, by hooks that are removed afterwards.
+
+    Args:
+        module: The module.
+        layers: The layers of the module.
+        trace: The trace, which is filled.
+    """
     handles = []
     clones = _Clones()
 
@@ -78,17 +86,34 @@ def recording(module: nn.Module, layers: Sequence[Layer], trace: Trace) -> Itera
 
     try:
         for layer in layers:
-            part = module.get_submodule(layer.name)
-            handles.append(part.register_forward_pre_hook(enter(layer.name), with_kwargs=True))
-            handles.append(part.register_forward_hook(leave(layer.name), prepend=True))
+            submodule = module.get_submodule(layer.name)
+            handles.append(submodule.register_forward_pre_hook(enter(layer.name), with_kwargs=True))
+            handles.append(submodule.register_forward_hook(leave(layer.name), prepend=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
+def layers_run_by(module: nn.Module, layers: Sequence[Layer], function: Callable[[], Any]) -> list[str]:
+    """Return the names of the layers that a function calls.
+
+    Args:
+        module: The module.
+        layers: The layers of the module.
+        function: The function.
+    """
+    trace = Trace(outputs=NO_OUTPUTS)
+    with recording(module, layers, trace):
+        function()
+    return list(trace.entering)
+
+
 def as_plain(tensor: Tensor) -> Tensor:
-    """A tensor of a subclass as one of torch, by none of the methods that the subclass overrides.
+    """Return a tensor of a subclass as one of torch, without calling a method that the subclass overrides.
+
+    Args:
+        tensor: Any tensor.
 
     Example:
         >>> class Labelled(Tensor): ...
@@ -102,13 +127,13 @@ def as_plain(tensor: Tensor) -> Tensor:
 
 
 def without_transforms(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor inside of `torch.func` transforms, which is of no use after these have ended.
+    """Return the elements of a tensor inside of `torch.func` transforms, which is of no use after these have ended.
 
     Args:
-        tensor: Any tensor; one that is seen by no transform stays as it is.
+        tensor: Any tensor; outside of transforms it is returned as it is.
 
     Returns:
-        With the axes over which `torch.func.vmap` maps in front, that of the outermost one first.
+        A tensor whose first axes are those over which `torch.func.vmap` maps, the axis of the outermost `vmap` first.
 
     Example:
         >>> seen = []
@@ -127,19 +152,19 @@ def without_transforms(tensor: Tensor) -> Tensor:
 
 
 class _Clones:
-    """Tensors as they entered and left layers: what is done in place later cannot change them."""
+    """Clones of the tensors that enter and leave layers: what is done in place later cannot change them."""
 
     def __init__(self) -> None:
         self._left: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def passed_on(self, left: Tensor) -> Tensor:
-        """A clone that goes on in place of what left a layer."""
+        """Return a clone, with which the network goes on in place of what left a layer."""
         clone = left.clone()
         self._left[id(clone)] = weakref.ref(clone), left
         return clone
 
     def of(self, entering: Tensor) -> Tensor:
-        """A clone, or what left the layer before, where nothing was done in between: much of all memory."""
+        """Return a clone; or what left the layer before, if it is unchanged, which saves much of all memory."""
         if is_functorch_wrapped_tensor(entering):
             return without_transforms(entering)
         entering = as_plain(entering)

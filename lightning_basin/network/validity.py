@@ -1,4 +1,4 @@
-"""Outputs and loss must be functions, input by input: checks before anything is measured."""
+"""Checks, before anything is measured, that outputs and loss are functions of each input."""
 
 import warnings
 from collections.abc import Sequence
@@ -8,30 +8,38 @@ import torch
 from torch import Tensor, nn
 
 from lightning_basin.naming import escaped
-from lightning_basin.network.copying import is_out_of_memory
-from lightning_basin.network.network import LossFunction, Network
-from lightning_basin.network.remedies import cause
+from lightning_basin.network.calls import LossFunction
+from lightning_basin.network.network import Network
+from lightning_basin.network.remedies import cause, is_out_of_memory
 from lightning_basin.network.replica import check_computed
 from lightning_basin.network.rounding import agreement_rtol, in_other_precision
-from lightning_basin.network.runs import other_batches
+from lightning_basin.network.runs import outputs_of_full_chunks
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
 from lightning_basin.tensors import dense_form, described, tensors_of
 
 _NOISE_MARGIN = 32
-"""Times the rounding that one evaluation in another precision shows, by which an output may be off."""
+"""Factor between the rounding seen in one evaluation in another precision, and the largest rounding of an output."""
+
+_SHOWN = 5
+"""Largest number of items that a message lists."""
 
 
 def check_outputs(network: Network, probe: Probe, trace: Trace) -> None:
     """Refuse outputs that are empty or not finite, and say where they began to be.
 
+    Args:
+        network: The network.
+        probe: The inputs.
+        trace: The trace of the inputs.
+
     Raises:
-        ValueError: If they are.
+        ValueError: If the outputs are empty or not finite.
     """
     outputs = trace.outputs
     if outputs.numel() == 0:
         raise ValueError(f"the outputs must hold at least one number per input, got shape {tuple(outputs.shape)}")
-    rows = _not_finite(outputs)
+    rows = _rows_not_finite(outputs)
     if rows:
         raise ValueError(
             f"outputs must be finite, but are NaN or infinite on {len(rows)} of the {probe.size} inputs, the first of "
@@ -40,56 +48,65 @@ def check_outputs(network: Network, probe: Probe, trace: Trace) -> None:
 
 
 def _origin_of_not_finite(network: Network, probe: Probe, trace: Trace) -> str:
-    """Where NaN or infinity come from, and what helps."""
+    """Say where NaN or infinity come from, and what helps."""
     named = (*network.named_parameters.items(), *network.module.named_buffers())
-    plain = [(name, tensor) for name, tensor in named if tensor.is_floating_point() and dense_form(tensor) is None]
-    names = [escaped(name) for name, tensor in plain if not bool(tensor.isfinite().all())]
+    dense = [(name, tensor) for name, tensor in named if tensor.is_floating_point() and dense_form(tensor) is None]
+    names = [escaped(name) for name, tensor in dense if not bool(tensor.isfinite().all())]
     if names:
-        return f": {_few(names)} of the module are not finite, most often after a step that diverged"
-    found = [rows for tensor in tensors_of(probe.inputs) if (rows := _not_finite(tensor))]
-    if found:
-        return f": leave out the inputs {_few(found[0])}, which are not finite themselves"
+        return f": {_listed(names)} of the module are not finite, most often after a step that diverged"
+    for tensor in tensors_of(probe.inputs):
+        if rows := _rows_not_finite(tensor):
+            return f": leave out the inputs {_listed(rows)}, which are not finite themselves"
     for name, tensors in trace.leaving.items():
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             return f": layer {escaped(name)!r} is the first whose results are not finite, of finite inputs and weights"
     return ": what follows the layers makes them of finite numbers"
 
 
-def _not_finite(tensor: Tensor) -> list[int]:
-    """Along the first axis, where a tensor holds NaN or infinity."""
+def _rows_not_finite(tensor: Tensor) -> list[int]:
+    """Return the rows of a tensor that hold NaN or infinity."""
     return (~tensor.detach().isfinite()).unsqueeze(1).flatten(1).any(1).nonzero().flatten().tolist()
 
 
-def _few(items: Sequence[Any]) -> str:
-    """Some items, and whether there are more."""
+def _listed(items: Sequence[Any]) -> str:
+    """List the first items, and say whether there are more."""
     return f"{[*items[:_SHOWN]]}" + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
 
 
-_SHOWN = 5
+def check_independence(
+    network: Network, probe: Probe, outputs: Tensor, regrouped: Sequence[tuple[Tensor, Trace]]
+) -> None:
+    """Refuse outputs that depend on another input than their own, as far as regrouped inputs show it.
 
+    Args:
+        network: The network.
+        probe: The inputs.
+        outputs: The outputs on all inputs together, shape ``(k, ...)``.
+        regrouped: The results of `run_regrouped`.
 
-def check_independence(network: Network, probe: Probe, outputs: Tensor, others: Sequence[tuple[Tensor, Trace]]) -> None:
-    """Refuse outputs that depend on anything but their own input, as far as other batches show it."""
+    Raises:
+        ValueError: If an output changes with the other inputs of its chunk, or from one evaluation to the next.
+    """
     tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
     deviations = torch.zeros_like(outputs)
-    found = [(indices, trace.outputs) for indices, trace in others]
-    if any(part.shape[1:] != outputs.shape[1:] for _, part in found):  # Then batches of as many inputs must tell.
-        *_, batches = other_batches(probe.size)
-        with torch.no_grad():
-            found = [(indices, network.outputs(probe.select(indices))) for indices in batches]
-    for indices, part in found:
-        if part.shape[1:] != outputs.shape[1:]:
+    chunks = [(indices, trace.outputs) for indices, trace in regrouped]
+    if any(
+        again.shape[1:] != outputs.shape[1:] for _, again in chunks
+    ):  # The shape may depend on the number of inputs.
+        chunks = outputs_of_full_chunks(network, probe)
+    for indices, again in chunks:
+        if again.shape[1:] != outputs.shape[1:]:
             raise ValueError(
                 f"each output must depend on its own input only, but with other inputs beside it the shape of an "
-                f"output changes from {tuple(outputs.shape[1:])} to {tuple(part.shape[1:])}"
+                f"output changes from {tuple(outputs.shape[1:])} to {tuple(again.shape[1:])}"
             )
-        deviations[indices] = (part - outputs[indices]).abs().maximum(deviations[indices])
+        deviations[indices] = (again - outputs[indices]).abs().maximum(deviations[indices])
     if not bool((deviations <= tolerance).all()):
         _refuse_dependence(network, probe, outputs, deviations)
 
 
 def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviations: Tensor) -> None:
-    """Say what outputs depend on beside their own input, unless it is rounding that moves them."""
+    """Say what outputs depend on beside their own input, unless rounding moves them so far."""
     tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
     with torch.no_grad():
         again = network.outputs(probe)
@@ -111,10 +128,10 @@ def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviatio
 
 
 def _output_rounding(network: Network, probe: Probe, outputs: Tensor) -> Tensor:
-    """How far rounding moves each output, seen from an evaluation in another precision, in proportion to its rounding.
+    """Estimate how far rounding moves each output, by an evaluation in another precision.
 
     Returns:
-        The errors in the shape of the outputs; zero where the network does not run in that precision.
+        The errors in the shape of the outputs; zero where the network does not run in the other precision.
     """
     try:
         other, probe = in_other_precision(network, probe)
@@ -122,12 +139,25 @@ def _output_rounding(network: Network, probe: Probe, outputs: Tensor) -> Tensor:
             errors = (other.outputs(probe).to(torch.float64) - outputs).abs()
     except (TypeError, ValueError):
         return torch.zeros_like(outputs)
-    share = min(1.0, torch.finfo(network.dtype).eps / torch.finfo(other.dtype).eps)
-    return share * errors.nan_to_num(nan=0.0, posinf=0.0)
+    scale = min(1.0, torch.finfo(network.dtype).eps / torch.finfo(other.dtype).eps)
+    return scale * errors.nan_to_num(nan=0.0, posinf=0.0)
 
 
 def check_copy(module: nn.Module, replica: nn.Module, result: Tensor, name: str) -> None:
-    """What finds the user's module where no copy leads would be evaluated on other parameters than the copy's."""
+    """Refuse a result that a copy computed with parameters of its original.
+
+    A global variable or the trainer may lead the copy back to the original module; the result would then depend on
+    the original's parameters.
+
+    Args:
+        module: The original.
+        replica: The copy.
+        result: The result.
+        name: The name of the argument that computed the result.
+
+    Raises:
+        ValueError: If the result depends on the original, or on tensors that were computed from parameters before.
+    """
     check_computed(module, replica, result)
     originals = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not originals or not result.requires_grad:
@@ -145,27 +175,23 @@ def check_copy(module: nn.Module, replica: nn.Module, result: Tensor, name: str)
 def checked_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
     """Return the loss, shape ``()``, or refuse what is no differentiable function of outputs and targets.
 
+    Args:
+        loss_fn: The loss function.
+        outputs: The outputs on the probe.
+        targets: The targets of the probe.
+
     Raises:
         TypeError: If the loss function fails, or does not return one floating point number.
         ValueError: If the loss is not finite, does not depend on the outputs, or changes from call to call.
     """
-    shapes = [f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in tensors_of(targets)]
     hint = "pass loss_fn=lambda outputs, targets: ..."
-    try:
-        loss = _loss_of_equal_shapes(loss_fn, outputs, targets)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise TypeError(
-            f"loss_fn must take the outputs, shape {tuple(outputs.shape)}, and the targets of the probe, {shapes}, but "
-            f"failed with {cause(error)}; {hint} that brings these into the form which it needs"
-        ) from error
+    loss = _called_loss(loss_fn, outputs, targets, hint)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else described(loss)
         raise TypeError(f"loss_fn must return one floating point number as a tensor, got {got}: {hint} that does")
     if not bool(loss.isfinite().all()):
-        rows = [_not_finite(target) for target in tensors_of(targets)]
-        where = next((f", as the targets of the inputs {_few(found)} are not" for found in rows if found), "")
+        by_target = [_rows_not_finite(target) for target in tensors_of(targets)]
+        where = next((f", as the targets of the inputs {_listed(rows)} are not" for rows in by_target if rows), "")
         raise ValueError(f"the loss on the probe must be finite, got {loss.item()}{where}: leave these out, or mend it")
     if outputs.requires_grad and not loss.requires_grad:
         raise ValueError(
@@ -180,11 +206,19 @@ def checked_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor
     return loss.reshape(())
 
 
-def _loss_of_equal_shapes(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
-    """The loss; torch's own losses only warn where targets of another shape are compared with every output."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Using a target size")
-        try:
+def _called_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any, hint: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # Losses of torch only warn where they compare every output with every target.
+            warnings.filterwarnings("error", message="Using a target size")
             return loss_fn(outputs, targets)
-        except UserWarning as warning:
-            raise TypeError("targets must have the shape of the outputs") from warning
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        shapes = [f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in tensors_of(targets)]
+        is_of_shapes = isinstance(error, UserWarning)
+        reason = "TypeError: targets must have the shape of the outputs" if is_of_shapes else cause(error)
+        raise TypeError(
+            f"loss_fn must take the outputs, shape {tuple(outputs.shape)}, and the targets of the probe, {shapes}, but "
+            f"failed with {reason}; {hint} that brings them into the form which it needs"
+        ) from error

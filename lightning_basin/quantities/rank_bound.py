@@ -1,127 +1,278 @@
-"""The largest rank that the duplicated activations of a network leave possible."""
+"""The largest rank that the duplicated activations of a network leave possible.
 
+No other quantity depends on this file. `gradient_rank_bound` has the theorem and its bounds B2, B3 and B4. Here their
+premises are checked on a network: which parameters act before a layer, whether merged inputs have the same gradients
+behind it, and whether everything before it acts through one earlier layer, the passage.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from operator import or_
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from lightning_basin.evaluation import Evaluation
 from lightning_basin.functional.duplicates import duplicate_classes, num_classes
+from lightning_basin.functional.hessian import flat_vector
 from lightning_basin.functional.rank import GradientRank
 from lightning_basin.functional.rank_bound import (
-    DirectionsOfMerged,
+    MergedDirections,
+    class_means,
     gradient_rank_bound,
     merged_directions,
     merged_linear_directions,
-    nested_rank_bound,
 )
-from lightning_basin.quantities.activations import LayerActivations, layer_activations
-from lightning_basin.quantities.passage import Passage, joined_passages, merging_error, parameters_before, passage
+from lightning_basin.network.rounding import agreement_rtol
+from lightning_basin.network.runs import Chunk, TracedProbe
+from lightning_basin.quantities.activations import LayerActivations
+
+_MAX_SIGNAL_ELEMENTS = 2**24  # most float64 elements in the signals of a passage: 128 MiB
+_NUM_COMBINATIONS = 3  # random combinations of all rows that show whether merged inputs have the same gradients
+
+_Cut = tuple[Tensor, MergedDirections]
 
 
-def measure_rank_bound(
-    evaluation: Evaluation, activations: dict[str, LayerActivations], rank: GradientRank
-) -> int | None:
-    """The tightest bound over nested cuts; layers are looked at until it is the rank, those with fewest classes first.
+def measure_rank_bound(evaluation: Evaluation, activations: Mapping[str, LayerActivations], rank: GradientRank) -> int:
+    """Find the tightest bound over nested cuts.
+
+    Layers are looked at until the bound is the rank, those with the fewest distinct activations first.
 
     Args:
-        evaluation: Of the probe.
-        activations: Of the probe.
-        rank: Of the network: the gradients of merged inputs may differ by less than decides it.
+        evaluation: The network on the probe.
+        activations: The activations of each called layer, by name.
+        rank: The rank of the network: gradients of merged inputs may differ by less than its tolerance.
     """
-    probe, num_outputs = evaluation.probe, evaluation.num_outputs
-    # What all inputs share is the same for all.
-    shared = torch.zeros(probe.size, dtype=torch.int64)
-    candidates: list[tuple[str, Tensor]] = []
-    for name, layer in activations.items():
-        classes = layer.classes(rank.rtol)
-        candidates.append((name, shared if classes is None else classes))
-        # Where these are not the same enough, those that are equal may be.
-        if classes is not None and num_classes(classes) < probe.size:
-            exact = layer.classes(0.0)
-            if exact is not None and not torch.equal(exact, classes):
-                candidates.append((name, exact))
     num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
-    bound = gradient_rank_bound(num_parameters, num_outputs, [(0, probe.size)])
-    if rank.rank == bound:  # And none is below the rank.
-        return bound
-    every = torch.arange(probe.size)
-    cuts: dict[int, list[_Cut]] = {}
-    # Errors of all cuts that are used add up: each has its part of the tolerance.
+    num_inputs, num_outputs = evaluation.probe.size, evaluation.num_outputs
+    bound = min(num_parameters, evaluation.num_rows)
+    candidates = _candidates(activations, num_inputs, rank.rtol)
+    # The errors of all cuts that are used add up: each may use up its share of the tolerance.
     share = 1.0 / max(1, len(candidates))
-    merging = [place for place, (_, classes) in enumerate(candidates) if num_classes(classes) < probe.size]
+    merging = [place for place, (_, classes) in enumerate(candidates) if num_classes(classes) < num_inputs]
+    cuts: dict[int, list[_Cut]] = {}
     for place in sorted(merging, key=lambda place: num_classes(candidates[place][1])):
-        name, classes = candidates[place]
-        cuts[place] = _cuts_at(evaluation, activations, name, classes, rank, share)
-        for classes, directions in cuts[place]:
-            bound = gradient_rank_bound(bound, num_outputs, [(directions(every), num_classes(classes))])
-        in_order = [cut for _, found in sorted(cuts.items()) for cut in found]
-        bound = min(bound, nested_rank_bound(probe.size, num_outputs, in_order))
-        if rank.rank == bound:
+        if bound == rank.rank:  # No bound is below the rank.
             break
+        name, classes = candidates[place]
+        cuts[place] = _cuts_before(evaluation, name, classes, rank, share)
+        in_order = [cut for _, cuts_there in sorted(cuts.items()) for cut in cuts_there]
+        bound = min(bound, gradient_rank_bound(num_parameters, num_inputs, num_outputs, in_order))
     return bound
 
 
-_Cut = tuple[Tensor, DirectionsOfMerged]
+def _candidates(activations: Mapping[str, LayerActivations], num_inputs: int, rtol: float) -> list[tuple[str, Tensor]]:
+    """The classes of inputs that each layer merges, in the order of entry; of some layers also the equal inputs."""
+    candidates = []
+    for name, layer in activations.items():
+        classes = layer.classes(rtol)
+        # All inputs share an activation that is not known input by input.
+        candidates.append((name, torch.zeros(num_inputs, dtype=torch.int64) if classes is None else classes))
+        # Where inputs of a class turn out to differ too much, those that are equal may be merged.
+        if classes is not None and num_classes(classes) < num_inputs:
+            exact = layer.classes(0.0)
+            if exact is not None and not torch.equal(exact, classes):
+                candidates.append((name, exact))
+    return candidates
 
 
-def _cuts_at(
-    evaluation: Evaluation,
-    activations: dict[str, LayerActivations],
-    name: str,
-    classes: Tensor,
-    rank: GradientRank,
-    share: float,
-) -> list[_Cut]:
-    """Classes of inputs that are merged where a layer begins, and how much rank lies before it inside of them.
+def _cuts_before(evaluation: Evaluation, name: str, classes: Tensor, rank: GradientRank, share: float) -> list[_Cut]:
+    """The cuts before a layer: none where more than its input crosses; else one, and one through a passage.
 
     Args:
-        evaluation: Of the probe.
-        activations: Of the probe.
-        name: Of the layer.
-        classes: First member of each input's class, by what enters the layer.
-        rank: Of the network.
-        share: Fraction of the tolerance of the rank that merging these inputs may use up.
-
-    Returns:
-        None where more than what enters the layer crosses it; else one or two.
+        evaluation: The network on the probe.
+        name: The name of the layer.
+        classes: The first member of each input's class, by the layer's input activation.
+        rank: The rank of the network.
+        share: The fraction of the rank's tolerance that merging these inputs may use up.
     """
-    network, traced = evaluation.network, evaluation.traced
-    used = [False] * len(network.parameters())
+    traced, parameters = evaluation.traced, evaluation.network.parameters()
+    is_before = [False] * len(parameters)
     for chunk in traced.chunks():
-        used = list(map(or_, used, parameters_before(network, chunk.trace, name)))
-    # Half of the tolerance is for B4, and as much again for what three combinations may miss.
+        reached = reached_parameters(chunk.trace.entering.get(name, []), parameters)
+        is_before = [any(pair) for pair in zip(is_before, reached, strict=True)]
+    # Half of the tolerance is for B4, and half of the rest for what three combinations may miss.
     tolerance = share * rank.rtol * rank.largest / 4
-    if merging_error(traced, classes, used) > tolerance:
+    if merging_error(traced, classes, is_before) > tolerance:
         return []
-    parameters = zip(network.parameters(), used, strict=True)
-    num_before = sum(parameter.numel() for parameter, is_used in parameters if is_used)
+    before = [parameter for parameter, is_used in zip(parameters, is_before, strict=True) if is_used]
+    num_before = sum(parameter.numel() for parameter in before)
     cuts: list[_Cut] = [(classes, lambda _: num_before)]
-    passages: list[Passage | None] = []
-    for chunk in traced.chunks():
-        few = activations if traced.is_whole else layer_activations(network, chunk.probe, chunk.trace)
-        passages.append(passage(network, chunk.probe, chunk.trace, few, name, used))
-    through = joined_passages(passages)
-    if through is not None:
-        # What the tighter bounds ask of a class: the same signals before the cut as well.
-        alike = duplicate_classes(through.signals.flatten(1), rtol=rank.rtol)
-        classes = duplicate_classes(torch.stack([classes, alike], dim=1), rtol=0.0)
-        if merging_error(traced, classes, used, through) <= tolerance:
-            cuts.append((classes, partial(_directions_through, classes, through, num_before, rank, share)))
+    passage = _find_passage(evaluation, name, before)
+    if passage is not None:
+        # The tighter bounds ask for the same signals before the cut as well.
+        equal_signals = duplicate_classes(passage.signals.flatten(1), rtol=rank.rtol)
+        classes = duplicate_classes(torch.stack([classes, equal_signals], dim=1), rtol=0.0)
+        if merging_error(traced, classes, is_before, passage) <= tolerance:
+            cuts.append((classes, partial(_directions_through, passage, classes, num_before, rank, share)))
     return cuts
 
 
+def reached_parameters(
+    tensors: Iterable[Tensor], parameters: Sequence[Tensor], *, barrier: Tensor | None = None
+) -> list[bool]:
+    """For each parameter whether the graph of some tensors leads to it on a way that does not pass a barrier.
+
+    Args:
+        tensors: The tensors where the ways begin.
+        parameters: The parameters.
+        barrier: The tensor that no way may pass; ``None`` for none.
+    """
+    stop = None if barrier is None else tuple(get_gradient_edge(barrier)[:2])
+    waiting = [get_gradient_edge(tensor).node for tensor in tensors if tensor.requires_grad]
+    seen = set(waiting)
+    while waiting:
+        for edge in waiting.pop().next_functions:
+            if edge[0] is not None and edge[0] not in seen and edge != stop:
+                seen.add(edge[0])
+                waiting.append(edge[0])
+    reached = {id(getattr(node, "variable", None)) for node in seen}
+    return [id(parameter) in reached for parameter in parameters]
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """A layer through which all parameters before a cut act on the outputs.
+
+    Attributes:
+        name: The name of the layer.
+        signals: The derivative of each output by the layer's output, shape ``(k, c, units)``.
+        inputs: The layer's input activations, shape ``(k, features)``, where it is a linear layer and nothing else is
+            trained before the cut; ``None`` otherwise.
+    """
+
+    name: str
+    signals: Tensor
+    inputs: Tensor | None
+
+
+def merging_error(
+    traced: TracedProbe, classes: Tensor, is_before: Sequence[bool], passage: Passage | None = None
+) -> float:
+    """Measure how far the gradients are from those of merged inputs: the norm of their deviation inside the classes.
+
+    Behind a layer, inputs of a class must have the same gradients: their deviation from the class's mean is an error of
+    G. So is the deviation of the signals before the layer, times the derivative of the passage by its parameters. Where
+    the whole error is below a tolerance, replacing the gradients by their means moves no singular value past it (Weyl,
+    1912). Three random combinations of all rows see the error of all inputs at once: each sees less than a hundredth of
+    it with a probability of one in a hundred.
+
+    Args:
+        traced: The network's runs over the probe.
+        classes: The first member of each input's class, shape ``(k,)``.
+        is_before: For each parameter whether its gradients may differ inside the classes.
+        passage: The layer through which the parameters before act; ``None`` lets their gradients differ at will.
+
+    Returns:
+        The largest norm over the combinations, of standard normal weights.
+    """
+    network, generator = traced.network, Generator().manual_seed(0)
+    marked = list(zip(network.parameters(), is_before, strict=True))
+    before = [parameter for parameter, is_used in marked if is_used]
+    behind = [parameter for parameter, is_used in marked if not is_used]
+    outputs = network.rows(traced.whole.outputs)
+    shape = (_NUM_COMBINATIONS, *outputs.shape)
+    combinations = torch.randn(shape, generator=generator, dtype=torch.float64).to(outputs.device)
+    deviations = [weights - class_means(weights, classes) for weights in combinations]
+    signals = None if passage is None else passage.signals - class_means(passage.signals, classes)
+    variables = behind if passage is None else [*behind, *before]
+    errors = combinations.new_zeros(_NUM_COMBINATIONS, sum(variable.numel() for variable in variables))
+    for chunk in traced.chunks():
+        rows, indices = network.rows(chunk.trace.outputs), chunk.indices.to(outputs.device)
+        for error, weights, deviation in zip(errors, combinations, deviations, strict=True):
+            terms = [_combined_gradient(rows, behind, deviation[indices])]
+            if passage is not None and signals is not None:
+                left = chunk.trace.leaving[passage.name][0]
+                combined = torch.einsum("kc,kcu->ku", weights[indices], signals[indices])
+                terms.append(_combined_gradient(left, before, combined.view_as(left)))
+            error += torch.cat(terms)
+    return float(errors.norm(dim=1).max())
+
+
+def _combined_gradient(tensor: Tensor, parameters: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """The gradient of a weighted sum of a tensor's elements by some parameters, in one vector."""
+    if not parameters or not tensor.requires_grad:
+        return tensor.new_zeros(sum(parameter.numel() for parameter in parameters))
+    return flat_vector(
+        torch.autograd.grad(tensor, parameters, weights.to(tensor), retain_graph=True, materialize_grads=True)
+    )
+
+
+def _find_passage(evaluation: Evaluation, cut: str, before: Sequence[Tensor]) -> Passage | None:
+    """The layer called last before a cut, if everything trained before the cut acts on the outputs through it alone.
+
+    Args:
+        evaluation: The network on the probe.
+        cut: The name of the layer whose input is all that crosses.
+        before: The parameters that act before the cut, on any input.
+
+    Returns:
+        The passage; ``None`` where there is no such layer, where its outputs are not laid out input by input, and where
+        its signals have more than 2**24 elements.
+    """
+    names, layout = list(evaluation.trace.entering), evaluation.layout
+    name = names[max(0, names.index(cut) - 1)]
+    if name == cut or layout is None or layout.leaving[name] != [1]:
+        return None
+    if evaluation.num_outputs * evaluation.trace.leaving[name][0].numel() > _MAX_SIGNAL_ELEMENTS:
+        return None
+    signals, inputs = [], []
+    for chunk in evaluation.traced.chunks():
+        left = chunk.trace.leaving.get(name, [])
+        # Beside a skip connection, and where a weight is used on both sides of the cut, there is a way around.
+        if len(left) != 1 or not _is_only_way(left[0], chunk.trace.outputs, before):
+            return None
+        signals.append(_signals(evaluation.network.rows(chunk.trace.outputs), left[0]))
+        inputs.append(_linear_inputs(evaluation, chunk, name, before, signals[-1]))
+    known = [tensor for tensor in inputs if tensor is not None]
+    return Passage(name, torch.cat(signals), torch.cat(known) if len(known) == len(inputs) else None)
+
+
+def _is_only_way(left: Tensor, outputs: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether the graph of the outputs leads to parameters only through one tensor."""
+    if left.grad_fn is None or left.is_complex() or not outputs.requires_grad:
+        return False
+    return not any(reached_parameters([outputs], parameters, barrier=left))
+
+
+def _signals(rows: Tensor, left: Tensor) -> Tensor:
+    """The derivative of each output by a layer's output, shape ``(k, c, units)``; zero where it is not used."""
+    derivatives = [
+        torch.autograd.grad(column.sum(), left, retain_graph=True, materialize_grads=True)[0]
+        for column in rows.unbind(1)
+    ]
+    return torch.stack(derivatives, 1).reshape(*rows.shape, -1).to(torch.float64)
+
+
+def _linear_inputs(
+    evaluation: Evaluation, chunk: Chunk, name: str, before: Sequence[Tensor], signals: Tensor
+) -> Tensor | None:
+    """The input activations of a passage that is one linear layer, holds all parameters before the cut, and acts so."""
+    layer, entering = evaluation.network.module.get_submodule(name), chunk.trace.entering[name]
+    if type(layer) is not nn.Linear or len(entering) != 1 or entering[0].ndim != 2:  # noqa: PLR2004 - a matrix
+        return None
+    if {id(parameter) for parameter in before} - {id(layer.bias)} != {id(layer.weight)}:
+        return None
+    rows, inputs = evaluation.network.rows(chunk.trace.outputs), entering[0].detach().to(torch.float64)
+    generator = Generator().manual_seed(0)
+    weights = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
+    expected = _combined_gradient(rows, [layer.weight], weights).view_as(layer.weight)
+    product = (weights.unsqueeze(2) * signals).sum(1).mT @ inputs
+    tolerance = agreement_rtol(evaluation.network.dtype) * expected.abs().max()
+    return inputs if bool(((product - expected).abs() <= tolerance).all()) else None
+
+
 def _directions_through(
-    classes: Tensor, through: Passage, num_before: int, rank: GradientRank, share: float, kept: Tensor
+    passage: Passage, classes: Tensor, num_before: int, rank: GradientRank, share: float, kept: Tensor
 ) -> int:
-    """Bounds B2, B3 and B4 for some of the inputs."""
-    signals = through.signals[kept.to(through.signals.device)]
+    """Bound the directions by B2, B3 and B4, for the inputs that are kept."""
+    signals = passage.signals[kept.to(passage.signals.device)]
     members = duplicate_classes(classes[kept].unsqueeze(1), rtol=0.0)
     directions = min(num_before, merged_directions(members, signals))
-    if through.inputs is None or directions == 0:
+    if passage.inputs is None or directions == 0:
         return directions
-    inputs = through.inputs[kept.to(through.inputs.device)]
+    inputs = passage.inputs[kept.to(passage.inputs.device)]
     # B4 takes its tolerance from the largest row; probabilities have smaller gradients than the outputs.
     largest_row = float((signals.norm(dim=2).amax(1) * inputs.norm(dim=1)).max())
     rtol = share * rank.rtol * (min(1.0, rank.largest / largest_row) if largest_row > 0.0 else 1.0)

@@ -12,12 +12,12 @@ from lightning_basin.settings import LayerSelection
 
 @dataclass(frozen=True)
 class Scope:
-    """Layers that are reported together: a single one, a block, or the network.
+    """Layers that are reported together: a single layer, a block, or the network.
 
     Attributes:
-        kind: Which of these.
-        name: Of the layer or block.
-        layers: At least one.
+        kind: The kind of the scope.
+        name: The name of the layer or the block; empty for the network.
+        layers: The layers, at least one.
     """
 
     kind: Literal["layer", "block", "network"]
@@ -26,12 +26,16 @@ class Scope:
 
     @property
     def num_parameters(self) -> int:
-        """Of all its layers."""
+        """The number of trainable parameters of all its layers."""
         return sum(layer.num_parameters for layer in self.layers)
 
 
 def select_scopes(layers: Sequence[Layer], selection: LayerSelection) -> tuple[Scope, ...]:
-    """Return what is reported: the chosen layers, their blocks where these are many, and last the network.
+    """Return the scopes to report: the chosen layers, their blocks where the layers are many, and last the network.
+
+    Args:
+        layers: All layers of the network.
+        selection: ``"all"``, ``"auto"``, which adds blocks to more than 32 layers, or names of layers.
 
     Raises:
         ValueError: If a name is unknown, or stands twice.
@@ -45,8 +49,8 @@ def select_scopes(layers: Sequence[Layer], selection: LayerSelection) -> tuple[S
         raise ValueError(f"layers must be among {[*map(escaped, by_name)]}, got {[*map(escaped, unknown)]}")
     if len(set(names)) < len(names):
         raise ValueError(f"layers must be named once each, got {[*map(escaped, names)]}")
-    parts = [Scope("layer", name, (by_name[name],)) for name in names]
+    scopes = [Scope("layer", name, (by_name[name],)) for name in names]
     if selection == "auto":
         for block, members in layer_blocks(names).items():
-            parts.append(Scope("block", block, tuple(by_name[name] for name in members)))
-    return (*parts, Scope("network", "", tuple(layers)))
+            scopes.append(Scope("block", block, tuple(by_name[name] for name in members)))
+    return (*scopes, Scope("network", "", tuple(layers)))

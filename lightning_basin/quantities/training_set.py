@@ -12,18 +12,17 @@ from lightning_basin.network.rounding import agreement_rtol
 from lightning_basin.probe import Probe
 from lightning_basin.quantities.activations import layer_activations
 
-_STREAMED = 2**25  # float64 numbers in the activations evaluated at once: 256 MiB
-
-_HELD = 2**26  # and in those that the searches of all layers hold to compare others with: 512 MiB
+_EVALUATED_ELEMENTS = 2**25  # most float64 elements in the activations that are evaluated at once: 256 MiB
+_HELD_ELEMENTS = 2**26  # most float64 elements in the activations that the searches of all layers hold: 512 MiB
 
 
 def streamed_classes(network: Network, probes: Iterable[Probe], *, rtol: float) -> dict[str | None, Tensor]:
-    """Classes of equal activations over more inputs than fit into memory; see `DuplicateSearch`.
+    """Find the classes of equal activations over more inputs than fit into memory, by `DuplicateSearch`.
 
     Args:
-        network: Is run under `isolated_evaluation`; probes are taken outside of it, where they are what training sees.
-        probes: The inputs, in parts; iterated over several times.
-        rtol: Two activations are the same when they differ by at most this, relative to the largest.
+        network: The network, which is run under `isolated_evaluation`. Probes are read outside of it, as in training.
+        probes: The inputs as a sequence of probes; iterated over several times.
+        rtol: The largest difference of two equal activations, relative to the largest element.
 
     Returns:
         For each layer whose activation is known input by input, in the order of first entry, and last, as ``None``, for
@@ -35,7 +34,7 @@ def streamed_classes(network: Network, probes: Iterable[Probe], *, rtol: float) 
     stream = _ActivationStream(network, probes)
     searches = {
         name: DuplicateSearch(
-            rtol=rtol, max_elements=_HELD // len(stream.names), repeated_rtol=agreement_rtol(network.dtype)
+            rtol=rtol, max_elements=_HELD_ELEMENTS // len(stream.names), repeated_rtol=agreement_rtol(network.dtype)
         )
         for name in stream.names
     }
@@ -49,7 +48,7 @@ def streamed_classes(network: Network, probes: Iterable[Probe], *, rtol: float) 
 
 
 class _ActivationStream:
-    """What enters each layer and what leaves the network, chunk by chunk, at each iteration anew."""
+    """The input activations of each layer and the outputs, chunk by chunk, evaluated anew at each iteration."""
 
     def __init__(self, network: Network, probes: Iterable[Probe]) -> None:
         self._network = network
@@ -59,7 +58,7 @@ class _ActivationStream:
             raise ValueError("there must be at least one input to look for duplicates in, got none")
         activations = self._evaluated(first.select([0]))
         self.names = list(activations)
-        self._chunk_size = max(2, _STREAMED // sum(tensor.numel() for tensor, _ in activations.values()))
+        self._chunk_size = max(2, _EVALUATED_ELEMENTS // sum(tensor.numel() for tensor, _ in activations.values()))
 
     def __iter__(self) -> Iterator[dict[str | None, tuple[Tensor, Tensor | None]]]:
         for probe in self._probes:
@@ -68,13 +67,13 @@ class _ActivationStream:
 
     def _evaluated(self, probe: Probe) -> dict[str | None, tuple[Tensor, Tensor | None]]:
         size, device = probe.size, self._network.parameters()[0].device
-        if size == 1:  # Beside itself: alone, an input does not show which axis counts the inputs.
+        if size == 1:  # A single input does not show which axis counts the inputs: it is run twice.
             probe = probe.select([0, 0])
         with isolated_evaluation(device, self._network.dtype), torch.no_grad():
             probe = probe.to(device, self._network.dtype)
             trace = self._network.trace(probe)
             layers = layer_activations(self._network, probe, trace)
-        found: dict[str | None, tuple[Tensor, Tensor | None]] = {
+        activations: dict[str | None, tuple[Tensor, Tensor | None]] = {
             name: (layer.entering[:size], layer.scales) for name, layer in layers.items() if layer.entering is not None
         }
-        return found | {None: (trace.outputs[:size].unsqueeze(-1).flatten(1), None)}
+        return activations | {None: (trace.outputs[:size].unsqueeze(-1).flatten(1), None)}

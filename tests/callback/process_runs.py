@@ -253,7 +253,7 @@ def giving_up(rank, root):
     return {
         "steps": steps(monitor),
         "last_step": trainer.global_step,
-        "given_up": monitor._progress.session.has_given_up,
+        "given_up": monitor.progress.session.has_given_up,
     }
 
 

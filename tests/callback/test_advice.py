@@ -1,8 +1,13 @@
+import math
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lightning_basin import BasinMonitor
+from lightning_basin.callback.advice import RankedSaves, epochs_between, sufficient_patience
+from lightning_basin.callback.watching import Watcher
 from tests.callback.stopping import FALLING_ONCE, RARE, rank_stopping, stop_on, stopping_epoch
 from tests.lightning_packages import (
     EarlyStopping,
@@ -11,6 +16,13 @@ from tests.lightning_packages import (
 from tests.training import Scripted, make_trainer, scripted_loader, steps
 
 pytestmark = pytest.mark.fits
+
+
+class Validated(Scripted):
+    """Logs a loss of validation."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", -float(self.current_epoch))
 
 
 @pytest.mark.parametrize("stopping_first", [True, False])
@@ -81,12 +93,6 @@ def test_early_stopping_of_lightning_stops_where_the_table_says(tmp_path, stoppi
 @pytest.mark.parametrize(
     ("stopping", "options", "message"),
     [
-        pytest.param({}, {"val_check_interval": 0.5}, "sees the one before. HINT: pass check_on", id="in the epoch"),
-        pytest.param({"check_on_train_epoch_end": False}, {}, "sees the one before", id="at validation end"),
-        pytest.param({}, {"check_val_every_n_epoch": 3}, "sees the one before", id="rare validation"),
-        pytest.param(
-            {"check_on_train_epoch_end": False}, {"limit_val_batches": 0}, "of which there is none", id="no validation"
-        ),
         pytest.param(
             {"patience": 4}, {"monitor": {"every_n_epochs": 5}}, "patience=4 is over .* pass patience=20", id="patience"
         ),
@@ -127,21 +133,30 @@ def test_nothing_is_said_where_early_stopping_of_lightning_does_what_is_meant(tm
 
 
 @pytest.mark.parametrize(
-    ("saving", "options", "message"),
+    ("saving", "monitor", "message"),
     [
-        ({"save_on_train_epoch_end": False}, {}, "under the value of the one before. HINT: pass save_on_train_epoch"),
-        ({"every_n_epochs": 2}, {"monitor": {"every_n_epochs": 3}}, "HINT: pass every_n_epochs=3"),
-        ({"every_n_train_steps": 2}, {"monitor": {"every_n_epochs": 3}}, "HINT: pass every_n_epochs=3"),
-        ({"train_time_interval": timedelta(hours=1)}, {}, "HINT: pass every_n_epochs=1"),
-        ({"every_n_train_steps": 2}, {"monitor": {"every_n_train_steps": 4}}, "HINT: pass every_n_train_steps=4"),
-        ({"every_n_epochs": 3}, {"monitor": {"every_n_train_steps": 4}}, "HINT: pass every_n_train_steps=4"),
+        (
+            {"save_on_train_epoch_end": False},
+            {},
+            "step 2, .* of step 0. HINT: pass every_n_epochs=1 and save_on_train_ep",
+        ),
+        ({"every_n_epochs": 2}, {"every_n_epochs": 3}, "step 4, .* of step 0. HINT: pass every_n_epochs=3"),
+        ({"every_n_train_steps": 1}, {}, "step 1, .* of step 0. HINT: pass every_n_epochs=1"),
+        ({"train_time_interval": timedelta(0)}, {}, "step 1, .* of step 0. HINT: pass every_n_epochs=1"),
+        (
+            {"every_n_train_steps": 2},
+            {"every_n_train_steps": 3},
+            "step 2, .* of step 0. HINT: pass every_n_train_steps=3",
+        ),
+        ({"every_n_epochs": 1}, {"every_n_train_steps": 3}, "step 2, .* of step 0. HINT: pass every_n_train_steps=3"),
     ],
     ids=["at validation end", "between measurements", "at steps", "by the clock", "between steps", "at epochs"],
 )
-def test_what_model_checkpoint_cannot_do_is_said_at_the_start(tmp_path, saving, options, message):
-    callback = ModelCheckpoint(tmp_path, monitor="basin/gradient_rank", **saving)
-    with pytest.warns(UserWarning, match=message):
-        stop_on(tmp_path, callback, num_batches=2, max_epochs=1, enable_checkpointing=True, **options)
+def test_weights_that_model_checkpoint_ranks_by_the_value_of_others_are_said(tmp_path, saving, monitor, message):
+    callback = ModelCheckpoint(tmp_path, monitor="basin/gradient_rank", save_top_k=-1, **saving)
+    with pytest.warns(UserWarning, match=f"ranks weights of {message}") as said:
+        stop_on(tmp_path, callback, num_batches=2, max_epochs=2, enable_checkpointing=True, monitor=monitor)
+    assert len([warning for warning in said if "ranks weights" in str(warning.message)]) == 1
 
 
 @pytest.mark.parametrize(
@@ -152,14 +167,54 @@ def test_what_model_checkpoint_cannot_do_is_said_at_the_start(tmp_path, saving, 
         ({"every_n_train_steps": 4}, {"every_n_train_steps": 2}),
         ({"every_n_epochs": 2}, {"every_n_train_steps": 4}),
         ({"every_n_epochs": 0, "save_last": True}, {"every_n_epochs": 3}),
-        ({"monitor": "val_loss"}, {"every_n_epochs": 3}),
     ],
-    ids=["default", "epochs", "steps", "epochs of steps", "last only", "another value"],
+    ids=["default", "epochs", "steps", "epochs of steps", "last only"],
 )
 def test_nothing_is_said_where_model_checkpoint_does_what_is_meant(tmp_path, recwarn, saving, monitor):
     callback = ModelCheckpoint(tmp_path, **{"monitor": "basin/gradient_rank"} | saving)
-    stop_on(tmp_path, callback, num_batches=2, max_epochs=1, enable_checkpointing=True, monitor=monitor)
-    assert not [warning for warning in recwarn if "HINT: pass every" in str(warning.message)]
+    others = ModelCheckpoint(tmp_path / "others", monitor="val_loss", save_on_train_epoch_end=False)
+    callbacks = [callback, others, BasinMonitor(probe=8, hessian=False, **monitor)]
+    trainer = make_trainer(tmp_path, *callbacks, max_epochs=4, enable_checkpointing=True)
+    trainer.fit(Validated(), scripted_loader(2), scripted_loader(1))
+    assert len(list(tmp_path.rglob("*.ckpt"))) > 1
+    assert not [warning for warning in recwarn if "ranks weights" in str(warning.message)]
+
+
+def test_a_file_that_is_written_over_is_seen_by_its_value():
+    checkpoint = SimpleNamespace(save_top_k=1, best_k_models={})
+    saves, arguments = RankedSaves([Watcher(checkpoint, "basin/loss", "ModelCheckpoint")]), BasinMonitor()
+    for value, step, measured_step, expected in (
+        (3.0, 4, 4, []),
+        (3.0, 5, 4, []),  # Another callback saves.
+        (2.0, 6, 4, ["ModelCheckpoint ranks weights of step 6"]),
+        (1.0, 7, 4, []),  # It was said.
+    ):
+        checkpoint.best_k_models["best.ckpt"] = torch.tensor(value)
+        said = saves.misjudged(step, measured_step, arguments)
+        assert [problem.partition(",")[0] for problem in said] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps_in_epoch", "expected"),
+    [
+        ({}, 10, 1),
+        ({"every_n_epochs": 3}, 10, 3),
+        ({"every_n_train_steps": 25}, 10, 3),
+        ({"every_n_train_steps": 5}, 10, 1),
+        ({"every_n_train_steps": 25}, math.inf, 1),
+        ({"every_n_train_steps": 5, "every_n_epochs_after_zero_loss": 4}, 10, 4),
+    ],
+)
+def test_epochs_between_measurements(arguments, steps_in_epoch, expected):
+    assert epochs_between(BasinMonitor(**arguments), steps_in_epoch) == expected
+
+
+@pytest.mark.parametrize(
+    ("checks", "tolerated", "expected"), [(1, 0, None), (2, 0, 1), (2.5, 1, 5), (12, 10, 131), (12, 11, None)]
+)
+def test_patience_outlasts_the_time_between_measurements(checks, tolerated, expected):
+    assert sufficient_patience(checks, tolerated) == expected
+    assert sufficient_patience(math.inf, tolerated) is None
 
 
 def test_model_checkpoint_saves_at_steps_under_the_value_of_these_weights(tmp_path):

@@ -258,7 +258,7 @@ def test_argument_out_of_range_raises_at_once(options, message):
     ("callbacks", "message"),
     [
         (lambda: [rank_stopping()], "needs a BasinMonitor that logs this key, got none"),
-        (lambda: [rank_stopping(), BasinMonitor(prefix="x")], r"got those with prefixes \['x'\]"),
+        (lambda: [rank_stopping(), BasinMonitor(prefix="x")], r"got monitors with the prefixes \['x'\]"),
         (lambda: [rank_stopping("val_loss"), BasinMonitor()], "needs a BasinMonitor that logs this key"),
     ],
     ids=["no monitor", "another prefix", "another key"],

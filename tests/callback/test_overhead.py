@@ -54,7 +54,7 @@ def test_measurements_take_at_most_their_share_of_the_time(tmp_path, monkeypatch
     said = [message for message in caplog.messages if "max_overhead" in message]
     assert said == [
         "BasinMonitor(max_overhead=0.25) skips measurements",
-        "BasinMonitor(max_overhead=0.25) skipped 33 of 37 measurements, see skipped_steps",
+        "BasinMonitor(max_overhead=0.25) skipped 33 of 37 measurements, which skipped_steps lists",
     ]
 
 

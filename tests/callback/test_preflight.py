@@ -117,6 +117,6 @@ def test_two_monitors_with_one_prefix_are_refused_with_what_helps(tmp_path, plac
 
     monitors = [BasinMonitor(20), BasinMonitor(20)] if place == "trainer" else []
     with pytest.raises(
-        MisconfigurationException, match=r"prefix of its own.*got \['basin', 'basin'\]: pass BasinMonitor\(prefix="
+        MisconfigurationException, match=r"needs another prefix, .*got \['basin', 'basin'\]: pass BasinMonitor\(prefix="
     ):
         make_trainer(tmp_path, *monitors).fit(Configured(), loader())

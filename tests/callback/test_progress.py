@@ -2,11 +2,12 @@ import threading
 import time
 
 import pytest
+import torch
+from torch import nn
 
-from lightning_basin import BasinMonitor
-from tests.lightning_packages import (
-    SimpleProfiler,
-)
+from lightning_basin import BasinMonitor, Probe
+from lightning_basin.callback.progress import Progress
+from tests.lightning_packages import MisconfigurationException, SimpleProfiler
 from tests.training import (
     Regressor,
     loader,
@@ -58,3 +59,31 @@ def test_every_profiler_of_lightning_lets_measurements_pass(tmp_path, profiler):
     make_trainer(tmp_path, monitor, profiler=profiler).fit(Regressor(), loader())
     assert steps(monitor) == [0, 3, 6]
     assert all(record.surviving_fraction is not None for record in monitor.records)
+
+
+@pytest.mark.parametrize(
+    ("step", "is_loaded", "is_same_module", "goes_on"),
+    [
+        pytest.param(0, False, True, False, id="from the start"),
+        pytest.param(7, True, False, True, id="from a checkpoint"),
+        pytest.param(7, False, True, True, id="trained further"),
+        pytest.param(7, False, False, False, id="another module"),
+    ],
+)
+def test_what_was_measured_goes_on_with_the_same_run_only(step, is_loaded, is_same_module, goes_on):
+    progress, (first, second) = Progress(BasinMonitor(), None, 3), [nn.Linear(2, 1) for _ in range(2)]
+    progress.begin(first, 0)
+    progress.schedule.measured_step, progress.is_loaded = 5, is_loaded
+    progress.session.num_failures = 1
+    progress.begin(first if is_same_module else second, step)
+    assert (progress.schedule.measured_step == 5) == goes_on
+    assert (progress.session.num_failures, progress.is_loaded) == (0, False)
+
+
+def test_a_run_of_checkpoints_needs_a_probe():
+    progress = Progress(BasinMonitor(), None, 3)
+    with pytest.raises(MisconfigurationException, match="cannot measure Linear: there is no probe; pass"):
+        progress.start(nn.Linear(2, 1), None, None)
+    progress.start(nn.Linear(2, 1), Probe(torch.eye(2)), None)
+    assert progress.observe(nn.Linear(2, 1), 4).step == 4
+    assert progress.shown.records[0].gradient_rank == 2

@@ -8,7 +8,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_basin import BasinMonitor, RankEarlyStopping
+from lightning_basin import BasinMonitor, RankEarlyStopping, measure_basin
+from lightning_basin.callback.reliability import unreliable_because
 from tests.callback.stopping import WithoutLoss, batches_of, rank_stopping
 from tests.lightning_packages import (
     LightningModule,
@@ -49,6 +50,28 @@ def test_a_rank_that_is_not_the_networks_own_never_stops_a_run(tmp_path, kind, s
     assert trainer.current_epoch == 4
     assert len({record.gradient_rank for record in monitor.records}) == 1
     assert sum("passes over" in str(warning.message) for warning in said) == 1
+
+
+@pytest.mark.parametrize(
+    ("quantity", "reasons"),
+    [
+        ("gradient_rank_deficit", ["lower bounds", "saturated", "ill-defined"]),
+        ("gradient_nullity", ["lower bounds", "saturated", "ill-defined"]),
+        ("gradient_effective_rank", ["lower bounds", "saturated", None]),
+        # The tolerance says which singular values are multiplied; their product moves on a saturated probe too.
+        ("log_det_gram", ["lower bounds", None, "ill-defined"]),
+        ("gradient_rank_gap", [None, None, None]),
+        ("hessian_nullity", [None, None, None]),
+    ],
+)
+def test_what_makes_a_quantity_unreliable(quantity, reasons):
+    saturated = measure_basin(nn.Linear(3, 1), torch.eye(3)[:2])
+    ill_defined = measure_basin(nn.Linear(8, 1, bias=False), torch.diag(10.0 ** -torch.arange(0, 16, 2)), rtol=1e-5)
+    for record, projected, reason in zip(
+        [ill_defined, saturated, ill_defined], [True, False, False], reasons, strict=True
+    ):
+        said = unreliable_because(quantity, [record], projected=projected)
+        assert said is None if reason is None else said.startswith(reason)
 
 
 def test_what_is_no_rank_stops_a_run_on_any_probe(tmp_path):

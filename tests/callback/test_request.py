@@ -147,7 +147,7 @@ def test_found_loss_that_does_not_fit_warns_and_is_left_out(tmp_path):
             return batch
 
     monitor = BasinMonitor(probe=20)
-    with pytest.warns(UserWarning, match=r"not measured with the loss found on LossOfBatches.*loss_fn="):
+    with pytest.warns(UserWarning, match=r"not measured with the loss of LossOfBatches.*loss_fn="):
         make_trainer(tmp_path, monitor).fit(LossOfBatches(), loader())
     assert steps(monitor) == [0, 3, 6]
     assert monitor.records[-1].loss is None

@@ -26,7 +26,6 @@ def test_a_monitor_shows_what_its_copy_has_measured(tmp_path):
     assert monitor.records is duplicate.records
     assert monitor.zero_loss_step == 0
     assert torch.equal(monitor.probe.inputs, duplicate.probe.inputs)
-    assert monitor.logged(monitor.records[0])["basin/zero_loss_step"] == 0
 
 
 def test_a_monitor_shows_skipped_steps_of_its_copy(tmp_path):
@@ -60,7 +59,7 @@ def test_two_fits_at_one_time_have_records_of_their_own(tmp_path):
     monitor = BasinMonitor(probe=20)
     inner = copy.deepcopy(monitor)
     outer = FitsAnother(lambda: fit(tmp_path, inner))
-    outer._latest = monitor._latest
+    outer.progress._latest = monitor.progress._latest
     fit(tmp_path, outer, num_epochs=2)
     assert steps(outer) == [0, 3, 6]
     assert steps(inner) == [0, 3]

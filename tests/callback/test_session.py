@@ -9,7 +9,6 @@ from torch import nn
 
 from lightning_basin import BasinMonitor, BasinRecord, Probe, measure_basin
 from lightning_basin.callback.notices import Notices
-from lightning_basin.callback.publish import callback_values, log_values, table_row
 from lightning_basin.callback.request import Findings, Request
 from lightning_basin.callback.session import Session
 
@@ -135,13 +134,30 @@ def test_when_the_null_space_is_verified(measured, monkeypatch, verify_null_spac
 
 
 def test_step_of_zero_loss_is_logged_once_and_stays_for_callbacks(measured):
-    first, later = replace(measured, step=3), replace(measured, step=5)
+    made, first, later = session(), replace(measured, step=3), replace(measured, step=5)
     key = "basin/zero_loss_step"
-    assert key not in log_values(first, "basin", None)
-    assert [log_values(record, "basin", 3).get(key) for record in (first, later)] == [3.0, None]
-    assert [callback_values(record, "basin", 3).get(key) for record in (first, later)] == [3.0, 3.0]
+    assert key not in made.log_values(first)
+    made.results.zero_loss_step = 3
+    assert [made.log_values(record).get(key) for record in (first, later)] == [3.0, None]
+    assert [made.callback_values(record).get(key) for record in (first, later)] == [3.0, 3.0]
 
 
 def test_row_of_a_table_begins_with_the_step(measured):
-    assert next(iter(table_row(replace(measured, step=3), "basin", None).items())) == ("step", 3)
-    assert "step" not in table_row(measured, "basin", None)
+    made = session()
+    assert next(iter(made.table_row(replace(measured, step=3)).items())) == ("step", 3)
+    assert "step" not in made.table_row(measured)
+
+
+def test_skipped_measurements_are_noted_and_counted(measured, caplog):
+    made = session(max_overhead=0.25)
+    keep_all(made, measured, [1.0])
+    with caplog.at_level("INFO"):
+        made.inform_of_skipped()
+        assert not caplog.messages
+        for step in (4, 5, 6):
+            made.skip(step)
+        made.inform_of_skipped()
+    assert made.results.skipped_steps == [4, 5, 6]
+    skips, counted = caplog.messages
+    assert "max_overhead=0.25) skips measurements" in skips
+    assert "skipped 3 of 4 measurements" in counted

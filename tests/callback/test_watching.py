@@ -161,7 +161,7 @@ def test_a_scheduler_that_counts_one_value_several_times_is_warned_of(tmp_path, 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         fit(tmp_path, BasinMonitor(20, hessian=False, **monitor), module=module, max_epochs=1)
-    found = [str(warning.message) for warning in said if "counts its steps" in str(warning.message)]
+    found = [str(warning.message) for warning in said if "counts its checks" in str(warning.message)]
     assert len(found) == (expected is not None)
     assert expected is None or re.search(expected, found[0])
 

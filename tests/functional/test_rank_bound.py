@@ -3,17 +3,21 @@ import torch
 from lightning_basin.functional.rank_bound import gradient_rank_bound, merged_directions, merged_linear_directions
 
 
+def cut(num_distinct, num_directions):
+    """Of 50 inputs the last ones are one class."""
+    return torch.arange(50).clamp(max=num_distinct - 1), lambda kept: num_directions
+
+
 def test_the_rank_bound_is_the_smallest_over_the_cuts():
-    # The smallest of 100 and of 10 + 2 * 30 = 70, 20 + 2 * 5 = 30 and 40 + 2 * 1 = 42.
-    assert gradient_rank_bound(100, 2, [(10, 30), (20, 5), (40, 1)]) == 30
+    # 2 * 50 = 100, 10 + 2 * 30 = 70, 20 + 2 * 5 = 30 and 40 + 2 * 1 = 42.
+    assert gradient_rank_bound(100, 50, 2, [cut(30, 10)]) == 70
+    # Nested: the second cut merges what the first has left, at its own price.
+    assert gradient_rank_bound(100, 50, 2, [cut(30, 10), cut(5, 20), cut(1, 40)]) == 30
 
 
-def test_without_cuts_the_rank_is_bounded_by_the_number_of_parameters():
-    assert gradient_rank_bound(7, 3, []) == 7
-
-
-def test_cuts_may_come_from_an_iterator():
-    assert gradient_rank_bound(50, 1, iter([(0, 8)])) == 8
+def test_without_cuts_the_rank_is_bounded_by_the_numbers_of_parameters_and_rows():
+    assert gradient_rank_bound(7, 3, 3, []) == 7
+    assert gradient_rank_bound(70, 3, 3, []) == 9
 
 
 def test_each_merged_input_adds_the_rank_of_the_signals_of_its_class():

@@ -15,7 +15,7 @@ def kept_parameters(module, inputs):
 def test_a_behavior_that_runs_the_module_itself_is_refused(monkeypatch):
     module = nn.Sequential(nn.Linear(3, 2, dtype=torch.float64))
     monkeypatch.setitem(KEPT, "module", module[0])
-    with pytest.raises(ValueError, match="a copy of the module is measured, but its part '0' itself is run"):
+    with pytest.raises(ValueError, match="a copy of the module is measured, but the submodule '0' itself is run"):
         measure_basin(module, drawn32(5, 3).double(), behavior=kept_behavior)
 
 

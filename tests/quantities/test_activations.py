@@ -7,7 +7,7 @@ from lightning_basin import measure_basin
 from tests.exact import exact_rank
 from tests.functional.matrices import INFINITE
 from tests.models import CASE_NAMES, evaluated_case, integer_case
-from tests.networks import drawn, with_singular_values
+from tests.networks import Composed, drawn, with_singular_values
 
 every_network = pytest.mark.parametrize("name", CASE_NAMES)
 
@@ -92,3 +92,22 @@ def test_infinities_that_enter_a_layer_leave_its_rank_out():
     record = measure_basin(Masked().double(), drawn(3, 4))
     assert (record.layers["inner"].activation_rank, record.layers["inner"].activation_rank_gap) == (None, None)
     assert record.layers["inner"].duplicated_activations == 0
+
+
+class Scalar(nn.Module):
+    """A layer with a single unit, whose output has no axis of units."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, inputs):
+        return (inputs @ self.weight).relu()
+
+
+def test_a_layer_whose_outputs_have_no_axis_of_units_has_one_unit():
+    # One input is on. The other three are 0 at the second layer, whose bias alone moves their outputs: two rows.
+    module = Composed(lambda m, x: m.b(m.a(x).unsqueeze(1)), a=Scalar(), b=nn.Linear(1, 1))
+    record = measure_basin(module, torch.tensor([[1.0, 1.0], [-1.0, -1.0], [-2.0, 0.0], [-3.0, 0.0]]))
+    assert (record.gradient_rank, record.layers["a"].dead_units) == (2, 0)
+    assert record.layers["b"].duplicated_activations == 2

@@ -126,8 +126,8 @@ def bracket_null_spaces(
             largest = norms.largest(scope, steepest=steepest, max_products=max_products)
         return bracket(scope, residual, largest)
 
-    *parts, network = scopes
+    *inner_scopes, network = scopes
     brackets = {network: bracket_by_products(network, float("inf"), NETWORK_PRODUCTS)}
     known = brackets[network].residual or 0.0  # A block of R is not larger than R.
-    max_products = max(1, LAYER_PRODUCTS // max(1, len(parts)))
-    return {scope: bracket_by_products(scope, known, max_products) for scope in parts} | brackets
+    max_products = max(1, LAYER_PRODUCTS // max(1, len(inner_scopes)))
+    return {scope: bracket_by_products(scope, known, max_products) for scope in inner_scopes} | brackets

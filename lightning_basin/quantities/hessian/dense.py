@@ -72,7 +72,7 @@ def dense_hessian(
     share = 1.0 if limits.chunk_size is None else limits.chunk_size / traced.probe.size
     num_elements = max(1, int(share * num_activations(trace)))
     num_columns = max(1, min(_MAX_COLUMNS, limits.batch_elements // num_elements))
-    if limits.chunk_size is None and not curvature.is_closed:
+    if limits.chunk_size is None and (loss.has_penalty or not curvature.is_closed):
         rounding = ROUNDING_FACTOR * curvature.rounding * float(gradients.square().sum())
         hessian = hessian_matrix(
             loss.loss_fn(trace.outputs),
@@ -81,7 +81,7 @@ def dense_hessian(
             atol=rounding,
             is_curved=is_curved,
         )
-    else:  # P by its closed form, whose digits autograd loses by cancellation.
+    else:  # P by its closed form, of which autograd loses digits by cancellation.
         model = quadratic_model(traced, curvature, link=loss.canonical.link, chunk_size=limits.chunk_size)
         residual = residual_matrix(model, chunk_size=num_columns)
         hessian = residual + gradients.mT @ weighted_rows(gradients, curvature.matrices)

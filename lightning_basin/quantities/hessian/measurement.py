@@ -59,14 +59,12 @@ class HessianMeasurement:
 
     def add(self, layer: Layer, gradients: LayerGradients) -> None:
         """Take the gradients of the outputs with respect to the next layer into account."""
-        if self._route.is_left_out:
-            return
         if self._forms_hessian:
             self._gradients[layer] = self._loss.canonical.gradients(gradients.rows())
         self._gauss_newton.add(layer, gradients)
 
     def null_spaces(self, spectra: Mapping[Scope, Spectrum]) -> dict[Scope, NullSpace]:
-        """Find the null space of each scope's diagonal block; none where the Hessian is left out.
+        """Find the null space of each scope's diagonal block; none where nothing is known of it.
 
         Args:
             spectra: The singular values of the behavioral gradients of each scope.
@@ -74,8 +72,6 @@ class HessianMeasurement:
         Raises:
             RuntimeError: If the network or the loss cannot be differentiated twice.
         """
-        if self._route.is_left_out:
-            return {}
         brackets = self._brackets(self._gauss_newton.spectra(spectra))
         null_spaces = self._dense(brackets) if self._forms_hessian else brackets
         return {scope: self._loss.rescaled(null_space) for scope, null_space in null_spaces.items()}
@@ -103,7 +99,7 @@ class HessianMeasurement:
 
 
 def hessian_measurement(evaluation: Evaluation, scopes: Sequence[Scope]) -> HessianMeasurement | None:
-    """Return what will measure the Hessian; ``None`` where there is nothing to look at.
+    """Return the measurement of the Hessian, before it has seen gradients; ``None`` where the Hessian is left out.
 
     Args:
         evaluation: The network on the probe.
@@ -119,7 +115,7 @@ def hessian_measurement(evaluation: Evaluation, scopes: Sequence[Scope]) -> Hess
         notes.append("the Hessian is left out: its Gauss-Newton part needs all outputs")
         return None
     loss_fn, targets = evaluation.loss_fn, evaluation.probe.targets
-    if loss_fn is behavioral_loss:  # As a function of the outputs it is zero, but its gradient shall change with them.
+    if loss_fn is behavioral_loss:  # It is zero at all outputs, but its gradient shall change with them.
         loss_fn, targets = squared_distance, evaluation.trace.outputs.detach()
     try:
         loss = loss_curvature(
@@ -134,6 +130,8 @@ def hessian_measurement(evaluation: Evaluation, scopes: Sequence[Scope]) -> Hess
     route = hessian_route(settings.hessian, loss, num_parameters=scopes[-1].num_parameters, has_chunks=has_chunks)
     if route.note is not None:
         notes.append(route.note)
+    if route.is_left_out:
+        return None
     generator = Generator().manual_seed(settings.seed)
     return HessianMeasurement(traced, loss, route, scopes, rtol=settings.rtol, generator=generator, limits=limits)
 
@@ -166,7 +164,7 @@ def _leave_out_hessian(error: Exception, notes: list[str]) -> None:
 
 
 def null_space_fields(null_space: NullSpace) -> dict[str, Any]:
-    """Return what a record says of a null space, by field."""
+    """Return the record's fields of a null space."""
     return {
         "hessian_nullity": null_space.nullity,
         "hessian_nullity_lower": null_space.lower,

@@ -252,7 +252,7 @@ def test_run_resumes_from_what_weights_only_reads(tmp_path, weights_only):
 )
 def test_another_probe_on_resuming_is_refused_unless_it_is_asked_for(tmp_path, before, now):
     saved_run(tmp_path, BasinMonitor(PROBES[before]()), max_epochs=1)
-    with pytest.raises(MisconfigurationException, match=r"is not the one of the run so far: that was .*, this is"):
+    with pytest.raises(MisconfigurationException, match=r"must be the probe of the run so far, .*, got "):
         resumed_run(tmp_path, BasinMonitor(PROBES[now]()))
     monitor = resumed_run(tmp_path, BasinMonitor(PROBES[now](), on_other_probe="replace"))
     assert steps(monitor) == [0, 4, 8, 12]

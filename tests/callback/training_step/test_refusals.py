@@ -209,7 +209,7 @@ def test_a_step_with_other_losses_for_other_optimizers_is_said_to_be_measured_in
     monitor = BasinMonitor(20)
     with pytest.warns(UserWarning, match=r"do not depend on the layers \['tokens.0', 'tokens.1'\], which training"):
         fitted(tmp_path, Two(), monitor)
-    assert "loss: cross_entropy, part of the whole" in caplog.text
+    assert "loss: cross_entropy, not all of what it returns" in caplog.text
 
 
 @pytest.mark.parametrize("partner", [lambda x: x.flip(0), lambda x: x.roll(len(x) // 2, 0)], ids=["mirror", "half"])
@@ -232,7 +232,7 @@ def test_a_penalty_is_said_to_be_missing(tmp_path, caplog):
 
     monitor, other = BasinMonitor(20), BasinMonitor(20)
     fitted(tmp_path, Penalised(), monitor)
-    assert "loss: cross_entropy, part of the whole" in caplog.text
+    assert "loss: cross_entropy, not all of what it returns" in caplog.text
     fitted(tmp_path, CrossEntropy(), other)
     assert integers(monitor.records[0]) == integers(other.records[0])
 

@@ -32,6 +32,27 @@ def test_a_loss_that_is_not_convex_proves_nothing_and_is_formed_where_that_is_po
     assert (bracket.hessian_method, bracket.gauss_newton_nullity) == (None, None)
 
 
+class PenalisedClassifier(nn.Linear):
+    """A softmax classifier with weight decay inside of its cross-entropy."""
+
+    decay = 0.0
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, targets) + self.decay * self.weight.square().sum()
+
+
+@pytest.mark.parametrize("decay", [0.1, 10.0])
+def test_weight_decay_beside_a_cross_entropy_is_in_the_hessian(decay):
+    module, inputs, targets = filled(PenalisedClassifier(3, 3)), drawn(8, 3), torch.arange(8) % 3
+    plain = measure_basin(module, inputs, targets, loss_fn=module.loss, hessian="dense")
+    module.decay = decay
+    record = measure_basin(module, inputs, targets, loss_fn=module.loss, hessian="dense")
+    # The cross-entropy leaves one direction of each input feature and of the biases; decay curves all but the last.
+    assert (plain.hessian_nullity_strict, record.hessian_nullity_strict) == (4, 1)
+    # H adds 2 decay on the weights: its largest eigenvalue is at least that, and at most that much larger (Weyl).
+    assert 2 * decay <= record.hessian_largest <= plain.hessian_largest + 2 * decay
+
+
 class Penalised(nn.Module):
     """Its loss is a method, which follows the copy that is measured, and so may hold its weights."""
 

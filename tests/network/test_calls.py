@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from lightning_basin import Probe
-from lightning_basin.network.network import Network, call_module
+from lightning_basin.network.calls import call_module
+from lightning_basin.network.network import Network
 from tests.networks import Composed, drawn, filled
 
 

@@ -1,0 +1,111 @@
+"""One measurement for all processes of a fit: the first one measures, the others wait for its record."""
+
+from contextlib import nullcontext
+
+from torch import nn
+
+from lightning_basin.callback.gathering import GatheredModule
+from lightning_basin.callback.lightnings import (
+    MisconfigurationException,
+    ModelParallelStrategy,
+    StochasticWeightAveraging,
+    Trainer,
+    callbacks_of,
+)
+from lightning_basin.callback.overhead import OverheadLimit, announced
+from lightning_basin.callback.probing import ModuleGetter
+from lightning_basin.callback.processes import PatientBroadcast
+from lightning_basin.callback.progress import Progress
+from lightning_basin.naming import escaped
+from lightning_basin.record import BasinRecord
+
+
+class JointMeasurement:
+    """Measures in a fit. Every process makes the same calls, and gets the same records.
+
+    Args:
+        trainer: The trainer at its set-up.
+        module: The module that will be trained.
+        progress: The probe, records and schedule of the run.
+
+    Raises:
+        MisconfigurationException: If the module is sharded and cannot be put together.
+    """
+
+    def __init__(self, trainer: Trainer, module: nn.Module, progress: Progress) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._session, self._probing = progress.session, progress.probing
+        self._overhead: OverheadLimit | None = None
+        self._broadcast: PatientBroadcast | None = None  # While training goes on.
+        self._gathered: GatheredModule | None = None
+        if isinstance(trainer.strategy, ModelParallelStrategy):  # Nothing is sharded before `configure_model`.
+            try:
+                self._gathered = GatheredModule(module, is_here=trainer.is_global_zero)
+            except (TypeError, ValueError) as error:
+                raise unmeasurable(module, error) from error
+
+    def open(self) -> None:
+        """Begin to count the time of the fit, and connect the processes."""
+        max_overhead = self._session.arguments.max_overhead
+        self._overhead = None if max_overhead is None else OverheadLimit(max_overhead)
+        self._broadcast = PatientBroadcast(self._trainer.strategy.broadcast)
+
+    def close(self) -> None:
+        """Close the connections between the processes."""
+        if self._broadcast is not None:
+            self._broadcast.close()
+            self._broadcast = None
+
+    def whole(self) -> ModuleGetter:
+        """Return what gives the module with all parameters on rank zero; all processes must ask for it together."""
+        return (lambda: self._module) if self._gathered is None else self._gathered.gathered(self._module)
+
+    def record(self, step: int, whole: ModuleGetter | None = None) -> BasinRecord | None:
+        """Measure, or see that nothing is to be measured now.
+
+        Args:
+            step: The number of optimizer steps taken.
+            whole: The module to measure; ``None`` means the module of the fit as it is now.
+
+        Returns:
+            The record, the same on all processes; ``None`` where none is due or can be made.
+        """
+        session, probing = self._session, self._probing
+        has_probe = probing.probe is not None and not probing.is_refused  # None: resumed, and no batch has come by.
+        if session.has_given_up or not has_probe or _renews_batch_statistics(self._trainer):
+            return None
+        if not self._allows():
+            session.skip(step)
+            return None
+        whole = whole or self.whole()
+        record = self._measured(step, whole) if self._trainer.is_global_zero else None
+        assert self._broadcast is not None, "opened before"
+        record = self._broadcast(record)
+        if record is None:
+            session.count_failure(in_training=True)
+        return record
+
+    def _allows(self) -> bool:
+        """Whether measuring now would not take too long; rank zero decides for all, by its own clock."""
+        if self._overhead is None:
+            return True
+        is_allowed: bool = self._trainer.strategy.broadcast(self._overhead.allows_next(), 0)
+        return is_allowed
+
+    def _measured(self, step: int, whole: ModuleGetter) -> BasinRecord | None:
+        session, probing = self._session, self._probing
+        limited = nullcontext() if self._overhead is None else self._overhead.measuring()
+        with limited, announced(f"Measuring {escaped(session.arguments.prefix)} at step {step}"):
+            return session.measure(probing.request(session.results.records, self._trainer), whole, probing.probe, step)
+
+
+def unmeasurable(module: nn.Module, problem: object) -> MisconfigurationException:
+    """Return the error for a module that cannot be measured."""
+    return MisconfigurationException(f"BasinMonitor cannot measure {type(module).__name__}: {problem}")
+
+
+def _renews_batch_statistics(trainer: Trainer) -> bool:
+    """Whether this is the extra epoch, after those of training, in which the module holds averaged weights."""
+    averaging = (callback for callback in callbacks_of(trainer) if isinstance(callback, StochasticWeightAveraging))
+    return any(0 <= callback.swa_end < trainer.current_epoch for callback in averaging)
