@@ -6,22 +6,28 @@ INSTALLED := .venv/.installed
 
 SECONDS ?= 60
 
-.PHONY: demo test slow test-pytorch-lightning fuzz bench check examples install third-party clean
+.PHONY: demo test quick slow test-pytorch-lightning fuzz bench check examples install third-party clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
 # One worker a core, each of one thread: most matrices here are tiny.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# Within a minute: no fits, and no sweeps over many random cases.
+quick: $(INSTALLED)
+	$(PYTEST) -m "not slow and not fits and not sweep" tests
 
 # The rest: half a minute and more each.
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # What looks at a trainer, in the trainer of the other package.
 test-pytorch-lightning: $(INSTALLED)
-	LIGHTNING=pytorch_lightning $(BIN)/python -m pytest $$(grep -rlE "tests.(training|lightning_packages) import" tests --include="test_*.py" | grep -v third_party)
+	LIGHTNING=pytorch_lightning $(PYTEST) -m "fits and not slow" --ignore tests/callback/monitor/test_third_party.py
 
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
