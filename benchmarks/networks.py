@@ -1,4 +1,4 @@
-"""The networks on which everything is measured, each with a fixed probe and reproducible weights."""
+"""The networks on which everything is measured, each with fixed inputs and reproducible weights."""
 
 import itertools
 from collections.abc import Callable
@@ -12,16 +12,16 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Workload:
-    """A network, and the inputs on which it is measured.
+    """A network and its inputs.
 
     Attributes:
-        name: As in ``--networks``.
-        title: For people.
+        name: The name for ``--networks``.
+        title: The name in a heading.
         build: Returns the network; call it after seeding.
-        draw: Returns so many inputs.
-        num_inputs: Of the probe, k.
-        num_outputs: Per input, c.
-        is_repeated: Whether the last eighth of the inputs repeats the first, which lowers ranks.
+        draw: Returns as many inputs as it is told to; call it after seeding.
+        num_inputs: The number of inputs, k.
+        num_outputs: The number of outputs per input, c.
+        is_repeated: Whether the last eighth of the inputs repeats the first one, which lowers ranks.
     """
 
     name: str
@@ -33,23 +33,29 @@ class Workload:
     is_repeated: bool = False
 
     @property
+    def heading(self) -> str:
+        """The title with the sizes."""
+        sizes = f"N = {self.num_parameters:,}, k = {self.num_inputs:,}, m = {self.num_rows:,}"
+        return f"{self.title} (`{self.name}`): {sizes}" if self.num_parameters else self.title
+
+    @property
     def num_rows(self) -> int:
-        """Outputs on the probe, m."""
+        """The number of outputs on all inputs, m."""
         return self.num_inputs * self.num_outputs
 
     @property
     def num_parameters(self) -> int:
-        """Trainable, N."""
+        """The number of trainable parameters, N."""
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in self.build().parameters())
 
     def module(self, dtype: torch.dtype) -> nn.Module:
-        """The network in evaluation mode; the same numbers in every type that holds them."""
+        """The network in evaluation mode; its weights are the same in every type that holds them."""
         torch.manual_seed(0)
         return self.build().to(dtype).eval()
 
     def probe(self, dtype: torch.dtype) -> Tensor:
-        """The inputs; the same numbers in every type that holds them."""
+        """The inputs; they are the same in every type that holds them."""
         torch.manual_seed(1)
         inputs = self.draw(self.num_inputs)
         if self.is_repeated:
@@ -68,17 +74,9 @@ def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
 
 def cnn(first: int = 16, second: int = 32, hidden: int = 128) -> nn.Sequential:
     """Two convolutions and two linear layers for one channel of 8 x 8."""
-    return nn.Sequential(
-        nn.Conv2d(1, first, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(first, second, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(second * 16, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, 10),
-    )
+    convolutions = [nn.Conv2d(1, first, 3, padding=1), nn.ReLU(), nn.Conv2d(first, second, 3, padding=1), nn.ReLU()]
+    linear = [nn.Linear(second * 16, hidden), nn.ReLU(), nn.Linear(hidden, 10)]
+    return nn.Sequential(*convolutions, nn.MaxPool2d(2), nn.Flatten(), *linear)
 
 
 class Transformer(nn.Module):
@@ -98,7 +96,7 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and a hidden layer, each behind a normalisation and beside a skip connection."""
+    """Attention and a hidden layer, each behind a normalization and beside a skip connection."""
 
     def __init__(self, width: int, num_heads: int = 4) -> None:
         super().__init__()
@@ -110,10 +108,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.attention_norm(x)
-        query, key, value = (
-            layer(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
+        projected = (layer(normed) for layer in (self.query, self.key, self.value))
+        query, key, value = (heads.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for heads in projected)
         weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
         x = x + self.mixed((weights @ value).transpose(1, 2).flatten(2))
         return x + self.hidden(self.hidden_norm(x))
@@ -139,18 +135,16 @@ class ResNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two normalised convolutions beside a skip connection."""
+    """Two normalized convolutions beside a skip connection."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
         self.second = nn.Conv2d(after, after, 3, padding=1, bias=False)
         self.first_norm, self.second_norm = nn.BatchNorm2d(after), nn.BatchNorm2d(after)
-        self.skip = (
-            nn.Identity()
-            if stride == 1 and before == after
-            else nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
-        )
+        self.skip: nn.Module = nn.Identity()
+        if stride > 1 or before != after:
+            self.skip = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.relu(self.first_norm(self.first(x)))
@@ -161,12 +155,17 @@ def _by_name(*workloads: Workload) -> dict[str, Workload]:
     return {workload.name: workload for workload in workloads}
 
 
-def _images(channels: int, size: int) -> Callable[[int], Tensor]:
-    return lambda count: torch.randn(count, channels, size, size)
+def _normal(*shape: int) -> Callable[[int], Tensor]:
+    return lambda count: torch.randn(count, *shape)
 
 
-def _vectors(length: int) -> Callable[[int], Tensor]:
-    return lambda count: torch.randn(count, length)
+def _tokens(count: int) -> Tensor:
+    return torch.randint(0, 32, (count, 16))
+
+
+def _close_pairs(count: int) -> Tensor:
+    activations = torch.randn(count // 2, 256, dtype=torch.float64)
+    return torch.cat([activations, activations + 1e-9 * torch.randn_like(activations)])
 
 
 def _repeated(workload: Workload) -> Workload:
@@ -174,53 +173,40 @@ def _repeated(workload: Workload) -> Workload:
     return replace(workload, name=f"{workload.name}-repeated", title=title, is_repeated=True)
 
 
+_tanh_mlp = partial(mlp, activation=nn.Tanh)
+
 RANKED = _by_name(
-    Workload("seed", "MLP 2-10-1, tanh", lambda: mlp(2, 10, 1, activation=nn.Tanh), _vectors(2), 20, 1),
-    Workload("mlp", "MLP 64-128-128-10", lambda: mlp(64, 128, 128, 10), _vectors(64), 256, 10),
-    Workload("mlp-large", "MLP 784-512-512-10", lambda: mlp(784, 512, 512, 10), _vectors(784), 256, 10),
-    Workload("cnn", "CNN 1-16-32-fc128-10 on 8 x 8", cnn, _images(1, 8), 128, 10),
-    Workload(
-        "transformer",
-        "Transformer, 2 blocks of width 64, 16 tokens",
-        Transformer,
-        lambda count: torch.randint(0, 32, (count, 16)),
-        64,
-        8,
-    ),
-    Workload("resnet", "ResNet-18-shaped CNN on 32 x 32", ResNet, _images(3, 32), 32, 10),
+    Workload("seed", "MLP 2-10-1, tanh", partial(_tanh_mlp, 2, 10, 1), _normal(2), 20, 1),
+    Workload("mlp", "MLP 64-128-128-10", partial(mlp, 64, 128, 128, 10), _normal(64), 256, 10),
+    Workload("mlp-large", "MLP 784-512-512-10", partial(mlp, 784, 512, 512, 10), _normal(784), 256, 10),
+    Workload("cnn", "CNN 1-16-32-fc128-10 on 8 x 8", cnn, _normal(1, 8, 8), 128, 10),
+    Workload("transformer", "Transformer, 2 blocks of width 64, 16 tokens", Transformer, _tokens, 64, 8),
+    Workload("resnet", "ResNet-18-shaped CNN on 32 x 32", ResNet, _normal(3, 32, 32), 32, 10),
 )
 """On which ranks and products with the Hessian are compared."""
 
 REPEATED = _by_name(*(_repeated(RANKED[name]) for name in ("seed", "cnn")))
-"""And two of them with ranks below the number of rows, where only what does not square sees the right integer."""
+"""Two of them with ranks below the number of rows, where only what does not square sees the right integer."""
 
 SCALED = _by_name(
     *(
-        Workload(f"width-{width}", f"MLP 64-{width}-{width}-1", partial(mlp, 64, width, width, 1), _vectors(64), 64, 1)
+        Workload(f"width-{width}", f"MLP 64-{width}-{width}-1", partial(mlp, 64, width, width, 1), _normal(64), 64, 1)
         for width in (270, 945, 3100)
     )
 )
 """The same number of rows over more and more parameters: 1e5, 1e6 and 1e7."""
 
 FITTED = _by_name(
-    Workload("mlp-3e3", "MLP 40-40-28-10", lambda: mlp(40, 40, 28, 10, activation=nn.Tanh), _vectors(40), 64, 10),
-    Workload(
-        "mlp-1e6", "MLP 500-800-740-10", lambda: mlp(500, 800, 740, 10, activation=nn.Tanh), _vectors(500), 32, 10
-    ),
-    Workload("cnn-1e6", "CNN 1-32-64-fc950-10 on 8 x 8", lambda: cnn(32, 64, 950), _images(1, 8), 32, 10),
+    Workload("mlp-3e3", "MLP 40-40-28-10", partial(_tanh_mlp, 40, 40, 28, 10), _normal(40), 64, 10),
+    Workload("mlp-1e6", "MLP 500-800-740-10", partial(_tanh_mlp, 500, 800, 740, 10), _normal(500), 32, 10),
 )
 """On which null spaces of Hessians are counted, close to a perfect fit."""
 
-LAYER_NORM = _by_name(
+PAIRS = _by_name(
     Workload(
-        "layer-norm",
-        "Linear 3-6, LayerNorm, tanh, Linear 6-2",
-        lambda: nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)),
-        _vectors(3),
-        16,
-        2,
+        "pairs", "2,048 activations of width 256 in pairs that differ by 1e-9", nn.Identity, _close_pairs, 2048, 256
     )
 )
-"""On which Hessians are compared with finite differences."""
+"""Activations in which duplicates are counted."""
 
-WORKLOADS = RANKED | REPEATED | SCALED | FITTED | LAYER_NORM
+WORKLOADS = RANKED | REPEATED | SCALED | FITTED | PAIRS

@@ -1,11 +1,11 @@
-"""What users would pick today, each as its documentation has it.
+"""Ranks and Gram matrices as one would compute them otherwise, each as its package's documentation has it.
 
-A peer gives the gradients of each layer, or their Gram matrices; the rest is what `torch.linalg` offers: a rank is
-``matrix_rank`` of the Gram matrix with its default tolerance, which squares; only the last way does not square.
+A peer gives the gradients or their Gram matrices. The rest is `torch.linalg`: a rank is ``matrix_rank`` of the Gram
+matrix, which squares the singular values; `ranks_of_singular_values` does not square.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -15,69 +15,33 @@ from torch.func import functional_call, jacrev, vmap
 from benchmarks.timing import Stages, Way
 
 Blocks = Iterator[tuple[str, Tensor]]
-"""For each layer its gradients ``(m, N_layer)`` or Gram matrix ``(m, m)``; "" stands for the whole network."""
+"""Gradients of shape ``(m, columns)``, or Gram matrices, by the name of the layer; ``""`` is the whole network."""
 
-GROUP_BYTES = 2**32  # of the layers that `vmap_jacrev_in_groups` differentiates together
-CHUNK_COLUMNS = 128  # of the identity that curvlinops is multiplied with at once
+_GROUP_BYTES = 2**32  # of the gradients that `vmap_jacrev` holds at once
 
 
 def vmap_jacrev(module: nn.Module, inputs: Tensor) -> Blocks:
-    """`torch.func`: the Jacobian on each input, batched over inputs."""
-    yield from _by_layer(_jacobians(module, inputs, [name for name, _ in module.named_parameters()]))
+    """`torch.func`: the Jacobian on each input, batched over inputs; some layers at a time where all are too large."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        layers.setdefault(name.rpartition(".")[0], {})[name] = parameter.detach()
 
+    def outputs(values: dict[str, Tensor], one: Tensor) -> Tensor:
+        return functional_call(module, values, (one.unsqueeze(0),)).flatten()
 
-def vmap_jacrev_in_groups(module: nn.Module, inputs: Tensor) -> Blocks:
-    """The same for some layers after the other, where all together do not fit into memory."""
-    with torch.no_grad():
-        num_rows = module(inputs).numel()
-    layers: dict[str, list[str]] = {}
-    for name, _ in module.named_parameters():
-        layers.setdefault(name.rpartition(".")[0], []).append(name)
-    group: list[str] = []
-    for names in layers.values():
-        entries = sum(module.get_parameter(name).numel() for name in group + names)
-        if group and entries * num_rows * inputs.element_size() > GROUP_BYTES:
-            yield from _by_layer(_jacobians(module, inputs, group))
-            group = []
-        group += names
-    yield from _by_layer(_jacobians(module, inputs, group))
-
-
-def laplace(module: nn.Module, inputs: Tensor) -> Blocks:
-    """laplace-torch with its default backend: the Jacobian of the whole batch."""
-    from laplace.curvature import CurvlinopsGGN
-
-    yield "", CurvlinopsGGN(module, "regression").jacobians(inputs)[0].flatten(0, 1)
-
-
-def curvlinops(module: nn.Module, inputs: Tensor) -> Blocks:
-    """curvlinops: the transposed Jacobian as a linear operator, times the identity."""
-    from curvlinops import TransposedJacobianLinearOperator
+    def differentiated(group: dict[str, Tensor]) -> Blocks:
+        blocks = vmap(jacrev(outputs), in_dims=(None, 0))(group, inputs)
+        yield from _by_layer({name: block.detach().flatten(2).flatten(0, 1) for name, block in blocks.items()})
 
     with torch.no_grad():
-        outputs = module(inputs)
-    data = [(inputs, outputs)]
-    operator = TransposedJacobianLinearOperator(module, list(module.parameters()), data, check_deterministic=False)
-    identity = torch.eye(outputs.numel(), dtype=outputs.dtype)
-    columns = [operator @ chunk for chunk in identity.split(CHUNK_COLUMNS, dim=1)]
-    yield "", torch.cat(columns, dim=1).mT
-
-
-def backpack(module: nn.Module, inputs: Tensor) -> Blocks:
-    """BackPACK: gradients of every input for one output after the other."""
-    from backpack import backpack as extensions
-    from backpack import extend
-    from backpack.extensions import BatchGrad
-
-    module = extend(copy.deepcopy(module))
-    found: dict[str, list[Tensor]] = {name: [] for name, _ in module.named_parameters()}
-    for index in range(module(inputs[:1]).shape[1]):
-        module.zero_grad()
-        with extensions(BatchGrad()):
-            module(inputs)[:, index].sum().backward()
-        for name, parameter in module.named_parameters():
-            found[name].append(parameter.grad_batch.flatten(1))
-    yield from _by_layer((name, torch.cat(columns)) for name, columns in found.items())
+        row_bytes = module(inputs).numel() * next(module.parameters()).element_size()
+    group: dict[str, Tensor] = {}
+    for parameters in layers.values():
+        if group and row_bytes * sum(tensor.numel() for tensor in (group | parameters).values()) > _GROUP_BYTES:
+            yield from differentiated(group)
+            group = {}
+        group |= parameters
+    yield from differentiated(group)
 
 
 def vivit(module: nn.Module, inputs: Tensor) -> Blocks:
@@ -87,16 +51,14 @@ def vivit(module: nn.Module, inputs: Tensor) -> Blocks:
     from vivit.extensions.secondorder.vivit import ViViTGGNExact
     from vivit.utils.gram import reshape_as_square
 
-    module, loss_fn = extend(copy.deepcopy(module)), extend(nn.MSELoss(reduction="sum"))
+    module, loss_fn, extension = extend(copy.deepcopy(module)), extend(nn.MSELoss(reduction="sum")), ViViTGGNExact()
     outputs = module(inputs)
-    extension = ViViTGGNExact(subsampling=None)
     with extensions(extension):
         loss_fn(outputs, torch.zeros_like(outputs)).backward()
     grams: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
-        layer = name.rpartition(".")[0]
-        found = reshape_as_square(getattr(parameter, extension.savefield)["gram_mat"]()).detach() / 2
-        grams[layer] = grams[layer] + found if layer in grams else found
+        layer, computed = name.rpartition(".")[0], getattr(parameter, extension.savefield)["gram_mat"]()
+        grams[layer] = grams.get(layer, 0) + reshape_as_square(computed).detach() / 2
     yield from grams.items()
 
 
@@ -109,49 +71,27 @@ def nngeometry(module: nn.Module, inputs: Tensor) -> Blocks:
     yield "", gram.reshape(inputs.shape[0] * gram.shape[0], -1).detach()
 
 
-def _jacobians(module: nn.Module, inputs: Tensor, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    parameters = {name: module.get_parameter(name).detach() for name in names}
-
-    def outputs(values: dict[str, Tensor], one: Tensor) -> Tensor:
-        return functional_call(module, values, (one.unsqueeze(0),)).flatten()
-
-    blocks = vmap(jacrev(outputs), in_dims=(None, 0))(parameters, inputs)
-    return iter([(name, block.detach().flatten(2).flatten(0, 1)) for name, block in blocks.items()])
-
-
-def _by_layer(blocks: Iterator[tuple[str, Tensor]]) -> Blocks:
-    """Parameters of one layer side by side."""
-    together: dict[str, list[Tensor]] = {}
-    for name, block in blocks:
-        together.setdefault(name.rpartition(".")[0], []).append(block)
-    while together:
-        layer = next(iter(together))
-        yield layer, torch.cat(together.pop(layer), dim=1)
+def _by_layer(blocks: dict[str, Tensor]) -> Blocks:
+    """The gradients of a layer's parameters side by side."""
+    layers: dict[str, list[Tensor]] = {}
+    for name in list(blocks):
+        layers.setdefault(name.rpartition(".")[0], []).append(blocks.pop(name))
+    while layers:
+        layer = next(iter(layers))
+        yield layer, torch.cat(layers.pop(layer), dim=1)
 
 
-def ranks_of_gradients(gradients: Callable[[nn.Module, Tensor], Blocks], module: nn.Module, inputs: Tensor) -> Stages:
-    """Of dense gradients by their Gram matrices."""
-    found: dict[str, Tensor] = {}
+def squared_ranks(blocks: Callable[[nn.Module, Tensor], Blocks], module: nn.Module, inputs: Tensor) -> Stages:
+    """Ranks of Gram matrices, which are given or formed from gradients."""
+    layers: dict[str, Tensor] = {}
     total: Tensor | None = None
-    for layer, block in gradients(module, inputs):
-        gram = block @ block.mT
+    for layer, block in blocks(module, inputs):
+        gram = block if blocks in (vivit, nngeometry) else block @ block.mT
         total = gram.clone() if total is None else total.add_(gram)
         if layer:  # The smaller of the two matrices of products has the same rank.
-            found[layer] = gram if block.shape[0] <= block.shape[1] else block.mT @ block
-    yield from _ranks_of_grams(total, found)
-
-
-def ranks_of_grams(grams: Callable[[nn.Module, Tensor], Blocks], module: nn.Module, inputs: Tensor) -> Stages:
-    """Of Gram matrices."""
-    found = dict(grams(module, inputs))
-    total = torch.stack(list(found.values())).sum(0) if len(found) > 1 else next(iter(found.values()))
-    found.pop("", None)
-    yield from _ranks_of_grams(total, found)
-
-
-def _ranks_of_grams(total: Tensor | None, layers: dict[str, Tensor]) -> Stages:
-    yield "gram", total
+            layers[layer] = gram if gram is block or block.shape[0] <= block.shape[1] else block.mT @ block
     assert total is not None
+    yield "gram", total
     rank = int(torch.linalg.matrix_rank(total, hermitian=True))
     yield "rank", rank
     if layers:
@@ -159,7 +99,7 @@ def _ranks_of_grams(total: Tensor | None, layers: dict[str, Tensor]) -> Stages:
 
 
 def ranks_of_singular_values(module: nn.Module, inputs: Tensor) -> Stages:
-    """Of dense gradients without squaring: the tolerance of `torch.linalg.matrix_rank` on their singular values."""
+    """Ranks of gradients without squaring: the tolerance of `torch.linalg.matrix_rank` on their singular values."""
     blocks = dict(vmap_jacrev(module, inputs))
     rank = _rank(torch.cat(list(blocks.values()), dim=1))
     yield "rank", rank
@@ -167,54 +107,15 @@ def ranks_of_singular_values(module: nn.Module, inputs: Tensor) -> Stages:
 
 
 def _rank(matrix: Tensor) -> int:
-    """By way of the triangular factor, which has the same singular values: several times as fast."""
+    """The rank by way of the triangular factor, which has the same singular values and is several times as fast."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
     sigmas = torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R)
     return int((sigmas > max(matrix.shape) * torch.finfo(matrix.dtype).eps * sigmas[0]).sum())
 
 
-SINGULAR_VALUES = "vmap(jacrev) + svdvals"
-DENSE = ("vmap(jacrev)", "vmap(jacrev) in groups", "BackPACK", "curvlinops", "laplace")
-"""The ways that form the gradients."""
-
-_LARGE = 3e11  # operations of the products of all pairs of rows
-_SINGLE = (torch.float32,)
-_PATIENCE = 20.0  # with what forms the same matrix as vmap(jacrev)
-
 PEERS = (
-    Way(SINGULAR_VALUES, ranks_of_singular_values, dtypes=(torch.float64,), num_matrices=3, max_work=_LARGE),
-    Way("vmap(jacrev)", partial(ranks_of_gradients, vmap_jacrev), num_matrices=2),
-    Way("vmap(jacrev) in groups", partial(ranks_of_gradients, vmap_jacrev_in_groups), _SINGLE, only=("resnet",)),
-    Way("nngeometry", partial(ranks_of_grams, nngeometry), package="nngeometry"),
-    Way("ViViT", partial(ranks_of_grams, vivit), package="vivit-for-pytorch"),
-    Way(
-        "BackPACK",
-        partial(ranks_of_gradients, backpack),
-        _SINGLE,
-        package="backpack-for-pytorch",
-        num_matrices=2,
-        max_work=_LARGE,
-        patience=_PATIENCE,
-        is_quick=False,
-    ),
-    Way(
-        "curvlinops",
-        partial(ranks_of_gradients, curvlinops),
-        _SINGLE,
-        package="curvlinops-for-pytorch",
-        num_matrices=2,
-        max_work=_LARGE,
-        patience=_PATIENCE,
-        is_quick=False,
-    ),
-    Way(
-        "laplace",
-        partial(ranks_of_gradients, laplace),
-        _SINGLE,
-        package="laplace-torch",
-        num_matrices=6,
-        max_work=_LARGE,
-        patience=_PATIENCE,
-        is_quick=False,
-    ),
+    Way("vmap(jacrev) + svdvals", ranks_of_singular_values, dtypes=(torch.float64,), num_matrices=3),
+    Way("vmap(jacrev)", partial(squared_ranks, vmap_jacrev)),
+    Way("nngeometry", partial(squared_ranks, nngeometry), "nngeometry"),
+    Way("ViViT", partial(squared_ranks, vivit), "vivit-for-pytorch"),
 )

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 UNKNOWN_MEMORY = 4 * 2**30
-"""Bytes that are taken to be free where the system does not tell: on Windows."""
+"""Bytes that count as free where the system does not tell: on Windows."""
 
-# Of both versions of control groups: where they are, the files of the limit and the use, and what of it can be dropped.
+# For each version of control groups: their folder, the files of the limit and the use, and what can be dropped of it.
 _CONTROL_GROUPS = {
     "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -17,11 +17,11 @@ _CONTROL_GROUPS = {
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> int:
-    """Bytes that are free on a device.
+    """Return the bytes that are free on a device.
 
     Args:
-        device: On the CPU what counts is what this process may take without swapping, and without being killed.
-        root: Where the files of the system begin.
+        device: The device. On the CPU the memory counts that this process may take without swapping or being killed.
+        root: The folder in which the files of the system begin.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -40,7 +40,7 @@ def _free_on_machine(root: Path) -> int:
 
 
 def _free_in_control_groups(root: Path) -> Iterator[int]:
-    """What limits leave of each group that this process is in, of Linux containers and cluster jobs."""
+    """The memory that remains of each group of this process: groups are made by Linux containers and cluster jobs."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -51,7 +51,7 @@ def _free_in_control_groups(root: Path) -> Iterator[int]:
             if controller not in _CONTROL_GROUPS:
                 continue
             mount, limit, usage, droppable = _CONTROL_GROUPS[controller]
-            # Inside of a container its own group stands at the top, whatever its path is outside.
+            # Inside of a container its group stands at the top, whatever the path is outside.
             groups = Path(path.lstrip("/"))
             for group in [groups, *groups.parents]:
                 try:

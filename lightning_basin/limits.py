@@ -1,4 +1,4 @@
-"""Limits of a measurement, in rows, parameters, products and numbers that are held."""
+"""Limits of a measurement, in rows, parameters, products and elements that are held."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ MAX_DENSE_PARAMETERS = 500
 """Largest number of parameters for which ``hessian="auto"`` also forms the Hessian: some 0.1 s."""
 
 MAX_UNPROVED_PARAMETERS = 3000
-"""The same where the loss is not a convex function of the outputs alone, and nothing else is to be had: seconds."""
+"""The same where the loss is not a convex function of the outputs, and only all of the Hessian decides: seconds."""
 
 NETWORK_PRODUCTS = 80
-"""At most so many products with R bound its norm; some 30 are enough for a factor of two."""
+"""Most products with R that bound its norm; some 30 are enough for a factor of two."""
 
 LAYER_PRODUCTS = 100
-"""And so many with the blocks of all layers together; at least one each, which finds those where R is zero."""
+"""Most products with the blocks of all layers together; at least one each, which finds the blocks where R is zero."""
 
 
 class MemoryBudgetError(ValueError):
@@ -27,10 +27,11 @@ class HessianLimits:
     """What may be held at once while a Hessian is measured.
 
     Attributes:
-        chunk_size: Inputs that are differentiated together; ``None`` for all, in whose graph the outputs then are.
-        basis_elements: Float64 numbers in the vectors of a Lanczos iteration; 2 GiB.
-        batch_elements: And in the activations of one batched backward pass; 256 MiB.
-        waiting_elements: And in gradients that wait for their sketch; 512 MiB.
+        chunk_size: The number of inputs that are differentiated together; ``None`` for all, whose graph then holds the
+            outputs, too.
+        basis_elements: The float64 elements of the vectors of a Lanczos iteration; 2 GiB.
+        batch_elements: The float64 elements of the activations of one batched backward pass; 256 MiB.
+        waiting_elements: The float64 elements of gradients that wait for their sketch; 512 MiB.
     """
 
     chunk_size: int | None = None
@@ -43,4 +44,4 @@ MAX_ROWS = 4096
 """Largest number of outputs on a probe: each decomposition then takes about ten seconds on two cores."""
 
 AUTO_ROWS = 2048
-"""What ``max_outputs="auto"`` brings larger numbers down to."""
+"""The number of outputs to which ``max_outputs="auto"`` brings larger numbers down."""

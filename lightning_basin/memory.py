@@ -69,16 +69,8 @@ class MeasurementPlan:
         )
 
 
-def copied_bytes(module: nn.Module) -> int:
-    """Count the bytes of a module's tensors, registered or not, that are no trainable parameters.
-
-    Example:
-        >>> import torch
-        >>> module = nn.Linear(1, 1)
-        >>> module.table = torch.zeros(5, dtype=torch.float64)
-        >>> copied_bytes(module)
-        40
-    """
+def _copied_bytes(module: nn.Module) -> int:
+    """The bytes of a module's tensors, registered or not, that are no trainable parameters."""
     held = {id(tensor): tensor for submodule in module.modules() for tensor in tensors_held_by(vars(submodule))}
     return sum(
         tensor.numel() * tensor.element_size()
@@ -117,7 +109,7 @@ def plan_measurement(
     Raises:
         MemoryBudgetError: If it does not fit, however it is cut.
     """
-    copied = copied_bytes(network.module)
+    copied = _copied_bytes(network.module)
     if memory_budget is None:  # What is free was looked at after the copy was made.
         memory_budget = int(_FREE_FRACTION * available_memory(trace.outputs.device)) + copied
     request = MemoryRequest(

@@ -80,7 +80,7 @@ def verify_null_space(
             ``MAX_DENSE_ELEMENTS`` elements of gradients, or `measure_basin` would refuse the module or the inputs.
 
     Example:
-        Two features are equal: what one weight gains, the other may lose, and all outputs stay as they are:
+        Two features are equal: the outputs depend on the sum of their weights only, and one direction is free:
 
         >>> twins = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
         >>> verification = verify_null_space(nn.Linear(2, 1), twins)

@@ -200,11 +200,12 @@ class ProbeCollector:
         self._batch_fn = batch_fn
         self._whole_batches = whole_batches
         self._batches: list[tuple[Any, Any]] = []
+        self._probe: Probe | None = None
 
     @property
     def num_inputs(self) -> int:
         """The number of inputs taken so far, at most ``size``."""
-        return self.probe().size if self._batches else 0
+        return 0 if self._probe is None else self._probe.size
 
     @property
     def complete(self) -> bool:
@@ -224,7 +225,7 @@ class ProbeCollector:
         pair = split_batch(batch, self._batch_fn, whole_batches=self._whole_batches)
         check_containers(pair)
         pair = map_tensors(copied, pair)
-        Probe.from_batches([*self._batches, pair], self._size)
+        self._probe = Probe.from_batches([*self._batches, pair], self._size)
         self._batches.append(pair)
 
     def probe(self) -> Probe:
@@ -233,7 +234,7 @@ class ProbeCollector:
         Raises:
             ValueError: If no batch has been taken.
         """
-        return Probe.from_batches(self._batches, self._size)
+        return Probe.from_batches(self._batches, self._size) if self._probe is None else self._probe
 
 
 def split_batch(

@@ -17,7 +17,7 @@ def is_sequence_of(length: int, item: Any) -> bool:
 
 
 def check_containers(collection: Any) -> None:
-    """Refuse containers that cannot be built again from other tensors, and tensors that are not dense.
+    """Refuse tensors without plain axes, and containers that cannot be built again from other tensors.
 
     Args:
         collection: A nested collection, which is searched at all depths.

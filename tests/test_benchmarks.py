@@ -1,49 +1,42 @@
-"""The ways of the benchmark find what is known on paper about its smallest networks, and say what is missing."""
+"""The ways of the benchmark compute what is known on paper about its smallest networks, and say what is missing."""
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
-from benchmarks import goals, tables
-from benchmarks.floor import gram_products
-from benchmarks.goals import Goal
-from benchmarks.hessians import HESSIANS
-from benchmarks.networks import LAYER_NORM, RANKED, REPEATED
-from benchmarks.ours import KERNEL, OURS, PARTS, STEP
+from benchmarks import tables, timing
+from benchmarks.duplicates import DUPLICATES
+from benchmarks.hessians import PRODUCTS, all_eigenvalues, certified_nullity, double_backward
+from benchmarks.networks import PAIRS, RANKED, REPEATED
+from benchmarks.ours import OURS, RANKS, STEP
 from benchmarks.peers import PEERS
-from benchmarks.timing import Fingerprint, Way, measured, turn
+from benchmarks.timing import Way, difference, fingerprint, measure, run
 
 SEED = RANKED["seed"]
 
 
-def found(way, workload):
-    """By stage, in float64; skips what is not installed."""
-    if not way.is_installed:
-        pytest.skip(f"{way.package} is not installed")
-    reached = turn(way, workload.module(torch.float64), workload.probe(torch.float64))
-    return {stage.stage: stage.found for stage in reached}
+def results(way, workload):
+    """By stage, in float64; skips a way whose package is not installed."""
+    obstacle = way.obstacle(workload, torch.float64)
+    if obstacle is not None:
+        pytest.skip(obstacle)
+    stages = run(way, workload.module(torch.float64), workload.probe(torch.float64))
+    return {name: stage.result for name, stage in stages.items()}
 
 
-def for_network(ways, name):
-    return [way for way in ways if way.only is None or name in way.only]
-
-
-RANKING = [way for way in (*OURS, *PEERS) if way.name not in (KERNEL, PARTS)]
-
-
-@pytest.mark.parametrize("way", for_network(RANKING, "seed-repeated"), ids=lambda way: way.name)
-def test_all_ways_find_the_ranks_of_the_smallest_network(way):
+@pytest.mark.parametrize("way", [*RANKS, *PEERS], ids=lambda way: way.name)
+def test_all_ways_compute_the_ranks_of_the_smallest_network(way):
     # 18 different inputs of one output each: rank 18, by the first layer alone too; the last layer has 11 parameters.
-    stages = found(way, REPEATED["seed-repeated"])
+    stages = results(way, REPEATED["seed-repeated"])
     assert stages.get("rank", 18) == 18
     assert stages.get("layers", (18, 18, 11)) == (18, 18, 11)
     assert stages.keys() & {"rank", "layers"}
 
 
-@pytest.mark.parametrize("way", for_network((*OURS[:1], *PEERS), "seed"), ids=lambda way: way.name)
+@pytest.mark.parametrize("way", [OURS[0], *PEERS[1:]], ids=lambda way: way.name)
 def test_all_ways_form_the_same_gram_matrix(way):
     module, inputs = SEED.module(torch.float64), SEED.probe(torch.float64)
     rows = []
@@ -51,82 +44,89 @@ def test_all_ways_form_the_same_gram_matrix(way):
         gradients = torch.autograd.grad(output, list(module.parameters()), retain_graph=True)
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     matrix = torch.stack(rows)
-    stages = found(way, SEED)
-    if "gram" in stages:
-        assert stages["gram"].difference(Fingerprint.of(matrix @ matrix.mT)) < 1e-12
+    assert difference(results(way, SEED)["gram"], fingerprint(matrix @ matrix.mT)) < 1e-12
+
+
+@pytest.mark.parametrize("way", PRODUCTS, ids=lambda way: way.name)
+def test_all_ways_multiply_with_the_same_hessian(way):
+    # The quotient of differences of gradients at 1e-4 has an error of 1e-8 times fourth derivatives.
+    module, inputs = SEED.module(torch.float64), SEED.probe(torch.float64)
+    parameters = list(module.parameters())
+    flat = torch.nn.utils.parameters_to_vector(parameters).detach()
+    targets, direction = torch.ones(20, 1).double(), torch.linspace(-1, 1, flat.numel()).double()
+    gradients = []
+    for step in (1e-4, -1e-4):
+        torch.nn.utils.vector_to_parameters(flat + step * direction, parameters)
+        loss = torch.nn.functional.mse_loss(module(inputs), targets)
+        gradients.append(torch.nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters)))
+    torch.nn.utils.vector_to_parameters(flat, parameters)
+    product = double_backward(module, inputs, targets)(direction.unsqueeze(0))[0]
+    assert torch.allclose((gradients[0] - gradients[1]) / 2e-4, product, atol=1e-7)
+    assert difference(results(way, SEED)["products"], results(PRODUCTS[0], SEED)["products"]) < 1e-12
+
+
+def test_flat_directions_are_counted_as_by_all_eigenvalues():
+    (ours,), (truth,) = (
+        [result for _, result in way(SEED.module(torch.float64), SEED.probe(torch.float64))]
+        for way in (certified_nullity, all_eigenvalues)
+    )
+    assert ours.startswith(f"{truth}; certified: ")
+
+
+@pytest.mark.parametrize("way", DUPLICATES, ids=lambda way: way.name)
+def test_duplicates_of_pairs_are_half_of_the_activations(way):
+    expected = 0 if way.name == "torch.unique" else 20
+    assert results(way, replace(PAIRS["pairs"], num_inputs=40)) == {"duplicates": expected}
 
 
 def test_a_peer_that_is_not_installed_is_a_row_that_says_so():
-    way = Way("absent", STEP.run, dtypes=(torch.float32,), package="no-such-peer")
-    candidates = measured(SEED, [way], rounds=1, threads=1)
+    way = Way("absent", STEP.run, "no-such-peer", (torch.float32,))
+    candidates = measure(SEED, [way], rounds=1, threads=1)
     assert [candidate.note for candidate in candidates] == ["no-such-peer is not installed"]
-    lines = tables.ranks(SEED, candidates)
-    assert [line for line in lines if line.startswith("| absent | float32 | no-such-peer is not installed |")]
+    assert tables.table(candidates, ["rank"], tables.text).endswith(
+        "| absent | float32 |  |  |  | no-such-peer is not installed |\n"
+    )
 
 
 def test_a_process_takes_a_turn_in_every_round():
-    (candidate,) = measured(SEED, [STEP], rounds=2, threads=1)
+    (candidate,) = measure(SEED, [STEP], rounds=2, threads=1)
     assert candidate.note is None
-    assert [list(turn) for turn in candidate.turns] == [["step"]] * 3
+    assert [list(turn) for turn in candidate.turns] == [["rank"]] * 3
 
 
 def dies(module, inputs):
     os._exit(1)
 
 
-def never_loads(module, inputs):
+def never_ends(module, inputs):
     time.sleep(60.0)
-    yield "loaded", None
+    yield "rank", None
+
+
+def fails(module, inputs):
+    raise NotImplementedError("no such layer")
 
 
 @pytest.mark.parametrize(
-    ("run", "note"),
-    [(dies, "its process died while it was loading"), (never_loads, "not loaded after 3 s")],
+    ("way", "note"),
+    [
+        (dies, "given up after 5 s"),
+        (never_ends, "given up after 5 s"),
+        (fails, "NotImplementedError: no such layer"),
+    ],
 )
-def test_a_way_that_does_not_load_is_given_up(run, note):
-    way = Way("broken", run, dtypes=(torch.float32,), patience=3.0)
-    candidates = measured(SEED, [way, STEP], rounds=1, threads=1)
+def test_a_way_that_fails_is_given_up(way, note, monkeypatch):
+    monkeypatch.setattr(timing, "PATIENCE", 5.0)
+    candidates = measure(SEED, [Way("broken", way, dtypes=(torch.float32,)), STEP], rounds=1, threads=1)
     assert [(candidate.note, len(candidate.turns)) for candidate in candidates] == [(note, 0), (None, 2)]
-
-
-@pytest.mark.parametrize("way", HESSIANS, ids=lambda way: way.name)
-def test_hessians_through_layer_norm_are_those_of_finite_differences(way, request):
-    if "curvlinops" in way.name or "torch.func" in way.name:
-        reason = "in torch 2.13 forward over reverse is wrong through LayerNorm: 7 % here"
-        request.applymarker(pytest.mark.xfail(strict=False, reason=reason))
-    # The step is 1e-4: rounding of 1e-16 is divided by it, and the error of fourth order is 1e-16.
-    errors = found(way, LAYER_NORM["layer-norm"])["hessian"]
-    assert errors["error"] < 1e-10
-    assert errors["asymmetry"] < 1e-12
-
-
-def test_products_of_a_gram_matrix_are_counted():
-    # Forward 20 x 2 x 10 and 20 x 10 x 1, backward 20 x 1 x 10; signals 20 x 10 x 20 and 20 x 1 x 20, activations with
-    # a one for the bias 20 x 3 x 20 and 20 x 11 x 20: 600 + 200 + 4400 + 5600 multiplications, and additions.
-    products = gram_products(SEED.module(torch.float32), SEED.probe(torch.float32))
-    assert sum(product.operations for product in products) == 2 * (600 + 200 + 4400 + 5600)
-    assert sum(product.least_operations for product in products) == 2 * (600 + 200) + 4400 + 5600
-
-
-def test_products_of_rows_of_a_sequence_are_counted():
-    # Two positions: forward 3 * 2 x 4 x 5, rows 3 times (1 * 5) x 2 x 4, their products 3 x 20 x 3.
-    module = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Flatten(), nn.Linear(10, 1, bias=False))
-    first = gram_products(module, torch.ones(3, 2, 4))[:3]
-    assert [product.operations for product in first] == [2 * 120, 2 * 120, 2 * 180]
 
 
 def test_a_fingerprint_tells_how_far_tensors_are_apart():
     tensor = torch.arange(12.0).view(3, 4)
-    assert Fingerprint.of(tensor).difference(Fingerprint.of(tensor)) == 0.0
-    assert Fingerprint.of(1.5 * tensor).difference(Fingerprint.of(tensor)) == pytest.approx(0.5, rel=1e-5)
+    assert difference(fingerprint(tensor), fingerprint(tensor)) == 0.0
+    assert difference(fingerprint(1.5 * tensor), fingerprint(tensor)) == pytest.approx(0.5, rel=1e-5)
 
 
-def test_a_goal_names_what_missed_it():
-    row = Goal("faster", {"one": 3.0, "two": 1.0}, lambda figure: figure >= 2).row()
-    assert row == ["faster", "one 3×, two 1×", "**not reached**: two"]
-
-
-def test_goals_of_an_empty_run_are_not_measured():
-    lines = goals.table(goals.Results())
-    assert len(lines) > 10
-    assert all(line.endswith("|  | not measured |") for line in lines[2:])
+def test_ranks_are_told_beside_ours():
+    assert tables.ranks((18, 18, 11), (18, 18, 12)) == "18; 18 11, 1 unlike ours"
+    assert tables.ranks((9, *range(9)), (9, *range(9))) == "9; sum 36 over 9 layers"

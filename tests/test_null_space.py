@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_basin import measure_basin, verify_null_space
+from lightning_basin import Probe, measure_basin, verify_null_space
 from tests.models import Crossing, SquaredDistances
 from tests.networks import drawn, filled
 
@@ -121,4 +121,17 @@ def test_direction_that_is_free_everywhere_has_converged():
     verification = verify_null_space(nn.Linear(5, 2), torch.randn(3, 5, generator=torch.Generator().manual_seed(0)))
     assert verification.nullity == 2 * (6 - 3)
     assert verification.converged
+    assert verification.surviving_fraction == pytest.approx(1.0)
+
+
+def test_probe_with_strings_is_verified_though_it_cannot_be_run_input_by_input():
+    scales = {"once": 1.0, "twice": 2.0}
+
+    def behavior(module, inputs):
+        return module(inputs[0]) * torch.tensor([[scales[word]] for word in inputs[1]])
+
+    probe = Probe((drawn(3, 5), ["once", "twice", "once"]))
+    verification = verify_null_space(nn.Linear(5, 2), probe, behavior=behavior)
+    # As above: scaled rows span the same directions.
+    assert verification.nullity == 2 * (6 - 3)
     assert verification.surviving_fraction == pytest.approx(1.0)

@@ -1,6 +1,8 @@
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +60,16 @@ def test_every_public_method_has_a_docstring(package, name):
         own: value for own, value in vars(item).items() if callable(getattr(value, "__func__", value)) and own[0] != "_"
     }
     assert [own for own in methods if not inspect.getdoc(getattr(item, own))] == []
+
+
+def test_what_functional_exports_is_what_the_library_runs():
+    """No name is there for tests alone: each is used in another file than its own."""
+    root = Path(lightning_basin.__file__).parent
+    listed = {root / "functional" / name for name in ("__init__.py", "sketch.py")}
+    sources = [path.read_text(encoding="utf-8") for path in root.rglob("*.py") if path not in listed]
+    for name in lightning_basin.functional.__all__:
+        is_definition = re.compile(rf"^(def|class) {name}\b|^{name} =", re.MULTILINE)
+        assert any(re.search(rf"\b{name}\b", text) for text in sources if not is_definition.search(text)), name
 
 
 def test_every_module_has_a_docstring():

@@ -1,14 +1,13 @@
 """One fit: what is done at its start, at its batches and epochs, by all of its processes together."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from lightning_basin.callback.arguments import Arguments
-from lightning_basin.callback.joint import JointMeasurement, unmeasurable
+from lightning_basin.callback.joint import JointMeasurement
 from lightning_basin.callback.lightnings import (
-    Callback,
     DeepSpeedStrategy,
     FSDPStrategy,
     MisconfigurationException,
@@ -19,7 +18,7 @@ from lightning_basin.callback.lightnings import (
 )
 from lightning_basin.callback.loggers import batches_that_stepped
 from lightning_basin.callback.probing import ModuleGetter
-from lightning_basin.callback.progress import Progress
+from lightning_basin.callback.progress import Progress, unmeasurable
 from lightning_basin.callback.publish import Publisher
 from lightning_basin.callback.request import Request
 from lightning_basin.naming import escaped
@@ -50,7 +49,6 @@ class Fit:
         self._module = module
         self._progress = progress
         self._schedule, self._session, self._probing = progress.schedule, progress.session, progress.probing
-        listeners[:] = present_listeners(listeners, trainer)
         self._listeners = listeners
         self._joint = JointMeasurement(trainer, module, progress)
         self.publisher = Publisher(trainer, progress.session)
@@ -191,16 +189,6 @@ def check_trainer(trainer: Trainer, prefix: str) -> None:
 def monitor_prefixes(trainer: Trainer) -> list[str]:
     """Return the prefixes of all monitors of a trainer."""
     return [callback.prefix for callback in callbacks_of(trainer) if isinstance(callback, Arguments)]
-
-
-def present_listeners(listeners: Iterable[Listener], trainer: Trainer) -> list[Listener]:
-    """Return the listeners without those of callbacks of another trainer, which a run that raised leaves behind."""
-    return [
-        listener
-        for listener in listeners
-        if not isinstance(owner := getattr(listener, "__self__", None), Callback)
-        or any(owner is callback for callback in callbacks_of(trainer))
-    ]
 
 
 def _cannot_be_gathered(strategy: Strategy) -> bool:

@@ -6,7 +6,6 @@ from torch import nn
 
 from lightning_basin.callback.gathering import GatheredModule
 from lightning_basin.callback.lightnings import (
-    MisconfigurationException,
     ModelParallelStrategy,
     StochasticWeightAveraging,
     Trainer,
@@ -15,7 +14,7 @@ from lightning_basin.callback.lightnings import (
 from lightning_basin.callback.overhead import OverheadLimit, announced
 from lightning_basin.callback.probing import ModuleGetter
 from lightning_basin.callback.processes import PatientBroadcast
-from lightning_basin.callback.progress import Progress
+from lightning_basin.callback.progress import Progress, unmeasurable
 from lightning_basin.naming import escaped
 from lightning_basin.record import BasinRecord
 
@@ -98,11 +97,6 @@ class JointMeasurement:
         limited = nullcontext() if self._overhead is None else self._overhead.measuring()
         with limited, announced(f"Measuring {escaped(session.arguments.prefix)} at step {step}"):
             return session.measure(probing.request(session.results.records, self._trainer), whole, probing.probe, step)
-
-
-def unmeasurable(module: nn.Module, problem: object) -> MisconfigurationException:
-    """Return the error for a module that cannot be measured."""
-    return MisconfigurationException(f"BasinMonitor cannot measure {type(module).__name__}: {problem}")
 
 
 def _renews_batch_statistics(trainer: Trainer) -> bool:

@@ -166,7 +166,8 @@ class BasinMonitor(Arguments, BaseCallback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._fit is not None:  # There is no teardown.
+        self._listeners.clear()  # There is no teardown.
+        if self._fit is not None:
             self._fit.publisher.end()
 
     @override

@@ -98,7 +98,7 @@ class Progress:
         try:
             self.probing.start(module, probe, step_calls)
         except (TypeError, ValueError) as error:
-            raise MisconfigurationException(f"BasinMonitor cannot measure {type(module).__name__}: {error}") from error
+            raise unmeasurable(module, error) from error
 
     def observe(self, module: nn.Module, step: int) -> BasinRecord | None:
         """Measure outside of a fit, as at a step of one, and add the record to the others.
@@ -202,6 +202,11 @@ class Progress:
         members = ("schedule", "session", "probing")
         # A weak reference has no state.
         return vars(self) | {name: copy.copy(getattr(self, name)) for name in members} | {"_fitted": _no_module}
+
+
+def unmeasurable(module: nn.Module, problem: object) -> MisconfigurationException:
+    """Return the error for a module that cannot be measured."""
+    return MisconfigurationException(f"BasinMonitor cannot measure {type(module).__name__}: {problem}")
 
 
 def _no_module() -> None:

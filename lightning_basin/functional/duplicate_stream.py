@@ -148,7 +148,7 @@ class DuplicateSearch:
 
         Args:
             activations: One row per input, shape ``(chunk, d)``; further axes are flattened.
-            scales: See `duplicate_classes`, as far as these inputs show them: the largest of all chunks count.
+            scales: The scales of `duplicate_classes` for these inputs; the largest of all chunks count.
 
         Raises:
             ValueError: If they have another length than those before, or are not those of the first pass.

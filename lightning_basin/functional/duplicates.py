@@ -5,7 +5,7 @@ from torch import Generator, Tensor
 
 
 def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6, scales: Tensor | None = None) -> Tensor:
-    """For each input the first input whose activation is the same, transitively.
+    """Find for each input the first input whose activation is the same, transitively.
 
     Two activations are the same when ``max|a_i - a_j| <= rtol * max|a|``, the last maximum over all inputs. Sorted
     along a random direction, only neighbours within the tolerance are compared: O(k d + k log k) where few inputs
@@ -14,8 +14,9 @@ def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6, scales: Tensor
 
     Args:
         activations: One row per input, shape ``(k, d)``; further axes are flattened.
-        rtol: Relative to the largest entry; 0 asks for equality.
-        scales: What the tolerance of each entry is relative to instead, shape ``(d,)``; 0 asks for its equality.
+        rtol: The relative tolerance, relative to the largest element; 0 asks for equality.
+        scales: The magnitude to which the tolerance of each element is relative instead, shape ``(d,)``; 0 asks for its
+            equality.
 
     Returns:
         Smallest index of each input's class, int64, shape ``(k,)``.
@@ -44,13 +45,13 @@ def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6, scales: Tensor
 
 
 def finer_classes(classes: Tensor, activations: Tensor, *, rtol: float, scales: Tensor) -> Tensor:
-    """The classes of `duplicate_classes` where those at a coarser tolerance are known: only their members are compared.
+    """Find the classes of `duplicate_classes` from those at a coarser tolerance: only their members are compared.
 
     Args:
-        classes: Of the same activations and scales, at a tolerance at least as large.
-        activations: See `duplicate_classes`.
-        rtol: See `duplicate_classes`.
-        scales: See `duplicate_classes`.
+        classes: The classes of the same activations and scales, at a tolerance at least as large.
+        activations: The activations, as in `duplicate_classes`.
+        rtol: The finer tolerance.
+        scales: The scales, as in `duplicate_classes`.
 
     Example:
         >>> activations, scales = torch.tensor([[1.0], [5.0], [1.1], [1.0]]), torch.tensor([5.0])
@@ -61,8 +62,8 @@ def finer_classes(classes: Tensor, activations: Tensor, *, rtol: float, scales: 
     members = (classes.bincount(minlength=classes.numel())[classes] > 1).nonzero().squeeze(1)
     finer = torch.arange(classes.numel())
     if members.numel():
-        few = activations[members.to(activations.device)]
-        finer[members] = members[duplicate_classes(few, rtol=rtol, scales=scales)]
+        merged = activations[members.to(activations.device)]
+        finer[members] = members[duplicate_classes(merged, rtol=rtol, scales=scales)]
     return finer
 
 
@@ -73,7 +74,7 @@ def check_duplicate_rtol(rtol: float) -> None:
 
 
 def activation_rows(activations: Tensor) -> Tensor:
-    """Activations as they are compared: one row per input, in float64, shape ``(k, d)``.
+    """Return activations as they are compared: one row per input, in float64, shape ``(k, d)``.
 
     Raises:
         ValueError: If there is no axis of inputs.
@@ -84,7 +85,7 @@ def activation_rows(activations: Tensor) -> Tensor:
 
 
 def largest_entry(rows: Tensor) -> Tensor:
-    """The largest magnitude among finite entries, shape ``()``."""
+    """Find the largest magnitude among finite elements, shape ``()``."""
     if not rows.numel():
         return rows.new_zeros(())
     largest = rows.abs().amax()
@@ -92,19 +93,19 @@ def largest_entry(rows: Tensor) -> Tensor:
 
 
 def largest_entries(rows: Tensor) -> Tensor:
-    """The largest magnitude of each entry among the rows where it is finite, shape ``(d,)``."""
+    """Find the largest finite magnitude of each element over all rows, shape ``(d,)``."""
     largest = rows.abs().amax(0)
     return largest if bool(largest.isfinite().all()) else rows.abs().where(rows.isfinite(), 0.0).amax(0)
 
 
 def are_same(left: Tensor, right: Tensor, tolerances: Tensor) -> Tensor:
-    """Which pairs of rows, shape ``(n, d)``, differ in no entry by more than its tolerance, shape ``(d,)``."""
+    """Tell which pairs of rows, shape ``(n, d)``, differ in no element by more than its tolerance, shape ``(d,)``."""
     # Equality, too: the difference of two equal infinities is no number.
     return (((left - right).abs() <= tolerances) | (left == right)).all(1)
 
 
 def projections(rows: Tensor, directions: Tensor) -> Tensor:
-    """Where rows lie along some directions; infinite entries, which are compared exactly, count as zero."""
+    """Find where rows lie along directions; infinite elements, which are compared exactly, count as zero."""
     positions = rows @ directions
     # Of most activations all are finite.
     return positions if bool(positions.isfinite().all()) else rows.where(rows.isfinite(), 0.0) @ directions
@@ -157,29 +158,29 @@ def _merged(rows: Tensor, tolerances: Tensor) -> Tensor:
 
 
 def random_directions(width: int, count: int) -> Tensor:
-    """The directions along which activations are sorted, always the same, shape ``(width, count)``."""
+    """Draw the directions along which activations are sorted, always the same, shape ``(width, count)``."""
     return torch.randn(count, width, generator=Generator().manual_seed(0), dtype=torch.float64).mT
 
 
 def largest_distances(directions: Tensor, *, tolerances: Tensor, largest: Tensor) -> Tensor:
-    """How far apart two rows within the tolerance can lie along each direction, rounding included.
+    """Bound the distance of two rows within the tolerance along each direction, rounding included.
 
     Args:
-        directions: As columns, shape ``(d, directions)``.
-        tolerances: Largest difference of each entry, shape ``(d,)``.
-        largest: Magnitude of each entry, shape ``(d,)``.
+        directions: The directions as columns, shape ``(d, directions)``.
+        tolerances: The largest difference of each element, shape ``(d,)``.
+        largest: The magnitude of each element, shape ``(d,)``.
     """
     rounding = 4 * directions.shape[0] * torch.finfo(torch.float64).eps * largest
     return (tolerances + rounding) @ directions.abs()
 
 
 def joined_classes(classes: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Classes after the class of each ``left[i]`` has become one with that of ``right[i]``.
+    """Join the class of each ``left[i]`` with that of ``right[i]``.
 
     Args:
-        classes: Smallest index of the class of each input, shape ``(k,)``.
-        left: Indices of inputs.
-        right: As many.
+        classes: The smallest index of the class of each input, shape ``(k,)``.
+        left: The indices of some inputs.
+        right: The indices of as many others.
 
     Example:
         >>> joined_classes(torch.arange(4), torch.tensor([0, 2]), torch.tensor([2, 3]))
@@ -205,14 +206,14 @@ def _first_members(labels: Tensor) -> Tensor:
 
 
 def duplicated_activations(activations: Tensor, *, rtol: float = 1e-6) -> int:
-    """How many inputs share their activation with an earlier one: k minus the number of distinct activations.
+    """Count the inputs that share their activation with an earlier one: k minus the number of distinct activations.
 
     Args:
         activations: One row per input, shape ``(k, d)``; further axes are flattened.
-        rtol: Relative to the largest entry; 0 asks for equality.
+        rtol: The relative tolerance, relative to the largest element; 0 asks for equality.
 
     Raises:
-        ValueError: See `duplicate_classes`.
+        ValueError: If ``activations`` has no axis of inputs, or ``rtol`` is not inside ``[0, 1)``.
 
     Example:
         >>> duplicated_activations(torch.tensor([[1.0], [2.0], [1.0], [1.0 + 1e-9]]))
@@ -223,11 +224,11 @@ def duplicated_activations(activations: Tensor, *, rtol: float = 1e-6) -> int:
 
 
 def dead_units(outputs: Tensor, *, rtol: float = 1e-6) -> int:
-    """How many outputs of a layer are constant over the inputs, at every position.
+    """Count the outputs of a layer that are constant over the inputs, at every position.
 
     Args:
-        outputs: Of a layer, shape ``(k, ..., units)``.
-        rtol: A unit is constant when it moves by at most ``rtol`` times the largest entry of ``outputs``.
+        outputs: The outputs of the layer, shape ``(k, ..., units)``.
+        rtol: The fraction of the largest element of ``outputs`` by which a constant unit may move.
 
     Example:
         >>> dead_units(torch.tensor([[0.0, 1.0], [0.0, 2.0]]))

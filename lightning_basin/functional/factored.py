@@ -24,15 +24,15 @@ from lightning_basin.functional.projections import (
 
 @dataclass(frozen=True, eq=False)
 class KhatriRaoGradients:
-    r"""Gradients by a matrix that multiplies what enters, kept as their factors.
+    r"""Gradients by a matrix that multiplies input activations, kept as their factors.
 
-    Row (x, j) of the gradients is that of output j on input x by the matrix, row by row:
+    Row (x, j) of the gradients is the gradient of output j on input x by the matrix, row by row:
     :math:`\sum_t b_{xjt} a_{xt}^T`. A linear layer has one position t for each element of a sequence, a convolution one
     for each place of its kernel. A bias is one more activation, which is always 1; a look-up has one-hot activations.
 
     Attributes:
-        activations: What is multiplied, shape ``(k, t, d_in)``.
-        output_gradients: Derivative of each output by the products, shape ``(k, c, t, d_out)``.
+        activations: The input activations, shape ``(k, t, d_in)``.
+        output_gradients: The derivative of each output by the products, shape ``(k, c, t, d_out)``.
     """
 
     activations: Tensor
@@ -40,38 +40,38 @@ class KhatriRaoGradients:
 
     @property
     def num_rows(self) -> int:
-        """Number of inputs times outputs per input."""
+        """The number of inputs times outputs per input."""
         return self.output_gradients.shape[0] * self.output_gradients.shape[1]
 
     @property
     def num_columns(self) -> int:
-        """Number of entries of the matrix."""
+        """The number of elements of the matrix."""
         return self.activations.shape[-1] * self.output_gradients.shape[-1]
 
     @property
     def num_elements(self) -> int:
-        """Numbers that are held."""
+        """The number of elements that are held."""
         return self.activations.numel() + self.output_gradients.numel()
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the gradients."""
         return self.activations.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factors, in which they are multiplied."""
+        """The dtype of the factors, in which they are multiplied."""
         return self.activations.dtype
 
     def rows(self) -> Tensor:
-        """The gradients themselves, shape ``(m, d_out * d_in)``."""
+        """Multiply the factors out, shape ``(m, d_out * d_in)``."""
         k, c, t, d_out = self.output_gradients.shape
         signals = self.output_gradients.transpose(2, 3).reshape(k, c * d_out, t)
         return (signals @ self.activations).reshape(k * c, -1)
 
     @property
     def gram_work(self) -> float:
-        """Operations that the Gram matrix takes, about."""
+        """The number of operations that the Gram matrix takes, about."""
         k, c, t, d_out = self.output_gradients.shape
         by_pair = d_out if t == 1 else self.num_columns
         return (k * c) ** 2 * by_pair + (0.0 if t == 1 else 2.0 * k * c * t * self.num_columns)
@@ -107,7 +107,7 @@ class KhatriRaoGradients:
         )
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
-        r"""The matrix times random rank-one vectors, the Khatri-Rao sketch, shape ``(m, num_columns)``.
+        r"""Multiply by random vectors of rank one: the Khatri-Rao sketch, shape ``(m, num_columns)``.
 
         :math:`Y_{(x,j),i} = \sum_t (u_i \cdot b_{xjt})(v_i \cdot \tilde a_{xt})` with Gaussian u and v. Rank-one
         functionals span the dual space, so that almost surely the rank is ``min(num_columns, rank)``.
@@ -136,16 +136,16 @@ class KhatriRaoGradients:
         return replace(self, activations=self.activations[chosen], output_gradients=self.output_gradients[chosen])
 
     def combination(self, weights: Tensor) -> Tensor:
-        """``weights @ rows()`` without the rows; ``weights`` and result have shapes ``(m,)`` and ``(N,)``."""
+        """Compute ``weights @ rows()`` without the rows; weights and result have shapes ``(m,)`` and ``(N,)``."""
         k, c = self.output_gradients.shape[:2]
         signals = torch.einsum("kj,kjto->kto", weights.view(k, c).to(self.dtype), self.output_gradients)
         return torch.einsum("kto,ktd->od", signals, self.activations).flatten().to(weights.dtype)
 
     def weighted(self, blocks: Tensor) -> "KhatriRaoGradients | DenseGradients":
-        """Rows combined within each input, ``weighted_rows(rows(), blocks)``, by combining their factors.
+        """Combine rows within each input, ``weighted_rows(rows(), blocks)``, by combining their factors.
 
         Args:
-            blocks: Shape ``(k, c', c)``; or ``(1, m', m)``, which mixes inputs and gives dense rows.
+            blocks: The weights, shape ``(k, c', c)``; or ``(1, m', m)``, which mixes inputs and gives dense rows.
         """
         k, _, t, d_out = self.output_gradients.shape
         if blocks.shape[0] != k:
@@ -159,43 +159,43 @@ class DenseGradients:
     """Gradients of any layer as the matrix they are.
 
     Attributes:
-        matrix: Shape ``(m, N)``.
+        matrix: The gradients, shape ``(m, N)``.
     """
 
     matrix: Tensor
 
     @property
     def num_rows(self) -> int:
-        """Number of inputs times outputs per input."""
+        """The number of inputs times outputs per input."""
         return self.matrix.shape[0]
 
     @property
     def num_columns(self) -> int:
-        """Number of parameters."""
+        """The number of parameters."""
         return self.matrix.shape[1]
 
     @property
     def num_elements(self) -> int:
-        """Numbers that are held."""
+        """The number of elements that are held."""
         return self.matrix.numel()
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the gradients."""
         return self.matrix.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrix."""
+        """The dtype of the matrix."""
         return self.matrix.dtype
 
     def rows(self) -> Tensor:
-        """The matrix, shape ``(m, N)``."""
+        """Return the matrix, shape ``(m, N)``."""
         return self.matrix
 
     @property
     def gram_work(self) -> float:
-        """Operations that the Gram matrix takes, about."""
+        """The number of operations that the Gram matrix takes, about."""
         return float(self.num_rows) ** 2 * self.num_columns
 
     def add_gram(self, gram: GramMatrix) -> None:
@@ -203,14 +203,14 @@ class DenseGradients:
         gram.add_products(self.matrix)
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
-        """The matrix times random vectors, see `fourier_sketch`; shape ``(m, num_columns)``."""
+        """Multiply by random vectors, see `fourier_sketch`; shape ``(m, num_columns)``."""
         parts = (self.matrix[chunk] for chunk in slices(self.num_rows, CHUNK_ELEMENTS // max(1, self.num_columns)))
         return fourier_sketch(parts, (self.num_rows, self.num_columns), num_columns, generator, self.device)
 
     def combination(self, weights: Tensor) -> Tensor:
-        """``weights @ rows()``; shapes ``(m,)`` and ``(N,)``."""
+        """Compute ``weights @ rows()``; shapes ``(m,)`` and ``(N,)``."""
         return (weights.to(self.dtype) @ self.matrix).to(weights.dtype)
 
     def weighted(self, blocks: Tensor) -> "DenseGradients":
-        """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
+        """Combine rows within each input, or by one block all of them; see `weighted_rows`."""
         return DenseGradients(weighted_rows(self.matrix, blocks))

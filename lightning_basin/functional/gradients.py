@@ -16,11 +16,11 @@ class StackedGradients:
     """Gradients of a layer whose parameters fall into parts, side by side.
 
     Attributes:
-        parts: Of different columns each.
-        columns: For each part where its columns stand; columns of no part are zero.
-        num_rows: m.
-        num_columns: N.
-        device: Where they are.
+        parts: The gradients by each part of the parameters.
+        columns: The places of each part's columns; columns of no part are zero.
+        num_rows: The number of rows, m.
+        num_columns: The number of parameters, N.
+        device: The device of the gradients.
     """
 
     parts: "tuple[KhatriRaoGradients | DenseGradients, ...]"
@@ -31,11 +31,11 @@ class StackedGradients:
 
     @property
     def num_elements(self) -> int:
-        """Numbers that are held."""
+        """The number of elements that are held."""
         return sum(part.num_elements for part in self.parts)
 
     def rows(self) -> Tensor:
-        """The matrix, shape ``(m, N)``."""
+        """Return the matrix, shape ``(m, N)``."""
         rows = self._zeros(self.num_rows, self.num_columns)
         for part, columns in zip(self.parts, self.columns, strict=True):
             rows.index_copy_(1, columns, part.rows())
@@ -47,14 +47,14 @@ class StackedGradients:
             part.add_gram(gram)
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
-        """The sum of the sketches of the parts, shape ``(m, num_columns)``."""
+        """Add up the sketches of the parts, shape ``(m, num_columns)``."""
         sketch = self._zeros(self.num_rows, num_columns)
         for part in self.parts:
             sketch += part.sketch(num_columns, generator)
         return sketch
 
     def combination(self, weights: Tensor) -> Tensor:
-        """``weights @ rows()`` without the rows; shapes ``(m,)`` and ``(N,)``."""
+        """Compute ``weights @ rows()`` without the rows; shapes ``(m,)`` and ``(N,)``."""
         combination = weights.new_zeros(self.num_columns)
         for part, columns in zip(self.parts, self.columns, strict=True):
             combination[columns] = part.combination(weights)
@@ -65,7 +65,7 @@ class StackedGradients:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def weighted(self, blocks: Tensor) -> "StackedGradients":
-        """Rows combined within each input, or, by one block, all of them; see `weighted_rows`."""
+        """Combine rows within each input, or by one block all of them; see `weighted_rows`."""
         parts = tuple(part.weighted(blocks) for part in self.parts)
         return replace(self, parts=parts, num_rows=blocks.shape[0] * blocks.shape[1])
 
@@ -74,7 +74,7 @@ LayerGradients = KhatriRaoGradients | DenseGradients | StackedGradients
 
 
 def gram_of(gradients: LayerGradients) -> GramMatrix:
-    """Products of all pairs of rows, of which the lower half is computed."""
+    """Multiply all pairs of rows, of which the lower half is computed."""
     gram = GramMatrix(gradients.num_rows, gradients.device)
     gradients.add_gram(gram)
     return gram

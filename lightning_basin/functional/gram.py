@@ -1,7 +1,7 @@
-"""The Gram matrix of rows whose columns come in parts, and its triangular factor.
+"""The Gram matrix of rows whose columns are seen some at a time, and its triangular factor.
 
-Only the lower half is computed, in blocks of rows. What lies above these is never written, so that it takes no memory
-where the system gives memory out on first use.
+Only the lower half is computed, in tiles of rows. The rest is never written, so that it takes no memory where the
+system gives memory out on first use.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Generator, Tensor
 
-_BLOCKS = 8  # of rows, in which the lower half is computed: 9/16 of all products
-_LEAST_BLOCK_ROWS = 64  # of one: fewer are slower, row for row
+_TILES = 8  # tiles of rows in which the lower half is computed: 9/16 of all products
+_LEAST_TILE_ROWS = 64  # least rows of a tile: fewer are slower, row for row
 _PANEL = 128  # columns of the factor that are computed at once
 _POWER_VECTORS = 10  # random start vectors of power steps
 _POWER_STEPS = 3  # power steps from these vectors: within 10 % where the spectrum falls evenly, too
@@ -20,9 +20,9 @@ class GramMatrix:
     """Products of all pairs of rows, added up over matrices side by side.
 
     Args:
-        num_rows: m.
-        device: Where the rows are.
-        dtype: Of the rows, in which products are added up.
+        num_rows: The number of rows, m.
+        device: The device of the rows.
+        dtype: The dtype in which products are added up.
 
     Example:
         >>> gram = GramMatrix(2)
@@ -40,62 +40,62 @@ class GramMatrix:
 
     @property
     def num_rows(self) -> int:
-        """The number of rows whose products these are, m."""
+        """The number of rows, m."""
         return len(self._lower)
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the products."""
         return self._lower.device
 
     def add_products(self, matrix: Tensor) -> None:
         """Add the products of all pairs of rows of a matrix, shape ``(m, columns)``."""
-        for rows in self._blocks():
-            block, others = self._lower[rows, : rows.stop], matrix[: rows.stop].mT
+        for rows in self._tiles():
+            tile, others = self._lower[rows, : rows.stop], matrix[: rows.stop].mT
             if self._is_empty:
-                torch.mm(matrix[rows], others, out=block)
+                torch.mm(matrix[rows], others, out=tile)
             else:
-                block.addmm_(matrix[rows], others)
+                tile.addmm_(matrix[rows], others)
         self._is_empty = False
 
     def add_scaled_products(self, matrix: Tensor, scales: Tensor) -> None:
-        """The same, each product times a number that it shares with those of neighbours.
+        """Add the products of all pairs of rows, each times a scale that neighbors share.
 
         Args:
-            matrix: Shape ``(k * c, columns)``.
-            scales: One for each pair of c neighbours, shape ``(k, k)``.
+            matrix: The rows, shape ``(k * c, columns)``.
+            scales: The scale of each pair of c neighbors, shape ``(k, k)``.
         """
         count = len(matrix) // max(1, len(scales))
         columns = scales.repeat_interleave(count, dim=1)  # Long rows of memory are multiplied fastest.
-        room = matrix.new_empty(0)  # For products, in the same memory for all blocks.
-        for rows in self._blocks(count):
-            block, shape = self._lower[rows, : rows.stop], (-1, count, rows.stop)
+        room = matrix.new_empty(0)  # For products, in the same memory for all tiles.
+        for rows in self._tiles(count):
+            tile, shape = self._lower[rows, : rows.stop], (-1, count, rows.stop)
             factors = columns[rows.start // count : rows.stop // count, None, : rows.stop]
             if self._is_empty:
-                torch.mm(matrix[rows], matrix[: rows.stop].mT, out=block)
-                block.view(shape).mul_(factors)
+                torch.mm(matrix[rows], matrix[: rows.stop].mT, out=tile)
+                tile.view(shape).mul_(factors)
                 continue
             if not room.numel():
                 room = matrix.new_empty((rows.stop - rows.start) * len(matrix))
-            products = room[: block.numel()].view(block.shape)
+            products = room[: tile.numel()].view(tile.shape)
             torch.mm(matrix[rows], matrix[: rows.stop].mT, out=products)
-            block.view(shape).addcmul_(products.view(shape), factors)
+            tile.view(shape).addcmul_(products.view(shape), factors)
         self._is_empty = False
 
     def add(self, other: "GramMatrix") -> None:
         """Add the products of the rows of another matrix beside the ones before."""
         if other._is_empty:
             return
-        for rows in self._blocks():
-            block, added = self._lower[rows, : rows.stop], other._lower[rows, : rows.stop]
-            block.copy_(added) if self._is_empty else block.add_(added)
+        for rows in self._tiles():
+            tile, added = self._lower[rows, : rows.stop], other._lower[rows, : rows.stop]
+            tile.copy_(added) if self._is_empty else tile.add_(added)
         self._is_empty = False
 
     def whole(self) -> Tensor:
-        """All of it, shape ``(m, m)``, which shares its memory with this one."""
+        """Return all products, shape ``(m, m)``, in the memory of this object."""
         if self._is_empty:
             return self._lower.zero_()
-        for rows in self._blocks():
+        for rows in self._tiles():
             self._lower[: rows.start, rows] = self._lower[rows, : rows.start].mT
             square = self._lower[rows, rows].tril()
             self._lower[rows, rows] = square + square.tril(-1).mT
@@ -103,18 +103,18 @@ class GramMatrix:
 
     @property
     def norm(self) -> float:
-        """Frobenius norm, no smaller than the largest eigenvalue."""
+        """The Frobenius norm, no smaller than the largest eigenvalue."""
         if self._is_empty:
             return 0.0
         norms = [self._lower.diagonal().norm()]
-        for rows in self._blocks():
+        for rows in self._tiles():
             norms += 2 * [self._lower[rows, : rows.start].norm(), self._lower[rows, rows].tril(-1).norm()]
         return float(torch.stack(norms).norm())
 
     def times(self, vectors: Tensor) -> Tensor:
-        """Its product with some vectors, shape ``(m, count)``."""
+        """Multiply vectors, shape ``(m, count)``."""
         product = torch.zeros_like(vectors)
-        for rows in () if self._is_empty else self._blocks():
+        for rows in () if self._is_empty else self._tiles():
             below = self._lower[rows, : rows.start]
             square = self._lower[rows, rows].tril()
             product[rows] += below @ vectors[: rows.start] + square @ vectors[rows] + square.tril(-1).mT @ vectors[rows]
@@ -122,7 +122,7 @@ class GramMatrix:
         return product
 
     def factor(self, *, shift: float = 0.0) -> "TriangularFactor | None":
-        """The Cholesky factor of this matrix less ``shift`` on its diagonal; ``None`` where that is not positive.
+        """Find the Cholesky factor of this matrix less ``shift`` on its diagonal; ``None`` where this is not positive.
 
         Panel by panel, each from all before it (Golub and Van Loan, 2013, section 4.2.8): twice as fast as the LAPACK
         of torch 2.13 on a CPU.
@@ -132,8 +132,8 @@ class GramMatrix:
         if self._lower.device.type != "cpu":
             shifted = self.whole().clone()
             shifted.diagonal().sub_(shift)
-            found, failed = torch.linalg.cholesky_ex(shifted)
-            return None if int(failed) else TriangularFactor(found)
+            lower, failed = torch.linalg.cholesky_ex(shifted)
+            return None if int(failed) else TriangularFactor(lower)
         factor = torch.empty_like(self._lower)
         for start in range(0, self.num_rows, _PANEL):
             stop = min(start + _PANEL, self.num_rows)
@@ -148,26 +148,26 @@ class GramMatrix:
             panel[stop - start :] = torch.linalg.solve_triangular(corner, panel[stop - start :].mT, upper=False).mT
         return TriangularFactor(factor)
 
-    def _blocks(self, multiple: int = 1) -> Iterator[slice]:
-        """Rows of a block, whole groups of ``multiple``."""
-        size = max(_LEAST_BLOCK_ROWS, -(-self.num_rows // _BLOCKS))
+    def _tiles(self, multiple: int = 1) -> Iterator[slice]:
+        """The rows of each tile, a multiple of ``multiple``."""
+        size = max(_LEAST_TILE_ROWS, -(-self.num_rows // _TILES))
         size = max(1, size // multiple) * multiple
         for start in range(0, self.num_rows, size):
             yield slice(start, min(self.num_rows, start + size))
 
 
 class TriangularFactor:
-    """L of a positive matrix ``L @ L.T``.
+    """The factor L of a positive matrix ``L @ L.T``.
 
     Args:
-        lower: Shape ``(m, m)``; nothing above the diagonal is looked at.
+        lower: The factor, shape ``(m, m)``; elements above the diagonal are ignored.
     """
 
     def __init__(self, lower: Tensor) -> None:
         self._lower = lower
 
     def solve(self, vectors: Tensor) -> Tensor:
-        """The inverse of ``L @ L.T`` times some vectors, shape ``(m, count)``."""
+        """Multiply vectors by the inverse of ``L @ L.T``, shape ``(m, count)``."""
         half = torch.linalg.solve_triangular(self._lower, vectors, upper=False)
         whole: Tensor = torch.linalg.solve_triangular(self._lower.mT, half, upper=True)
         return whole

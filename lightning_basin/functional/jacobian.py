@@ -9,7 +9,7 @@ from torch.func import jacrev, vmap
 Behavior = Callable[[Mapping[str, Tensor], Sequence[Tensor]], Tensor]
 """Maps parameters by name and a batch, tensors with n inputs along their first axis, to outputs ``(n, ...)``."""
 
-_CHUNK_ELEMENTS = 2**23  # float64 numbers in a temporary: 64 MiB
+_CHUNK_ELEMENTS = 2**23  # float64 elements of a temporary: 64 MiB
 
 
 def behavioral_gradients(behavior: Behavior, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
@@ -19,7 +19,7 @@ def behavioral_gradients(behavior: Behavior, parameters: Mapping[str, Tensor], i
 
     Args:
         behavior: The function; row i of its result may depend on input i only.
-        parameters: In the order of the columns.
+        parameters: The parameters, in the order of the columns.
         inputs: One or more tensors with the k inputs along their first axis.
 
     Returns:
@@ -67,8 +67,8 @@ def gradient_rows(outputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     The slow way that works for every graph, whether its operations can be batched or not.
 
     Args:
-        outputs: Attached to the graph of ``parameters``, any shape with m entries.
-        parameters: In the order of the columns.
+        outputs: The outputs, attached to the graph of ``parameters``, any shape with m elements.
+        parameters: The parameters, in the order of the columns.
 
     Returns:
         Shape ``(m, N)``; zero where an output does not depend on a parameter.
@@ -92,8 +92,8 @@ def vector_jacobian_products(outputs: Tensor, variables: Sequence[Tensor], vecto
     """Rows of ``vectors @ d(outputs)/d(variables)``, batched where every operation allows it.
 
     Args:
-        outputs: In the graph of ``variables``, which stays.
-        variables: In the order of the columns.
+        outputs: The outputs in the graph of ``variables``, which stays.
+        variables: The variables, in the order of the columns.
         vectors: n of them, each in the shape of ``outputs``.
 
     Returns:
@@ -128,7 +128,7 @@ def weighted_rows(gradients: Tensor, blocks: Tensor) -> Tensor:
 
     Args:
         gradients: Rows ordered by input, then output, shape ``(m, N)``.
-        blocks: Shape ``(k, c', c)``, or ``(1, m', m)``.
+        blocks: The weights, shape ``(k, c', c)``, or ``(1, m', m)``.
 
     Example:
         >>> weighted_rows(torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.ones(2, 1, 2))

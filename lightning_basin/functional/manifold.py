@@ -12,9 +12,9 @@ def null_directions(gradients: Tensor, directions: Tensor, *, rank: int) -> Tens
     """Project directions on the null space of a matrix of gradients, and give them unit length.
 
     Args:
-        gradients: Shape ``(m, N)``.
-        directions: Shape ``(n, N)``.
-        rank: Of ``gradients``; directions along its first right singular vectors are removed.
+        gradients: The behavioral gradients, shape ``(m, N)``.
+        directions: The directions, shape ``(n, N)``.
+        rank: The rank of ``gradients``; directions along its first right singular vectors are removed.
 
     Returns:
         Shape ``(n, N)``.
@@ -48,12 +48,12 @@ def surviving_fraction(
     :math:`\mu` that falls with the residual r.
 
     Args:
-        outputs: From parameters, shape ``(N,)``, to outputs, shape ``(m,)``.
-        jacobian: From parameters to the derivative of the outputs, shape ``(m, N)``.
-        parameters: Where to start, shape ``(N,)``.
-        direction: Of unit length, shape ``(N,)``.
+        outputs: The function from parameters, shape ``(N,)``, to outputs, shape ``(m,)``.
+        jacobian: The function from parameters to the derivative of the outputs, shape ``(m, N)``.
+        parameters: The parameters to start from, shape ``(N,)``.
+        direction: The direction of the step, of unit length, shape ``(N,)``.
         step: Length of the step.
-        max_iterations: Of the projection.
+        max_iterations: The largest number of iterations of the projection.
 
     Returns:
         The fraction, and what is left of the change of the outputs beyond their rounding, relative to the one that the

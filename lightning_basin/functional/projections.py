@@ -6,9 +6,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Generator, Tensor
 
-CHUNK_ELEMENTS = 2**21  # float64 numbers in a temporary: 16 MiB
-CACHED_ELEMENTS = 2**18  # and in one that stays in the cache until it is used: 2 MiB
-WAITING_ELEMENTS = 2**26  # and in the matrices or factors that wait for their sketch: 512 MiB
+CHUNK_ELEMENTS = 2**21
+"""Float64 elements of a temporary: 16 MiB."""
+
+CACHED_ELEMENTS = 2**18
+"""Float64 elements of a temporary that stays in the cache until it is used: 2 MiB."""
+
+WAITING_ELEMENTS = 2**26
+"""Float64 elements of matrices or factors that wait for their sketch: 512 MiB."""
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
@@ -20,20 +25,20 @@ def slices(length: int, size: int) -> Iterator[slice]:
 def fourier_sketch(
     parts: Iterable[Tensor], shape: tuple[int, int], num_columns: int, generator: Generator, device: torch.device
 ) -> Tensor:
-    """A matrix times a subsampled random Fourier transform, shape ``(m, num_columns)``.
+    """Multiply a matrix by a subsampled random Fourier transform, shape ``(m, num_columns)``.
 
     The transform costs ``N log N`` a row where a Gaussian matrix costs ``N * num_columns`` (Woolfe, Liberty, Rokhlin
-    and Tygert, 2008). Its frequencies repeat on columns at equal distances, all that is used where every eighth channel
-    is alive: so the columns are put into a random order first. The diagonal is random and continuous: it keeps the rank
-    almost surely if any does, which almost every order makes sure of. Scaled so that ``Y @ Y.T`` has the Gram matrix
-    as its mean.
+    and Tygert, 2008). Its frequencies repeat on columns at equal distances, and only these may be used, as where every
+    eighth channel is alive. So the columns are put into a random order first. The diagonal is random and continuous: it
+    keeps the rank almost surely if any diagonal does, and for almost every order one does. The sketch is scaled so that
+    ``Y @ Y.T`` has the Gram matrix as its mean.
 
     Args:
-        parts: Rows of the matrix, all of them one after the other.
-        shape: Of the matrix, ``(m, N)``.
-        num_columns: Of the sketch.
-        generator: On the CPU.
-        device: Of the matrix.
+        parts: The rows of the matrix, some at a time.
+        shape: The shape of the matrix, ``(m, N)``.
+        num_columns: The number of columns of the sketch.
+        generator: A generator on the CPU.
+        device: The device of the matrix.
     """
     length = _fast_length(max(shape[1], num_columns + 2))
     order = torch.randperm(shape[1], generator=generator).to(device)
@@ -53,7 +58,7 @@ def fourier_sketch(
 
 
 def _fast_length(least: int) -> int:
-    """The smallest even number without other prime factors than 2, 3 and 5: of such lengths are fast transforms."""
+    """The smallest even number without other prime factors than 2, 3 and 5: transforms of this length are fast."""
     lengths: list[int] = []
     for odd in (3**i * 5**j for i in range(4) for j in range(3)):
         length = 2 * odd
@@ -64,12 +69,12 @@ def _fast_length(least: int) -> int:
 
 
 def mixed(tensor: Tensor, count: int, generator: Generator) -> Tensor:
-    """The last axis along random orthonormal directions, as many as asked for; unless there are no more."""
+    """Mix the last axis along random orthonormal directions; leave it where there are no more than ``count``."""
     length = tensor.shape[-1]
     return tensor if count >= length else tensor @ torch.linalg.qr(gaussian(length, count, generator, like=tensor)).Q
 
 
 def gaussian(rows: int, columns: int, generator: Generator, *, like: Tensor) -> Tensor:
     """Draw a standard normal matrix in float64 on the device of another tensor."""
-    # Drawn on the CPU: the same numbers on every device. In float32: as random, in a fifth of the time.
+    # On the CPU, for the same elements on every device. In float32: as random, in a fifth of the time.
     return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(like.device, torch.float64)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 EPSILON = torch.finfo(torch.float64).eps
-"""Rounding of gradients that were evaluated in float64; everything here is computed in it, whatever they were."""
+"""Rounding of gradients that were evaluated in float64, in which all singular values are computed."""
 
 RANK_TOLERANCES = (1e-12, 1e-8, 1e-6, 1e-4, 1e-2)
-"""Relative tolerances at which every rank is also reported: where these differ no single integer is right."""
+"""Relative tolerances at which every rank is also reported: where the ranks differ no single integer is right."""
 
 GRAM_RESOLUTION = 1e-7
 """Singular values below this fraction of the largest cannot be read off a float64 Gram matrix.
@@ -21,7 +21,9 @@ Its eigenvalues are squares and carry an absolute error near ``eps * sigma_max**
 stands at ``sqrt(eps) = 1.5e-8`` of ``sigma_max``; the margin leaves the last resolved value two digits.
 """
 
-_LEAST_COLUMNS = 64  # that count of a wide matrix: rounding was found to move ten rows of attention by 6 epsilon
+_LEAST_COLUMNS = (
+    64  # columns of a wide matrix that count at least: rounding can move ten rows of attention by 6 epsilon
+)
 
 RankMethod = Literal["svd", "gram", "gram+sketch", "cholesky", "sketch"]
 
@@ -31,12 +33,11 @@ class Spectrum:
     """Singular values of a matrix of gradients, and how they were obtained.
 
     Attributes:
-        singular_values: Descending, float64, shape ``(min(num_rows, num_columns),)``.
-        rtol: Default relative tolerance, ``max(shape) * epsilon`` of the matrix that was decomposed.
-        method: ``"svd"`` of the matrix itself; ``"gram"`` where the Gram matrix alone resolves all of it, or all that
-            is above ``epsilon``; ``"gram+sketch"`` where singular values below ``GRAM_RESOLUTION`` come from the
-            unsquared sketch.
-        epsilon: Rounding of the numbers in the matrix, relative to the largest.
+        singular_values: The singular values, descending, float64, shape ``(min(num_rows, num_columns),)``.
+        rtol: The default relative tolerance, ``max(shape) * epsilon`` of the matrix that was decomposed.
+        method: ``"svd"`` of the matrix itself; ``"gram"`` where the Gram matrix resolves all singular values, or all
+            above ``epsilon``; ``"gram+sketch"`` where those below ``GRAM_RESOLUTION`` come from the unsquared sketch.
+        epsilon: The rounding of the elements of the matrix, relative to the largest.
     """
 
     singular_values: Tensor
@@ -50,16 +51,16 @@ class GradientRank:
     """The rank of a matrix of gradients with what is needed to judge it.
 
     Attributes:
-        rank: Number of singular values above ``rtol * sigma_max``.
-        gap: ``log10(sigma_r / sigma_{r+1})``, to about one digit where the method is ``"sketch"``, no larger than that
-            where some columns proved the rank (``"cholesky"``); ``None`` where the rank is zero.
+        rank: The number of singular values above ``rtol * sigma_max``.
+        gap: The gap ``log10(sigma_r / sigma_{r+1})``, to about one digit where the method is ``"sketch"``, and a lower
+            bound where some columns proved the rank (``"cholesky"``); ``None`` where the rank is zero.
         at: The rank at each of ``RANK_TOLERANCES``, as far as it is known and above rounding.
-        effective_rank: ``exp`` of the entropy of the squared singular values; ``None`` without these.
-        rtol: Relative tolerance that decided ``rank``.
+        effective_rank: The exponential of the entropy of the squared singular values; ``None`` without them.
+        rtol: The relative tolerance that decided ``rank``.
         largest: The largest singular value, within a factor of two where the method is ``"sketch"``; where some columns
-            proved the rank, that of these.
+            proved the rank, the largest of these columns.
         method: How the singular values were obtained, see `Spectrum`; ``"cholesky"`` or ``"sketch"`` where the rank
-            was proved without these, see `lightning_basin.functional.certificates`.
+            was proved without them, see `lightning_basin.functional.certified_rank`.
     """
 
     rank: int
@@ -72,7 +73,7 @@ class GradientRank:
 
 
 def default_rtol(num_rows: int, num_columns: int, epsilon: float = EPSILON) -> float:
-    """Relative tolerance ``max(num_rows, num_columns) * epsilon`` below which a singular value is rounding.
+    """Return the relative tolerance ``max(num_rows, num_columns) * epsilon``, below which singular values are rounding.
 
     The rule of ``numpy.linalg.matrix_rank`` (Golub and Van Loan, 2013, section 5.5.8). In lower precision than float64
     no more columns count than a sketch of the matrix has: the norm of what rounding leaves does not grow with them, and
@@ -88,11 +89,11 @@ def default_rtol(num_rows: int, num_columns: int, epsilon: float = EPSILON) -> f
 
 
 def resolved_tolerances(resolution: float, epsilon: float) -> tuple[float, ...]:
-    """Those of ``RANK_TOLERANCES`` that matter for gradients of a precision; all were chosen for float64.
+    """Select the ``RANK_TOLERANCES`` that matter for gradients of a precision; all were chosen for float64.
 
     Args:
-        resolution: Fraction of the largest singular value below which others are rounding.
-        epsilon: Rounding of the gradients.
+        resolution: The fraction of the largest singular value below which others are rounding.
+        epsilon: The rounding of the gradients.
 
     Example:
         >>> resolved_tolerances(6e-5, epsilon=2.0**-23)
@@ -102,16 +103,16 @@ def resolved_tolerances(resolution: float, epsilon: float) -> tuple[float, ...]:
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Singular values without squaring, descending.
+    """Find singular values without squaring, descending.
 
     A matrix that is clearly wider than tall (or taller than wide) is first reduced to its triangular factor,
     which has the same singular values; that halves the time.
 
     Args:
-        matrix: Shape ``(rows, columns)``.
+        matrix: The matrix, shape ``(rows, columns)``.
 
     Returns:
-        Shape ``(min(rows, columns),)``, of the dtype of ``matrix``.
+        The singular values, shape ``(min(rows, columns),)``, of the dtype of ``matrix``.
 
     Example:
         >>> singular_values(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
@@ -130,8 +131,8 @@ def numerical_rank(spectrum: Tensor, *, rtol: float) -> int:
     """Count the singular values above ``rtol`` times the largest.
 
     Args:
-        spectrum: Singular values (not their squares) in any order, shape ``(n,)``.
-        rtol: Relative to the largest.
+        spectrum: The singular values (not their squares) in any order, shape ``(n,)``.
+        rtol: The tolerance, relative to the largest.
 
     Raises:
         ValueError: If ``rtol`` is not inside ``(0, 1)``.
@@ -161,19 +162,18 @@ def check_rtol(rtol: float | None, name: str = "rtol") -> None:
 
 
 def rank_gap(spectrum: Tensor, rank: int, *, epsilon: float = EPSILON) -> float | None:
-    """Digits between the last singular value that counts and the first that does not.
+    """Measure the digits between the last singular value that counts and the first that does not.
 
-    Below 3 the rank is ill-defined. Where nothing follows, or what follows is below it, the rounding floor
-    ``epsilon * sigma_max`` stands in for it, so that the gap is finite and says how far the last singular value is
-    from the noise.
+    Below 3 the rank is ill-defined. The rounding floor ``epsilon * sigma_max`` stands in for a following value that is
+    smaller or absent, so that the gap is finite and says how far the last singular value is from the noise.
 
     Args:
-        spectrum: Singular values, descending, shape ``(n,)``.
-        rank: How many of them count.
-        epsilon: Rounding of what the singular values belong to.
+        spectrum: The singular values, descending, shape ``(n,)``.
+        rank: The number of singular values that count.
+        epsilon: The rounding of the matrix.
 
     Returns:
-        ``log10(sigma_r / sigma_{r+1})``, or ``None`` for rank 0, where there is no gap.
+        The gap ``log10(sigma_r / sigma_{r+1})``, or ``None`` for rank 0.
 
     Example:
         >>> rank_gap(torch.tensor([10.0, 1.0, 1e-5], dtype=torch.float64), 2)
@@ -187,7 +187,7 @@ def rank_gap(spectrum: Tensor, rank: int, *, epsilon: float = EPSILON) -> float 
 
 
 def effective_rank(spectrum: Tensor) -> float:
-    r"""``exp`` of the entropy of :math:`p_i = \sigma_i^2 / \sum_j \sigma_j^2`.
+    r"""Compute the exponential of the entropy of :math:`p_i = \sigma_i^2 / \sum_j \sigma_j^2`.
 
     Roy and Vetterli (2007) with squared singular values. A zero matrix has effective rank 0.
 
@@ -203,10 +203,10 @@ def effective_rank(spectrum: Tensor) -> float:
 
 
 def log_det_gram(spectrum: Tensor, rank: int) -> float | None:
-    r"""Natural logarithm of :math:`\prod_{i \le r} \sigma_i^2`, the determinant of the Gram matrix on its range.
+    r"""Compute the logarithm of :math:`\prod_{i \le r} \sigma_i^2`, the determinant of the Gram matrix on its range.
 
     Args:
-        spectrum: Singular values (not their squares), descending, shape ``(n,)``.
+        spectrum: The singular values (not their squares), descending, shape ``(n,)``.
         rank: The number of nonzero singular values, r.
 
     Returns:
@@ -223,8 +223,8 @@ def gradient_rank(spectrum: Spectrum, *, rtol: float | None = None) -> GradientR
     """Judge a spectrum: rank, gap, ranks at other tolerances, effective rank.
 
     Args:
-        spectrum: Of the matrix of gradients.
-        rtol: Relative tolerance; ``None`` means the spectrum's own.
+        spectrum: The spectrum of the matrix of gradients.
+        rtol: The relative tolerance; ``None`` means the one of the spectrum.
 
     Raises:
         ValueError: If ``rtol`` is not inside ``(0, 1)``.

@@ -17,14 +17,14 @@ def gradient_rank_bound(
     """Compute the largest rank of the behavioral gradients that merged inputs leave possible.
 
     Cut the network where an activation is all that crosses. Behind the cut, inputs with the same activation have the
-    same gradient. Before it, the gradients of merged inputs still differ, along a number of directions that is at most
-    the number of parameters there (bound B2), or what `merged_directions` (B3) or `merged_linear_directions` (B4) leave
-    of it. Hence the rank is at most ``directions + num_outputs * distinct``.
+    same gradient. Before it, the gradients of merged inputs still differ, along some directions: at most as many as
+    there are parameters before the cut (bound B2), and often fewer, by `merged_directions` (B3) and
+    `merged_linear_directions` (B4). Hence the rank is at most ``directions + num_outputs * distinct``.
 
     Inputs may merge at one cut after the other. Take a set S of inputs, with rows G_S of the gradients, and one cut.
     Let R be the first member of each class in S. Each row of G_S is the row of a member of R plus a difference inside a
-    class, so that ``rank(G_S) <= directions(S) + rank(G_R)``. The same holds for R and any further cut: what an early
-    cut has merged cheaply, a later one need not pay for.
+    class, so that ``rank(G_S) <= directions(S) + rank(G_R)``. The same holds for R and any further cut: an input that
+    an early cut has merged cheaply costs nothing at a later one.
 
     Args:
         num_parameters: The number of trainable parameters, N, a bound by itself.
@@ -81,8 +81,9 @@ def merged_directions(classes: Tensor, signals: Tensor) -> int:
 def merged_linear_directions(classes: Tensor, signals: Tensor, inputs: Tensor, *, rtol: float) -> int:
     """Count the directions along which gradients before a cut can differ, behind a linear layer: bound B4.
 
-    Where all that is trained before the cut is one linear layer, the gradients of two inputs of a class differ by
-    ``signals ⊗ difference of the inputs``, so that they span at most the rank of the one times the rank of the other.
+    Where one linear layer is all that is trained before the cut, the gradients of two inputs of a class differ by
+    ``signals ⊗ difference of the inputs``. All differences span at most the rank of the first factor times the rank of
+    the second.
 
     Both ranks are counted at a tolerance below that of the gradients: the parts below it move the gradients G by less
     than half of ``rtol`` times the norm of their largest row, hence no singular value of G past

@@ -70,16 +70,16 @@ def factors_of_groups(derivatives: OutputDerivatives, samples: Sequence[OutputDe
         derivatives: The derivatives of the loss at the outputs.
         samples: The derivatives at random outputs, where no input is saturated.
     """
-    for members in coupled_groups([derivatives, *samples]):
-        scales = softmax_scales(derivatives.of_groups(members), [sample.of_groups(members) for sample in samples])
+    for members in _coupled_groups([derivatives, *samples]):
+        scales = _softmax_scales(derivatives.of_groups(members), [sample.of_groups(members) for sample in samples])
         is_softmax = scales.isfinite().all(0)
         if bool(is_softmax.any()):
-            yield softmax_factors(derivatives, samples[0], members[is_softmax], scales[:, is_softmax])
+            yield _softmax_factors(derivatives, samples[0], members[is_softmax], scales[:, is_softmax])
         if not bool(is_softmax.all()):
             yield _factors_by_eigenvalues(derivatives, members[~is_softmax])
 
 
-def coupled_groups(derivatives: Sequence[OutputDerivatives]) -> Iterator[Tensor]:
+def _coupled_groups(derivatives: Sequence[OutputDerivatives]) -> Iterator[Tensor]:
     """Yield groups of outputs that are coupled, directly or through others: for each size s the members, ``(g, s)``."""
     coupled = torch.stack([(each.matrices != 0).any(0) for each in derivatives]).any(0)
     lowest = torch.arange(len(coupled), device=coupled.device)
@@ -97,7 +97,7 @@ def coupled_groups(derivatives: Sequence[OutputDerivatives]) -> Iterator[Tensor]
         yield order[starts[sizes == size].unsqueeze(1) + torch.arange(size, device=coupled.device)]
 
 
-def softmax_scales(derivatives: OutputDerivatives, samples: Sequence[OutputDerivatives]) -> Tensor:
+def _softmax_scales(derivatives: OutputDerivatives, samples: Sequence[OutputDerivatives]) -> Tensor:
     """Find by which number the curvature of a softmax is multiplied in each group.
 
     Args:
@@ -162,7 +162,7 @@ def _formula_error(derivatives: OutputDerivatives, scales: Tensor) -> Tensor:
     return (derivatives.matrices - scales[..., None, None] * softmax[..., :size, :size]).abs().amax((-2, -1))
 
 
-def softmax_factors(
+def _softmax_factors(
     derivatives: OutputDerivatives, sample: OutputDerivatives, members: Tensor, scales: Tensor
 ) -> GroupFactors:
     """Factor the curvature of softmaxes in closed form.

@@ -26,12 +26,12 @@ class MeasuredUse:
 
     Attributes:
         use: The operation.
-        signals: The output gradients, input by input, shape ``(k, c, t, d_out)`` for a product, else ``(k, c, n)``.
+        output_gradients: The output gradients, shape ``(k, c, t, d_out)`` for a product, else ``(k, c, n)``.
         activations: The input activations of a product, shape ``(k, t, d_in)``; ``None`` for other uses.
     """
 
     use: Use
-    signals: Tensor
+    output_gradients: Tensor
     activations: Tensor | None
 
 
@@ -69,13 +69,13 @@ class _JoinedUses:
 
     def gradients(self) -> KhatriRaoGradients | DenseGradients:
         """The gradients with respect to the elements, in the order of `columns`."""
-        signals = [use.signals for use in self.uses]
+        output_gradients = [use.output_gradients for use in self.uses]
         if self.uses[0].activations is None:
-            return DenseGradients(sum(signals[1:], start=signals[0]).flatten(0, 1))
+            return DenseGradients(sum(output_gradients[1:], start=output_gradients[0]).flatten(0, 1))
         activations = concatenated([use.activations for use in self.uses if use.activations is not None], 1)
         if self.bias is not None:
             activations = torch.cat([activations, activations.new_ones(*activations.shape[:2], 1)], dim=2)
-        return KhatriRaoGradients(activations, concatenated(signals, 2))
+        return KhatriRaoGradients(activations, concatenated(output_gradients, 2))
 
     def columns(self, starts: Mapping[int, int]) -> Tensor:
         """Where the elements stand among the parameters of the layer.

@@ -1,4 +1,4 @@
-"""Which part of an operation's result belongs to which input, and the outputs' derivatives with respect to it.
+"""Which slice of an operation's output belongs to which input, and the derivatives of the network's outputs by it.
 
 Axis letters: k inputs, c outputs per input, t positions of a sequence, n elements of a parameter.
 """
@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from lightning_basin.gradients.assemble import MeasuredUse
 from lightning_basin.network.network import Network
 from lightning_basin.network.trace import Trace
-from lightning_basin.operations.uses import ElementwiseUse, Leaving, ProductUse, Use
+from lightning_basin.operations.uses import ElementwiseUse, OperationOutput, ProductUse, Use
 
 _NUM_CHOICES = 3
 """Choices of inputs whose derivatives may show where the inputs are; one shows it, unless a layer is dead."""
@@ -55,20 +55,22 @@ def measured_in_chunk(network: Network, trace: Trace, uses: Mapping[int, Use]) -
     num_inputs = outputs.shape[0]
     axes = _input_axes(outputs, uses)
     products_of_biases = _products_of_biases({index: uses[index] for index in axes})
-    signals = _signals(outputs, uses, {i: axis for i, axis in axes.items() if i not in products_of_biases}, dtype)
+    output_gradients = _output_gradients(
+        outputs, uses, {i: axis for i, axis in axes.items() if i not in products_of_biases}, dtype
+    )
     measured = {}
-    for index in list(signals):
+    for index in list(output_gradients):
         use = uses[index]
         activations = None
         if isinstance(use, ProductUse):
-            activations = axes[index].split(use.activations().to(dtype), num_inputs).flatten(1, -2)
-        measured[index] = MeasuredUse(use, signals.pop(index), activations)
+            activations = axes[index].split(use.read_activations().to(dtype), num_inputs).flatten(1, -2)
+        measured[index] = MeasuredUse(use, output_gradients.pop(index), activations)
     for index, product in products_of_biases.items():
-        measured[index] = MeasuredUse(uses[index], _summed_over_positions(measured[product].signals), None)
+        measured[index] = MeasuredUse(uses[index], _summed_over_positions(measured[product].output_gradients), None)
     return measured
 
 
-def _signals(
+def _output_gradients(
     outputs: Tensor, uses: Mapping[int, Use], axes: Mapping[int, InputAxis], dtype: torch.dtype
 ) -> dict[int, Tensor]:
     """The output gradients of some uses, as in `MeasuredUse`, by one backward pass for each output.
@@ -81,19 +83,19 @@ def _signals(
     """
     num_inputs, num_outputs = outputs.shape
     places = places_of(uses)
-    signals: dict[int, Tensor] = {}
+    output_gradients: dict[int, Tensor] = {}
     for j in range(num_outputs):
         derivatives = derivatives_at(places, outputs[:, j].sum())
         for index, axis in axes.items():
-            derivative = derivatives[id(uses[index].leaving)]
-            of_output = _signals_of_output(uses[index], derivative, axis, num_inputs, dtype)
+            derivative = derivatives[id(uses[index].output)]
+            of_output = _gradients_of_output(uses[index], derivative, axis, num_inputs, dtype)
             if j == 0:  # Written to their final place: a copy would take twice the memory and twice the time.
-                signals[index] = of_output.new_empty(num_inputs, num_outputs, *of_output.shape[1:])
-            signals[index][:, j] = of_output
-    return signals
+                output_gradients[index] = of_output.new_empty(num_inputs, num_outputs, *of_output.shape[1:])
+            output_gradients[index][:, j] = of_output
+    return output_gradients
 
 
-def _signals_of_output(use: Use, derivative: Tensor, axis: InputAxis, num_inputs: int, dtype: torch.dtype) -> Tensor:
+def _gradients_of_output(use: Use, derivative: Tensor, axis: InputAxis, num_inputs: int, dtype: torch.dtype) -> Tensor:
     """The gradients of one output, input by input: shape ``(k, t, d_out)`` for a product, else ``(k, n)``.
 
     Args:
@@ -105,7 +107,7 @@ def _signals_of_output(use: Use, derivative: Tensor, axis: InputAxis, num_inputs
     """
     derivative = derivative.to(dtype)  # Before anything is added up.
     if isinstance(use, ProductUse):
-        return axis.split(use.signals(derivative), num_inputs).flatten(1, -2)
+        return axis.split(use.arrange(derivative), num_inputs).flatten(1, -2)
     contributions = axis.split(use.contributions(derivative), num_inputs)
     positions = use.positions.movedim(axis.axis, 0)  # Of length 1 along this axis.
     repeated = [dim for dim in range(1, contributions.ndim) if positions.shape[dim - 1] == 1]
@@ -122,14 +124,14 @@ def _products_of_biases(uses: Mapping[int, Use]) -> dict[int, int]:
         if isinstance(use, ElementwiseUse)
         and use.shifts is not None
         and id(use.shifts) in products
-        and use.shifts.leaving is use.leaving
+        and use.shifts.output is use.output
         and use.positions.numel() == use.shifts.positions.shape[0]
     }
 
 
-def _summed_over_positions(signals: Tensor) -> Tensor:
+def _summed_over_positions(output_gradients: Tensor) -> Tensor:
     """Output gradients of a bias from those of its product, shape ``(k, c, t, d_out)``; not copied for one position."""
-    return signals.squeeze(2) if signals.shape[2] == 1 else signals.sum(2)
+    return output_gradients.squeeze(2) if output_gradients.shape[2] == 1 else output_gradients.sum(2)
 
 
 def _input_axes(outputs: Tensor, uses: Mapping[int, Use]) -> dict[int, InputAxis]:
@@ -142,7 +144,7 @@ def _input_axes(outputs: Tensor, uses: Mapping[int, Use]) -> dict[int, InputAxis
         chosen = chosen.to(outputs.device)
         derivatives = derivatives_at(places, (outputs * weights)[chosen].sum())
         for index, use in uses.items():
-            possible = _possible_input_axes(use, derivatives[id(use.leaving)], chosen)
+            possible = _possible_input_axes(use, derivatives[id(use.output)], chosen)
             axes[index] = [axis for axis in axes.get(index, possible) if axis in possible]
         if all(len(possible) <= 1 for possible in axes.values()):
             break
@@ -162,7 +164,7 @@ def _possible_input_axes(use: Use, derivative: Tensor, chosen: Tensor) -> list[I
     """
     num_inputs = chosen.numel()
     if isinstance(use, ProductUse):
-        dims, contributions = [0], use.signals(derivative)
+        dims, contributions = [0], use.arrange(derivative)
     else:
         contributions = use.contributions(derivative)
         dims = [dim for dim in range(contributions.ndim) if use.positions.shape[dim] == 1]
@@ -187,12 +189,12 @@ def _choices(num_inputs: int, generator: Generator) -> Iterator[Tensor]:
             yield ~chosen
 
 
-def places_of(uses: Mapping[int, Use]) -> list[Leaving]:
+def places_of(uses: Mapping[int, Use]) -> list[OperationOutput]:
     """The results of all operations, each once."""
-    return list({id(use.leaving): use.leaving for use in uses.values()}.values())
+    return list({id(use.output): use.output for use in uses.values()}.values())
 
 
-def derivatives_at(places: Sequence[Leaving], output: Tensor) -> dict[int, Tensor]:
+def derivatives_at(places: Sequence[OperationOutput], output: Tensor) -> dict[int, Tensor]:
     """Derivatives of a scalar with respect to the results of some operations.
 
     Args:
@@ -202,8 +204,8 @@ def derivatives_at(places: Sequence[Leaving], output: Tensor) -> dict[int, Tenso
     Returns:
         The derivatives by the identity of the place, zero where the scalar does not depend on it.
     """
-    edges = {id(leaving): leaving.edge for leaving in places if leaving.edge is not None}
-    shapes = {id(leaving): leaving.shape for leaving in places}
+    edges = {id(place): place.edge for place in places if place.edge is not None}
+    shapes = {id(place): place.shape for place in places}
     gradients: Sequence[Tensor | None] = [None] * len(edges)
     if edges and output.requires_grad:  # No input of the chunk may have entered a layer.
         gradients = torch.autograd.grad(output, list(edges.values()), retain_graph=True, allow_unused=True)

@@ -34,7 +34,7 @@ class MeasuredGradients:
         layer: The layer.
         gradients: The gradients, rows ordered by input, then output, in the network's ``gradient_dtype``.
         structured: Whether they come from the operations that use the layer, and not from dense rows.
-        note: What a reader should know about how they were obtained; ``None`` for nothing.
+        note: The record's note on how they were obtained; ``None`` for nothing.
     """
 
     layer: Layer
@@ -48,7 +48,7 @@ class AutogradCheck:
 
     Args:
         traced: The network's runs over the probe.
-        generator: On the CPU; draws the combination's weights, which are standard normal.
+        generator: A generator on the CPU; it draws the combination's weights, which are standard normal.
 
     Raises:
         ValueError: If the gradients are not finite.
@@ -99,7 +99,7 @@ class AutogradCheck:
             gradients: The gradients to check.
             structured: Whether they come from the operations that use the layer. Then only rounding is allowed for, so
                 that no use is missed, however weak.
-            note: What a reader should know about them.
+            note: The record's note on them.
         """
         expected, eps = self._expected(layer), torch.finfo(self._traced.network.dtype).eps
         difference = (gradients.combination(self._weights.flatten()) - expected).abs().max()

@@ -120,7 +120,7 @@ def uses_by_layer(network: Network, trace: Trace) -> dict[Layer, dict[int, Use]]
     uses: dict[Layer, dict[int, Use]] = {layer: {} for layer in network.layers}
     reached: dict[int, set[Layer]] = {}
     for index, use in enumerate(trace.operations.uses):
-        if use.leaving.edge is None:
+        if use.output.edge is None:
             continue
         if id(use.source) not in reached:
             reached[id(use.source)] = _layers_behind(network, use.source, owners)

@@ -102,7 +102,9 @@ def _uses_of_chunk(
         used_elements = _used_elements(by_layer[layer].values()) if chunk.probe.size < num_inputs else []
         uses_in_chunk[layer] = None
         if uses is not None:
-            uses_in_chunk[layer] = _UsesInChunk([(use.signals, use.activations) for use in uses], used_elements)
+            uses_in_chunk[layer] = _UsesInChunk(
+                [(use.output_gradients, use.activations) for use in uses], used_elements
+            )
     return uses_in_chunk
 
 
@@ -114,9 +116,11 @@ def _joined(uses: Sequence[Use], chunks: Sequence[_UsesInChunk | None]) -> list[
         return None
     joined = []
     for use, factors in zip(uses, zip(*(chunk.factors for chunk in measured), strict=True), strict=True):
-        signals = [signals for signals, _ in factors]
+        output_gradients = [output_gradients for output_gradients, _ in factors]
         activations = [activations for _, activations in factors if activations is not None]
-        joined.append(MeasuredUse(use, concatenated(signals), concatenated(activations) if activations else None))
+        joined.append(
+            MeasuredUse(use, concatenated(output_gradients), concatenated(activations) if activations else None)
+        )
     return joined
 
 

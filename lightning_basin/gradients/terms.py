@@ -34,7 +34,7 @@ def term_magnitudes(network: Network, chunk: Chunk, layer: Layer, weights: Tenso
     by_source: dict[Source, Tensor] = {}
     for use in uses.values():
         magnitudes = by_source.setdefault(use.source, outputs.new_zeros(use.source.tensor.numel()))
-        magnitudes.index_add_(0, use.positions.flatten(), _terms(use, derivatives[id(use.leaving)]).flatten())
+        magnitudes.index_add_(0, use.positions.flatten(), _terms(use, derivatives[id(use.output)]).flatten())
     totals = [torch.zeros_like(parameter) for parameter in parameters]
     for source, magnitudes in by_source.items():  # Through a tensor that was computed from parameters: the chain rule.
         gradients = torch.autograd.grad(
@@ -48,6 +48,6 @@ def term_magnitudes(network: Network, chunk: Chunk, layer: Layer, weights: Tenso
 def _terms(use: Use, derivative: Tensor) -> Tensor:
     """Sum the magnitudes of the terms of one use, in the shape of its positions."""
     if isinstance(use, ProductUse):
-        signals, activations = use.signals(derivative).flatten(0, -2), use.activations().flatten(0, -2)
-        return signals.abs().mT @ activations.abs()
+        output_gradients, activations = use.arrange(derivative).flatten(0, -2), use.read_activations().flatten(0, -2)
+        return output_gradients.abs().mT @ activations.abs()
     return use.contributions(derivative).abs().sum_to_size(use.positions.shape)

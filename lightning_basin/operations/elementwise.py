@@ -1,54 +1,19 @@
 """Operations that scale and shift, as uses of the parameters among their arguments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
-from lightning_basin.operations.uses import ElementwiseUse, Leaving, ProductUse, Recording, Use
-
-
-def _elementwise(
-    recorder: Recording,
-    leaving: Leaving,
-    parameter: Any,
-    num_axes: int,
-    contributions: Callable[[Tensor], Tensor],
-    *,
-    axis: int | None = None,
-    shifts: ProductUse | None = None,
-) -> list[Use]:
-    """A use whose parameter meets the last axes of the result, or one axis."""
-    found = recorder.placed(parameter)
-    if found is None or found[1].ndim > num_axes:
-        return []
-    source, positions = found
-    if axis is not None:
-        positions = positions.view(-1, *(1,) * (num_axes - axis - 1))
-    positions = positions.view((1,) * (num_axes - positions.ndim) + tuple(positions.shape))
-    return [ElementwiseUse(source, positions, leaving, contributions, shifts)]
-
-
-def shift(
-    recorder: Recording,
-    leaving: Leaving,
-    bias: Any,
-    num_axes: int,
-    products: Sequence[Use],
-    *,
-    axis: int | None = None,
-) -> list[Use]:
-    """Return the use of a bias that an operation adds to its product."""
-    shifted = products[0] if len(products) == 1 else None
-    assert not isinstance(shifted, ElementwiseUse)
-    return _elementwise(recorder, leaving, bias, num_axes, lambda signal: signal, axis=axis, shifts=shifted)
+from lightning_basin.operations.uses import Call, Handler, OperationOutput, ProductUse, Use, aten
 
 
 def _fused_cell(
-    recorder: Recording,
-    _: Leaving,
+    call: Call,
     input_gates: Tensor,
     hidden_gates: Tensor,
     state: Tensor,
@@ -60,9 +25,9 @@ def _fused_cell(
     for gates, bias in ((input_gates, input_bias), (hidden_gates, hidden_bias)):
         if gates.grad_fn is not None:
             edge = get_gradient_edge(gates)
-            products = [use for use in recorder.operations.uses if use.leaving.edge == edge]
-            leaving = products[0].leaving if products else Leaving(gates.shape, edge)
-            uses += shift(recorder, leaving, bias, 2, products)
+            products = [use for use in call.earlier if isinstance(use, ProductUse) and use.output.edge == edge]
+            output = products[0].output if products else OperationOutput(gates.shape, edge)
+            uses += replace(call, output=output).bias(bias, 2, products)
     return uses
 
 
@@ -77,83 +42,53 @@ def _value(operand: Any, *, copy: bool = False) -> Any:
     return operand.detach().clone() if copy else operand.detach()
 
 
-def _mul(recorder: Recording, leaving: Leaving, left: Any, right: Any, *, in_place: bool = False) -> list[Use]:
-    for parameter, other in ((left, right), (right, left)):
-        value = _value(other, copy=in_place)
-        found = _elementwise(
-            recorder,
-            leaving,
-            parameter,
-            _num_axes(left, right),
-            lambda signal, value=value: signal * value,  # type: ignore[misc]
-        )
-        if found:
-            return found
-    return []
-
-
-def _add(recorder: Recording, leaving: Leaving, left: Any, right: Any, *, alpha: float = 1) -> list[Use]:
-    axes = _num_axes(left, right)
-    return _elementwise(recorder, leaving, left, axes, lambda signal: signal) or _elementwise(
-        recorder, leaving, right, axes, lambda signal: signal * alpha
+def _mul(call: Call, left: Any, right: Any, *, in_place: bool = False) -> Sequence[Use]:
+    axes, first, second = _num_axes(left, right), _value(left, copy=in_place), _value(right, copy=in_place)
+    return call.elementwise(left, axes, lambda derivative: derivative * second) or call.elementwise(
+        right, axes, lambda derivative: derivative * first
     )
 
 
-def _sub(recorder: Recording, leaving: Leaving, left: Any, right: Any, *, alpha: float = 1) -> list[Use]:
-    return _add(recorder, leaving, left, right, alpha=-alpha)
-
-
-def _div(recorder: Recording, leaving: Leaving, left: Any, right: Any, *, in_place: bool = False) -> list[Use]:
-    numerator, divisor = _value(left, copy=in_place), _value(right)
+def _add(call: Call, left: Any, right: Any, *, alpha: float = 1) -> Sequence[Use]:
     axes = _num_axes(left, right)
-    return _elementwise(recorder, leaving, left, axes, lambda signal: signal / divisor) or _elementwise(
-        recorder, leaving, right, axes, lambda signal: -signal * numerator / divisor**2
+    return call.elementwise(left, axes, lambda derivative: derivative) or call.elementwise(
+        right, axes, lambda derivative: derivative * alpha
     )
 
 
-def _prelu(recorder: Recording, leaving: Leaving, entering: Tensor, weight: Tensor) -> list[Use]:
-    negative = entering.detach().clamp(max=0)
-    return _elementwise(recorder, leaving, weight, entering.ndim, lambda signal: signal * negative)
+def _sub(call: Call, left: Any, right: Any, *, alpha: float = 1) -> Sequence[Use]:
+    return _add(call, left, right, alpha=-alpha)
+
+
+def _div(call: Call, left: Any, right: Any, *, in_place: bool = False) -> Sequence[Use]:
+    axes, numerator, divisor = _num_axes(left, right), _value(left, copy=in_place), _value(right)
+    return call.elementwise(left, axes, lambda derivative: derivative / divisor) or call.elementwise(
+        right, axes, lambda derivative: -derivative * numerator / divisor**2
+    )
+
+
+def _prelu(call: Call, inputs: Tensor, weight: Tensor) -> Sequence[Use]:
+    negative = inputs.detach().clamp(max=0)
+    return call.elementwise(weight, inputs.ndim, lambda derivative: derivative * negative)
 
 
 def _layer_norm(
-    recorder: Recording,
-    leaving: Leaving,
-    entering: Tensor,
-    shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> list[Use]:
-    entering = entering.detach()
-
-    def scaled(signal: Tensor) -> Tensor:
-        return signal * F.layer_norm(entering, tuple(shape), eps=eps)
-
-    return [
-        *_elementwise(recorder, leaving, weight, entering.ndim, scaled),
-        *_elementwise(recorder, leaving, bias, entering.ndim, lambda signal: signal),
-    ]
+    call: Call, inputs: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Sequence[Use]:
+    inputs = inputs.detach()
+    return _scale_and_shift(call, inputs.ndim, weight, bias, lambda: F.layer_norm(inputs, tuple(shape), eps=eps))
 
 
 def _rms_norm(
-    recorder: Recording,
-    leaving: Leaving,
-    entering: Tensor,
-    shape: Sequence[int],
-    weight: Tensor | None,
-    eps: float | None,
-) -> list[Use]:
-    entering = entering.detach()
-    return _elementwise(
-        recorder, leaving, weight, entering.ndim, lambda signal: signal * F.rms_norm(entering, tuple(shape), eps=eps)
-    )
+    call: Call, inputs: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float | None
+) -> Sequence[Use]:
+    inputs = inputs.detach()
+    return _scale_and_shift(call, inputs.ndim, weight, None, lambda: F.rms_norm(inputs, tuple(shape), eps=eps))
 
 
 def _batch_norm(
-    recorder: Recording,
-    leaving: Leaving,
-    entering: Tensor,
+    call: Call,
+    inputs: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor | None,
@@ -161,20 +96,19 @@ def _batch_norm(
     training: bool,  # noqa: FBT001  # as torch calls it
     momentum: float,
     eps: float,
-) -> list[Use]:
-    entering = entering.detach()
+) -> Sequence[Use]:
+    inputs = inputs.detach()
     mean, variance = (None if statistic is None else statistic.detach().clone() for statistic in (mean, variance))
 
-    def scaled(signal: Tensor) -> Tensor:
-        return signal * F.batch_norm(entering, mean, variance, training=training, momentum=0.0, eps=eps)
+    def normalized() -> Tensor:
+        return F.batch_norm(inputs, mean, variance, training=training, momentum=0.0, eps=eps)
 
-    return _channelwise(recorder, leaving, entering.ndim, weight, bias, scaled)
+    return _scale_and_shift(call, inputs.ndim, weight, bias, normalized, axis=1)
 
 
 def _group_norm(
-    recorder: Recording,
-    leaving: Leaving,
-    entering: Tensor,
+    call: Call,
+    inputs: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     num_inputs: int,
@@ -182,28 +116,42 @@ def _group_norm(
     num_places: int,
     groups: int,
     eps: float,
-) -> list[Use]:
-    entering = entering.detach()
-
-    def scaled(signal: Tensor) -> Tensor:
-        return signal * F.group_norm(entering, groups, eps=eps)
-
-    return _channelwise(recorder, leaving, entering.ndim, weight, bias, scaled)
+) -> Sequence[Use]:
+    inputs = inputs.detach()
+    return _scale_and_shift(call, inputs.ndim, weight, bias, lambda: F.group_norm(inputs, groups, eps=eps), axis=1)
 
 
-def _channelwise(
-    recorder: Recording,
-    leaving: Leaving,
+def _scale_and_shift(
+    call: Call,
     num_axes: int,
     weight: Tensor | None,
     bias: Tensor | None,
-    scaled: Callable[[Tensor], Tensor],
-) -> list[Use]:
+    normalized: Callable[[], Tensor],
+    *,
+    axis: int | None = None,
+) -> Sequence[Use]:
+    """The uses of a normalization, whose weight scales what ``normalized`` returns."""
     return [
-        *_elementwise(recorder, leaving, weight, num_axes, scaled, axis=1),
-        *_elementwise(recorder, leaving, bias, num_axes, lambda signal: signal, axis=1),
+        *call.elementwise(weight, num_axes, lambda derivative: derivative * normalized(), axis=axis),
+        *call.elementwise(bias, num_axes, lambda derivative: derivative, axis=axis),
     ]
 
 
-def _in_place(handler: Callable[..., list[Use]]) -> Callable[..., list[Use]]:
-    return lambda *args, **kwargs: handler(*args, in_place=True, **kwargs)
+HANDLERS: Mapping[Any, Handler] = {
+    aten.mul.Tensor: _mul,
+    aten.mul_.Tensor: partial(_mul, in_place=True),
+    aten.add.Tensor: _add,
+    aten.add_.Tensor: _add,
+    aten.sub.Tensor: _sub,
+    aten.sub_.Tensor: _sub,
+    aten.div.Tensor: _div,
+    aten.div_.Tensor: partial(_div, in_place=True),
+    aten._prelu_kernel.default: _prelu,
+    aten._thnn_fused_gru_cell.default: _fused_cell,
+    aten._thnn_fused_lstm_cell.default: _fused_cell,
+    aten.native_layer_norm.default: _layer_norm,
+    aten._fused_rms_norm.default: _rms_norm,
+    aten.native_batch_norm.default: _batch_norm,
+    aten.native_group_norm.default: _group_norm,
+}
+"""The function that finds the uses, by operation."""

@@ -1,140 +1,81 @@
-"""Matrix products and convolutions, as uses of the parameters among their arguments.
+"""Matrix products and convolutions, as uses of the parameters among their arguments."""
 
-Every handler takes the recorder, the place of the result and the operation's arguments, and returns the uses.
-"""
-
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_basin.operations.elementwise import shift
-from lightning_basin.operations.uses import Leaving, ProductUse, Recording, Source, Use
+from lightning_basin.operations.uses import Call, Handler, ProductUse, Use, aten
 
 
-def _mm(recorder: Recording, leaving: Leaving, left: Tensor, right: Tensor) -> list[Use]:
-    return _product(
-        recorder, leaving, left, right, operand=lambda tensor: tensor.detach().to_dense(), result=lambda signal: signal
-    )
+def _mm(call: Call, left: Tensor, right: Tensor) -> list[ProductUse]:
+    return _matrix_product(call, left, right, lambda matrix: matrix)
 
 
-def _product(
-    recorder: Recording,
-    leaving: Leaving,
-    left: Tensor,
-    right: Tensor,
-    *,
-    operand: Callable[[Tensor], Tensor],
-    result: Callable[[Tensor], Tensor],
-    index: int | None = None,
-) -> list[Use]:
-    """The product of two matrices, one of them a parameter; ``operand`` and ``result`` select it from a batch."""
-    for parameter, other, is_right in ((right, left, True), (left, right, False)):
-        found = recorder.placed(parameter)
-        if found is None:
-            continue
-        source, positions = found
-        positions = positions if index is None else positions[index]
-        entering = operand(other)
-
-        if is_right:
-            return [
-                ProductUse(
-                    source,
-                    positions.mT,
-                    leaving,
-                    lambda entering=entering: entering.unsqueeze(1),  # type: ignore[misc]
-                    lambda signal: result(signal).unsqueeze(1),
-                    entering.numel(),
-                )
-            ]
-        return [
-            ProductUse(
-                source,
-                positions,
-                leaving,
-                lambda entering=entering: entering.mT.unsqueeze(1),  # type: ignore[misc]
-                lambda signal: result(signal).mT.unsqueeze(1),
-                entering.numel(),
-            )
-        ]
-    return []
-
-
-def _bmm(recorder: Recording, leaving: Leaving, left: Tensor, right: Tensor) -> list[Use]:
+def _bmm(call: Call, left: Tensor, right: Tensor) -> list[ProductUse]:
     uses = []
     for index in range(left.shape[0]):
-        uses += _product(
-            recorder,
-            leaving,
-            left,
-            right,
-            operand=lambda tensor, index=index: tensor[index].detach(),  # type: ignore[misc]
-            result=lambda signal, index=index: signal[index],  # type: ignore[misc]
-            index=index,
-        )
+        uses += _matrix_product(call, left, right, lambda batch, index=index: batch[index])  # type: ignore[misc]
     return uses
 
 
+def _matrix_product(call: Call, left: Tensor, right: Tensor, select: Callable[[Tensor], Tensor]) -> list[ProductUse]:
+    """The product of two matrices, one of them a parameter; ``select`` takes one matrix from a batch."""
+    first, second = select(left.detach()), select(right.detach())  # Either may be sparse.
+    return call.product(
+        right,
+        lambda positions: select(positions).mT,
+        read_activations=lambda: first.to_dense().unsqueeze(1),
+        arrange=lambda derivative: select(derivative).unsqueeze(1),
+        num_activations=first.numel(),
+    ) or call.product(
+        left,
+        select,
+        read_activations=lambda: second.to_dense().mT.unsqueeze(1),
+        arrange=lambda derivative: select(derivative).mT.unsqueeze(1),
+        num_activations=second.numel(),
+    )
+
+
 def _addmm(
-    recorder: Recording,
-    leaving: Leaving,
-    bias: Tensor,
-    left: Tensor,
-    right: Tensor,
-    *,
-    beta: float = 1,
-    alpha: float = 1,
-) -> list[Use]:
+    call: Call, bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Sequence[Use]:
     if beta != 1 or alpha != 1:
         return []
-    products = _mm(recorder, leaving, left, right)
-    return [*products, *shift(recorder, leaving, bias, 2, products)]
+    products = _mm(call, left, right)
+    return [*products, *call.bias(bias, 2, products)]
 
 
-def _mv(recorder: Recording, leaving: Leaving, matrix: Tensor, vector: Tensor) -> list[Use]:
-    found = recorder.placed(vector)
-    if found is None:
+def _mv(call: Call, matrix: Tensor, vector: Tensor) -> Sequence[Use]:
+    matrix = matrix.detach()
+    return call.product(
+        vector,
+        lambda positions: positions.unsqueeze(0),
+        read_activations=lambda: matrix.unsqueeze(1),
+        arrange=lambda derivative: derivative.view(-1, 1, 1),
+        num_activations=matrix.numel(),
+    )
+
+
+def _trilinear(call: Call, first: Tensor, weight: Tensor, second: Tensor, *layout: Sequence[int]) -> Sequence[Use]:
+    if tuple(map(tuple, layout)) != ((1, 3), (0,), (1, 2), (2, 3)):  # As F.bilinear calls it.
         return []
-    source, positions = found
-    entering = matrix.detach()
-    return [
-        ProductUse(
-            source,
-            positions.unsqueeze(0),
-            leaving,
-            lambda: entering.unsqueeze(1),
-            lambda signal: signal.view(-1, 1, 1),
-            entering.numel(),
-        )
-    ]
-
-
-def _trilinear(
-    recorder: Recording, leaving: Leaving, first: Tensor, weight: Tensor, second: Tensor, *layout: Sequence[int]
-) -> list[Use]:
-    found = recorder.placed(weight)
-    if found is None or tuple(map(tuple, layout)) != ((1, 3), (0,), (1, 2), (2, 3)):  # As F.bilinear calls it.
-        return []
-    source, positions = found
     first, second = first.detach(), second.detach()
-    return [
-        ProductUse(
-            source,
-            positions.flatten(1),
-            leaving,
-            lambda: (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1).unsqueeze(1),
-            lambda signal: signal.unsqueeze(1),
-            first.numel() * second.shape[1],
-        )
-    ]
+    return call.product(
+        weight,
+        lambda positions: positions.flatten(1),
+        read_activations=lambda: (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1).unsqueeze(1),
+        arrange=lambda derivative: derivative.unsqueeze(1),
+        num_activations=first.numel() * second.shape[1],
+    )
 
 
 def _convolution(
-    recorder: Recording,
-    leaving: Leaving,
-    entering: Tensor,
+    call: Call,
+    inputs: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     stride: Sequence[int],
@@ -143,27 +84,25 @@ def _convolution(
     transposed: bool,  # noqa: FBT001  # as torch calls it
     output_padding: Sequence[int],
     groups: int,
-) -> list[Use]:
-    dimensions = weight.ndim - 2
+) -> Sequence[Use]:
+    dimensions, inputs = weight.ndim - 2, inputs.detach()
     stride, padding, dilation = (tuple(sizes) * (dimensions // len(sizes)) for sizes in (stride, padding, dilation))
     kernel = _Kernel(tuple(weight.shape[2:]), stride, dilation, padding)
-    products: list[Use] = []
-    found = recorder.placed(weight)
-    if found is not None:
-        source, positions = found
-        entering = entering.detach()
-        for group in range(groups):
-            chosen = positions.chunk(groups)[group].flatten(1)
-            if transposed:
-                products.append(_transposed_group(source, chosen.mT, leaving, entering, kernel, group, groups))
-            else:
-                products.append(_group(source, chosen, leaving, entering, kernel, group, groups))
-    return [*products, *shift(recorder, leaving, bias, 2 + dimensions, products, axis=1)]
+    use_of_group = _transposed_group if transposed else _group
+    products = [use for group in range(groups) for use in use_of_group(call, inputs, weight, kernel, group, groups)]
+    return [*products, *call.bias(bias, 2 + dimensions, products, axis=1)]
 
 
 @dataclass(frozen=True)
 class _Kernel:
-    """The geometry of a convolution, each along all its dimensions."""
+    """The geometry of a convolution.
+
+    Attributes:
+        size: The lengths of the kernel, one along each dimension.
+        stride: The steps between its places.
+        dilation: The steps between its elements.
+        padding: The zeros on each side of the input.
+    """
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -171,7 +110,7 @@ class _Kernel:
     padding: tuple[int, ...]
 
     def patches(self, tensor: Tensor) -> Tensor:
-        """What the kernel sees at each of its places, shape ``(n, *places, channels * size)``."""
+        """Return what the kernel sees at each of its places, shape ``(n, *places, channels * size)``."""
         tensor = F.pad(tensor, [pad for padding in reversed(self.padding) for pad in (padding, padding)])
         sizes = zip(self.size, self.stride, self.dilation, strict=True)
         for axis, (size, stride, dilation) in enumerate(sizes, start=2):
@@ -180,40 +119,54 @@ class _Kernel:
         return tensor.movedim(1, 1 + dimensions).flatten(1 + dimensions)
 
     def num_places(self, spatial: Sequence[int]) -> int:
-        """At how many places the kernel fits."""
-        count = 1
-        for length, size, stride, dilation, padding in zip(
-            spatial, self.size, self.stride, self.dilation, self.padding, strict=True
-        ):
-            count *= (length + 2 * padding - dilation * (size - 1) - 1) // stride + 1
-        return count
+        """Count the places at which the kernel fits."""
+        sizes = zip(spatial, self.size, self.stride, self.dilation, self.padding, strict=True)
+        return math.prod(
+            (length + 2 * padding - dilation * (size - 1) - 1) // stride + 1
+            for length, size, stride, dilation, padding in sizes
+        )
 
 
 def _group(
-    source: Source, positions: Tensor, leaving: Leaving, entering: Tensor, kernel: _Kernel, group: int, groups: int
-) -> ProductUse:
-    channels = entering.chunk(groups, 1)[group]
-    num_places = kernel.num_places(entering.shape[2:])
-    return ProductUse(
-        source,
-        positions,
-        leaving,
-        lambda: kernel.patches(channels).flatten(1, -2),
-        lambda signal: signal.chunk(groups, 1)[group].flatten(2).mT,
-        channels.shape[0] * num_places * positions.shape[1],
+    call: Call, inputs: Tensor, weight: Tensor, kernel: _Kernel, group: int, groups: int
+) -> Sequence[ProductUse]:
+    channels = inputs.chunk(groups, 1)[group]
+    return call.product(
+        weight,
+        lambda positions: positions.chunk(groups)[group].flatten(1),
+        read_activations=lambda: kernel.patches(channels).flatten(1, -2),
+        arrange=lambda derivative: derivative.chunk(groups, 1)[group].flatten(2).mT,
+        num_activations=channels.shape[0] * kernel.num_places(inputs.shape[2:]) * weight[:1].numel(),
     )
 
 
 def _transposed_group(
-    source: Source, positions: Tensor, leaving: Leaving, entering: Tensor, kernel: _Kernel, group: int, groups: int
-) -> ProductUse:
-    """A transposed convolution writes a patch for each place of what enters: the two sides change roles."""
-    channels = entering.chunk(groups, 1)[group]
+    call: Call, inputs: Tensor, weight: Tensor, kernel: _Kernel, group: int, groups: int
+) -> Sequence[ProductUse]:
+    """A transposed convolution writes a patch for each place of its input: the two sides change roles."""
+    channels = inputs.chunk(groups, 1)[group]
 
-    def signals(signal: Tensor) -> Tensor:
-        seen = kernel.patches(signal.chunk(groups, 1)[group])
-        for axis, length in enumerate(entering.shape[2:], start=1):  # No place sees what output_padding adds.
-            seen = seen.narrow(axis, 0, length)
-        return seen.flatten(1, -2)
+    def arrange(derivative: Tensor) -> Tensor:
+        patches = kernel.patches(derivative.chunk(groups, 1)[group])
+        for axis, length in enumerate(inputs.shape[2:], start=1):  # No place sees what output_padding adds.
+            patches = patches.narrow(axis, 0, length)
+        return patches.flatten(1, -2)
 
-    return ProductUse(source, positions, leaving, lambda: channels.flatten(2).mT, signals, channels.numel())
+    return call.product(
+        weight,
+        lambda positions: positions.chunk(groups)[group].flatten(1).mT,
+        read_activations=lambda: channels.flatten(2).mT,
+        arrange=arrange,
+        num_activations=channels.numel(),
+    )
+
+
+HANDLERS: Mapping[Any, Handler] = {
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.bmm.default: _bmm,
+    aten.mv.default: _mv,
+    aten._trilinear.default: _trilinear,
+    aten.convolution.default: _convolution,
+}
+"""The function that finds the uses, by operation."""

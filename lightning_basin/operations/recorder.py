@@ -1,11 +1,12 @@
 """Record which operations use which parameter while a network runs.
 
 A parameter reaches the outputs only through the operations that take it, whatever the module is called that holds it:
-a linear layer, attention and a recurrent cell all multiply a matrix with what enters. So the gradients of an input
-follow from what entered each operation and the derivatives of the outputs by what left it, without one gradient with
-respect to a parameter.
+a linear layer, attention and a recurrent cell all multiply a matrix with their input. So the gradients of an input
+follow from the input of each operation and from the derivatives of the network's outputs by its output, without one
+gradient with respect to a parameter.
 
-What is not known here is not recorded. Whether the recorded uses are all of them is for the caller to check.
+Operations that are not known here are not recorded. Whether the recorded uses are all of them is for the caller to
+check.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +18,20 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_basin.operations.handlers import HANDLERS
-from lightning_basin.operations.uses import ElementwiseUse, Leaving, Operations, Source, Use, aten
+from lightning_basin.operations import elementwise, lookups, products
+from lightning_basin.operations.uses import (
+    Call,
+    ElementwiseUse,
+    Handler,
+    OperationOutput,
+    Operations,
+    Source,
+    Use,
+    aten,
+)
 from lightning_basin.tensors import tensors_of
+
+_HANDLERS: Mapping[Any, Handler] = {**products.HANDLERS, **lookups.HANDLERS, **elementwise.HANDLERS}
 
 
 @contextmanager
@@ -29,17 +41,17 @@ def recorded_operations(
     """Record the operations that use parameters while the body runs.
 
     Args:
-        parameters: By name.
-        constants: Tensors that depend on no input, such as buffers.
-        num_inputs: k; a tensor that is made or repeated to this length has a part for each input.
+        parameters: The parameters, by name.
+        constants: The tensors that depend on no input, such as buffers.
+        num_inputs: The number k of inputs; a tensor that is made or repeated to this length has a part for each input.
     """
-    recorder = Recorder(parameters, constants, num_inputs)
+    recorder = _Recorder(parameters, constants, num_inputs)
     with recorder:
         yield recorder.operations
     recorder.settle()
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.13 leaves its base untyped
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.13 leaves its base untyped
     """Sees every operation below autograd."""
 
     def __init__(self, parameters: Mapping[str, Tensor], constants: Sequence[Tensor], num_inputs: int) -> None:
@@ -52,7 +64,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.1
         # Copies of parameters for each input: views of what is fixed, yet not fixed themselves.
         self._parts: dict[int, Tensor] = {}
         self._orders: dict[int, Tensor] = {}
-        self._unsettled: list[tuple[Leaving, Tensor]] = []
+        self._unsettled: list[tuple[OperationOutput, Tensor]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -61,19 +73,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.1
         kwargs = kwargs or {}
         arguments = tensors_of((args, kwargs))
         is_fixed = all(map(self._is_fixed, arguments))
-        leaving = Leaving()
-        # Before the operation runs: it may overwrite what enters it.
+        output = OperationOutput()
+        # Before the operation runs: it may overwrite its arguments.
+        uses: Sequence[Use] = []
         if is_fixed:
-            uses = self._copies(func, args, leaving)
-        else:
-            uses = HANDLERS[func](self, leaving, *args, **kwargs) if func in HANDLERS else []
+            uses = self._copies(func, args, output)
+        elif func in _HANDLERS:
+            uses = _HANDLERS[func](Call(output, self.operations.uses, self.find_source), *args, **kwargs)
         if not is_fixed and func._schema.is_mutable:
             self._forget_written(func, args, kwargs)
         results = func(*args, **kwargs)
         tensors = tensors_of(results)
         if uses and not tensors[0].is_complex():  # Derivatives by complex numbers follow other rules.
             self.operations.uses += uses
-            self._unsettled.append((leaving, tensors[0]))
+            self._unsettled.append((output, tensors[0]))
         is_copied = is_fixed and (bool(uses) or self._are_repeated_indices(func, args))
         if is_copied or any(id(tensor) in self._parts for tensor in arguments):
             shared = set(map(_memory, arguments))
@@ -85,17 +98,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.1
         return results
 
     def settle(self) -> None:
-        """Note where in the graph the last results are: only after an operation has returned are they in it."""
-        for leaving, tensor in self._unsettled:
-            leaving.shape = tensor.shape
-            if (
-                tensor.grad_fn is not None
-            ):  # A view of a parameter, taken without a graph, requires gradients and has none.
-                leaving.edge = get_gradient_edge(tensor)
+        """Note where in the graph the last outputs are: they are in it only after an operation has returned."""
+        for output, tensor in self._unsettled:
+            output.shape = tensor.shape
+            # A view of a parameter, taken without a graph, requires gradients and has none.
+            if tensor.grad_fn is not None:
+                output.edge = get_gradient_edge(tensor)
         self._unsettled.clear()
 
-    def placed(self, tensor: Any) -> tuple[Source, Tensor] | None:
-        """The source that a tensor is (a view of), with the entries that it shows; ``None`` for what has none."""
+    def find_source(self, tensor: Any) -> tuple[Source, Tensor] | None:
+        """Return the source that a tensor is (a view of), and the positions of its elements there, or ``None``."""
         if not isinstance(tensor, Tensor) or not tensor.requires_grad or id(tensor) in self._parts:
             return None
         base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
@@ -114,7 +126,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.1
         return id(tensor) in self._fixed or (tensor._is_view() and id(tensor._base) in self._fixed)
 
     def _forget_written(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """What depends on an input is written into a tensor: neither it nor a view of it is fixed any more."""
+        """Forget the tensors, and their views, into which an operation writes what depends on an input."""
         written: set[int] = set()
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -123,8 +135,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.1
         if written:
             self._fixed = {key: tensor for key, tensor in self._fixed.items() if _memory(tensor) not in written}
 
-    def _copies(self, func: Any, args: tuple[Any, ...], leaving: Leaving) -> list[Use]:
-        """A use, where a parameter is copied for each input."""
+    def _copies(self, func: Any, args: tuple[Any, ...], output: OperationOutput) -> list[Use]:
+        """The use of a parameter that is copied for each input; none for other operations."""
         if func not in (aten.expand.default, aten.repeat.default) or self._num_inputs == 1:
             return []
         tensor, sizes = args[0], args[1]
@@ -133,13 +145,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.1
             size if func is aten.repeat.default or (length == 1 and size > 0) else 1
             for size, length in zip(sizes, old, strict=True)
         ]
-        found = self.placed(tensor)
+        found = self.find_source(tensor)
         if found is None or not any(count % self._num_inputs == 0 for count in copies if count > 1):
             return []
         source, positions = found
         interleaved = tuple(length for pair in zip(copies, old, strict=True) for length in pair)
         ones = tuple(length for size in old for length in (1, size))
-        return [ElementwiseUse(source, positions.view(ones), leaving, lambda signal: signal.reshape(interleaved))]
+        return [
+            ElementwiseUse(source, positions.view(ones), output, lambda derivative: derivative.reshape(interleaved))
+        ]
 
     def _are_repeated_indices(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Whether integers are repeated for each input, as the places of tokens that look up their embeddings are."""
@@ -157,12 +171,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.1
 
 
 def _memory(tensor: Tensor) -> int:
-    """The same for a tensor and its views; a sparse one has no storage of its own, and no views."""
+    """What a tensor shares with its views; a sparse tensor has no storage, and no views."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 def _order(base: Tensor) -> Tensor:
-    """Which entries of a tensor, counted in its logical order, stand where in its storage."""
+    """The position of each element of a tensor's storage among its elements in logical order."""
     order = torch.arange(base.numel(), device=base.device).view(base.shape)
     if base.is_contiguous():
         return order

@@ -1,12 +1,12 @@
 """How an operation can use a parameter.
 
 Two forms are enough: a `ProductUse` multiplies and sums (matrix products, convolutions, look-ups), an `ElementwiseUse`
-scales, shifts or copies (normalisations, biases, positional embeddings, class tokens).
+scales, shifts or copies (normalizations, biases, positional embeddings, class tokens).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ class Source:
     """What operations use: a parameter, or a tensor that was computed from parameters and constants alone.
 
     Attributes:
-        name: Of the parameter; ``None`` for a tensor computed from some.
-        tensor: Attached to the graph.
+        name: The name of the parameter; ``None`` for a computed tensor.
+        tensor: The tensor, attached to the graph.
     """
 
     name: str | None
@@ -29,12 +29,12 @@ class Source:
 
 
 @dataclass(eq=False)
-class Leaving:
-    """What left one operation, as a place in the graph: the tensor itself may be overwritten later.
+class OperationOutput:
+    """The output of an operation, as a place in the graph: the tensor itself may be overwritten later.
 
     Attributes:
-        shape: Of the tensor.
-        edge: ``None`` where no parameter can be reached from it.
+        shape: The shape of the tensor.
+        edge: The place in the graph; ``None`` where no parameter can be reached from it.
     """
 
     shape: torch.Size = torch.Size()  # noqa: RUF009  # immutable
@@ -43,68 +43,139 @@ class Leaving:
 
 @dataclass(frozen=True, eq=False)
 class ProductUse:
-    """An operation whose result is a sum of products of a parameter with what enters.
+    """An operation whose output is a sum of products of a parameter with input activations.
 
     Attributes:
         source: The parameter.
-        positions: Which of its entries stand in the matrix that multiplies, shape ``(d_out, d_in)``.
-        leaving: The result of the operation.
-        activations: Returns what is multiplied, shape ``(n, t, d_in)``; the n rows belong to the k inputs.
-        signals: From a derivative by the result to that by what leaves, shape ``(n, t, d_out)``.
-        num_activations: Entries of what ``activations`` returns.
+        positions: The positions in the parameter of the elements of the matrix, shape ``(d_out, d_in)``.
+        output: The output of the operation.
+        read_activations: Returns the input activations, shape ``(n, t, d_in)``; the n rows belong to the k inputs.
+        arrange: From a derivative by the output to the output gradients of the matrix, shape ``(n, t, d_out)``.
+        num_activations: The number of elements of the input activations.
     """
 
     source: Source
     positions: Tensor
-    leaving: Leaving
-    activations: Callable[[], Tensor]
-    signals: Callable[[Tensor], Tensor]
+    output: OperationOutput
+    read_activations: Callable[[], Tensor]
+    arrange: Callable[[Tensor], Tensor]
     num_activations: int
 
 
 @dataclass(frozen=True, eq=False)
 class ElementwiseUse:
-    """An operation that scales, shifts or copies, repeating its parameter along some axes of the result.
+    """An operation that scales, shifts or copies, repeating its parameter along some axes of the output.
 
     Attributes:
         source: The parameter.
-        positions: Which of its entries are used, with one axis for each of the result, of length 1 where repeated.
-        leaving: The result of the operation.
-        contributions: From a derivative by the result to that by the repeated parameter, with the same axes.
-        shifts: The product to which this is added, as a bias is.
+        positions: The positions in the parameter of the elements that are used, with one axis for each axis of the
+            output, of length 1 where the parameter is repeated.
+        output: The output of the operation.
+        contributions: From a derivative by the output to that by the repeated parameter, with the same axes.
+        shifts: The product to which this is added, as a bias is; ``None`` for none.
     """
 
     source: Source
     positions: Tensor
-    leaving: Leaving
+    output: OperationOutput
     contributions: Callable[[Tensor], Tensor]
     shifts: ProductUse | None = None
 
 
 Use = ProductUse | ElementwiseUse
 
+Handler = Callable[..., Sequence[Use]]
+"""From a `Call` and the arguments of its operation to the uses of parameters among these."""
+
 
 @dataclass(eq=False)
 class Operations:
-    """What was recorded.
+    """The operations of a forward pass.
 
     Attributes:
-        uses: In the order of the forward pass.
-        num_elements: Numbers in all results that depend on a parameter: the size of the graph.
+        uses: The uses of parameters, in the order of the forward pass.
+        num_elements: The number of elements in all outputs that depend on a parameter: the size of the graph.
     """
 
     uses: list[Use] = field(default_factory=list)
     num_elements: int = 0
 
 
-class Recording(Protocol):
-    """What a handler of an operation may ask of the recorder.
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an operation, for the function that finds its uses.
 
     Attributes:
-        operations: What was recorded so far.
+        output: The output of the operation.
+        earlier: The uses that were recorded before.
+        find_source: From a tensor to the source that it is (a view of), and the positions of its elements there;
+            ``None`` for a tensor without a source.
     """
 
-    operations: Operations
+    output: OperationOutput
+    earlier: Sequence[Use]
+    find_source: Callable[[Any], tuple[Source, Tensor] | None]
 
-    def placed(self, tensor: Any) -> tuple[Source, Tensor] | None:
-        """The source that a tensor is (a view of), with the entries that it shows; ``None`` for what has none."""
+    def product(
+        self,
+        parameter: Any,
+        matrix_of: Callable[[Tensor], Tensor],
+        *,
+        read_activations: Callable[[], Tensor],
+        arrange: Callable[[Tensor], Tensor],
+        num_activations: int,
+    ) -> list[ProductUse]:
+        """Return the use of a tensor as a matrix; none where the tensor has no source.
+
+        Args:
+            parameter: The tensor.
+            matrix_of: From the tensor to the matrix, for the positions of its elements.
+            read_activations: The same as of `ProductUse`.
+            arrange: The same as of `ProductUse`.
+            num_activations: The same as of `ProductUse`.
+        """
+        if (found := self.find_source(parameter)) is None:
+            return []
+        source, positions = found
+        return [ProductUse(source, matrix_of(positions), self.output, read_activations, arrange, num_activations)]
+
+    def elementwise(
+        self,
+        parameter: Any,
+        num_axes: int,
+        contributions: Callable[[Tensor], Tensor],
+        *,
+        axis: int | None = None,
+        shifts: ProductUse | None = None,
+    ) -> list[ElementwiseUse]:
+        """Return the use of a tensor along the last axes of the output, or along one; none without a source.
+
+        Args:
+            parameter: The tensor.
+            num_axes: The number of axes of the output.
+            contributions: The same as of `ElementwiseUse`.
+            axis: The axis of the output along which a vector stands; ``None`` for the last axes.
+            shifts: The same as of `ElementwiseUse`.
+        """
+        found = self.find_source(parameter)
+        if found is None or found[1].ndim > num_axes:
+            return []
+        source, positions = found
+        if axis is not None:
+            positions = positions.view(-1, *(1,) * (num_axes - axis - 1))
+        positions = positions.view((1,) * (num_axes - positions.ndim) + tuple(positions.shape))
+        return [ElementwiseUse(source, positions, self.output, contributions, shifts)]
+
+    def bias(
+        self, bias: Any, num_axes: int, products: Sequence[ProductUse], *, axis: int | None = None
+    ) -> list[ElementwiseUse]:
+        """Return the use of a bias that the operation adds to its product; the same as `elementwise`.
+
+        Args:
+            bias: The tensor.
+            num_axes: The number of axes of the output.
+            products: The products of the operation.
+            axis: The axis of the output along which the bias stands; ``None`` for the last axes.
+        """
+        shifts = products[0] if len(products) == 1 else None
+        return self.elementwise(bias, num_axes, lambda derivative: derivative, axis=axis, shifts=shifts)

@@ -1,1 +1,1 @@
-"""What is measured: one file for each group of quantities."""
+"""The quantities of a record, one file for each group of them."""

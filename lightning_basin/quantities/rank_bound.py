@@ -69,7 +69,7 @@ def _candidates(activations: Mapping[str, LayerActivations], num_inputs: int, rt
         classes = layer.classes(rtol)
         # All inputs share an activation that is not known input by input.
         candidates.append((name, torch.zeros(num_inputs, dtype=torch.int64) if classes is None else classes))
-        # Where inputs of a class turn out to differ too much, those that are equal may be merged.
+        # Where the inputs of a class turn out to differ too much, equal inputs may still be merged.
         if classes is not None and num_classes(classes) < num_inputs:
             exact = layer.classes(0.0)
             if exact is not None and not torch.equal(exact, classes):
@@ -85,7 +85,7 @@ def _cuts_before(evaluation: Evaluation, name: str, classes: Tensor, rank: Gradi
         name: The name of the layer.
         classes: The first member of each input's class, by the layer's input activation.
         rank: The rank of the network.
-        share: The fraction of the rank's tolerance that merging these inputs may use up.
+        share: The fraction of the rank's tolerance for the error of merging these inputs.
     """
     traced, parameters = evaluation.traced, evaluation.network.parameters()
     is_before = [False] * len(parameters)

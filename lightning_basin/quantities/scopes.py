@@ -1,4 +1,4 @@
-"""What a quantity is reported for: a layer, a block of layers, or the network."""
+"""The scopes of a quantity: each layer, blocks of layers, and the network."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

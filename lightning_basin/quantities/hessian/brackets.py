@@ -27,7 +27,7 @@ class BlockNorms:
     Attributes:
         model: The quadratic model of the loss.
         generator: A generator on the CPU, for start vectors.
-        limits: The limits on what is held in memory at once.
+        limits: The limits of memory.
         is_dense: Whether the Hessian is formed too, beside which products are cheap.
     """
 
@@ -80,7 +80,7 @@ class BlockNorms:
 
 
 def _is_settled(bound: NormBound, residual: float, smallest: float | None, slack: float, *, is_bounded: bool) -> bool:
-    """Whether further products would change neither what is certified nor, by more than the slack, the bound."""
+    """Whether further products would change neither the certified count nor, by more than the slack, the bound."""
     is_tight = bound.upper <= slack * bound.value
     is_certified = smallest is not None and 2 * residual < smallest
     is_hopeless = smallest is None or 2 * bound.value >= smallest
@@ -102,7 +102,7 @@ def bracket_null_spaces(
         spectra: The singular values of rows whose products are P, for each scope.
         loss: The loss at the outputs.
         norms: The source of bounds on the norms of R and H; ``None`` takes no product.
-        rtol: The relative tolerance on eigenvalues; ``None`` means what the arithmetic allows.
+        rtol: The relative tolerance on eigenvalues; ``None`` means the rounding of the arithmetic.
 
     Raises:
         RuntimeError: If a product is not finite, or the Hessian not symmetric.

@@ -35,7 +35,7 @@ def dense_null_spaces(
         loss: The loss at the outputs.
         scopes: The scopes to report, the network last.
         brackets: The bracket that products prove for each scope; empty where they prove nothing.
-        rtol: The relative tolerance on eigenvalues; ``None`` means what the arithmetic allows.
+        rtol: The relative tolerance on eigenvalues; ``None`` means the rounding of the arithmetic.
     """
     layers = scopes[-1].layers
     positions = torch.arange(hessian.shape[0], device=hessian.device)
@@ -63,7 +63,7 @@ def dense_hessian(
         gradients: The gradients of the canonical outputs, shape ``(m, N)``.
         loss: The loss at the outputs.
         is_curved: For each parameter whether its Gauss-Newton part is known not to vanish.
-        limits: The limits on what is held in memory at once.
+        limits: The limits of memory.
 
     Raises:
         RuntimeError: If the Hessian is not symmetric or not finite, or an operation can be differentiated only once.

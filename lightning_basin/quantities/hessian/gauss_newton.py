@@ -26,7 +26,7 @@ class GaussNewtonAccumulator:
         loss: The loss at the outputs.
         scopes: The scopes to report.
         generator: A generator on the CPU, for random vectors.
-        max_waiting: The number of elements that may be held of gradients that wait for their sketch.
+        max_waiting: The number of elements in the gradients that may wait for their sketch.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class GaussNewtonAccumulator:
         return float(sum(vector.square().sum() for vector in combinations)) / _NUM_COMBINATIONS
 
     def _without_noise(self, scope: Scope, spectrum: Spectrum) -> Spectrum:
-        """The spectrum without what rounding of the factors leaves where the gradients all but vanish under them."""
+        """The spectrum without singular values below the rounding of the factors, at which gradients all but cancel."""
         norm = math.sqrt(sum(self._square_norms.get(layer, 0.0) for layer in scope.layers))
         values = spectrum.singular_values
         size = max(self._num_rows, scope.num_parameters)

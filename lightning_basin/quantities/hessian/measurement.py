@@ -33,9 +33,9 @@ class HessianMeasurement:
         loss: The loss at the outputs.
         route: How the Hessian is measured.
         scopes: The scopes to report, the network last.
-        rtol: The relative tolerance on eigenvalues; ``None`` means what the arithmetic allows.
+        rtol: The relative tolerance on eigenvalues; ``None`` means the rounding of the arithmetic.
         generator: A generator on the CPU, for random vectors.
-        limits: The limits on what is held in memory at once.
+        limits: The limits of memory.
     """
 
     def __init__(

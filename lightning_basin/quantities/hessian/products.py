@@ -60,7 +60,7 @@ def sum_of_products(model: QuadraticModel, indices: Sequence[int], direction: Te
 
 
 def _gauss_newton_product(model: QuadraticModel, indices: Sequence[int], direction: Tensor) -> Tensor:
-    """GᵀAG times a direction: first how all outputs move, then what pulls them back."""
+    """GᵀAG times a direction: G moves all outputs, A pulls them back, and Gᵀ takes the pull to the parameters."""
     variables = [model.parameters[index] for index in indices]
     moved = output_derivative(model, variables, direction)
     pulled = weighted_rows(moved.reshape(-1, 1), model.curvature.matrices).view(moved.shape)

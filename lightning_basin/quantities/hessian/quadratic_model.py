@@ -25,7 +25,7 @@ class QuadraticModel:
     At the weights where it is taken, the loss has the same Hessian as the model
     :math:`\sum_x s_x f_x(\theta) + \frac{1}{2} (f_x(\theta) - f_x)^T A_x (f_x(\theta) - f_x)`, with slope s and
     curvature A held fixed. The Hessian of the linear part, the first sum, is R = H - P, free of the cancellation of
-    this difference. Both are sums over inputs, so that they can be taken in chunks that fit into memory.
+    this difference. Both are sums over inputs, and are taken in chunks that fit into memory.
 
     Attributes:
         network: The network to differentiate.

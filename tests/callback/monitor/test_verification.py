@@ -5,9 +5,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_basin import BasinMonitor
 from tests.callback.monitor.modules import events_of
-from tests.lightning_packages import (
-    TensorBoardLogger,
-)
+from tests.lightning_packages import LightningModule, TensorBoardLogger
+from tests.networks import drawn
 from tests.training import (
     Regressor,
     Scripted,
@@ -80,3 +79,26 @@ def test_training_is_bit_identical_with_verification(tmp_path):
     with_monitor = witnessed(tmp_path, monitor)
     assert with_monitor == witnessed(tmp_path)
     assert None not in fractions(monitor)
+
+
+class WithLossInStep(LightningModule):
+    """A linear layer of 5 features and 2 outputs, whose inputs and targets stand in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(5, 2)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self.net(batch["x"]), batch["y"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_null_space_of_outputs_that_are_read_from_the_training_step_is_verified(tmp_path):
+    items = [{"x": x, "y": y} for x, y in zip(drawn(8, 5).float(), drawn(8, 2).float(), strict=True)]
+    monitor = BasinMonitor(probe=3, verify_null_space=1)
+    make_trainer(tmp_path, monitor, max_epochs=1).fit(WithLossInStep(), DataLoader(items, batch_size=4))
+    # Three inputs see three of the six directions of each output: the others are free, however far.
+    assert [record.gradient_nullity for record in monitor.records] == [6, 6]
+    assert fractions(monitor) == pytest.approx([1.0, 1.0])

@@ -337,7 +337,7 @@ def test_gradients_stay_right_whichever_use_is_not_recorded(name, monkeypatch):
     build, shape = (FACTORED | BY_OPERATION)[name]
     network, probe, trace = Network(filled(build())), Probe(drawn(*shape)), Network.trace
     expected = {layer: gradients.gradients.rows() for layer, gradients in measured(network, probe).items()}
-    dropped = [i for i, use in enumerate(network.trace(probe).operations.uses) if use.leaving.edge is not None]
+    dropped = [i for i, use in enumerate(network.trace(probe).operations.uses) if use.output.edge is not None]
 
     def forgetful(index):
         def run(network, probe):

@@ -1,7 +1,8 @@
 """Modules as their packages publish them, with small data to fit them on. None of the packages need be installed."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 Fit = Callable[[list[Any]], nn.Module]
-"""Trains a new module on the same data with these callbacks for a few steps, and returns it."""
+"""Trains a new module on the same data with some callbacks for a few steps, and returns it."""
 
-ARGUMENTS: dict[str, dict[str, Any]] = {}
-"""What to pass where `BasinMonitor()` alone does not give everything, by package."""
+Fits = dict[str, Fit]
+"""A package's modules by name."""
 
 QUIET = {
     "accelerator": "cpu",
@@ -44,55 +45,49 @@ def table(num_rows: int = 64) -> np.ndarray:
 # ------------------------------------------------------------------------------------------ lightning's own modules
 
 
-def lightning() -> Iterator[tuple[str, Fit]]:
+def lightning() -> Fits:
     boring = import_module("lightning.pytorch.demos.boring_classes")
     lstm = import_module("lightning.pytorch.demos.lstm")
     transformer = import_module("lightning.pytorch.demos.transformer")
     inputs = torch.from_numpy(np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32))
     words = torch.from_numpy(np.random.default_rng(0).integers(6, size=(16, 3)))
 
-    def simple(name: str) -> Fit:
-        return lambda callbacks: trained(getattr(boring, name)(), DataLoader(inputs, 8), callbacks)
+    def on_vectors(name: str, callbacks: list[Any]) -> nn.Module:
+        return trained(getattr(boring, name)(), DataLoader(inputs, 8), callbacks)
 
-    for name in ("BoringModel", "ManualOptimBoringModel", "DemoModel"):
-        yield name, simple(name)
+    def on_words(make: Callable[..., Any], callbacks: list[Any]) -> nn.Module:
+        module = make(vocab_size=6)
+        module.prepare_data = lambda: None  # It downloads a text that is not used here.
+        return trained(module, DataLoader(TensorDataset(words[:, :-1], words[:, 1:]), 8), callbacks)
 
-    def on_words(make: Callable[..., Any]) -> Fit:
-        def run(callbacks: list[Any]) -> nn.Module:
-            module = make(vocab_size=6)
-            module.prepare_data = lambda: None  # It downloads a text that is not used here.
-            return trained(module, DataLoader(TensorDataset(words[:, :-1], words[:, 1:]), 8), callbacks)
-
-        return run
-
-    yield "LightningTransformer", on_words(transformer.LightningTransformer)
-    yield "LightningLSTM", on_words(lstm.LightningLSTM)
+    return {
+        **{name: partial(on_vectors, name) for name in ("BoringModel", "ManualOptimBoringModel", "DemoModel")},
+        "LightningTransformer": partial(on_words, transformer.LightningTransformer),
+        "LightningLSTM": partial(on_words, lstm.LightningLSTM),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ time series
 
 
-def neuralforecast() -> Iterator[tuple[str, Fit]]:
+def neuralforecast() -> Fits:
     core, models, pandas = (import_module(name) for name in ("neuralforecast", "neuralforecast.models", "pandas"))
     frame = pandas.DataFrame(
         {"unique_id": "a", "ds": pandas.date_range("2020-01-01", periods=80, freq="D"), "y": waves()}
     )
 
-    def fit(name: str, options: dict[str, Any]) -> Fit:
-        def run(callbacks: list[Any]) -> nn.Module:
-            model = getattr(models, name)(
-                h=2,
-                input_size=8,
-                max_steps=3,
-                batch_size=1,
-                windows_batch_size=32,
-                **{"scaler_type": "identity", "random_seed": 1, "callbacks": callbacks, **QUIET, **options},
-            )
-            forecast = core.NeuralForecast(models=[model], freq="D")
-            forecast.fit(frame)
-            return forecast.models[0]
-
-        return run
+    def fit(name: str, options: dict[str, Any], callbacks: list[Any]) -> nn.Module:
+        model = getattr(models, name)(
+            h=2,
+            input_size=8,
+            max_steps=3,
+            batch_size=1,
+            windows_batch_size=32,
+            **{"scaler_type": "identity", "random_seed": 1, "callbacks": callbacks, **QUIET, **options},
+        )
+        forecast = core.NeuralForecast(models=[model], freq="D")
+        forecast.fit(frame)
+        return forecast.models[0]
 
     small: dict[str, dict[str, Any]] = {
         "MLP": {"hidden_size": 8},
@@ -107,28 +102,24 @@ def neuralforecast() -> Iterator[tuple[str, Fit]]:
         "TFT": {"hidden_size": 4, "n_head": 1},
         "PatchTST": {"hidden_size": 8, "n_heads": 2, "linear_hidden_size": 8, "encoder_layers": 1, "patch_len": 4},
     }
-    for name, options in small.items():
-        yield name, fit(name, options)
+    return {name: partial(fit, name, options) for name, options in small.items()}
 
 
-def darts() -> Iterator[tuple[str, Fit]]:
+def darts() -> Fits:
     models, series = import_module("darts.models"), import_module("darts").TimeSeries
     values = series.from_values(waves())
 
-    def fit(name: str, options: dict[str, Any]) -> Fit:
-        def run(callbacks: list[Any]) -> nn.Module:
-            kept = {key: value for key, value in QUIET.items() if key not in ("logger", "enable_checkpointing")}
-            model = getattr(models, name)(
-                input_chunk_length=8,
-                n_epochs=2,
-                batch_size=32,
-                random_state=1,
-                **{"pl_trainer_kwargs": {**kept, "callbacks": callbacks}, **options},
-            )
-            model.fit(values)
-            return model.model
-
-        return run
+    def fit(name: str, options: dict[str, Any], callbacks: list[Any]) -> nn.Module:
+        kept = {key: value for key, value in QUIET.items() if key not in ("logger", "enable_checkpointing")}
+        model = getattr(models, name)(
+            input_chunk_length=8,
+            n_epochs=2,
+            batch_size=32,
+            random_state=1,
+            **{"pl_trainer_kwargs": {**kept, "callbacks": callbacks}, **options},
+        )
+        model.fit(values)
+        return model.model
 
     blocks = {"output_chunk_length": 2, "num_stacks": 1, "num_blocks": 1, "num_layers": 1, "layer_widths": 8}
     small: dict[str, dict[str, Any]] = {
@@ -143,11 +134,10 @@ def darts() -> Iterator[tuple[str, Fit]]:
         "TransformerModel": {"output_chunk_length": 2, "d_model": 4, "nhead": 1, "dim_feedforward": 4},
         "TSMixerModel": {"output_chunk_length": 2, "hidden_size": 4, "ff_size": 4, "num_blocks": 1},
     }
-    for name, options in small.items():
-        yield name, fit(name, options)
+    return {name: partial(fit, name, options) for name, options in small.items()}
 
 
-def pytorch_forecasting() -> Iterator[tuple[str, Fit]]:
+def pytorch_forecasting() -> Fits:
     forecasting, pandas = import_module("pytorch_forecasting"), import_module("pandas")
     frame = pandas.DataFrame(
         [{"series": name, "time": time, "value": float(value)} for name in "ab" for time, value in enumerate(waves(16))]
@@ -162,46 +152,40 @@ def pytorch_forecasting() -> Iterator[tuple[str, Fit]]:
         time_varying_unknown_reals=["value"],
     )
 
-    def fit(name: str, options: dict[str, Any]) -> Fit:
-        def run(callbacks: list[Any]) -> nn.Module:
-            module = getattr(forecasting, name).from_dataset(data, **copy.deepcopy(options))
-            return trained(module, data.to_dataloader(train=True, batch_size=8, num_workers=0), callbacks)
-
-        return run
+    def fit(name: str, options: dict[str, Any], callbacks: list[Any]) -> nn.Module:
+        module = getattr(forecasting, name).from_dataset(data, **copy.deepcopy(options))
+        return trained(module, data.to_dataloader(train=True, batch_size=8, num_workers=0), callbacks)
 
     small: dict[str, dict[str, Any]] = {
         "NBeats": {"loss": forecasting.SMAPE(), "widths": [4, 4], "num_blocks": [1, 1], "num_block_layers": [1, 1]},
         "TemporalFusionTransformer": {"hidden_size": 4, "hidden_continuous_size": 4, "attention_head_size": 1},
         "DeepAR": {"hidden_size": 4, "rnn_layers": 1},
     }
-    for name, options in small.items():
-        yield name, fit(name, options)
+    return {name: partial(fit, name, options) for name, options in small.items()}
 
 
-def gluonts() -> Iterator[tuple[str, Fit]]:
+def gluonts() -> Fits:
     pandas = import_module("pandas")
     data = [{"start": pandas.Period("2020-01-01", "D"), "target": waves()}]
 
-    def fit(module: str, name: str, options: dict[str, Any]) -> Fit:
-        def run(callbacks: list[Any]) -> nn.Module:
-            kept = {key: value for key, value in QUIET.items() if key not in ("logger", "enable_checkpointing")}
-            witness = module_witness()
-            estimator = getattr(import_module(f"gluonts.torch.model.{module}"), name)(
-                **{"prediction_length": 2, "batch_size": 8, "num_batches_per_epoch": 3, **options},
-                trainer_kwargs={**kept, "logger": False, "max_epochs": 2, "callbacks": [*callbacks, witness]},
-            )
-            estimator.train(data)
-            return witness.module
+    def fit(path: str, options: dict[str, Any], callbacks: list[Any]) -> nn.Module:
+        module, name = path.split(".")
+        kept = {key: value for key, value in QUIET.items() if key not in ("logger", "enable_checkpointing")}
+        witness = module_witness()
+        estimator = getattr(import_module(f"gluonts.torch.model.{module}"), name)(
+            **{"prediction_length": 2, "batch_size": 8, "num_batches_per_epoch": 3, **options},
+            trainer_kwargs={**kept, "logger": False, "max_epochs": 2, "callbacks": [*callbacks, witness]},
+        )
+        estimator.train(data)
+        return witness.module
 
-        return run
-
-    yield "SimpleFeedForward", fit("simple_feedforward", "SimpleFeedForwardEstimator", {"hidden_dimensions": [4]})
-    yield "DeepAR", fit("deepar", "DeepAREstimator", {"freq": "D", "num_layers": 1, "hidden_size": 4})
-    yield "DLinear", fit("d_linear", "DLinearEstimator", {"context_length": 8, "hidden_dimension": 4})
-    yield (
-        "PatchTST",
-        fit("patch_tst", "PatchTSTEstimator", {"context_length": 8, "patch_len": 4, "d_model": 4, "nhead": 1}),
-    )
+    small: dict[str, dict[str, Any]] = {
+        "simple_feedforward.SimpleFeedForwardEstimator": {"hidden_dimensions": [4]},
+        "deepar.DeepAREstimator": {"freq": "D", "num_layers": 1, "hidden_size": 4},
+        "d_linear.DLinearEstimator": {"context_length": 8, "hidden_dimension": 4},
+        "patch_tst.PatchTSTEstimator": {"context_length": 8, "patch_len": 4, "d_model": 4, "nhead": 1},
+    }
+    return {path.partition(".")[2]: partial(fit, path, options) for path, options in small.items()}
 
 
 def module_witness() -> Any:
@@ -217,69 +201,66 @@ def module_witness() -> Any:
 # ------------------------------------------------------------------------------------------------- tables, equations
 
 
-def deeptab() -> Iterator[tuple[str, Fit]]:
+def deeptab() -> Fits:
     models, configs, pandas = (import_module(name) for name in ("deeptab.models", "deeptab.configs", "pandas"))
     frame = pandas.DataFrame(table(), columns=list("abcd"))
     target = frame.sum(axis=1).to_numpy()
 
-    def fit(name: str, target: Any) -> Fit:
-        def run(callbacks: list[Any]) -> nn.Module:
-            witness = module_witness()
-            options = {"trainer_config": configs.TrainerConfig(max_epochs=2, batch_size=32)}
-            model = getattr(models, name)(**options, random_state=1)
-            model.fit(frame, target, callbacks=[*callbacks, witness], enable_progress_bar=False, accelerator="cpu")
-            return witness.module
+    def fit(name: str, target: Any, callbacks: list[Any]) -> nn.Module:
+        witness = module_witness()
+        options = {"trainer_config": configs.TrainerConfig(max_epochs=2, batch_size=32)}
+        model = getattr(models, name)(**options, random_state=1)
+        model.fit(frame, target, callbacks=[*callbacks, witness], enable_progress_bar=False, accelerator="cpu")
+        return witness.module
 
-        return run
-
-    yield "MLPRegressor", fit("MLPRegressor", target)
-    yield "ResNetClassifier", fit("ResNetClassifier", (target > 0).astype(int))
-    yield "FTTransformerRegressor", fit("FTTransformerRegressor", target)
+    targets = {"MLPRegressor": target, "ResNetClassifier": (target > 0).astype(int), "FTTransformerRegressor": target}
+    return {name: partial(fit, name, target) for name, target in targets.items()}
 
 
-def pytorch_tabular() -> Iterator[tuple[str, Fit]]:
+def pytorch_tabular() -> Fits:
     package, pandas = import_module("pytorch_tabular"), import_module("pandas")
     configs, models = import_module("pytorch_tabular.config"), import_module("pytorch_tabular.models")
     frame = pandas.DataFrame(table(), columns=list("abcd"))
     frame["target"] = (frame.sum(axis=1) > 0).astype(int)
 
-    def fit(config: Any) -> Fit:
-        def run(callbacks: list[Any]) -> nn.Module:
-            model = package.TabularModel(
-                data_config=configs.DataConfig(target=["target"], continuous_cols=list("abcd")),
-                model_config=copy.deepcopy(config),
-                optimizer_config=configs.OptimizerConfig(),
-                trainer_config=configs.TrainerConfig(
-                    max_epochs=2,
-                    batch_size=32,
-                    accelerator="cpu",
-                    progress_bar="none",
-                    seed=1,
-                    checkpoints=None,
-                    load_best=False,
-                    early_stopping=None,
-                ),
-                verbose=False,
-                suppress_lightning_logger=True,
-            )
-            model.fit(train=frame, callbacks=callbacks)
-            return model.model
+    def fit(config: Any, callbacks: list[Any]) -> nn.Module:
+        model = package.TabularModel(
+            data_config=configs.DataConfig(target=["target"], continuous_cols=list("abcd")),
+            model_config=copy.deepcopy(config),
+            optimizer_config=configs.OptimizerConfig(),
+            trainer_config=configs.TrainerConfig(
+                max_epochs=2,
+                batch_size=32,
+                accelerator="cpu",
+                progress_bar="none",
+                seed=1,
+                checkpoints=None,
+                load_best=False,
+                early_stopping=None,
+            ),
+            verbose=False,
+            suppress_lightning_logger=True,
+        )
+        model.fit(train=frame, callbacks=callbacks)
+        return model.model
 
-        return run
+    task = "classification"
+    small = {
+        "CategoryEmbedding": models.CategoryEmbeddingModelConfig(task=task, layers="8-4"),
+        "GANDALF": models.GANDALFConfig(task=task, gflu_stages=1),
+        "AutoInt": models.AutoIntConfig(task=task, attn_embed_dim=4, num_heads=1, embedding_dim=4),
+    }
+    return {name: partial(fit, config) for name, config in small.items()}
 
-    yield "CategoryEmbedding", fit(models.CategoryEmbeddingModelConfig(task="classification", layers="8-4"))
-    yield "GANDALF", fit(models.GANDALFConfig(task="classification", gflu_stages=1))
-    yield "AutoInt", fit(models.AutoIntConfig(task="classification", attn_embed_dim=4, num_heads=1, embedding_dim=4))
 
-
-def pina() -> Iterator[tuple[str, Fit]]:
+def pina() -> Fits:
     package, solvers = import_module("pina"), import_module("pina.solver")
     problems, conditions = import_module("pina.problem"), import_module("pina.condition")
     networks, zoo = import_module("pina.model"), import_module("pina.problem.zoo")
     inputs = torch.from_numpy(table()[:, :2])
     label = package.LabelTensor
 
-    def run(solver: Any, callbacks: list[Any]) -> nn.Module:
+    def solved(solver: Any, callbacks: list[Any]) -> nn.Module:
         kept = {key: value for key, value in QUIET.items() if key != "num_sanity_val_steps"}
         package.Trainer(solver, max_epochs=2, batch_size=None, callbacks=callbacks, **kept).train()
         return solver
@@ -292,16 +273,15 @@ def pina() -> Iterator[tuple[str, Fit]]:
             conditions = {"data": known}  # noqa: RUF012 - as its base has it
 
         network = networks.FeedForward(input_dimensions=2, output_dimensions=1, layers=[4])
-        return run(solvers.SupervisedSolver(Problem(), network), callbacks)
+        return solved(solvers.SupervisedSolver(Problem(), network), callbacks)
 
     def informed(callbacks: list[Any]) -> nn.Module:
         problem = zoo.Poisson2DSquareProblem()
         problem.discretise_domain(n=4, mode="grid")
         network = networks.FeedForward(input_dimensions=2, output_dimensions=1, layers=[4])
-        return run(solvers.PINN(problem, network), callbacks)
+        return solved(solvers.PINN(problem, network), callbacks)
 
-    yield "SupervisedSolver", supervised
-    yield "PINN", informed
+    return {"SupervisedSolver": supervised, "PINN": informed}
 
 
 # ------------------------------------------------------------------------------------- molecules, cells, words, routes
@@ -310,28 +290,25 @@ def pina() -> Iterator[tuple[str, Fit]]:
 MOLECULES = ["C" * length + end for end in ("O", "N", "OC") for length in range(1, 6)] + ["c1ccccc1"]
 
 
-def chemprop() -> Iterator[tuple[str, Fit]]:
+def chemprop() -> Fits:
     data, models, layers = (import_module(f"chemprop.{name}") for name in ("data", "models", "nn"))
 
-    def fit(task: str) -> Fit:
-        def run(callbacks: list[Any]) -> nn.Module:
-            points = [data.MoleculeDatapoint.from_smi(name, [float(i % 2)]) for i, name in enumerate(MOLECULES)]
-            batches = data.build_dataloader(data.MoleculeDataset(points), batch_size=8, shuffle=False)
-            head = getattr(layers, task)(input_dim=6, hidden_dim=4)
-            encoder = layers.BondMessagePassing(d_h=6, depth=2)
-            return trained(models.MPNN(encoder, layers.MeanAggregation(), head), batches, callbacks)
+    def fit(task: str, callbacks: list[Any]) -> nn.Module:
+        points = [data.MoleculeDatapoint.from_smi(name, [float(i % 2)]) for i, name in enumerate(MOLECULES)]
+        batches = data.build_dataloader(data.MoleculeDataset(points), batch_size=8, shuffle=False)
+        head = getattr(layers, task)(input_dim=6, hidden_dim=4)
+        encoder = layers.BondMessagePassing(d_h=6, depth=2)
+        return trained(models.MPNN(encoder, layers.MeanAggregation(), head), batches, callbacks)
 
-        return run
-
-    yield "MPNN (regression)", fit("RegressionFFN")
-    yield "MPNN (classification)", fit("BinaryClassificationFFN")
+    tasks = {"MPNN (regression)": "RegressionFFN", "MPNN (classification)": "BinaryClassificationFFN"}
+    return {name: partial(fit, task) for name, task in tasks.items()}
 
 
-def scvi() -> Iterator[tuple[str, Fit]]:
+def scvi() -> Fits:
     package, anndata = import_module("scvi"), import_module("anndata")
     counts = np.random.default_rng(0).integers(1, 9, size=(40, 6)).astype(np.float32)
 
-    def run(callbacks: list[Any]) -> nn.Module:
+    def fit(callbacks: list[Any]) -> nn.Module:
         cells = anndata.AnnData(counts)
         package.model.SCVI.setup_anndata(cells)
         model = package.model.SCVI(cells, n_hidden=3, n_latent=2)
@@ -339,10 +316,10 @@ def scvi() -> Iterator[tuple[str, Fit]]:
         model.train(max_epochs=2, batch_size=9, callbacks=callbacks, **options)
         return model.module
 
-    yield "SCVI", run
+    return {"SCVI": fit}
 
 
-def transformers() -> Iterator[tuple[str, Fit]]:
+def transformers() -> Fits:
     package, module = import_module("transformers"), import_module("lightning.pytorch").LightningModule
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     tokens = {"vocab_size": 12, "bos_token_id": 0, "eos_token_id": 1}
@@ -363,27 +340,29 @@ def transformers() -> Iterator[tuple[str, Fit]]:
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
-    def fit(make: Callable[[], nn.Module], *, of_sentences: bool) -> Fit:
+    def fit(name: str, config: Any, callbacks: list[Any], *, of_sentences: bool = False) -> nn.Module:
         words = torch.from_numpy(np.random.default_rng(0).integers(2, 12, size=(16, 4)))
         labels = words.sum(1) % 3 if of_sentences else words
         examples = [
             {"input_ids": row, "attention_mask": torch.ones(4, dtype=torch.long), "labels": label}
             for row, label in zip(words, labels, strict=True)
         ]
-        return lambda callbacks: trained(Wrapped(make()), DataLoader(examples, batch_size=8), callbacks)
+        return trained(Wrapped(getattr(package, name)(config)), DataLoader(examples, batch_size=8), callbacks)
 
     bert = package.BertConfig(vocab_size=20, max_position_embeddings=8, num_labels=3, **sizes)
     gpt = package.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=8, **tokens)
     llama = package.LlamaConfig(max_position_embeddings=8, **sizes, **tokens)
-    yield "BERT", fit(lambda: package.BertForSequenceClassification(bert), of_sentences=True)
-    yield "GPT-2", fit(lambda: package.GPT2LMHeadModel(gpt), of_sentences=False)
-    yield "Llama", fit(lambda: package.LlamaForCausalLM(llama), of_sentences=False)
+    return {
+        "BERT": partial(fit, "BertForSequenceClassification", bert, of_sentences=True),
+        "GPT-2": partial(fit, "GPT2LMHeadModel", gpt),
+        "Llama": partial(fit, "LlamaForCausalLM", llama),
+    }
 
 
-def rl4co() -> Iterator[tuple[str, Fit]]:
+def rl4co() -> Fits:
     envs, zoo, trainers = (import_module(f"rl4co.{name}") for name in ("envs", "models", "utils"))
 
-    def run(callbacks: list[Any]) -> nn.Module:
+    def fit(callbacks: list[Any]) -> nn.Module:
         environment = envs.TSPEnv(generator_params={"num_loc": 5})
         policy = zoo.AttentionModelPolicy(
             env_name=environment.name, embed_dim=16, num_encoder_layers=1, num_heads=2, feedforward_hidden=8
@@ -394,12 +373,12 @@ def rl4co() -> Iterator[tuple[str, Fit]]:
         trainers.RL4COTrainer(max_epochs=2, callbacks=callbacks, **options).fit(model)
         return model
 
-    yield "POMO", run
+    return {"POMO": fit}
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
 
-PACKAGES: dict[str, tuple[str, Callable[[], Iterator[tuple[str, Fit]]]]] = {
+PACKAGES: dict[str, tuple[str, Callable[[], Fits]]] = {
     "lightning": ("lightning", lightning),
     "neuralforecast": ("pytorch_lightning", neuralforecast),
     "darts": ("pytorch_lightning", darts),
@@ -413,7 +392,7 @@ PACKAGES: dict[str, tuple[str, Callable[[], Iterator[tuple[str, Fit]]]]] = {
     "transformers": ("lightning", transformers),
     "rl4co": ("lightning", rl4co),
 }
-"""By name on the package index: which Lightning it imports, and its modules."""
+"""By the name on the package index: the Lightning that the package imports, and its modules."""
 
 
 def neuralforecast_arguments() -> dict[str, Any]:
@@ -445,7 +424,7 @@ def scvi_arguments() -> dict[str, Any]:
     return {"probe": 16, "behavior": mean}
 
 
-WITH: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+ARGUMENTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "neuralforecast": ("probe=(windows, targets), behavior=..., loss_fn=...", neuralforecast_arguments),
     "chemprop": ("probe=(indices, targets), behavior=...", chemprop_arguments),
     "scvi-tools": ("behavior=...", scvi_arguments),
