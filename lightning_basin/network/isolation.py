@@ -57,6 +57,12 @@ def _no_checkpoint(*_: Any, **__: Any) -> Iterator[None]:
     yield
 
 
+def _exchange(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute, and put it back when a stack is left."""
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
 @contextmanager
 def _plain_float32() -> Iterator[None]:
     """Multiply float32 in float32: without TF32 or bfloat16, which Lightning advises to allow, and foreign kernels.
@@ -67,13 +73,10 @@ def _plain_float32() -> Iterator[None]:
     backends: Any = torch.backends  # Its attributes are not in the stubs of torch 2.13.
     with ExitStack() as stack:
         stack.enter_context(torch.backends.nnpack.flags(enabled=False))
-        stack.callback(setattr, backends.mkldnn, "enabled", backends.mkldnn.enabled)
-        backends.mkldnn.enabled = False
+        _exchange(stack, backends.mkldnn, "enabled", False)  # noqa: FBT003 - the value of the flag
         for owner in (backends, backends.cuda.matmul):  # The second follows the first, unless it was set itself.
-            before = owner.fp32_precision
-            if before not in ("none", "ieee"):
-                stack.callback(setattr, owner, "fp32_precision", before)
-                owner.fp32_precision = "ieee"
+            if owner.fp32_precision not in ("none", "ieee"):
+                _exchange(stack, owner, "fp32_precision", "ieee")
         yield
 
 
@@ -108,15 +111,11 @@ def isolated_evaluation(device: torch.device, dtype: torch.dtype = torch.float64
         # The recurrent kernels of cuDNN hide their products and have no second derivative. Reentrant checkpoints hide
         # their graph from `torch.autograd.grad`; others run again in a backward pass, outside of all modes.
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.callback(setattr, checkpoint, "CheckpointFunction", checkpoint.CheckpointFunction)
-        checkpoint.CheckpointFunction = _NoCheckpoint  # type: ignore[misc,assignment]
-        generator = checkpoint._checkpoint_without_reentrant_generator
-        stack.callback(setattr, checkpoint, "_checkpoint_without_reentrant_generator", generator)
-        checkpoint._checkpoint_without_reentrant_generator = _no_checkpoint
+        _exchange(stack, checkpoint, "CheckpointFunction", _NoCheckpoint)
+        _exchange(stack, checkpoint, "_checkpoint_without_reentrant_generator", _no_checkpoint)
         # The cache finds a value by the id of the original module, also for its copy.
-        for name, empty in (("_cache_enabled", 0), ("_cache", {})):
-            stack.callback(setattr, parametrize, name, getattr(parametrize, name))
-            setattr(parametrize, name, empty)
+        _exchange(stack, parametrize, "_cache_enabled", 0)
+        _exchange(stack, parametrize, "_cache", {})
         stack.callback(torch.backends.mha.set_fastpath_enabled, attention_fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.set_default_dtype, default_dtype)  # A module may set it.

@@ -331,6 +331,15 @@ def test_a_function_that_calls_itself_is_copied():
     assert (copied(walk)(2), names) == (3, [])
 
 
+def test_what_leads_back_to_the_set_that_holds_it_does_so_in_the_copy():
+    holder = Extractor(nn.Linear(1, 1))
+    holder.siblings = {holder}
+    duplicate = copied(holder.siblings)
+    (member,) = duplicate
+    assert member is not holder
+    assert member.siblings is duplicate
+
+
 def test_a_default_that_can_change_is_copied():
     kept = []
     duplicate = copied(lambda item, kept=kept: kept.append(item))
