@@ -9,7 +9,7 @@ from lightning_basin.functional.duplicates import (
     activation_rows,
     are_same,
     check_duplicate_rtol,
-    joined_classes,
+    join_classes,
     largest_distances,
     largest_entries,
     largest_entry,
@@ -241,7 +241,7 @@ class DuplicateSearch:
         left, right = rows[places.to(rows.device)], self._held_rows[held.to(rows.device)]
         same = are_same(left, right, self._rtol * self._scales).cpu()
         places, held = places[same], held[same]
-        self.classes = joined_classes(self.classes, self._held[held], indices[places])
+        self.classes = join_classes(self.classes, self._held[held], indices[places])
         return places
 
     def _hold(self, index: Tensor, row: Tensor) -> None:

@@ -151,7 +151,7 @@ def _merged(rows: Tensor, tolerances: Tensor) -> Tensor:
             break
         near = near[labels[near] != labels[near + offset]]
         same = are_same(ordered[near], ordered[near + offset], tolerances)
-        labels = joined_classes(labels, near[same], near[same] + offset)
+        labels = join_classes(labels, near[same], near[same] + offset)
     merged = torch.empty_like(labels)
     merged[order] = labels
     return merged
@@ -174,7 +174,7 @@ def largest_distances(directions: Tensor, *, tolerances: Tensor, largest: Tensor
     return (tolerances + rounding) @ directions.abs()
 
 
-def joined_classes(classes: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def join_classes(classes: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Join the class of each ``left[i]`` with that of ``right[i]``.
 
     Args:
@@ -183,7 +183,7 @@ def joined_classes(classes: Tensor, left: Tensor, right: Tensor) -> Tensor:
         right: The indices of as many others.
 
     Example:
-        >>> joined_classes(torch.arange(4), torch.tensor([0, 2]), torch.tensor([2, 3]))
+        >>> join_classes(torch.arange(4), torch.tensor([0, 2]), torch.tensor([2, 3]))
         tensor([0, 1, 0, 0])
     """
     while True:

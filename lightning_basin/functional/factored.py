@@ -15,9 +15,9 @@ from lightning_basin.functional.projections import (
     CACHED_ELEMENTS,
     CHUNK_ELEMENTS,
     WAITING_ELEMENTS,
+    draw_gaussian,
     fourier_sketch,
-    gaussian,
-    mixed,
+    mix,
     slices,
 )
 
@@ -103,7 +103,7 @@ class KhatriRaoGradients:
             fraction = math.sqrt(min(1.0, num_columns / max(1, self.num_columns)))
             from_inputs, from_outputs = math.ceil(d_in * fraction), math.ceil(d_out * fraction)
         return KhatriRaoGradients(
-            mixed(self.activations, from_inputs, generator), mixed(self.output_gradients, from_outputs, generator)
+            mix(self.activations, from_inputs, generator), mix(self.output_gradients, from_outputs, generator)
         )
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
@@ -119,8 +119,8 @@ class KhatriRaoGradients:
             inputs = max(1, CACHED_ELEMENTS // max(1, c * self.num_columns))
             parts = (self._of_inputs(chunk).rows() for chunk in slices(k, inputs))
             return fourier_sketch(parts, (k * c, self.num_columns), num_columns, generator, self.device)
-        left = gaussian(d_out, num_columns, generator, like=self.activations)
-        right = gaussian(self.activations.shape[-1], num_columns, generator, like=self.activations)
+        left = draw_gaussian(d_out, num_columns, generator, like=self.activations)
+        right = draw_gaussian(self.activations.shape[-1], num_columns, generator, like=self.activations)
         sketch = self.activations.new_empty(k, c, num_columns)
         inputs = max(1, CHUNK_ELEMENTS // max(1, c * t * num_columns))
         right.div_(math.sqrt(num_columns))

@@ -68,13 +68,15 @@ def _fast_length(least: int) -> int:
     return min(lengths)
 
 
-def mixed(tensor: Tensor, count: int, generator: Generator) -> Tensor:
+def mix(tensor: Tensor, count: int, generator: Generator) -> Tensor:
     """Mix the last axis along random orthonormal directions; leave it where there are no more than ``count``."""
     length = tensor.shape[-1]
-    return tensor if count >= length else tensor @ torch.linalg.qr(gaussian(length, count, generator, like=tensor)).Q
+    return (
+        tensor if count >= length else tensor @ torch.linalg.qr(draw_gaussian(length, count, generator, like=tensor)).Q
+    )
 
 
-def gaussian(rows: int, columns: int, generator: Generator, *, like: Tensor) -> Tensor:
+def draw_gaussian(rows: int, columns: int, generator: Generator, *, like: Tensor) -> Tensor:
     """Draw a standard normal matrix in float64 on the device of another tensor."""
     # On the CPU, for the same elements on every device. In float32: as random, in a fifth of the time.
     return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(like.device, torch.float64)

@@ -68,20 +68,20 @@ class _JoinedUses:
         return is_each and self.positions.numel() == products.positions.shape[0]
 
     def gradients(self) -> KhatriRaoGradients | DenseGradients:
-        """The gradients with respect to the elements, in the order of `columns`."""
+        """Add up the gradients with respect to the elements, in the order of `columns`."""
         output_gradients = [use.output_gradients for use in self.uses]
         if self.uses[0].activations is None:
             return DenseGradients(sum(output_gradients[1:], start=output_gradients[0]).flatten(0, 1))
-        activations = concatenated([use.activations for use in self.uses if use.activations is not None], 1)
+        activations = concatenate([use.activations for use in self.uses if use.activations is not None], 1)
         if self.bias is not None:
             activations = torch.cat([activations, activations.new_ones(*activations.shape[:2], 1)], dim=2)
-        return KhatriRaoGradients(activations, concatenated(output_gradients, 2))
+        return KhatriRaoGradients(activations, concatenate(output_gradients, 2))
 
     def columns(self, starts: Mapping[int, int]) -> Tensor:
-        """Where the elements stand among the parameters of the layer.
+        """Find the places of the elements among the parameters of the layer.
 
         Args:
-            starts: Where each source starts, by the identity of the source.
+            starts: The place at which each source starts, by the identity of the source.
         """
         columns = self.positions + starts[id(self.source)]
         if self.bias is not None:
@@ -90,15 +90,13 @@ class _JoinedUses:
         return columns.flatten()
 
 
-def concatenated(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """Tensors one after the other along an axis; a single tensor is not copied."""
+def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Concatenate tensors along an axis; a single tensor is not copied."""
     return torch.cat(list(tensors), dim=axis) if len(tensors) > 1 else tensors[0]
 
 
-def gradients_from_uses(
-    parameters: Mapping[str, Tensor], measured: Sequence[MeasuredUse], *, num_rows: int
-) -> LayerGradients:
-    """The gradients of a layer from all uses of its parameters.
+def combine_uses(parameters: Mapping[str, Tensor], measured: Sequence[MeasuredUse], *, num_rows: int) -> LayerGradients:
+    """Combine all uses of a layer's parameters into its gradients.
 
     Uses of the same elements add up, as where a layer is called twice. Products stay factored. Elements that are used
     in several ways, as those of a table that is also the output head, are added up as dense rows.
@@ -125,7 +123,7 @@ def gradients_from_uses(
 
 
 def stay_factored(parameters: Mapping[str, Tensor], uses: Sequence[Use]) -> bool:
-    """Whether `gradients_from_uses` keeps the factors of a layer, and adds nothing up as dense rows.
+    """Whether `combine_uses` keeps the factors of a layer, and adds nothing up as dense rows.
 
     Args:
         parameters: The layer's parameters by name.

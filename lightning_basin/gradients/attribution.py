@@ -20,10 +20,10 @@ _NUM_CHOICES = 3
 
 @dataclass(frozen=True)
 class InputAxis:
-    """Where the k inputs lie along an axis of an operation's result.
+    """The order of the k inputs along an axis of an operation's output.
 
     Attributes:
-        axis: The axis of the result's derivative, in the form in which a use takes it; 0 for products.
+        axis: The axis of the output's derivative, in the form in which a use takes it; 0 for products.
         adjacent: Whether all elements of one input follow each other; else the inputs alternate.
     """
 
@@ -31,7 +31,7 @@ class InputAxis:
     adjacent: bool
 
     def split(self, tensor: Tensor, num_inputs: int) -> Tensor:
-        """The tensor with this axis in front and split by inputs, shape ``(k, length / k, ...)``."""
+        """Move this axis to the front and split it by inputs, shape ``(k, length / k, ...)``."""
         moved = tensor.movedim(self.axis, 0)
         count = moved.shape[0] // num_inputs
         if self.adjacent:
@@ -39,8 +39,8 @@ class InputAxis:
         return moved.reshape(count, num_inputs, *moved.shape[1:]).transpose(0, 1)
 
 
-def measured_in_chunk(network: Network, trace: Trace, uses: Mapping[int, Use]) -> dict[int, MeasuredUse]:
-    """Measure the uses in whose results the inputs can be distinguished.
+def measure_uses(network: Network, trace: Trace, uses: Mapping[int, Use]) -> dict[int, MeasuredUse]:
+    """Measure the uses in whose outputs the inputs can be distinguished.
 
     Args:
         network: The network that was traced.
@@ -49,7 +49,7 @@ def measured_in_chunk(network: Network, trace: Trace, uses: Mapping[int, Use]) -
 
     Returns:
         The output gradients and input activations, by the same positions. A use is left out where it is not clear
-        which part of its result belongs to which input.
+        which slice of its output belongs to which input.
     """
     outputs, dtype = network.rows(trace.outputs), network.gradient_dtype
     num_inputs = outputs.shape[0]
@@ -78,14 +78,14 @@ def _output_gradients(
     Args:
         outputs: Outputs of a chunk, shape ``(k, c)``.
         uses: Recorded uses.
-        axes: Where the inputs lie, for the uses to measure.
+        axes: The order of the inputs, for the uses to measure.
         dtype: The dtype of the result.
     """
     num_inputs, num_outputs = outputs.shape
-    places = places_of(uses)
+    places = output_places(uses)
     output_gradients: dict[int, Tensor] = {}
     for j in range(num_outputs):
-        derivatives = derivatives_at(places, outputs[:, j].sum())
+        derivatives = differentiate_at(places, outputs[:, j].sum())
         for index, axis in axes.items():
             derivative = derivatives[id(uses[index].output)]
             of_output = _gradients_of_output(uses[index], derivative, axis, num_inputs, dtype)
@@ -100,8 +100,8 @@ def _gradients_of_output(use: Use, derivative: Tensor, axis: InputAxis, num_inpu
 
     Args:
         use: The use.
-        derivative: Derivative of the output, summed over the inputs, with respect to the operation's result.
-        axis: Where the inputs lie.
+        derivative: The derivative of the output, summed over the inputs, by the operation's output.
+        axis: The order of the inputs.
         num_inputs: Inputs of the chunk, k.
         dtype: The dtype of the result.
     """
@@ -136,13 +136,13 @@ def _summed_over_positions(output_gradients: Tensor) -> Tensor:
 
 def _input_axes(outputs: Tensor, uses: Mapping[int, Use]) -> dict[int, InputAxis]:
     """Where the inputs lie in the result of each use, seen from the outputs of some of them; absent where unclear."""
-    places = places_of(uses)
+    places = output_places(uses)
     generator = Generator().manual_seed(0)
     weights = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
     axes: dict[int, list[InputAxis]] = {}
     for chosen in _choices(outputs.shape[0], generator):
         chosen = chosen.to(outputs.device)
-        derivatives = derivatives_at(places, (outputs * weights)[chosen].sum())
+        derivatives = differentiate_at(places, (outputs * weights)[chosen].sum())
         for index, use in uses.items():
             possible = _possible_input_axes(use, derivatives[id(use.output)], chosen)
             axes[index] = [axis for axis in axes.get(index, possible) if axis in possible]
@@ -159,8 +159,8 @@ def _possible_input_axes(use: Use, derivative: Tensor, chosen: Tensor) -> list[I
 
     Args:
         use: The use.
-        derivative: Derivative of a sum over the outputs of the chosen inputs, with respect to the operation's result.
-        chosen: Which inputs are chosen, bool, shape ``(k,)``.
+        derivative: Derivative of a sum over the outputs of the chosen inputs, by the operation's output.
+        chosen: The inputs that are chosen, bool, shape ``(k,)``.
     """
     num_inputs = chosen.numel()
     if isinstance(use, ProductUse):
@@ -189,16 +189,16 @@ def _choices(num_inputs: int, generator: Generator) -> Iterator[Tensor]:
             yield ~chosen
 
 
-def places_of(uses: Mapping[int, Use]) -> list[OperationOutput]:
-    """The results of all operations, each once."""
+def output_places(uses: Mapping[int, Use]) -> list[OperationOutput]:
+    """Return the outputs of all operations, each once."""
     return list({id(use.output): use.output for use in uses.values()}.values())
 
 
-def derivatives_at(places: Sequence[OperationOutput], output: Tensor) -> dict[int, Tensor]:
-    """Derivatives of a scalar with respect to the results of some operations.
+def differentiate_at(places: Sequence[OperationOutput], output: Tensor) -> dict[int, Tensor]:
+    """Differentiate a scalar by the outputs of some operations.
 
     Args:
-        places: The results, as places in the graph.
+        places: The outputs, as places in the graph.
         output: The scalar; its graph is retained.
 
     Returns:

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_basin.functional.gradients import LayerGradients, StackedGradients
-from lightning_basin.gradients.terms import term_magnitudes
+from lightning_basin.gradients.terms import sum_term_magnitudes
 from lightning_basin.naming import escaped
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.network import Network
@@ -85,7 +85,7 @@ class AutogradCheck:
         """Whether no output depends on the layer."""
         return all(self._combined[name] is None for name in layer.parameters)
 
-    def confirmed(
+    def confirm(
         self, layer: Layer, gradients: LayerGradients, *, structured: bool, note: str | None = None
     ) -> MeasuredGradients | None:
         """Accept gradients whose random combination is that of autograd; return ``None`` for others.
@@ -106,7 +106,7 @@ class AutogradCheck:
         rtol = _ROUNDING * eps * self.num_rows**0.5 if structured else agreement_rtol(self._traced.network.dtype)
         is_confirmed = bool(difference <= rtol * expected.abs().max())
         if not is_confirmed:
-            terms = torch.stack(self._traced.each(term_magnitudes, layer, self._weights)).sum(0)
+            terms = torch.stack(self._traced.each(sum_term_magnitudes, layer, self._weights)).sum(0)
             rounding = _ROUNDING * eps * terms.norm()
             if bool(expected.norm() <= rounding) or self._is_rounding(layer):
                 return self._without_effect(layer, structured=structured)
@@ -148,10 +148,10 @@ class AutogradCheck:
             f"layer {escaped(layer.name)!r} has no effect: its gradients are the rounding of terms that cancel, and "
             f"count as zero"
         )
-        return MeasuredGradients(layer, no_gradients(layer, self.num_rows, self.device), structured, note)
+        return MeasuredGradients(layer, zero_gradients(layer, self.num_rows, self.device), structured, note)
 
 
-def no_gradients(layer: Layer, num_rows: int, device: torch.device) -> LayerGradients:
+def zero_gradients(layer: Layer, num_rows: int, device: torch.device) -> LayerGradients:
     """Return a matrix of zeros for a layer."""
     return StackedGradients((), (), num_rows=num_rows, num_columns=layer.num_parameters, device=device)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_basin.functional.factored import DenseGradients
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows
-from lightning_basin.gradients.assemble import concatenated
+from lightning_basin.gradients.assemble import concatenate
 from lightning_basin.gradients.check import AutogradCheck, MeasuredGradients, disagreement
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.network import Network
@@ -32,7 +32,7 @@ def dense_gradients(
     pending = dict(group)
     for rows_of in _ROUTES:
         try:
-            matrix = concatenated(traced.each(rows_of, layers)).to(traced.network.gradient_dtype)
+            matrix = concatenate(traced.each(rows_of, layers)).to(traced.network.gradient_dtype)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             # Some modules support neither vmap nor a batch of one. The next route asks for less.
             if rows_of is _ROUTES[-1]:
@@ -42,7 +42,7 @@ def dense_gradients(
         for layer, gradients in zip(layers, map(DenseGradients, columns), strict=True):
             if layer not in pending:
                 continue
-            measured = check.confirmed(layer, gradients, structured=False, note=pending[layer])
+            measured = check.confirm(layer, gradients, structured=False, note=pending[layer])
             if measured is not None:
                 del pending[layer]
                 yield measured

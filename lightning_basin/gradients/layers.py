@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from lightning_basin.gradients.check import AutogradCheck, MeasuredGradients
 from lightning_basin.gradients.dense import dense_gradients
-from lightning_basin.gradients.sizes import groups_of
+from lightning_basin.gradients.sizes import split_by_size
 from lightning_basin.gradients.structured import structured_gradients
 from lightning_basin.limits import GROUP_ELEMENTS, MemoryBudgetError
 from lightning_basin.naming import escaped
@@ -42,14 +42,14 @@ def layer_gradients(
     for layer, gradients in structured_gradients(traced, check, layers, max_elements):
         note = None
         if gradients is not None:
-            if (measured := check.confirmed(layer, gradients, structured=True)) is not None:
+            if (measured := check.confirm(layer, gradients, structured=True)) is not None:
                 yield measured
                 continue
             note = f"layer {escaped(layer.name)!r} is measured row by row: its parameters are used in other ways"
         _check_dense_size(layer, check.num_rows, max_elements)
         waiting.append((layer, note))
     group_elements = min(max_elements, GROUP_ELEMENTS)
-    for group in groups_of(waiting, lambda item: item[0].num_parameters * check.num_rows, group_elements):
+    for group in split_by_size(waiting, lambda item: item[0].num_parameters * check.num_rows, group_elements):
         yield from dense_gradients(traced, group, check)
 
 

@@ -37,13 +37,13 @@ class LayerSize:
     peak: int
 
     def method(self, max_elements: int) -> GradientMethod:
-        """The method for which so many elements are enough; ``"rows"`` where none is."""
+        """Return the method for which so many elements are enough; ``"rows"`` where none is."""
         if self.factors is not None and self.peak <= max_elements:
             return "factors"
         return "chunks" if self.factors is not None and self.dense <= max_elements else "rows"
 
     def needed(self, max_elements: int) -> int:
-        """Elements that the method takes for which so many are enough."""
+        """Return the elements that this method takes."""
         return self.peak if self.method(max_elements) == "factors" else self.dense
 
     @property
@@ -53,20 +53,20 @@ class LayerSize:
 
 
 def layer_sizes(network: Network, trace: Trace, *, num_inputs: int, num_outputs: int) -> dict[str, LayerSize]:
-    """How large the gradients of each layer are.
+    """Find how large the gradients of each layer are.
 
     Args:
         network: The network that was traced.
         trace: The trace of some inputs.
-        num_inputs: Inputs that will be measured, k.
-        num_outputs: Outputs per input, c.
+        num_inputs: The number of inputs that will be measured, k.
+        num_outputs: The number of outputs per input, c.
 
     Returns:
         The sizes by the name of the layer.
     """
     reached = parameters_in_graph(trace.outputs, network.named_parameters)
     sizes = {}
-    for layer, recorded in uses_by_layer(network, trace).items():
+    for layer, recorded in find_uses(network, trace).items():
         dense = num_inputs * num_outputs * layer.num_parameters
         uses = list(recorded.values())
         if reached.isdisjoint(layer.parameters):
@@ -82,14 +82,14 @@ def layer_sizes(network: Network, trace: Trace, *, num_inputs: int, num_outputs:
     return sizes
 
 
-def _num_factor_elements(uses: Sequence[Use], num_inputs: int, num_outputs: int, share: float) -> int:
+def _num_factor_elements(uses: Sequence[Use], num_inputs: int, num_outputs: int, scale: float) -> int:
     """Elements of the output gradients and input activations of all uses.
 
     Args:
         uses: The uses of a layer.
-        num_inputs: Inputs that will be measured, k.
-        num_outputs: Outputs per input, c.
-        share: How many times as many inputs will be measured as were traced.
+        num_inputs: The number of inputs that will be measured, k.
+        num_outputs: The number of outputs per input, c.
+        scale: The ratio of the inputs that will be measured to those that were traced.
     """
     total = 0.0
     for use in uses:
@@ -97,7 +97,7 @@ def _num_factor_elements(uses: Sequence[Use], num_inputs: int, num_outputs: int,
             total += num_inputs * num_outputs * use.positions.numel()
         else:
             d_out, d_in = use.positions.shape
-            total += share * use.num_activations / max(1, d_in) * (num_outputs * d_out + d_in)
+            total += scale * use.num_activations / max(1, d_in) * (num_outputs * d_out + d_in)
     return int(total)
 
 
@@ -107,8 +107,8 @@ def _widths(uses: Sequence[Use]) -> int:
     return max((d_out for d_out, _ in shapes), default=0) + max((d_in for _, d_in in shapes), default=0)
 
 
-def uses_by_layer(network: Network, trace: Trace) -> dict[Layer, dict[int, Use]]:
-    """The recorded uses of each layer's parameters, by their position in the record.
+def find_uses(network: Network, trace: Trace) -> dict[Layer, dict[int, Use]]:
+    """Find the recorded uses of each layer's parameters, by their position in the record.
 
     A tensor that was computed from parameters of several layers is used by each of these layers.
 
@@ -142,12 +142,12 @@ def _layers_behind(network: Network, source: Source, owners: Mapping[str, Layer]
 _Item = TypeVar("_Item")
 
 
-def groups_of(items: Sequence[_Item], size_of: Callable[[_Item], int], max_size: int) -> Iterator[list[_Item]]:
+def split_by_size(items: Sequence[_Item], size_of: Callable[[_Item], int], max_size: int) -> Iterator[list[_Item]]:
     """Split a sequence into groups of neighbours that fit into memory together; an item that is too large is alone.
 
     Args:
         items: The items, in order.
-        size_of: From an item to its size.
+        size_of: The function from an item to its size.
         max_size: Largest sum of the sizes of a group.
     """
     group: list[_Item] = []

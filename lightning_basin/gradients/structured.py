@@ -8,10 +8,10 @@ from torch import Tensor
 
 from lightning_basin.functional.factored import DenseGradients
 from lightning_basin.functional.gradients import LayerGradients
-from lightning_basin.gradients.assemble import MeasuredUse, concatenated, gradients_from_uses
-from lightning_basin.gradients.attribution import measured_in_chunk
-from lightning_basin.gradients.check import AutogradCheck, no_gradients
-from lightning_basin.gradients.sizes import groups_of, layer_sizes, uses_by_layer
+from lightning_basin.gradients.assemble import MeasuredUse, combine_uses, concatenate
+from lightning_basin.gradients.attribution import measure_uses
+from lightning_basin.gradients.check import AutogradCheck, zero_gradients
+from lightning_basin.gradients.sizes import find_uses, layer_sizes, split_by_size
 from lightning_basin.limits import GROUP_ELEMENTS
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.network import Network
@@ -37,13 +37,13 @@ def structured_gradients(
     for layer in layers:
         method = sizes[layer.name].method(max_elements)
         if check.is_unused(layer):
-            yield layer, no_gradients(layer, check.num_rows, check.device)
+            yield layer, zero_gradients(layer, check.num_rows, check.device)
         elif method == "factors":
             factored.append(layer)
         else:
             yield layer, _rows_by_chunks(traced, layer) if method == "chunks" else None
     group_elements = min(max_elements, GROUP_ELEMENTS)
-    for group in groups_of(factored, lambda layer: sizes[layer.name].held, group_elements):
+    for group in split_by_size(factored, lambda layer: sizes[layer.name].held, group_elements):
         measured = _measured_uses(traced, group)
         for layer in group:
             uses = measured.pop(layer)
@@ -52,19 +52,19 @@ def structured_gradients(
 
 def _from_uses(network: Network, layer: Layer, uses: Sequence[MeasuredUse], num_rows: int) -> LayerGradients:
     parameters = {name: network.named_parameters[name] for name in layer.parameters}
-    return gradients_from_uses(parameters, uses, num_rows=num_rows)
+    return combine_uses(parameters, uses, num_rows=num_rows)
 
 
 def _rows_by_chunks(traced: TracedProbe, layer: Layer) -> DenseGradients | None:
     """Dense rows, where they are smaller than their factors; ``None`` where inputs cannot be distinguished."""
     chunks = traced.each(_rows_of_chunk, layer)
     rows = [chunk for chunk in chunks if chunk is not None]
-    return DenseGradients(concatenated(rows)) if len(rows) == len(chunks) else None
+    return DenseGradients(concatenate(rows)) if len(rows) == len(chunks) else None
 
 
 def _rows_of_chunk(network: Network, chunk: Chunk, layer: Layer) -> Tensor | None:
-    uses = uses_by_layer(network, chunk.trace)[layer]
-    measured = _all_of(measured_in_chunk(network, chunk.trace, uses), uses)
+    uses = find_uses(network, chunk.trace)[layer]
+    measured = _all_of(measure_uses(network, chunk.trace, uses), uses)
     num_rows = network.rows(chunk.trace.outputs).numel()
     return None if measured is None else _from_uses(network, layer, measured, num_rows).rows()
 
@@ -85,17 +85,17 @@ class _UsesInChunk:
 def _measured_uses(traced: TracedProbe, layers: Sequence[Layer]) -> dict[Layer, list[MeasuredUse] | None]:
     """The uses of some layers over all inputs; ``None`` for layers whose inputs cannot be distinguished."""
     chunks = traced.each(_uses_of_chunk, layers, traced.probe.size)
-    by_layer = uses_by_layer(traced.network, _first_trace(traced))
+    by_layer = find_uses(traced.network, _first_trace(traced))
     return {layer: _joined(list(by_layer[layer].values()), [chunk[layer] for chunk in chunks]) for layer in layers}
 
 
 def _uses_of_chunk(
     network: Network, chunk: Chunk, layers: Sequence[Layer], num_inputs: int
 ) -> dict[Layer, _UsesInChunk | None]:
-    by_layer = uses_by_layer(network, chunk.trace)
+    by_layer = find_uses(network, chunk.trace)
     # Several layers may share a use, which is measured once.
     uses_of_all = {index: use for layer in layers for index, use in by_layer[layer].items()}
-    measured = measured_in_chunk(network, chunk.trace, uses_of_all)
+    measured = measure_uses(network, chunk.trace, uses_of_all)
     uses_in_chunk: dict[Layer, _UsesInChunk | None] = {}
     for layer in layers:
         uses = _all_of(measured, by_layer[layer])
@@ -119,7 +119,7 @@ def _joined(uses: Sequence[Use], chunks: Sequence[_UsesInChunk | None]) -> list[
         output_gradients = [output_gradients for output_gradients, _ in factors]
         activations = [activations for _, activations in factors if activations is not None]
         joined.append(
-            MeasuredUse(use, concatenated(output_gradients), concatenated(activations) if activations else None)
+            MeasuredUse(use, concatenate(output_gradients), concatenate(activations) if activations else None)
         )
     return joined
 

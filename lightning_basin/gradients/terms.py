@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from lightning_basin.gradients.attribution import derivatives_at, places_of
-from lightning_basin.gradients.sizes import uses_by_layer
+from lightning_basin.gradients.attribution import differentiate_at, output_places
+from lightning_basin.gradients.sizes import find_uses
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.network import Network
 from lightning_basin.network.runs import Chunk
 from lightning_basin.operations.uses import ProductUse, Source, Use
 
 
-def term_magnitudes(network: Network, chunk: Chunk, layer: Layer, weights: Tensor) -> Tensor:
+def sum_term_magnitudes(network: Network, chunk: Chunk, layer: Layer, weights: Tensor) -> Tensor:
     """Sum the magnitudes of the terms of which the gradient of a combination of outputs is the sum.
 
     The gradient with respect to a weight is a sum over inputs and positions of output gradients times input
@@ -29,8 +29,8 @@ def term_magnitudes(network: Network, chunk: Chunk, layer: Layer, weights: Tenso
     """
     outputs, parameters = network.rows(chunk.trace.outputs), network.parameters([layer])
     combined = (outputs * weights[chunk.indices.to(weights.device)].to(outputs)).sum()
-    uses = uses_by_layer(network, chunk.trace)[layer]
-    derivatives = derivatives_at(places_of(uses), combined)
+    uses = find_uses(network, chunk.trace)[layer]
+    derivatives = differentiate_at(output_places(uses), combined)
     by_source: dict[Source, Tensor] = {}
     for use in uses.values():
         magnitudes = by_source.setdefault(use.source, outputs.new_zeros(use.source.tensor.numel()))

@@ -13,7 +13,7 @@ from lightning_basin.network.layers import Layer, find_layers
 from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.network.replica import replicas
 from lightning_basin.network.trace import NO_OUTPUTS, Trace, recording
-from lightning_basin.operations.recorder import recorded_operations
+from lightning_basin.operations.recorder import record_operations
 from lightning_basin.probe import Probe
 from lightning_basin.tensors import map_tensors
 
@@ -195,7 +195,7 @@ class Network:
         trained = {name: self.named_parameters[name] for layer in self.layers for name in layer.parameters}
         constants = [*self.named_parameters.values(), *self.module.buffers()]
         try:
-            with recorded_operations(trained, constants, num_inputs=probe.size) as operations:
+            with record_operations(trained, constants, num_inputs=probe.size) as operations:
                 trace = self._trace_layers(probe)
         except ValueError as error:
             # Torch 2.13 makes no tensor of a subclass by `Tensor.__new__` while operations are recorded.

@@ -35,7 +35,7 @@ _HANDLERS: Mapping[Any, Handler] = {**products.HANDLERS, **lookups.HANDLERS, **e
 
 
 @contextmanager
-def recorded_operations(
+def record_operations(
     parameters: Mapping[str, Tensor], constants: Sequence[Tensor], *, num_inputs: int
 ) -> Iterator[Operations]:
     """Record the operations that use parameters while the body runs.

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_basin.evaluation import Evaluation
 from lightning_basin.functional.activations import activation_rank
 from lightning_basin.functional.duplicates import duplicate_classes, finer_classes, largest_entry
-from lightning_basin.gradients.assemble import concatenated
+from lightning_basin.gradients.assemble import concatenate
 from lightning_basin.network.input_layout import (
     InputLayout,
     Rows,
@@ -134,7 +134,7 @@ class _ActivationReader:
             leaving = self._by_input(partial(leaving_of, name), self._layout.leaving[name])
             rows = [real_elements(tensor).flatten(1) for tensor in entering]
             activations[name] = LayerActivations(
-                entering=concatenated(rows, 1) if rows else None,
+                entering=concatenate(rows, 1) if rows else None,
                 scales=torch.cat([_scales(tensor) for tensor in entering]) if entering else None,
                 leaving=_units_last(self._network.module.get_submodule(name), leaving),
             )
@@ -183,4 +183,4 @@ def _units_last(layer: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
         # The tensors have one axis more than the layer's outputs, the rows of an input: channels were second without.
         axis = 2 - numbers.ndim if isinstance(layer, _CHANNELS_SECOND) else -1
         ordered.append(numbers.movedim(axis, -1).flatten(1, -2))
-    return concatenated(ordered, 1) if len({tensor.shape[-1] for tensor in ordered}) == 1 else ordered[0]
+    return concatenate(ordered, 1) if len({tensor.shape[-1] for tensor in ordered}) == 1 else ordered[0]

@@ -99,7 +99,7 @@ class RankMeasurement:
             if scope.kind == "layer":  # Complete: judge it now and free its memory.
                 self._judge(scope)
 
-    def finished(self) -> tuple[dict[Scope, GradientRank], dict[Scope, Spectrum]]:
+    def results(self) -> tuple[dict[Scope, GradientRank], dict[Scope, Spectrum]]:
         """Return the ranks of all scopes, and the singular values where the rank was not proved without them."""
         for scope in list(self._open):
             self._judge(scope)
@@ -210,7 +210,7 @@ def measure_ranks(
     )
     measurement.try_last_layers(max_elements=evaluation.max_elements)
     if measurement.is_complete:
-        return measurement.finished()
+        return measurement.results()
     for measured in layer_gradients(evaluation.traced, check, max_elements=evaluation.max_elements):
         measurement.add(
             measured.layer, measured.gradients if jacobian is None else measured.gradients.weighted(jacobian)
@@ -219,7 +219,7 @@ def measure_ranks(
             hessian.add(measured.layer, measured.gradients)
         if measured.note is not None:
             evaluation.notes.append(measured.note)
-    return measurement.finished()
+    return measurement.results()
 
 
 def rank_fields(rank: GradientRank, spectrum: Spectrum | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from lightning_basin.functional.duplicates import (
     duplicate_classes,
     duplicated_activations,
     finer_classes,
-    joined_classes,
+    join_classes,
 )
 from tests.networks import planted
 
@@ -219,13 +219,13 @@ def test_dead_units_of_zeros_are_all_of_them(shape, expected):
 
 
 def test_classes_are_joined_along_chains_in_any_order():
-    classes = joined_classes(torch.arange(7), torch.tensor([5, 2, 3, 6]), torch.tensor([3, 5, 2, 1]))
+    classes = join_classes(torch.arange(7), torch.tensor([5, 2, 3, 6]), torch.tensor([3, 5, 2, 1]))
     assert classes.tolist() == [0, 1, 2, 2, 4, 2, 1]
 
 
 def test_joining_nothing_leaves_the_classes():
     nothing = torch.empty(0, dtype=torch.int64)
-    assert joined_classes(torch.tensor([0, 0, 2]), nothing, nothing).tolist() == [0, 0, 2]
+    assert join_classes(torch.tensor([0, 0, 2]), nothing, nothing).tolist() == [0, 0, 2]
 
 
 INFINITE = float("inf")

@@ -132,7 +132,7 @@ def test_layers_that_are_not_needed_are_not_differentiated(num_tried):
     )
     measurement.try_last_layers(max_elements=2**20)
     assert measurement.is_complete
-    ranks, spectra = measurement.finished()
+    ranks, spectra = measurement.results()
     assert (ranks[whole].rank, ranks[whole].method, spectra) == (200, "cholesky", {})
 
 
