@@ -144,7 +144,7 @@ def test_help_says_what_the_docstring_says(tmp_path, capsys):
     with pytest.raises(SystemExit):
         LightningCLI(Regressor, run=False, args=["--trainer.callbacks.help", "lightning_basin.BasinMonitor"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "Stop measuring after so many failures in a row" in said
+    assert "The number of failures in a row after which measuring stops" in said
     undescribed = [name for name in inspect.signature(BasinMonitor).parameters if f"{name}:" not in ARGUMENTS]
     assert not undescribed
     assert not [name for name in inspect.signature(BasinMonitor).parameters if f".{name}" not in said]

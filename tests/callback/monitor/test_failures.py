@@ -247,7 +247,7 @@ def test_monitor_gives_up_after_some_failures_in_a_row_and_says_so_once(tmp_path
 def test_a_behavior_that_wants_the_whole_pair_is_told_of_batch_fn(tmp_path):
     monitor = BasinMonitor(probe=20, behavior=lambda module, batch: module(batch["inputs"]))
     with pytest.raises(
-        MisconfigurationException, match=r"first part of the batch.*HINT: .*batch_fn=lambda batch: \(batch"
+        MisconfigurationException, match=r"got the inputs of the batch.*HINT: .*batch_fn=lambda batch: \(batch"
     ):
         make_trainer(tmp_path, monitor).fit(Regressor(), loader())
 
