@@ -7,7 +7,7 @@ from torch import nn
 from lightning_basin import measure_basin
 from lightning_basin.quantities.hessian import quadratic_model
 from tests.functional.curvatures import linear
-from tests.networks import drawn
+from tests.networks import drawn, filled
 
 
 def interaction(outputs, _):
@@ -113,7 +113,7 @@ class Experts(nn.Module):
 
 
 def test_an_expert_that_some_inputs_do_not_use_is_no_lost_derivative(monkeypatch):
-    module = Experts().double()
+    module = filled(Experts())
     inputs = drawn(20, 3)
     inputs = inputs[inputs[:, 0].argsort()]
     targets = module(inputs).detach() + 1e-9 * drawn(20, 2, seed=1)
