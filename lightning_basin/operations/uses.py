@@ -72,7 +72,7 @@ class ElementwiseUse:
         positions: The positions in the parameter of the elements that are used, with one axis for each axis of the
             output, of length 1 where the parameter is repeated.
         output: The output of the operation.
-        contributions: The function from a derivative by the output to that by the repeated parameter, of the same axes.
+        contributions: The function from an output derivative to that by the repeated parameter, with the same axes.
         shifts: The product to which this is added, as a bias is; ``None`` for none.
     """
 
