@@ -26,6 +26,7 @@ from lightning_basin.functional.rank import (
     GRAM_RESOLUTION,
     RANK_TOLERANCES,
     GradientRank,
+    check_rtol,
     rank_gap,
     resolved_tolerances,
 )
@@ -188,11 +189,15 @@ def certified_rank(
     Returns:
         The rank, or ``None`` where there is doubt, or the spectrum costs no more than the proof.
 
+    Raises:
+        ValueError: If ``rtol`` is not inside ``(0, 1)``.
+
     Example:
         >>> matrix = torch.tensor([[1.0, 2.0], [2.0, 4.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
         >>> certified_rank([DenseGradients(matrix)], Generator().manual_seed(0), default_rtol=1e-12).rank
         2
     """
+    check_rtol(rtol)
     if len(matrices) == 1 and kronecker_spectrum(matrices[0]) is not None:
         return None
     has_more_rows = matrices[0].num_rows > sum(gradients.num_columns for gradients in matrices)

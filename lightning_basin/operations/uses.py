@@ -49,8 +49,9 @@ class ProductUse:
         source: The parameter.
         positions: The positions in the parameter of the elements of the matrix, shape ``(d_out, d_in)``.
         output: The output of the operation.
-        read_activations: Returns the input activations, shape ``(n, t, d_in)``; the n rows belong to the k inputs.
-        arrange: From a derivative by the output to the output gradients of the matrix, shape ``(n, t, d_out)``.
+        read_activations: The function that returns the input activations, shape ``(n, t, d_in)``; the n rows belong to
+            the k inputs.
+        arrange: The function from a derivative by the output to the output gradients, shape ``(n, t, d_out)``.
         num_activations: The number of elements of the input activations.
     """
 
@@ -71,7 +72,7 @@ class ElementwiseUse:
         positions: The positions in the parameter of the elements that are used, with one axis for each axis of the
             output, of length 1 where the parameter is repeated.
         output: The output of the operation.
-        contributions: From a derivative by the output to that by the repeated parameter, with the same axes.
+        contributions: The function from an output derivative to that by the repeated parameter, with the same axes.
         shifts: The product to which this is added, as a bias is; ``None`` for none.
     """
 
@@ -108,8 +109,8 @@ class Call:
     Attributes:
         output: The output of the operation.
         earlier: The uses that were recorded before.
-        find_source: From a tensor to the source that it is (a view of), and the positions of its elements there;
-            ``None`` for a tensor without a source.
+        find_source: The function from a tensor to the source that it is (a view of), with the positions of its elements
+            there; ``None`` for a tensor without a source.
     """
 
     output: OperationOutput
@@ -129,10 +130,10 @@ class Call:
 
         Args:
             parameter: The tensor.
-            matrix_of: From the tensor to the matrix, for the positions of its elements.
-            read_activations: The same as of `ProductUse`.
-            arrange: The same as of `ProductUse`.
-            num_activations: The same as of `ProductUse`.
+            matrix_of: The function from the tensor to the matrix, which is given the positions of the elements.
+            read_activations: The function that returns the input activations.
+            arrange: The function from a derivative by the output to the output gradients of the matrix.
+            num_activations: The number of elements of the input activations.
         """
         if (found := self.find_source(parameter)) is None:
             return []
@@ -153,9 +154,9 @@ class Call:
         Args:
             parameter: The tensor.
             num_axes: The number of axes of the output.
-            contributions: The same as of `ElementwiseUse`.
+            contributions: The function from a derivative by the output to that by the repeated tensor.
             axis: The axis of the output along which a vector stands; ``None`` for the last axes.
-            shifts: The same as of `ElementwiseUse`.
+            shifts: The product to which the tensor is added; ``None`` for none.
         """
         found = self.find_source(parameter)
         if found is None or found[1].ndim > num_axes:
@@ -169,7 +170,7 @@ class Call:
     def bias(
         self, bias: Any, num_axes: int, products: Sequence[ProductUse], *, axis: int | None = None
     ) -> list[ElementwiseUse]:
-        """Return the use of a bias that the operation adds to its product; the same as `elementwise`.
+        """Return the use of a bias that the operation adds to its product; none without a source.
 
         Args:
             bias: The tensor.

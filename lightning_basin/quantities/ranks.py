@@ -77,7 +77,7 @@ class RankMeasurement:
         """Look first at the last large layers, whose backward passes are short: they may prove the network's rank.
 
         Args:
-            max_elements: The same as of `layer_gradients`.
+            max_elements: The number of elements that the gradients of one layer may have.
         """
         if not self._may_be_independent or len(self._scopes) > 1 or self._open[self._scopes[0]].is_tiny:
             return
