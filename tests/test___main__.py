@@ -56,7 +56,10 @@ def test_command_line_takes_a_probe_a_loss_and_settings(tmp_path):
             ["--module", "tests.training:Regressor", "--set", "hesian=False"],
             "['hesian'] must be arguments of BasinMonitor",
         ),
-        (["--module", "tests.training:Regressor", "--set", "rtol=5"], "`BasinMonitor(rtol=5)` must be inside (0, 1)"),
+        (
+            ["--module", "tests.training:Regressor", "--set", "rtol=5"],
+            "rtol must be a relative tolerance inside (0, 1), got 5",
+        ),
         (["--module", "tests.training:Regressor", "--probe", "no.pt"], "there is no file 'no.pt'"),
         (["--module", "tests.training:Regressor", "--device", "nothing"], "'nothing' must be a device"),
         (
