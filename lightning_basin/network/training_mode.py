@@ -104,7 +104,7 @@ def as_trained(
     has_effect = partial(_has_effect, module, behavior, network, probe)
     cut = unreached if has_effect(unreached) else set()
     restored = cut & _reached_by(candidate, probe, cut)
-    if not _has_same_outputs(candidate, network, chunk):
+    if candidate is not network and not _has_same_outputs(candidate, network, chunk):
         _reset_modes(candidate, network, probe)
         restored |= cut & _reached_by(candidate, probe, cut)
     if unreached == owned and not restored:
@@ -170,8 +170,10 @@ def _in_training(
 
     Returns:
         The copies; the network in evaluation mode and the original loss where the module cannot be put into training
-        mode.
+        mode, or where the modes differ in randomness alone.
     """
+    if all(_is_of_torch(submodule) for submodule in network.module.modules()):
+        return network, loss_fn
     try:
         replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=network.dtype, training=True)
     except Exception as error:  # The `train` of a user may raise, for example of a module for predictions.
@@ -179,7 +181,7 @@ def _in_training(
             raise
         return network, loss_fn
     for submodule in replica.modules():
-        if type(submodule).__module__.startswith("torch.nn."):
+        if _is_of_torch(submodule):
             submodule.training = False
     call = call_module if behavior is None else behavior
 
@@ -190,8 +192,15 @@ def _in_training(
     return Network(replica, outputs, dtype=network.dtype, gradient_dtype=network.gradient_dtype), loss_fn
 
 
+def _is_of_torch(module: nn.Module) -> bool:
+    """Return whether the modes of a module differ in dropout and batch statistics alone."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
 def _with_other_gradients(candidate: Network, network: Network, chunk: Probe, outputs: Tensor) -> set[str]:
     """Return the names of the parameters whose gradients in training mode differ, although the outputs are equal."""
+    if candidate is network:
+        return set()
     try:
         in_training = candidate.outputs(chunk)
     except (TypeError, ValueError):
