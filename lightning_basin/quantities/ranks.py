@@ -1,6 +1,6 @@
 """Ranks of the behavioral gradients of layers, blocks and the network."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -8,8 +8,14 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_basin.evaluation import Evaluation
-from lightning_basin.functional.certificates import certified_rank, rows_independent_in_few_columns
+from lightning_basin.functional.certificates import (
+    IndependentRows,
+    certified_rank,
+    independent_rows,
+    rows_independent_in_few_columns,
+)
 from lightning_basin.functional.gradients import LayerGradients, gram_of
+from lightning_basin.functional.gram import GramMatrix
 from lightning_basin.functional.rank import EPSILON, GradientRank, Spectrum, gradient_rank, log_det_gram
 from lightning_basin.functional.softmax import softmax_jacobian
 from lightning_basin.functional.spectrum import SpectrumAccumulator
@@ -35,7 +41,7 @@ class RankMeasurement:
         generator: A generator on the CPU, for random vectors.
         max_waiting: The number of elements that may be held of the gradients of a scope.
         needs_spectra: Whether singular values are needed also where the rank can be proved without them.
-        is_plain: Whether the gradients that are added are those of the outputs.
+        behavior_is_outputs: Whether the gradients that are added are those of the outputs.
     """
 
     def __init__(
@@ -48,7 +54,7 @@ class RankMeasurement:
         generator: Generator,
         max_waiting: int,
         needs_spectra: bool,
-        is_plain: bool,
+        behavior_is_outputs: bool,
     ) -> None:
         self._scopes, self._traced, self._check = scopes, traced, check
         self._rtol, self._generator, self._needs_spectra = rtol, generator, needs_spectra
@@ -63,7 +69,10 @@ class RankMeasurement:
         }
         # The check knows the norm of the outputs' gradients alone; and inputs with equal outputs are often merged ones.
         self._may_be_independent = (
-            not needs_spectra and is_plain and self._epsilon == EPSILON and _are_distinct(traced.whole.outputs)
+            not needs_spectra
+            and behavior_is_outputs
+            and self._epsilon == EPSILON
+            and _are_distinct(traced.whole.outputs)
         )
         # In float32 the Gram matrix decides: what it does not resolve is rounding.
         self._needs_grams = needs_spectra or self._may_be_independent or self._epsilon > EPSILON
@@ -90,9 +99,12 @@ class RankMeasurement:
 
     def add(self, layer: Layer, gradients: LayerGradients) -> None:
         """Take the gradients with respect to the next layer into account."""
-        self._try_few_columns([scope for scope in self._open if layer in scope.layers], gradients)
-        scopes = [scope for scope in self._open if layer in scope.layers]
+        self._try_few_columns(self._open_with(layer), gradients)
+        scopes = self._open_with(layer)
         gram = cache(partial(gram_of, gradients)) if self._needs_grams and len(scopes) > 1 else None
+        if gram is not None:
+            self._try_all_columns(scopes, gradients, gram)
+            scopes = self._open_with(layer)
         for scope in scopes:
             self._open[scope].add(gradients, gram)
         for scope in scopes:
@@ -105,18 +117,42 @@ class RankMeasurement:
             self._judge(scope)
         return {scope: self._ranks[scope] for scope in self._scopes}, self._spectra
 
+    def _open_with(self, layer: Layer) -> list[Scope]:
+        """The scopes with a layer whose rank is not known yet."""
+        return [scope for scope in self._open if layer in scope.layers]
+
+    def _large(self, scopes: Iterable[Scope]) -> list[Scope]:
+        """The scopes for which a proof of independent rows costs less than singular values."""
+        return [scope for scope in scopes if not self._open[scope].is_tiny] if self._may_be_independent else []
+
     def _try_few_columns(self, scopes: Iterable[Scope], gradients: LayerGradients) -> None:
         """Conclude scopes: rows that are independent in some columns are so in every scope that has these."""
-        large = [scope for scope in scopes if not self._open[scope].is_tiny] if self._may_be_independent else []
-        independent = rows_independent_in_few_columns(gradients, self._generator) if large else None
-        if independent is None:
+        if large := self._large(scopes):
+            self._conclude(large, rows_independent_in_few_columns(gradients, self._generator))
+
+    def _try_all_columns(
+        self, scopes: Iterable[Scope], gradients: LayerGradients, gram: Callable[[], GramMatrix]
+    ) -> None:
+        """Conclude the scope of a layer by all of its columns, and with it the block and the network around it."""
+        large = self._large(scopes) if gradients.num_columns >= gradients.num_rows else []
+        if large:
+            rows = independent_rows(gram(), resolution=max(self._rtol_of(scope) for scope in large))
+            self._conclude(large, rows, complete=[scope for scope in large if scope.kind == "layer"])
+
+    def _conclude(
+        self, scopes: Iterable[Scope], rows: IndependentRows | None, *, complete: Sequence[Scope] = ()
+    ) -> None:
+        """Take the rank of scopes from rows with some of their columns, or with all columns of the complete ones."""
+        if rows is None:
             return
-        for scope in large:
-            rtol = self._open[scope].default_rtol if self._rtol is None else self._rtol
-            rank = independent.rank(rtol=rtol, epsilon=self._epsilon, norm=self._check.norm(scope.layers))
-            if rank is not None:
+        for scope in scopes:
+            norm = None if scope in complete else self._check.norm(scope.layers)
+            if rank := rows.rank(rtol=self._rtol_of(scope), epsilon=self._epsilon, norm=norm):
                 self._ranks[scope] = rank
                 del self._open[scope]
+
+    def _rtol_of(self, scope: Scope) -> float:
+        return self._open[scope].default_rtol if self._rtol is None else self._rtol
 
     def _judge(self, scope: Scope) -> None:
         accumulator = self._open.pop(scope)
@@ -206,7 +242,7 @@ def measure_ranks(
         generator=generator,
         max_waiting=min(GROUP_ELEMENTS, evaluation.max_elements) // 2,
         needs_spectra=settings.spectrum or hessian is not None,
-        is_plain=jacobian is None,
+        behavior_is_outputs=jacobian is None,
     )
     measurement.try_last_layers(max_elements=evaluation.max_elements)
     if measurement.is_complete:

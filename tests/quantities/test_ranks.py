@@ -128,7 +128,7 @@ def test_layers_that_are_not_needed_are_not_differentiated(num_tried):
         generator=generator,
         max_waiting=2**20,
         needs_spectra=False,
-        is_plain=True,
+        behavior_is_outputs=True,
     )
     measurement.try_last_layers(max_elements=2**20)
     assert measurement.is_complete
