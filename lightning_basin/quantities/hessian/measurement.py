@@ -78,7 +78,8 @@ class HessianMeasurement:
 
     def _brackets(self, spectra: Mapping[Scope, Spectrum]) -> dict[Scope, NullSpace]:
         """Brackets that products prove; none where the loss is not convex in the outputs alone."""
-        norms = self._block_norms() if self._route.takes_products else None
+        # Where H = P no second derivative of the network is taken, so that none can be wrong or missing.
+        norms = self._block_norms() if self._route.takes_products and not self._loss.is_exact else None
         if not self._loss.is_provable:
             return {}
         return bracket_null_spaces(self._scopes, spectra, self._loss, norms, rtol=self._rtol)

@@ -50,6 +50,14 @@ def test_behavioral_hessian_has_the_rank_of_the_gradients_at_any_weights(mode):
     assert record.loss is None
 
 
+# Torch has no second derivative of the bag. Its two inputs look up a row of the table each: two independent gradients.
+@pytest.mark.parametrize("mode", ["auto", "dense", "bracket"])
+def test_behavioral_hessian_needs_no_second_derivative_of_the_network(mode):
+    module = filled(nn.Sequential(nn.EmbeddingBag(4, 2), nn.Linear(2, 1, bias=False)))
+    record = measure_basin(module, torch.tensor([[0], [1]]), loss_fn="behavioral", hessian=mode)
+    assert (record.num_parameters, record.hessian_nullity_strict, record.notes) == (10, 10 - 2, ())
+
+
 def test_behavioral_hessian_is_twice_the_gradients_product():
     module = filled(nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)))
     inputs = drawn(5, 3)
