@@ -70,7 +70,8 @@ def quiet_loss(loss_fn: Any, trainer: Trainer | None) -> Any:
 
 def _silence(module: LightningModule, trainer: Trainer | None) -> None:
     """Let a copy log nothing, by itself, through its trainer or by a callback that owns one of its hooks."""
-    optimizers = [_Nothing() for _ in (trainer.optimizers if trainer is not None else ())] or [_Nothing()]
+    of_the_run = (None if trainer is None else trainer.optimizers) or [torch.optim.SGD([torch.zeros(1)])]
+    optimizers = [_IdleOptimizer(optimizer) for optimizer in of_the_run]
     vars(module).update(
         dict.fromkeys(_EFFECTS, _ignore),
         optimizers=lambda *_, **__: optimizers if len(optimizers) > 1 else optimizers[0],
@@ -98,11 +99,7 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 
 class _Nothing:
-    """Takes the place of an optimizer or a scheduler: whatever is done with it has no effect."""
-
-    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
-        """Only call the function that computes the loss."""
-        return None if closure is None else closure()
+    """Takes the place of an object: whatever is done with it has no effect."""
 
     def __getattr__(self, name: str) -> "_Nothing":
         if name.startswith("__"):
@@ -123,6 +120,21 @@ class _Nothing:
 
     def __exit__(self, *_: object) -> None:
         """Nothing was opened."""
+
+
+class _IdleOptimizer(_Nothing):
+    """Moves no parameter, and has the class of an optimizer of the run: steps ask for it by `isinstance`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._type = type(optimizer)
+
+    @property  # type: ignore[misc]  # what `isinstance` asks
+    def __class__(self) -> Any:
+        return self._type
+
+    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        """Only call the function that computes the loss."""
+        return None if closure is None else closure()
 
 
 def _refuse_to_wait(name: str, *_: Any, **__: Any) -> None:

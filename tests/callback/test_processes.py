@@ -135,7 +135,7 @@ def test_sharded_modules_that_cannot_be_put_together_are_refused_with_the_way_to
     first, second = (process["refused"] for process in fits)
     assert first == second
     assert "['late.bias', 'late.weight'] came or went in `configure_model`" in first[0]
-    assert "ModelParallelStrategy shards them in a way that it cannot put together" in first[1]
+    assert "ModelParallelStrategy shards them in a way that cannot be undone" in first[1]
     assert "must be made with numbers in its parameters, not on the meta device" in first[2]
     assert all("lightning_basin.measure_checkpoints" in message for message in first)
 
