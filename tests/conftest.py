@@ -2,6 +2,20 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--first-cases", action="store_true", help="run each test in the first of its cases only")
+
+
+@pytest.hookimpl(trylast=True)  # When the marks have been looked at.
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("first_cases"):
+        first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+        config.hook.pytest_deselected(
+            items=[item for item in items if first[item.nodeid.partition("[")[0]] is not item]
+        )
+        items[:] = list(reversed(first.values()))
+
+
 @pytest.fixture(autouse=True)
 def one_thread(request):
     """Multiply the tiny matrices of fits by one thread: several would wait for each other."""

@@ -88,6 +88,7 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_so():
     )
 
 
+@pytest.mark.slow
 def test_a_process_takes_a_turn_in_every_round():
     (candidate,) = measure(SEED, [STEP], rounds=2, threads=1)
     assert candidate.note is None
@@ -107,6 +108,7 @@ def fails(module, inputs):
     raise NotImplementedError("no such layer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "note"),
     [

@@ -58,7 +58,8 @@ def rank_and_peak(budget, script=PEAK):
     return int(rank), int(kibibytes) * 1024
 
 
-@pytest.mark.parametrize("mebibytes", [pytest.param(112, marks=pytest.mark.slow), 192, 1024])
+@pytest.mark.slow
+@pytest.mark.parametrize("mebibytes", [112, 192, 1024])
 def test_the_peak_stays_under_the_budget_and_the_rank_is_the_same(mebibytes):
     rank, peak = rank_and_peak(mebibytes * MEBIBYTE)
     assert rank == 96  # Two outputs on each of 48 random images: no direction is lost.
@@ -90,6 +91,7 @@ print(record.gauss_newton_nullity, resource.getrusage(resource.RUSAGE_SELF).ru_m
 """
 
 
+@pytest.mark.slow
 def test_a_hessian_in_chunks_stays_under_the_budget():
     nullity, peak = rank_and_peak(112 * MEBIBYTE, PEAK_OF_A_HESSIAN)
     # Of two classes only the difference of the logits is seen: one direction for each of 48 images.

@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_basin.functional.duplicates import duplicate_classes
-
 MergedDirections = Callable[[Tensor], int]
 """From the indices of some inputs to the number of directions in which gradients differ inside the inputs' classes."""
 
@@ -41,17 +39,33 @@ def gradient_rank_bound(
         >>> gradient_rank_bound(50, 5, 2, [second]), gradient_rank_bound(50, 5, 2, [first, second])
         (7, 7)
     """
-    costs = [(0, torch.arange(num_inputs))]
+    inputs = torch.arange(num_inputs)
+    costs, kept = (
+        [0],
+        torch.ones(1, num_inputs, dtype=torch.bool),
+    )  # For each set S that is left: its cost, its members.
     for classes, directions in cuts:
-        ways = []
-        for cost, kept in costs:
-            first = duplicate_classes(classes[kept].unsqueeze(1), rtol=0.0) == torch.arange(kept.numel())
-            num_merged = kept.numel() - int(first.sum())
-            if num_merged:
-                ways.append((cost + min(directions(kept), num_outputs * num_merged), kept[first]))
+        first = _first_members(kept, classes)
+        num_merged = (kept.sum(1) - first.sum(1)).tolist()
+        ways = [
+            (cost + min(directions(inputs[members]), num_outputs * merged), left)
+            for cost, members, merged, left in zip(costs, kept, num_merged, first, strict=True)
+            if merged
+        ]
         if ways:
-            costs.append(min(ways, key=lambda way: way[0] + num_outputs * way[1].numel()))
-    return min([num_parameters, *(cost + num_outputs * kept.numel() for cost, kept in costs)])
+            cost, left = min(ways, key=lambda way: way[0] + num_outputs * int(way[1].sum()))
+            costs, kept = [*costs, cost], torch.cat([kept, left.unsqueeze(0)])
+    bounds = (cost + num_outputs * num_left for cost, num_left in zip(costs, kept.sum(1).tolist(), strict=True))
+    return int(min(num_parameters, *bounds))
+
+
+def _first_members(kept: Tensor, classes: Tensor) -> Tensor:
+    """The first member of each class in each of some sets of inputs, all of shape ``(sets, k)``."""
+    num_inputs = classes.numel()
+    classes = classes.expand(kept.shape)
+    positions = torch.arange(num_inputs).where(kept, num_inputs)
+    first = positions.new_full(kept.shape, num_inputs).scatter_reduce(1, classes, positions, "amin")
+    return kept & (first.gather(1, classes) == positions)
 
 
 def merged_directions(classes: Tensor, signals: Tensor) -> int:

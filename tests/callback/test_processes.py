@@ -12,7 +12,7 @@ from tests.training import (
     timeless,
 )
 
-pytestmark = pytest.mark.fits
+pytestmark = [pytest.mark.fits, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
