@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -119,6 +120,8 @@ class StepWatch(TorchFunctionMode):
         finally:
             before.remove()
             after.remove()
+            # torch 2.13 forgets to remove what says that a hook takes keywords: a run would gather it.
+            vars(torch_modules).get("_global_forward_hooks_with_kwargs", {}).pop(after.id, None)
             del vars(root)["forward"]
             if assigned is not None:
                 vars(root)["forward"] = assigned
