@@ -18,7 +18,7 @@ from lightning_basin.network.network import Network
 from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.network.remedies import cause
 from lightning_basin.network.replica import device_of, replicas, settle_embeddings
-from lightning_basin.network.runs import TracedProbe, run_regrouped
+from lightning_basin.network.runs import ProbeRuns, run_regrouped
 from lightning_basin.network.trace import Trace
 from lightning_basin.network.training_mode import AsTrained, as_trained
 from lightning_basin.network.validity import (
@@ -44,7 +44,7 @@ class Evaluation:
 
     Attributes:
         settings: What is asked of the measurement.
-        traced: The network's runs over the probe.
+        runs: The network's runs over the probe.
         loss_fn: The loss function, copied along with the network; ``None`` where there is none.
         loss: The loss on the probe, shape ``()``.
         layout: Which rows of what enters and leaves each layer belong to which input; ``None`` if not asked for.
@@ -54,7 +54,7 @@ class Evaluation:
     """
 
     settings: Settings
-    traced: TracedProbe
+    runs: ProbeRuns
     loss_fn: LossFunction | None
     loss: Tensor | None
     layout: InputLayout | None
@@ -65,17 +65,17 @@ class Evaluation:
     @property
     def network(self) -> Network:
         """The copy of the module, as a network."""
-        return self.traced.network
+        return self.runs.network
 
     @property
     def probe(self) -> Probe:
         """The inputs."""
-        return self.traced.probe
+        return self.runs.probe
 
     @property
     def trace(self) -> Trace:
         """The trace of all inputs."""
-        return self.traced.whole
+        return self.runs.full_trace
 
     @property
     def max_elements(self) -> int:
@@ -143,19 +143,19 @@ def open_evaluation(
             raise
         plan = None if make_plan is None else make_plan(network, *sample)
         del sample  # And its graph.
-        traced = TracedProbe(network, probe, chunk_size=None if plan is None else plan.chunk_size)
-        trace = traced.whole
+        runs = ProbeRuns(network, probe, chunk_size=None if plan is None else plan.chunk_size)
+        trace = runs.full_trace
         check_outputs(network, probe, trace)
         layout = _checked_layout(network, probe, trace, with_layers=with_layout)
         check_copy(module, network.module, trace.outputs, "behavior")
         loss = None
         if loss_fn is not None:
             # Without a graph of all inputs, too, a loss that does not depend on the outputs must be refused.
-            outputs = trace.outputs if traced.is_whole else trace.outputs.detach().requires_grad_()
+            outputs = trace.outputs if runs.is_whole else trace.outputs.detach().requires_grad_()
             loss = checked_loss(loss_fn, outputs, probe.targets)
             check_copy(module, network.module, loss, "loss_fn")
         notes = [] if trained.note is None else [trained.note]
-        yield Evaluation(settings, traced, loss_fn, loss, layout, plan, notes, trained.unseen)
+        yield Evaluation(settings, runs, loss_fn, loss, layout, plan, notes, trained.unseen)
 
 
 def _copy_as_trained(
@@ -240,7 +240,7 @@ def _trace_sample(network: Network, probe: Probe) -> tuple[Probe, Trace]:
 
 
 def _checked_layout(network: Network, probe: Probe, trace: Trace, *, with_layers: bool) -> InputLayout | None:
-    """Run regrouped inputs, which must have the same outputs, and find each input's rows in what was traced."""
+    """Run regrouped inputs, which must have the same outputs, and find each input's rows in what was runs."""
     regrouped = run_regrouped(network, probe, with_layers=with_layers)
     check_independence(network, probe, trace.outputs.detach(), regrouped)
     return input_layout(network, probe, trace, regrouped) if with_layers else None

@@ -14,7 +14,7 @@ from lightning_basin.functional.rank import default_rtol, numerical_rank, singul
 from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
 from lightning_basin.network.calls import ModuleBehavior
-from lightning_basin.network.runs import TracedProbe
+from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.probe import Probe
 from lightning_basin.settings import Settings
 
@@ -135,9 +135,9 @@ class _MovableOutputs:
     def gradients_at(self, parameters: Tensor) -> Tensor:
         """Return the gradients at some parameters, as a measurement finds them, shape ``(m, N)``."""
         with self._moved(parameters):
-            traced = TracedProbe(self._network, self._probe)
-            check = AutogradCheck(traced, Generator().manual_seed(self._seed))
-            columns = {measured.layer: measured.gradients.rows() for measured in layer_gradients(traced, check)}
+            runs = ProbeRuns(self._network, self._probe)
+            check = AutogradCheck(runs, Generator().manual_seed(self._seed))
+            columns = {measured.layer: measured.gradients.rows() for measured in layer_gradients(runs, check)}
         return torch.cat([columns[layer] for layer in self._network.layers], dim=1)
 
     def _moved(self, parameters: Tensor) -> AbstractContextManager[None]:

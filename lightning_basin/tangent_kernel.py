@@ -74,7 +74,7 @@ def neural_tangent_kernel(
     precision = settings.torch_dtype
     with open_evaluation(module, probe, settings, make_plan, gradient_dtype=precision) as evaluation:
         kernel = GramMatrix(evaluation.num_rows, evaluation.rows.device, dtype=precision)
-        check = AutogradCheck(evaluation.traced, Generator().manual_seed(seed))
-        for measured in layer_gradients(evaluation.traced, check, max_elements=evaluation.max_elements):
+        check = AutogradCheck(evaluation.runs, Generator().manual_seed(seed))
+        for measured in layer_gradients(evaluation.runs, check, max_elements=evaluation.max_elements):
             measured.gradients.add_gram(kernel)
         return kernel.whole()

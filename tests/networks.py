@@ -7,7 +7,7 @@ from torch import nn
 from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
 from lightning_basin.limits import GROUP_ELEMENTS
-from lightning_basin.network.runs import TracedProbe
+from lightning_basin.network.runs import ProbeRuns
 
 
 def generator_of(seed=0):
@@ -75,9 +75,9 @@ def sequences(flatten):
 
 
 def measured(network, probe, chunk_size=None, max_elements=GROUP_ELEMENTS):
-    traced = TracedProbe(network, probe, chunk_size=chunk_size)
-    check = AutogradCheck(traced, torch.Generator().manual_seed(0))
-    found = layer_gradients(traced, check, max_elements=max_elements)
+    runs = ProbeRuns(network, probe, chunk_size=chunk_size)
+    check = AutogradCheck(runs, torch.Generator().manual_seed(0))
+    found = layer_gradients(runs, check, max_elements=max_elements)
     return {gradients.layer.name: gradients for gradients in found}
 
 

@@ -43,7 +43,7 @@ def measure_uses(network: Network, trace: Trace, uses: Mapping[int, Use]) -> dic
     """Measure the uses in whose outputs the inputs can be distinguished.
 
     Args:
-        network: The network that was traced.
+        network: The network that was runs.
         trace: The trace of one chunk of inputs, with its graph.
         uses: Recorded uses, by their position in the record.
 

@@ -14,7 +14,7 @@ from lightning_basin.naming import escaped
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.network import Network
 from lightning_basin.network.rounding import agreement_rtol, in_other_precision
-from lightning_basin.network.runs import Chunk, TracedProbe
+from lightning_basin.network.runs import Chunk, ProbeRuns
 
 _ROUNDING = 4
 """Rounding units by which a sum may be off, relative to the sum of the magnitudes of its terms."""
@@ -47,22 +47,22 @@ class AutogradCheck:
     """One random combination of all rows of every layer's gradients, which each method must reproduce.
 
     Args:
-        traced: The network's runs over the probe.
+        runs: The network's runs over the probe.
         generator: A generator on the CPU; it draws the combination's weights, which are standard normal.
 
     Raises:
         ValueError: If the gradients are not finite.
     """
 
-    def __init__(self, traced: TracedProbe, generator: Generator) -> None:
-        outputs = traced.network.rows(traced.whole.outputs)
-        sizes = [chunk.probe.size for chunk in traced.chunks()]
+    def __init__(self, runs: ProbeRuns, generator: Generator) -> None:
+        outputs = runs.network.rows(runs.full_trace.outputs)
+        sizes = [chunk.probe.size for chunk in runs.chunks()]
         drawn = [torch.randn(size, outputs.shape[1], generator=generator, dtype=torch.float64) for size in sizes]
-        self._traced = traced
+        self._runs = runs
         self._weights = torch.cat(drawn).to(outputs.device)
-        self._combined = _combination(traced, self._weights)
+        self._combined = _combination(runs, self._weights)
         if not all(bool(gradient.isfinite().all()) for gradient in self._combined.values() if gradient is not None):
-            _refuse_infinite_gradients(traced)
+            _refuse_infinite_gradients(runs)
 
     @property
     def num_rows(self) -> int:
@@ -101,12 +101,12 @@ class AutogradCheck:
                 that no use is missed, however weak.
             note: The record's note on them.
         """
-        expected, eps = self._expected(layer), torch.finfo(self._traced.network.dtype).eps
+        expected, eps = self._expected(layer), torch.finfo(self._runs.network.dtype).eps
         difference = (gradients.combination(self._weights.flatten()) - expected).abs().max()
-        rtol = _ROUNDING * eps * self.num_rows**0.5 if structured else agreement_rtol(self._traced.network.dtype)
+        rtol = _ROUNDING * eps * self.num_rows**0.5 if structured else agreement_rtol(self._runs.network.dtype)
         is_confirmed = bool(difference <= rtol * expected.abs().max())
         if not is_confirmed:
-            terms = torch.stack(self._traced.each(sum_term_magnitudes, layer, self._weights)).sum(0)
+            terms = torch.stack(self._runs.each(sum_term_magnitudes, layer, self._weights)).sum(0)
             rounding = _ROUNDING * eps * terms.norm()
             if bool(expected.norm() <= rounding) or self._is_rounding(layer):
                 return self._without_effect(layer, structured=structured)
@@ -117,7 +117,7 @@ class AutogradCheck:
     def _expected(self, layer: Layer) -> Tensor:
         """The combination by autograd, shape ``(N,)``."""
         gradients = [
-            torch.zeros_like(self._traced.network.named_parameters[name]) if gradient is None else gradient
+            torch.zeros_like(self._runs.network.named_parameters[name]) if gradient is None else gradient
             for name in layer.parameters
             for gradient in [self._combined[name]]
         ]
@@ -131,15 +131,15 @@ class AutogradCheck:
         if self._in_other_precision is None:
             return False
         norms = [self.norm([layer]), _norm(self._in_other_precision, [layer])]
-        high, low = norms if self._traced.network.dtype == torch.float64 else reversed(norms)
+        high, low = norms if self._runs.network.dtype == torch.float64 else reversed(norms)
         return math.isfinite(low) and low >= _ONLY_ROUNDING * high
 
     @cached_property
     def _in_other_precision(self) -> dict[str, Tensor | None] | None:
         """The combination in float32 instead of float64, or the reverse; ``None`` where the module does not run so."""
         try:
-            network, probe = in_other_precision(self._traced.network, self._traced.probe)
-            return _combination(TracedProbe(network, probe, chunk_size=self._traced.chunk_size), self._weights)
+            network, probe = in_other_precision(self._runs.network, self._runs.probe)
+            return _combination(ProbeRuns(network, probe, chunk_size=self._runs.chunk_size), self._weights)
         except (TypeError, ValueError, RuntimeError):
             return None
 
@@ -164,19 +164,19 @@ def disagreement(names: Sequence[str]) -> str:
     )
 
 
-def _combination(traced: TracedProbe, weights: Tensor) -> dict[str, Tensor | None]:
+def _combination(runs: ProbeRuns, weights: Tensor) -> dict[str, Tensor | None]:
     """The derivatives of a combination of all outputs, in float64; ``None`` where no output depends on a parameter.
 
     Args:
-        traced: The network's runs over the probe.
+        runs: The network's runs over the probe.
         weights: The weights of the outputs, shape ``(k, c)``.
 
     Returns:
         The derivatives by the full names of the parameters.
     """
-    names = [name for layer in traced.network.layers for name in layer.parameters]
+    names = [name for layer in runs.network.layers for name in layer.parameters]
     combined: dict[str, Tensor | None] = dict.fromkeys(names)
-    for gradients in traced.each(_combination_of_chunk, weights):
+    for gradients in runs.each(_combination_of_chunk, weights):
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
                 total = combined[name]
@@ -198,28 +198,28 @@ def _norm(combined: Mapping[str, Tensor | None], layers: Iterable[Layer]) -> flo
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 
-def _refuse_infinite_gradients(traced: TracedProbe) -> None:
+def _refuse_infinite_gradients(runs: ProbeRuns) -> None:
     """Say on which inputs, and in which layers, gradients of finite outputs are not finite.
 
     Raises:
         ValueError: Always.
     """
-    network, parameters = traced.network, traced.network.parameters()
+    network, parameters = runs.network, runs.network.parameters()
     owners = [layer.name for layer in network.layers for _ in layer.parameters]
     layers: dict[str, None] = {}
     inputs: list[int] = []
-    for index in range(traced.probe.size):
+    for index in range(runs.probe.size):
         try:  # Each input alone: one that is not finite spoils the gradients of a whole batch.
-            row = network.rows(network.outputs(traced.probe.select([index])))
+            row = network.rows(network.outputs(runs.probe.select([index])))
         except (TypeError, ValueError):  # Some modules cannot run a batch of one.
-            row = network.rows(network.outputs(traced.probe))[index]
+            row = network.rows(network.outputs(runs.probe))[index]
         gradients = torch.autograd.grad(row.sum(), parameters, allow_unused=True)
         is_bad = [gradient is not None and not bool(gradient.isfinite().all()) for gradient in gradients]
         layers |= {name: None for name, bad in zip(owners, is_bad, strict=True) if bad}
         inputs += [index] if any(is_bad) else []
     raise ValueError(
         f"gradients must be finite, but are NaN or infinite in the layers {list(layers)} on {len(inputs)} of the "
-        f"{traced.probe.size} inputs, the first of them input {inputs[0] if inputs else 0}, although all outputs are "
+        f"{runs.probe.size} inputs, the first of them input {inputs[0] if inputs else 0}, although all outputs are "
         f"finite: keep sqrt, log, division and norm away from 0 also where torch.where or a mask does not take them "
         f"(by clamp, before), attention away from sets that are all padding, or leave these inputs out"
     )

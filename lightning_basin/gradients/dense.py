@@ -11,17 +11,17 @@ from lightning_basin.gradients.assemble import concatenate
 from lightning_basin.gradients.check import AutogradCheck, MeasuredGradients, disagreement
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.network import Network
-from lightning_basin.network.runs import Chunk, TracedProbe
+from lightning_basin.network.runs import Chunk, ProbeRuns
 from lightning_basin.tensors import tensors_of
 
 
 def dense_gradients(
-    traced: TracedProbe, group: Sequence[tuple[Layer, str | None]], check: AutogradCheck
+    runs: ProbeRuns, group: Sequence[tuple[Layer, str | None]], check: AutogradCheck
 ) -> Iterator[MeasuredGradients]:
     """Yield the gradients of a group of layers as dense rows, by the first route that autograd confirms.
 
     Args:
-        traced: The network's runs over the probe.
+        runs: The network's runs over the probe.
         group: The layers, whose rows fit into memory together, each with the note that its gradients shall bear.
         check: The check against autograd.
 
@@ -32,7 +32,7 @@ def dense_gradients(
     pending = dict(group)
     for rows_of in _ROUTES:
         try:
-            matrix = concatenate(traced.each(rows_of, layers)).to(traced.network.gradient_dtype)
+            matrix = concatenate(runs.each(rows_of, layers)).to(runs.network.gradient_dtype)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             # Some modules support neither vmap nor a batch of one. The next route asks for less.
             if rows_of is _ROUTES[-1]:

@@ -14,11 +14,11 @@ from lightning_basin.gradients.structured import structured_gradients
 from lightning_basin.limits import GROUP_ELEMENTS, MemoryBudgetError
 from lightning_basin.naming import escaped
 from lightning_basin.network.layers import Layer
-from lightning_basin.network.runs import TracedProbe
+from lightning_basin.network.runs import ProbeRuns
 
 
 def layer_gradients(
-    traced: TracedProbe,
+    runs: ProbeRuns,
     check: AutogradCheck,
     *,
     layers: Sequence[Layer] | None = None,
@@ -27,7 +27,7 @@ def layer_gradients(
     """Yield the behavioral gradients of each layer, checked against autograd.
 
     Args:
-        traced: The network's runs over the probe.
+        runs: The network's runs over the probe.
         check: The check for this network and probe.
         layers: The layers to measure; ``None`` means all.
         max_elements: Elements that the factors or the dense rows of one layer may have. Smaller layers are measured
@@ -37,9 +37,9 @@ def layer_gradients(
         MemoryBudgetError: If a layer must be measured row by row, and its rows have more elements.
         RuntimeError: If no method of computing a layer's gradients agrees with autograd.
     """
-    layers = traced.network.layers if layers is None else layers
+    layers = runs.network.layers if layers is None else layers
     waiting: list[tuple[Layer, str | None]] = []
-    for layer, gradients in structured_gradients(traced, check, layers, max_elements):
+    for layer, gradients in structured_gradients(runs, check, layers, max_elements):
         note = None
         if gradients is not None:
             if (measured := check.confirm(layer, gradients, structured=True)) is not None:
@@ -50,7 +50,7 @@ def layer_gradients(
         waiting.append((layer, note))
     group_elements = min(max_elements, GROUP_ELEMENTS)
     for group in split_by_size(waiting, lambda item: item[0].num_parameters * check.num_rows, group_elements):
-        yield from dense_gradients(traced, group, check)
+        yield from dense_gradients(runs, group, check)
 
 
 def _check_dense_size(layer: Layer, num_rows: int, max_elements: int) -> None:

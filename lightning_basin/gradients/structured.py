@@ -15,24 +15,24 @@ from lightning_basin.gradients.sizes import find_uses, layer_sizes, split_by_siz
 from lightning_basin.limits import GROUP_ELEMENTS
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.network import Network
-from lightning_basin.network.runs import Chunk, TracedProbe
+from lightning_basin.network.runs import Chunk, ProbeRuns
 from lightning_basin.network.trace import Trace
 from lightning_basin.operations.uses import Use
 
 
 def structured_gradients(
-    traced: TracedProbe, check: AutogradCheck, layers: Sequence[Layer], max_elements: int
+    runs: ProbeRuns, check: AutogradCheck, layers: Sequence[Layer], max_elements: int
 ) -> Iterator[tuple[Layer, LayerGradients | None]]:
     """Yield each layer with its gradients, or with ``None`` where its uses are not known or too large.
 
     Args:
-        traced: The network's runs over the probe.
+        runs: The network's runs over the probe.
         check: The check, which knows the layers that no output depends on.
         layers: The layers to measure.
         max_elements: Elements that the factors or the dense rows of one layer may have.
     """
-    network, num_inputs = traced.network, traced.probe.size
-    sizes = layer_sizes(network, _first_trace(traced), num_inputs=num_inputs, num_outputs=check.num_rows // num_inputs)
+    network, num_inputs = runs.network, runs.probe.size
+    sizes = layer_sizes(network, _first_trace(runs), num_inputs=num_inputs, num_outputs=check.num_rows // num_inputs)
     factored = []
     for layer in layers:
         method = sizes[layer.name].method(max_elements)
@@ -41,10 +41,10 @@ def structured_gradients(
         elif method == "factors":
             factored.append(layer)
         else:
-            yield layer, _rows_by_chunks(traced, layer) if method == "chunks" else None
+            yield layer, _rows_by_chunks(runs, layer) if method == "chunks" else None
     group_elements = min(max_elements, GROUP_ELEMENTS)
     for group in split_by_size(factored, lambda layer: sizes[layer.name].held, group_elements):
-        measured = _measured_uses(traced, group)
+        measured = _measured_uses(runs, group)
         for layer in group:
             uses = measured.pop(layer)
             yield layer, None if uses is None else _from_uses(network, layer, uses, check.num_rows)
@@ -55,9 +55,9 @@ def _from_uses(network: Network, layer: Layer, uses: Sequence[MeasuredUse], num_
     return combine_uses(parameters, uses, num_rows=num_rows)
 
 
-def _rows_by_chunks(traced: TracedProbe, layer: Layer) -> DenseGradients | None:
+def _rows_by_chunks(runs: ProbeRuns, layer: Layer) -> DenseGradients | None:
     """Dense rows, where they are smaller than their factors; ``None`` where inputs cannot be distinguished."""
-    chunks = traced.each(_rows_of_chunk, layer)
+    chunks = runs.each(_rows_of_chunk, layer)
     rows = [chunk for chunk in chunks if chunk is not None]
     return DenseGradients(concatenate(rows)) if len(rows) == len(chunks) else None
 
@@ -82,10 +82,10 @@ class _UsesInChunk:
     used_elements: list[bytes]
 
 
-def _measured_uses(traced: TracedProbe, layers: Sequence[Layer]) -> dict[Layer, list[MeasuredUse] | None]:
+def _measured_uses(runs: ProbeRuns, layers: Sequence[Layer]) -> dict[Layer, list[MeasuredUse] | None]:
     """The uses of some layers over all inputs; ``None`` for layers whose inputs cannot be distinguished."""
-    chunks = traced.each(_uses_of_chunk, layers, traced.probe.size)
-    by_layer = find_uses(traced.network, _first_trace(traced))
+    chunks = runs.each(_uses_of_chunk, layers, runs.probe.size)
+    by_layer = find_uses(runs.network, _first_trace(runs))
     return {layer: _joined(list(by_layer[layer].values()), [chunk[layer] for chunk in chunks]) for layer in layers}
 
 
@@ -130,9 +130,9 @@ def _used_elements(uses: Iterable[Use]) -> list[bytes]:
     return [sha256(f"{tuple(elements.shape)}".encode() + elements.numpy().tobytes()).digest() for elements in positions]
 
 
-def _first_trace(traced: TracedProbe) -> Trace:
+def _first_trace(runs: ProbeRuns) -> Trace:
     """The trace of the first chunk, whose uses stand for those of all chunks."""
-    return next(traced.chunks()).trace
+    return next(runs.chunks()).trace
 
 
 def _all_of(measured: Mapping[int, MeasuredUse], uses: Mapping[int, Use]) -> list[MeasuredUse] | None:

@@ -107,7 +107,7 @@ class Chunk:
         return self._trace
 
 
-class TracedProbe:
+class ProbeRuns:
     """A network's runs over a probe: all inputs at once, or chunk by chunk where memory asks for it.
 
     Args:
@@ -120,13 +120,13 @@ class TracedProbe:
         self.network = network
         self.probe = probe
         self.chunk_size = probe.size if chunk_size is None else chunk_size
-        self._whole: Trace | None = None
+        self._full_trace: Trace | None = None
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the inputs chunk by chunk, in their order."""
         indices = torch.arange(self.probe.size)
         if self.is_whole:
-            yield Chunk(self.network, indices, self.probe, self.whole)
+            yield Chunk(self.network, indices, self.probe, self.full_trace)
             return
         for chosen in indices.tensor_split(-(-self.probe.size // self.chunk_size)):
             yield Chunk(self.network, chosen, self.probe.select(chosen))
@@ -146,9 +146,9 @@ class TracedProbe:
         return self.chunk_size >= self.probe.size
 
     @property
-    def whole(self) -> Trace:
+    def full_trace(self) -> Trace:
         """The trace of all inputs at once; without a graph, where this would not fit into memory."""
-        if self._whole is None:
+        if self._full_trace is None:
             with torch.set_grad_enabled(self.is_whole):
-                self._whole = self.network.trace(self.probe)
-        return self._whole
+                self._full_trace = self.network.trace(self.probe)
+        return self._full_trace

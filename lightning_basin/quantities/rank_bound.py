@@ -25,7 +25,7 @@ from lightning_basin.functional.rank_bound import (
     merged_linear_directions,
 )
 from lightning_basin.network.rounding import agreement_rtol
-from lightning_basin.network.runs import Chunk, TracedProbe
+from lightning_basin.network.runs import Chunk, ProbeRuns
 from lightning_basin.quantities.activations import LayerActivations
 
 _MAX_SIGNAL_ELEMENTS = 2**24  # most float64 elements in the signals of a passage: 128 MiB
@@ -87,14 +87,14 @@ def _cuts_before(evaluation: Evaluation, name: str, classes: Tensor, rank: Gradi
         rank: The rank of the network.
         share: The fraction of the rank's tolerance for the error of merging these inputs.
     """
-    traced, parameters = evaluation.traced, evaluation.network.parameters()
+    runs, parameters = evaluation.runs, evaluation.network.parameters()
     is_before = [False] * len(parameters)
-    for chunk in traced.chunks():
+    for chunk in runs.chunks():
         reached = reached_parameters(chunk.trace.entering.get(name, []), parameters)
         is_before = [any(pair) for pair in zip(is_before, reached, strict=True)]
     # Half of the tolerance is for B4, and half of the rest for what three combinations may miss.
     tolerance = share * rank.rtol * rank.largest / 4
-    if merging_error(traced, classes, is_before) > tolerance:
+    if merging_error(runs, classes, is_before) > tolerance:
         return []
     before = [parameter for parameter, is_used in zip(parameters, is_before, strict=True) if is_used]
     num_before = sum(parameter.numel() for parameter in before)
@@ -104,7 +104,7 @@ def _cuts_before(evaluation: Evaluation, name: str, classes: Tensor, rank: Gradi
         # The tighter bounds ask for the same signals before the cut as well.
         equal_signals = duplicate_classes(passage.signals.flatten(1), rtol=rank.rtol)
         classes = duplicate_classes(torch.stack([classes, equal_signals], dim=1), rtol=0.0)
-        if merging_error(traced, classes, is_before, passage) <= tolerance:
+        if merging_error(runs, classes, is_before, passage) <= tolerance:
             cuts.append((classes, partial(_directions_through, passage, classes, num_before, rank, share)))
     return cuts
 
@@ -147,9 +147,7 @@ class Passage:
     inputs: Tensor | None
 
 
-def merging_error(
-    traced: TracedProbe, classes: Tensor, is_before: Sequence[bool], passage: Passage | None = None
-) -> float:
+def merging_error(runs: ProbeRuns, classes: Tensor, is_before: Sequence[bool], passage: Passage | None = None) -> float:
     """Measure how far the gradients are from those of merged inputs: the norm of their deviation inside the classes.
 
     Behind a layer, inputs of a class must have the same gradients: their deviation from the class's mean is an error of
@@ -159,7 +157,7 @@ def merging_error(
     it with a probability of one in a hundred.
 
     Args:
-        traced: The network's runs over the probe.
+        runs: The network's runs over the probe.
         classes: The first member of each input's class, shape ``(k,)``.
         is_before: For each parameter whether its gradients may differ inside the classes.
         passage: The layer through which the parameters before act; ``None`` lets their gradients differ at will.
@@ -167,18 +165,18 @@ def merging_error(
     Returns:
         The largest norm over the combinations, of standard normal weights.
     """
-    network, generator = traced.network, Generator().manual_seed(0)
+    network, generator = runs.network, Generator().manual_seed(0)
     marked = list(zip(network.parameters(), is_before, strict=True))
     before = [parameter for parameter, is_used in marked if is_used]
     behind = [parameter for parameter, is_used in marked if not is_used]
-    outputs = network.rows(traced.whole.outputs)
+    outputs = network.rows(runs.full_trace.outputs)
     shape = (_NUM_COMBINATIONS, *outputs.shape)
     combinations = torch.randn(shape, generator=generator, dtype=torch.float64).to(outputs.device)
     deviations = [weights - class_means(weights, classes) for weights in combinations]
     signals = None if passage is None else passage.signals - class_means(passage.signals, classes)
     variables = behind if passage is None else [*behind, *before]
     errors = combinations.new_zeros(_NUM_COMBINATIONS, sum(variable.numel() for variable in variables))
-    for chunk in traced.chunks():
+    for chunk in runs.chunks():
         rows, indices = network.rows(chunk.trace.outputs), chunk.indices.to(outputs.device)
         for error, weights, deviation in zip(errors, combinations, deviations, strict=True):
             terms = [_combined_gradient(rows, behind, deviation[indices])]
@@ -218,7 +216,7 @@ def _find_passage(evaluation: Evaluation, cut: str, before: Sequence[Tensor]) ->
     if evaluation.num_outputs * evaluation.trace.leaving[name][0].numel() > _MAX_SIGNAL_ELEMENTS:
         return None
     signals, inputs = [], []
-    for chunk in evaluation.traced.chunks():
+    for chunk in evaluation.runs.chunks():
         left = chunk.trace.leaving.get(name, [])
         # Beside a skip connection, and where a weight is used on both sides of the cut, there is a way around.
         if len(left) != 1 or not _is_only_way(left[0], chunk.trace.outputs, before):

@@ -23,7 +23,7 @@ from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
 from lightning_basin.limits import GROUP_ELEMENTS
 from lightning_basin.network.layers import Layer
-from lightning_basin.network.runs import TracedProbe
+from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.quantities.hessian.measurement import HessianMeasurement
 from lightning_basin.quantities.scopes import Scope
 
@@ -35,7 +35,7 @@ class RankMeasurement:
 
     Args:
         scopes: The scopes to report.
-        traced: The network's runs over the probe.
+        runs: The network's runs over the probe.
         check: The check of the gradients of the outputs.
         rtol: The relative tolerance of ranks; ``None`` means the default of what is decomposed.
         generator: A generator on the CPU, for random vectors.
@@ -47,7 +47,7 @@ class RankMeasurement:
     def __init__(
         self,
         scopes: Sequence[Scope],
-        traced: TracedProbe,
+        runs: ProbeRuns,
         check: AutogradCheck,
         *,
         rtol: float | None,
@@ -56,9 +56,9 @@ class RankMeasurement:
         needs_spectra: bool,
         behavior_is_outputs: bool,
     ) -> None:
-        self._scopes, self._traced, self._check = scopes, traced, check
+        self._scopes, self._runs, self._check = scopes, runs, check
         self._rtol, self._generator, self._needs_spectra = rtol, generator, needs_spectra
-        self._epsilon = torch.finfo(traced.network.dtype).eps
+        self._epsilon = torch.finfo(runs.network.dtype).eps
         self._ranks: dict[Scope, GradientRank] = {}
         self._spectra: dict[Scope, Spectrum] = {}
         self._open = {
@@ -72,7 +72,7 @@ class RankMeasurement:
             not needs_spectra
             and behavior_is_outputs
             and self._epsilon == EPSILON
-            and _are_distinct(traced.whole.outputs)
+            and _are_distinct(runs.full_trace.outputs)
         )
         # In float32 the Gram matrix decides: what it does not resolve is rounding.
         self._needs_grams = needs_spectra or self._may_be_independent or self._epsilon > EPSILON
@@ -90,9 +90,9 @@ class RankMeasurement:
         """
         if not self._may_be_independent or len(self._scopes) > 1 or self._open[self._scopes[0]].is_tiny:
             return
-        large = [layer for layer in self._traced.network.layers if layer.num_parameters >= self._check.num_rows]
+        large = [layer for layer in self._runs.network.layers if layer.num_parameters >= self._check.num_rows]
         for layer in large[: -_NUM_TRIED - 1 : -1]:
-            for measured in layer_gradients(self._traced, self._check, layers=[layer], max_elements=max_elements):
+            for measured in layer_gradients(self._runs, self._check, layers=[layer], max_elements=max_elements):
                 self._try_few_columns(self._scopes, measured.gradients)
             if self.is_complete:
                 return
@@ -233,10 +233,10 @@ def measure_ranks(
         The ranks, and the singular values where the rank was not proved without them.
     """
     settings, jacobian = evaluation.settings, behavior_jacobian(evaluation)
-    check = AutogradCheck(evaluation.traced, generator)
+    check = AutogradCheck(evaluation.runs, generator)
     measurement = RankMeasurement(
         scopes,
-        evaluation.traced,
+        evaluation.runs,
         check,
         rtol=settings.rtol,
         generator=generator,
@@ -247,7 +247,7 @@ def measure_ranks(
     measurement.try_last_layers(max_elements=evaluation.max_elements)
     if measurement.is_complete:
         return measurement.results()
-    for measured in layer_gradients(evaluation.traced, check, max_elements=evaluation.max_elements):
+    for measured in layer_gradients(evaluation.runs, check, max_elements=evaluation.max_elements):
         measurement.add(
             measured.layer, measured.gradients if jacobian is None else measured.gradients.weighted(jacobian)
         )

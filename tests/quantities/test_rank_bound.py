@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_basin import Probe, measure_basin
 from lightning_basin.network.network import Network
-from lightning_basin.network.runs import TracedProbe
+from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.quantities.rank_bound import merging_error, reached_parameters
 from tests.measure.records import SEEDS, generic
 from tests.models import (
@@ -318,8 +318,8 @@ def test_frozen_parameters_do_not_count_before_a_layer():
 
 
 def merging_error_of(module, inputs, classes, **kwargs):
-    traced = TracedProbe(Network(module), Probe(inputs), **kwargs)
-    return merging_error(traced, torch.tensor(classes), [False] * len(traced.network.parameters()))
+    runs = ProbeRuns(Network(module), Probe(inputs), **kwargs)
+    return merging_error(runs, torch.tensor(classes), [False] * len(runs.network.parameters()))
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])

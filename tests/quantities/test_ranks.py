@@ -8,7 +8,7 @@ from torch import nn
 from lightning_basin import measure_basin
 from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.network.network import Network
-from lightning_basin.network.runs import TracedProbe
+from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.probe import Probe
 from lightning_basin.quantities.ranks import RankMeasurement
 from lightning_basin.quantities.scopes import Scope
@@ -117,13 +117,13 @@ def test_layers_that_are_not_needed_are_not_differentiated(num_tried):
     for layer in (6, 4, 2)[:num_tried]:
         module[layer].requires_grad_(requires_grad=False)
     network = Network(module)
-    traced = TracedProbe(network, Probe(inputs))
+    runs = ProbeRuns(network, Probe(inputs))
     whole = Scope("network", "", network.layers)
     generator = torch.Generator().manual_seed(0)
     measurement = RankMeasurement(
         [whole],
-        traced,
-        AutogradCheck(traced, generator),
+        runs,
+        AutogradCheck(runs, generator),
         rtol=None,
         generator=generator,
         max_waiting=2**20,

@@ -9,7 +9,7 @@ from lightning_basin.functional.hessian import hessian_matrix
 from lightning_basin.functional.jacobian import weighted_rows
 from lightning_basin.functional.null_space import NullSpace, hessian_null_space
 from lightning_basin.limits import HessianLimits
-from lightning_basin.network.runs import TracedProbe
+from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.quantities.hessian.loss import LossCurvature
 from lightning_basin.quantities.hessian.products import ROUNDING_FACTOR, check_finite, residual_matrix
 from lightning_basin.quantities.hessian.quadratic_model import num_activations, quadratic_model
@@ -54,12 +54,12 @@ def dense_null_spaces(
 
 
 def dense_hessian(
-    traced: TracedProbe, gradients: Tensor, loss: LossCurvature, is_curved: Sequence[bool], limits: HessianLimits
+    runs: ProbeRuns, gradients: Tensor, loss: LossCurvature, is_curved: Sequence[bool], limits: HessianLimits
 ) -> Tensor:
     """Form the Hessian of a network, shape ``(N, N)``.
 
     Args:
-        traced: The network's runs over the probe.
+        runs: The network's runs over the probe.
         gradients: The gradients of the canonical outputs, shape ``(m, N)``.
         loss: The loss at the outputs.
         is_curved: For each parameter whether its Gauss-Newton part is known not to vanish.
@@ -68,8 +68,8 @@ def dense_hessian(
     Raises:
         RuntimeError: If the Hessian is not symmetric or not finite, or an operation can be differentiated only once.
     """
-    network, trace, curvature = traced.network, traced.whole, loss.curvature
-    share = 1.0 if limits.chunk_size is None else limits.chunk_size / traced.probe.size
+    network, trace, curvature = runs.network, runs.full_trace, loss.curvature
+    share = 1.0 if limits.chunk_size is None else limits.chunk_size / runs.probe.size
     num_elements = max(1, int(share * num_activations(trace)))
     num_columns = max(1, min(_MAX_COLUMNS, limits.batch_elements // num_elements))
     if limits.chunk_size is None and (loss.has_penalty or not curvature.is_closed):
@@ -82,7 +82,7 @@ def dense_hessian(
             is_curved=is_curved,
         )
     else:  # P by its closed form, of which autograd loses digits by cancellation.
-        model = quadratic_model(traced, curvature, link=loss.canonical.link, chunk_size=limits.chunk_size)
+        model = quadratic_model(runs, curvature, link=loss.canonical.link, chunk_size=limits.chunk_size)
         residual = residual_matrix(model, chunk_size=num_columns)
         hessian = residual + gradients.mT @ weighted_rows(gradients, curvature.matrices)
     check_finite(hessian, network.layers)

@@ -14,7 +14,7 @@ from lightning_basin.functional.output_curvature import LossOfOutputs, OutputCur
 from lightning_basin.functional.rank import EPSILON
 from lightning_basin.network.network import Network
 from lightning_basin.network.rounding import agreement_rtol
-from lightning_basin.network.runs import TracedProbe
+from lightning_basin.network.runs import ProbeRuns
 
 _LEAST_SCALE = 1e-60  # least derivative of a loss that is not scaled
 _OTHER_WEIGHTS = (0.3, 0.03)  # factors of the weights at which outputs are not saturated
@@ -99,22 +99,22 @@ class LossCurvature:
         return abs(self._value - half_square) <= agreement_rtol(self.outputs.dtype) * half_square
 
 
-def loss_curvature(loss_fn: LossOfOutputs, traced: TracedProbe, *, behavior_is_outputs: bool) -> LossCurvature:
+def loss_curvature(loss_fn: LossOfOutputs, runs: ProbeRuns, *, behavior_is_outputs: bool) -> LossCurvature:
     """Differentiate a loss at the outputs of a network.
 
     Args:
         loss_fn: The loss, from outputs to a scalar.
-        traced: The network's runs over the probe.
+        runs: The network's runs over the probe.
         behavior_is_outputs: Whether the behavior, whose gradients are measured, is the outputs themselves.
 
     Raises:
         RuntimeError: If the loss cannot be differentiated twice, or its derivatives are not finite or wrong; if it is
             a cross-entropy of probabilities whose logits are lost.
     """
-    network, outputs = traced.network, traced.whole.outputs.detach()
+    network, outputs = runs.network, runs.full_trace.outputs.detach()
 
     def canonical(loss_fn: LossOfOutputs) -> CanonicalLoss:
-        return canonical_loss(loss_fn, outputs, lambda: _outputs_elsewhere(traced))
+        return canonical_loss(loss_fn, outputs, lambda: _outputs_elsewhere(runs))
 
     loss = canonical(loss_fn)
     scale = _scale_of(loss.curvature)
@@ -142,14 +142,14 @@ def _scale_of(curvature: OutputCurvature) -> float:
     return 2.0 ** math.frexp(largest)[1]
 
 
-def _outputs_elsewhere(traced: TracedProbe) -> list[Tensor]:
+def _outputs_elsewhere(runs: ProbeRuns) -> list[Tensor]:
     """Outputs of a network at weights smaller by different factors; none where it cannot be run there."""
-    network, outputs = traced.network, []
+    network, outputs = runs.network, []
     weights = network.parameters()
     for factor in _OTHER_WEIGHTS:
         with network.at([factor * weight for weight in weights]), torch.no_grad():
             try:
-                outputs.append(network.outputs(traced.probe))
+                outputs.append(network.outputs(runs.probe))
             except (TypeError, ValueError):
                 return []
     return outputs

@@ -13,7 +13,7 @@ from lightning_basin.functional.null_space import NullSpace
 from lightning_basin.functional.rank import Spectrum
 from lightning_basin.limits import HessianLimits
 from lightning_basin.network.layers import Layer
-from lightning_basin.network.runs import TracedProbe
+from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.quantities.hessian.brackets import BlockNorms, bracket_null_spaces
 from lightning_basin.quantities.hessian.dense import dense_hessian, dense_null_spaces
 from lightning_basin.quantities.hessian.derivative_check import check_derivatives, check_twice_differentiable
@@ -29,7 +29,7 @@ class HessianMeasurement:
     """Sees the gradients of each layer go by, and finds the null spaces of all scopes afterwards.
 
     Args:
-        traced: The network's runs over the probe.
+        runs: The network's runs over the probe.
         loss: The loss at the outputs.
         route: How the Hessian is measured.
         scopes: The scopes to report, the network last.
@@ -40,7 +40,7 @@ class HessianMeasurement:
 
     def __init__(
         self,
-        traced: TracedProbe,
+        runs: ProbeRuns,
         loss: LossCurvature,
         route: HessianRoute,
         scopes: Sequence[Scope],
@@ -49,12 +49,12 @@ class HessianMeasurement:
         generator: Generator,
         limits: HessianLimits,
     ) -> None:
-        self._traced, self._loss, self._route, self._scopes = traced, loss, route, scopes
+        self._runs, self._loss, self._route, self._scopes = runs, loss, route, scopes
         self._rtol, self._generator, self._limits = rtol, generator, limits
         self._forms_hessian = route.is_dense and not loss.is_exact
         self._gradients: dict[Layer, Tensor] = {}
         self._gauss_newton = GaussNewtonAccumulator(
-            traced.network, loss, scopes, generator, max_waiting=limits.waiting_elements
+            runs.network, loss, scopes, generator, max_waiting=limits.waiting_elements
         )
 
     def add(self, layer: Layer, gradients: LayerGradients) -> None:
@@ -87,15 +87,15 @@ class HessianMeasurement:
     def _block_norms(self) -> BlockNorms:
         """The source of bounds by products, after a check of the derivatives."""
         loss, chunk_size = self._loss, self._limits.chunk_size
-        model = quadratic_model(self._traced, loss.curvature, link=loss.canonical.link, chunk_size=chunk_size)
+        model = quadratic_model(self._runs, loss.curvature, link=loss.canonical.link, chunk_size=chunk_size)
         check_twice_differentiable(model, self._gauss_newton.is_curved)
         check_derivatives(model)
         return BlockNorms(model=model, generator=self._generator, limits=self._limits, is_dense=self._route.is_dense)
 
     def _dense(self, brackets: Mapping[Scope, NullSpace]) -> dict[Scope, NullSpace]:
-        layers = self._traced.network.layers
+        layers = self._runs.network.layers
         gradients = torch.cat([self._gradients[layer] for layer in layers], dim=1)
-        hessian = dense_hessian(self._traced, gradients, self._loss, self._gauss_newton.is_curved, self._limits)
+        hessian = dense_hessian(self._runs, gradients, self._loss, self._gauss_newton.is_curved, self._limits)
         return dense_null_spaces(hessian, gradients, self._loss, self._scopes, brackets, rtol=self._rtol)
 
 
@@ -106,7 +106,7 @@ def hessian_measurement(evaluation: Evaluation, scopes: Sequence[Scope]) -> Hess
         evaluation: The network on the probe.
         scopes: The scopes to report, the network last.
     """
-    settings, traced, notes = evaluation.settings, evaluation.traced, evaluation.notes
+    settings, runs, notes = evaluation.settings, evaluation.runs, evaluation.notes
     if evaluation.loss_fn is None or settings.hessian is False:
         return None
     if evaluation.network.dtype != torch.float64:
@@ -120,7 +120,7 @@ def hessian_measurement(evaluation: Evaluation, scopes: Sequence[Scope]) -> Hess
         loss_fn, targets = squared_distance, evaluation.trace.outputs.detach()
     try:
         loss = loss_curvature(
-            lambda outputs: loss_fn(outputs, targets), traced, behavior_is_outputs=not settings.counts_probabilities
+            lambda outputs: loss_fn(outputs, targets), runs, behavior_is_outputs=not settings.counts_probabilities
         )
     except (RuntimeError, ArithmeticError, ValueError) as error:  # Not every loss can be differentiated twice.
         _leave_out_hessian(error, notes)
@@ -134,7 +134,7 @@ def hessian_measurement(evaluation: Evaluation, scopes: Sequence[Scope]) -> Hess
     if route.is_left_out:
         return None
     generator = Generator().manual_seed(settings.seed)
-    return HessianMeasurement(traced, loss, route, scopes, rtol=settings.rtol, generator=generator, limits=limits)
+    return HessianMeasurement(runs, loss, route, scopes, rtol=settings.rtol, generator=generator, limits=limits)
 
 
 def measure_null_spaces(

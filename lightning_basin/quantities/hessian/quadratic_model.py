@@ -11,7 +11,7 @@ from lightning_basin.functional.logits import Link
 from lightning_basin.functional.output_curvature import OutputCurvature
 from lightning_basin.functional.rank import EPSILON
 from lightning_basin.network.network import Network
-from lightning_basin.network.runs import TracedProbe
+from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
 
@@ -108,24 +108,24 @@ class QuadraticModel:
 
 
 def quadratic_model(
-    traced: TracedProbe, curvature: OutputCurvature, *, link: Link | None = None, chunk_size: int | None = None
+    runs: ProbeRuns, curvature: OutputCurvature, *, link: Link | None = None, chunk_size: int | None = None
 ) -> QuadraticModel:
     """Take the quadratic model of a loss at the present weights.
 
     Args:
-        traced: The network's runs over the probe.
+        runs: The network's runs over the probe.
         curvature: The curvature of the loss at its canonical outputs.
         link: The function that made the outputs of the canonical ones; ``None`` where they are the same.
         chunk_size: The largest number of inputs that are differentiated together; ``None`` for any.
     """
-    probe, trace = traced.probe, traced.whole
+    probe, trace = runs.probe, runs.full_trace
     outputs = _canonical(link, trace.outputs.detach().reshape(probe.size, -1))
     num_chunks = max(1, -(-num_activations(trace) // _GRAPH_ELEMENTS))
     if chunk_size is not None:
         num_chunks = max(num_chunks, -(-probe.size // chunk_size))
     indices = torch.arange(probe.size, device=outputs.device)
     chunks = indices.tensor_split(min(num_chunks, probe.size))
-    return QuadraticModel(traced.network, probe, curvature, link, outputs, chunks)
+    return QuadraticModel(runs.network, probe, curvature, link, outputs, chunks)
 
 
 def _canonical(link: Link | None, outputs: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_basin.functional.output_curvature import output_curvature
 from lightning_basin.network.isolation import isolated_evaluation
 from lightning_basin.network.network import Network
-from lightning_basin.network.runs import TracedProbe
+from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.probe import Probe
 from lightning_basin.quantities.hessian import quadratic_model
 from lightning_basin.quantities.hessian.products import hessian_operator, residual_matrix
@@ -111,10 +111,10 @@ def test_products_are_differences_of_gradients(kind, chunk_size, loss):
     probe = Probe(drawn(*shape, seed=1))
     with isolated_evaluation(torch.device("cpu")):
         network = Network(filled(build()))
-        traced = TracedProbe(network, probe)
-        targets = traced.whole.outputs.detach() + drawn(*traced.whole.outputs.shape, seed=2)
-        found = output_curvature(lambda outputs: loss(outputs, targets), traced.whole.outputs)
-        model = quadratic_model.quadratic_model(traced, found, chunk_size=chunk_size)
+        runs = ProbeRuns(network, probe)
+        targets = runs.full_trace.outputs.detach() + drawn(*runs.full_trace.outputs.shape, seed=2)
+        found = output_curvature(lambda outputs: loss(outputs, targets), runs.full_trace.outputs)
+        model = quadratic_model.quadratic_model(runs, found, chunk_size=chunk_size)
         direction = drawn(sum(layer.num_parameters for layer in network.layers), seed=3)
         direction /= direction.norm()
 
@@ -135,11 +135,11 @@ def test_residual_curvature_of_chunks_adds_up_to_the_matrix_of_all_products(kind
     probe = Probe(drawn(*shape, seed=1))
     with isolated_evaluation(torch.device("cpu")):
         network = Network(filled(build()))
-        traced = TracedProbe(network, probe)
-        found = output_curvature(lambda outputs: outputs.pow(4).sum(), traced.whole.outputs)
-        model = quadratic_model.quadratic_model(traced, found)
+        runs = ProbeRuns(network, probe)
+        found = output_curvature(lambda outputs: outputs.pow(4).sum(), runs.full_trace.outputs)
+        model = quadratic_model.quadratic_model(runs, found)
         product = hessian_operator(model.linear_part, network.layers)
-        chunked = quadratic_model.quadratic_model(traced, found, chunk_size=2)
+        chunked = quadratic_model.quadratic_model(runs, found, chunk_size=2)
         matrix = residual_matrix(chunked, chunk_size=7)
         for index in range(0, len(matrix), 10):
             unit = torch.eye(len(matrix), dtype=torch.float64)[index]
@@ -152,9 +152,9 @@ def test_products_with_a_layer_are_those_of_its_diagonal_block(kind):
     probe = Probe(drawn(*shape, seed=1))
     with isolated_evaluation(torch.device("cpu")):
         network = Network(filled(build()))
-        traced = TracedProbe(network, probe)
-        found = output_curvature(lambda outputs: outputs.pow(4).sum(), traced.whole.outputs)
-        model = quadratic_model.quadratic_model(traced, found).linear_part
+        runs = ProbeRuns(network, probe)
+        found = output_curvature(lambda outputs: outputs.pow(4).sum(), runs.full_trace.outputs)
+        model = quadratic_model.quadratic_model(runs, found).linear_part
         sizes = [layer.num_parameters for layer in network.layers]
         whole = hessian_operator(model, network.layers)
         for index, layer in enumerate(network.layers):
