@@ -218,6 +218,7 @@ def test_an_expert_that_evaluation_does_not_choose_has_rank_zero():
     assert record.notes == ()
 
 
+@pytest.mark.fits
 @pytest.mark.parametrize(("net", "kind"), CUT_BY_FORWARD)
 def test_a_part_which_only_forward_cuts_off_is_measured_through_the_step(tmp_path, net, kind):
     parts, monitors = blocks(), [BasinMonitor(8), BasinMonitor(8)]
