@@ -159,8 +159,10 @@ def zero_gradients(layer: Layer, num_rows: int, device: torch.device) -> LayerGr
 def disagreement(names: Sequence[str]) -> str:
     """Say that no method of computing the gradients of some layers reproduces those of autograd."""
     return (
-        f"the gradients of layers {[*map(escaped, names)]} cannot be computed: two evaluations of them disagree; a "
-        f"hook on a tensor that changes gradients, or a backward pass that draws random numbers, has this effect"
+        f"the gradients of layers {[*map(escaped, names)]} cannot be computed: two evaluations of them disagree. They "
+        f"have lost their digits behind a saturated softmax: measure what enters it, by behavior=lambda module, "
+        f"inputs: ...; a hook on a tensor that changes gradients, or a backward pass that draws random numbers, has "
+        f"this effect too"
     )
 
 
