@@ -129,3 +129,17 @@ def planted(seed, *, k=60, d=5, rtol=1e-3):
         rows[index] = rows[index - 1] + 0.8 * rtol * random.choice([-1, 1], d)
     rows[-1, 0] = 1.0 if np.abs(rows).max() < 1 else np.abs(rows).max()
     return rows[random.permutation(k)]
+
+
+class OnceOnly(torch.autograd.Function):
+    """The square, whose derivative has none."""
+
+    @staticmethod
+    def forward(ctx, inputs):
+        ctx.save_for_backward(inputs)
+        return inputs.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient

@@ -173,32 +173,28 @@ def test_notes_and_refusals_name_a_layer_harmlessly():
 # ---------------------------------------------------------------------------------------------------- names of files
 
 
-@pytest.mark.fits
-def test_a_table_stays_in_its_folder_whatever_the_prefix_is(tmp_path):
-    files = {
-        "a\0b": "a%00b",
-        "a/b": "a.b",
-        "../basin": "...basin",
-        "/basin": ".basin",
-        "a\\b": "a%5Cb",
-        "": "root",
-        "a" * 245: "a" * 245,
-    }
-    monitors = [BasinMonitor(20, hessian=False, prefix=prefix, history="csv") for prefix in files]
-    trainer = make_trainer(tmp_path / "run", *monitors, max_epochs=1)
-    trainer.fit(Named(["a"]), loader())
-    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*.csv")} == {
-        Path("run", f"{name}.csv") for name in files.values()
-    }
+@pytest.mark.parametrize("history", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    "prefix",
+    ["a" * 300, "ä" * 130, "\x1b" * 90, "a\0b", "a/b", "../basin", "/tmp/basin", "a\\b", "CON", "nul.x", "com1", ""],
+)
+def test_a_prefix_after_which_no_file_can_be_named_is_refused_in_one_sentence(history, prefix):
+    BasinMonitor(prefix=prefix)
+    with pytest.raises(MisconfigurationException, match=r"`BasinMonitor\(prefix=\.\.\., history=") as raised:
+        BasinMonitor(prefix=prefix, history=history)
+    assert len(str(raised.value).splitlines()) == 1
+    assert len(str(raised.value)) < 400
 
 
 @pytest.mark.fits
-def test_a_file_whose_name_is_too_long_costs_one_warning(tmp_path):
-    monitor = BasinMonitor(20, hessian=False, prefix="a" * 300, history="csv")
-    trainer = make_trainer(tmp_path, monitor, max_epochs=1)
-    with pytest.warns(UserWarning, match=r"could not be written.*too long"):
-        trainer.fit(Named(["a"]), loader())
-    assert trainer.current_epoch == 1
+def test_a_file_of_the_longest_name_is_written(tmp_path):
+    longest = "a" * 245
+    with pytest.raises(MisconfigurationException, match="of 1 to 245 letters"):
+        BasinMonitor(prefix=longest + "a", history="csv")
+    for _ in range(2):
+        monitor = BasinMonitor(20, hessian=False, prefix=longest, history="csv")
+        make_trainer(tmp_path, monitor, max_epochs=1).fit(Named(["a"]), loader())
+    assert {path.name for path in tmp_path.glob("*.csv")} == {f"{longest}.csv", f"{longest}-1.csv"}
 
 
 @pytest.mark.fits

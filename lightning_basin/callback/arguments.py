@@ -1,11 +1,13 @@
 """What the arguments of a `BasinMonitor` are, and what they must be."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from lightning_basin.callback.lightnings import MisconfigurationException
+from lightning_basin.layer_names import tag
 from lightning_basin.probe import Probe
 from lightning_basin.settings import HessianMode, LayerSelection, Precision, Settings
 
@@ -62,6 +64,23 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         Settings(**{name: arguments[name] for name in _SHARED})
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(f"`BasinMonitor(...)`: {error}") from error
+    if arguments["history"] is not None:
+        _check_file_name(arguments["prefix"], arguments["history"])
+
+
+def _check_file_name(prefix: str, ending: str) -> None:
+    """Refuse a prefix after which no file can be named, on any of the usual systems."""
+    longest = f".{tag(prefix)}-9999.{ending}"  # While it is written, where earlier runs have left others.
+    if "/" in prefix or "\\" in prefix or "\0" in prefix or _DEVICE.fullmatch(prefix.partition(".")[0].strip()):
+        requirement = "a prefix without slashes that is no name of a device"
+    elif not prefix or len(longest.encode()) > _LONGEST_NAME:
+        requirement = f"a prefix of 1 to {_LONGEST_NAME - len(longest) + len(tag(prefix))} letters"
+    else:
+        return
+    raise MisconfigurationException(
+        f"`BasinMonitor(prefix=..., history={ending!r})` writes <prefix>.{ending} and needs {requirement}, got "
+        f"{prefix[:60]!r}"
+    )
 
 
 def probe_or_size(probe: Any) -> tuple[Probe | None, int]:
@@ -89,6 +108,9 @@ def probe_or_size(probe: Any) -> tuple[Probe | None, int]:
 
 _LONGEST_SHOWN = 60
 """The number of characters of a value that an error shows."""
+
+_LONGEST_NAME = 255  # bytes of a file's name on the usual file systems
+_DEVICE = re.compile("con|prn|aux|nul|com[0-9]|lpt[0-9]", re.IGNORECASE)
 
 
 def as_builtin(value: Any) -> Any:

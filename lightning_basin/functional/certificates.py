@@ -190,7 +190,7 @@ def certified_rank(
         The rank, or ``None`` where there is doubt, or the spectrum costs no more than the proof.
 
     Raises:
-        ValueError: If ``rtol`` is not inside ``(0, 1)``.
+        ValueError: If ``rtol`` is not inside ``(0, 1)``, or the matrices do not have the same number of rows.
 
     Example:
         >>> matrix = torch.tensor([[1.0, 2.0], [2.0, 4.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
@@ -198,6 +198,8 @@ def certified_rank(
         2
     """
     check_rtol(rtol)
+    if len({gradients.num_rows for gradients in matrices}) != 1:
+        raise ValueError(f"matrices must have one number of rows, got {[gradients.num_rows for gradients in matrices]}")
     if len(matrices) == 1 and kronecker_spectrum(matrices[0]) is not None:
         return None
     has_more_rows = matrices[0].num_rows > sum(gradients.num_columns for gradients in matrices)

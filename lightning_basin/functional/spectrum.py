@@ -84,7 +84,12 @@ class SpectrumAccumulator:
         Args:
             gradients: The matrix, with any number of columns.
             gram: Returns `gram_of` the matrix, where others need it too. ``None`` forms it only when it is needed.
+
+        Raises:
+            ValueError: If the matrix has another number of rows.
         """
+        if gradients.num_rows != self._num_rows:
+            raise ValueError(f"gradients must have {self._num_rows} rows, got {gradients.num_rows}")
         self._waiting.append(gradients)
         self._num_added += gradients.num_columns
         if gram is None or not self._decides_by_gram:

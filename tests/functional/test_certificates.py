@@ -258,3 +258,9 @@ def test_a_kronecker_product_shows_independent_rows_by_its_factors():
     assert found.largest == pytest.approx(float(exact[0]), rel=1e-9)
     activations = torch.cat([activations[:-1], activations[:1]])
     assert rows_independent_in_few_columns(KhatriRaoGradients(activations, signals), generator_of(0)) is None
+
+
+@pytest.mark.parametrize("shapes", [[], [(2, 3), (3, 3)]], ids=["none", "unequal"])
+def test_matrices_without_one_number_of_rows_are_refused(shapes):
+    with pytest.raises(ValueError, match=r"matrices must have one number of rows, got \["):
+        certified_rank([DenseGradients(drawn(*shape)) for shape in shapes], generator_of(0), default_rtol=1e-12)

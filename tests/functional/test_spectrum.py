@@ -206,6 +206,12 @@ def test_behavioral_gradient_rank_uses_the_given_tolerance():
     assert behavioral_gradient_rank(torch.diag(torch.tensor([1.0, 1e-3, 1e-6])), rtol=1e-4) == 2
 
 
+def test_gradients_with_another_number_of_rows_are_refused():
+    accumulator = SpectrumAccumulator(3, 4, generator_of(0))
+    with pytest.raises(ValueError, match="gradients must have 3 rows, got 2"):
+        accumulator.add(DenseGradients(drawn(2, 4)))
+
+
 def test_behavioral_gradient_rank_refuses_a_tolerance_of_one():
     with pytest.raises(ValueError, match=r"inside \(0, 1\), got 1.0"):
         behavioral_gradient_rank(torch.eye(2), rtol=1.0)

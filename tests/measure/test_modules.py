@@ -12,7 +12,7 @@ from tests.models import (
     Chain,
     sum_of_squares,
 )
-from tests.networks import Composed, built, drawn32
+from tests.networks import Composed, OnceOnly, built, drawn32
 
 
 class LastState(nn.Module):
@@ -259,17 +259,6 @@ def test_a_parameter_without_effect_behind_a_softmax_is_measured():
 
 
 def test_ranks_stay_where_the_loss_cannot_be_differentiated_twice():
-    class OnceOnly(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, inputs):
-            ctx.save_for_backward(inputs)
-            return inputs.square()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, gradient):
-            return 2 * ctx.saved_tensors[0] * gradient
-
     class Squares(nn.Module):
         def __init__(self) -> None:
             super().__init__()

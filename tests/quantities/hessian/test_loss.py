@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_basin import measure_basin
-from tests.networks import Composed, drawn, filled
+from tests.networks import Composed, OnceOnly, drawn, filled
 
 
 def test_an_absolute_error_has_no_gauss_newton_part_and_says_so():
@@ -93,18 +93,6 @@ def test_weight_decay_inside_of_the_loss_leaves_no_null_space():
 def test_a_loss_that_is_no_function_of_outputs_and_targets_is_refused(loss_fn, error, message):
     with pytest.raises(error, match=message):
         measure_basin(nn.Linear(3, 2), drawn(5, 3), drawn(5, 2, seed=1), loss_fn=loss_fn)
-
-
-class OnceOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, inputs):
-        ctx.save_for_backward(inputs)
-        return inputs.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        return 2 * ctx.saved_tensors[0] * gradient
 
 
 class SilentlyOnce(OnceOnly):
