@@ -82,6 +82,16 @@ def test_layers_of_small_gradients_do_not_decide_where_those_of_another_are_larg
         assert proved.gradient_rank == whole.gradient_rank
 
 
+def test_a_layer_with_independent_rows_does_not_stand_for_a_network_with_larger_gradients():
+    module, inputs = wide(2, 30, 20, 10), 1e9 * drawn(20, 2)
+    with torch.no_grad():
+        module[0].weight.div_(1e9)
+    proved, whole = (measure_basin(module, inputs, spectrum=spectrum, rtol=1e-6) for spectrum in (False, True))
+    # Beside the gradients by the 90 parameters of the first layer, all others are below the tolerance.
+    assert (proved.layers["2"].gradient_rank, proved.layers["2"].gradient_method) == (200, "cholesky")
+    assert proved.gradient_rank == whole.gradient_rank <= 90
+
+
 @pytest.mark.parametrize("rtol", [1e-14, 1e-9, 1e-6, 1e-4, 1e-2])
 @pytest.mark.parametrize("layers", [[], "all"])
 def test_ranks_at_another_tolerance(rtol, layers):
