@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 
 def pytest_addoption(parser):
@@ -22,6 +21,8 @@ def one_thread(request):
     if request.node.get_closest_marker("fits") is None:
         yield
         return
+    import torch  # Here: the process that hands out the tests needs none.
+
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -84,10 +84,10 @@ def test_without_a_null_space_there_is_nothing_to_verify():
 
 
 def test_more_gradients_than_fit_are_refused_with_the_probe_that_would_fit():
-    # 2^15 parameters leave room for 2^27 / 2^15 / 2 = 2^11 inputs with two outputs.
-    module = nn.Linear(2**14, 2, bias=False)
-    with pytest.raises(ValueError, match="3000 inputs x 2 outputs x 32768 parameters: take a probe of at most 2048"):
-        verify_null_space(module, torch.zeros(3000, 1).expand(3000, 2**14))
+    # 2^15 parameters leave room for 2^27 / 2^15 / 2^4 = 2^8 inputs with 16 outputs.
+    module = nn.Linear(2**11, 2**4, bias=False)
+    with pytest.raises(ValueError, match="300 inputs x 16 outputs x 32768 parameters: take a probe of at most 256"):
+        verify_null_space(module, torch.zeros(300, 2**11))
 
 
 def test_the_module_does_not_move():
