@@ -1,6 +1,6 @@
 """A copy of a module, run once on a probe and checked: every quantity is measured on it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,30 +12,21 @@ from lightning_basin.limits import GROUP_ELEMENTS
 from lightning_basin.memory import MeasurementPlan
 from lightning_basin.naming import escaped
 from lightning_basin.network.calls import LossFunction
-from lightning_basin.network.input_layout import InputLayout, input_layout
+from lightning_basin.network.input_layout import InputLayout
 from lightning_basin.network.isolation import at_rest, isolated_evaluation
 from lightning_basin.network.network import Network
-from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.network.remedies import cause
-from lightning_basin.network.replica import device_of, replicas, settle_embeddings
-from lightning_basin.network.runs import ProbeRuns, run_regrouped
+from lightning_basin.network.replica import device_of
+from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.network.trace import Trace
-from lightning_basin.network.training_mode import AsTrained, as_trained
 from lightning_basin.network.validity import (
     check_copy,
-    check_independence,
-    check_outputs,
     checked_loss,
 )
 from lightning_basin.probe import Probe
-from lightning_basin.settings import Precision, Settings, behavioral_loss
+from lightning_basin.settings import Precision, Settings
+from lightning_basin.structure import Planner, StructureCache, copy_again, copy_and_find, question_of
 from lightning_basin.tensors import tensors_of
-
-_SAMPLE_SIZE = 2
-"""Inputs that are run before all; some modules cannot run a single one."""
-
-Planner = Callable[[Network, Probe, Trace], MeasurementPlan]
-"""A function of a network, some inputs and their trace that plans how all inputs are measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +98,7 @@ def open_evaluation(
     *,
     gradient_dtype: torch.dtype = torch.float64,
     with_layout: bool = False,
+    cache: StructureCache | None = None,
 ) -> Iterator[Evaluation]:
     """Evaluate a copy of a module once and check the results.
 
@@ -117,6 +109,8 @@ def open_evaluation(
         make_plan: A function that cuts the measurement to the memory that is free; ``None`` runs all inputs at once.
         gradient_dtype: The floating point type in which gradients are kept and multiplied.
         with_layout: Whether to find the rows of each input in what enters and leaves each layer.
+        cache: The structure that an evaluation of this kind has found before, which is checked by one forward pass
+            instead of four; ``None`` finds it anew.
 
     Yields:
         The evaluation. Random states and global settings that change inside of the context are put back.
@@ -125,6 +119,36 @@ def open_evaluation(
         TypeError: If outputs or loss are not floating point tensors.
         ValueError: If outputs or loss are not finite, or not functions of the inputs alone.
     """
+    _check_numbers(module, probe)
+    device, dtype = device_of(module), settings.torch_dtype
+    with isolated_evaluation(device, dtype), at_rest(module):
+        probe = probe.to(device, dtype)
+        question = None if cache is None else question_of(module, probe, settings)
+        structure = None if cache is None else cache.find(question)
+        copied = None if structure is None else copy_again(module, probe, settings, gradient_dtype, structure)
+        if copied is None:
+            try:
+                copied = copy_and_find(module, probe, settings, gradient_dtype, make_plan, with_layout=with_layout)
+            except ValueError as error:
+                if dtype == torch.float64 and isinstance(error.__cause__, Exception):
+                    _check_what_helps(module, settings, probe, error)
+                raise
+        runs, loss_fn, found = copied
+        check_copy(module, runs.network.module, runs.full_trace.outputs, "behavior")
+        loss = None
+        if loss_fn is not None:
+            # Without a graph of all inputs, too, a loss that does not depend on the outputs must be refused.
+            outputs = runs.full_trace.outputs if runs.is_whole else runs.full_trace.outputs.detach().requires_grad_()
+            loss = checked_loss(loss_fn, outputs, probe.targets, is_known=found is structure)
+            check_copy(module, runs.network.module, loss, "loss_fn")
+        if cache is not None:
+            cache.keep(question, found)
+        notes = [] if found.note is None else [found.note]
+        yield Evaluation(settings, runs, loss_fn, loss, found.layout, found.plan, notes, found.unseen)
+
+
+def _check_numbers(module: nn.Module, probe: Probe) -> None:
+    """Refuse tensors that have shapes only."""
     if any(tensor.is_meta for tensor in tensors_of(probe.inputs)):
         raise ValueError("inputs must hold numbers to be measured, got tensors on the device 'meta'")
     without_numbers = [escaped(name) for name, parameter in module.named_parameters() if parameter.is_meta]
@@ -132,66 +156,6 @@ def open_evaluation(
         raise ValueError(
             f"parameters must hold numbers, but {without_numbers} are on the device 'meta': load them first"
         )
-    device, dtype = device_of(module), settings.torch_dtype
-    with isolated_evaluation(device, dtype), at_rest(module):
-        probe = probe.to(device, dtype)
-        try:
-            network, loss_fn, sample, trained = _copy_as_trained(module, settings, probe, gradient_dtype)
-        except ValueError as error:
-            if dtype == torch.float64 and isinstance(error.__cause__, Exception):
-                _check_what_helps(module, settings, probe, error)
-            raise
-        plan = None if make_plan is None else make_plan(network, *sample)
-        del sample  # And its graph.
-        runs = ProbeRuns(network, probe, chunk_size=None if plan is None else plan.chunk_size)
-        trace = runs.full_trace
-        check_outputs(network, probe, trace)
-        layout = _checked_layout(network, probe, trace, with_layers=with_layout)
-        check_copy(module, network.module, trace.outputs, "behavior")
-        loss = None
-        if loss_fn is not None:
-            # Without a graph of all inputs, too, a loss that does not depend on the outputs must be refused.
-            outputs = trace.outputs if runs.is_whole else trace.outputs.detach().requires_grad_()
-            loss = checked_loss(loss_fn, outputs, probe.targets)
-            check_copy(module, network.module, loss, "loss_fn")
-        notes = [] if trained.note is None else [trained.note]
-        yield Evaluation(settings, runs, loss_fn, loss, layout, plan, notes, trained.unseen)
-
-
-def _copy_as_trained(
-    module: nn.Module, settings: Settings, probe: Probe, gradient_dtype: torch.dtype
-) -> tuple[Network, LossFunction | None, tuple[Probe, Trace], AsTrained]:
-    """Copy a module and the loss, so that the outputs have the gradients of training.
-
-    Returns:
-        The network, the loss, some inputs with their trace, and what was found out about training.
-    """
-    dtype = settings.torch_dtype
-    replica, loss_fn, behavior = replicas(module, settings.loss, settings.outputs, dtype=dtype)
-    network = Network(replica, behavior, dtype=dtype, gradient_dtype=gradient_dtype)
-    settle_embeddings(replica, lambda: network.outputs(probe))
-    sample, trace = _trace_sample(network, probe)
-    check_copy(module, replica, trace.outputs, "behavior")
-    trained = as_trained(
-        module, settings.loss, settings.outputs, network, probe, trace.outputs, trained=settings.trained
-    )
-    if trained.network is not None:
-        network, loss_fn = trained.network, trained.loss_fn
-        settle_embeddings(network.module, lambda: network.outputs(probe))
-        sample, trace = _trace_sample(network, probe)
-    return network, _in_precision(loss_fn, dtype), (sample, trace), trained
-
-
-def _in_precision(loss_fn: LossFunction | None, dtype: torch.dtype) -> LossFunction | None:
-    """Return a loss of the user in the precision of the evaluation; the behavioral loss has it by itself."""
-    if loss_fn is None or loss_fn is behavioral_loss:
-        return loss_fn
-
-    def raised(outputs: Tensor, targets: Any) -> Tensor:
-        with RaisedPrecision(dtype):
-            return loss_fn(outputs, targets)
-
-    return raised
 
 
 def _check_what_helps(module: nn.Module, settings: Settings, probe: Probe, refused: ValueError) -> None:
@@ -228,19 +192,3 @@ def _failure(module: nn.Module, settings: Settings, inputs: Any, dtype: Precisio
             return None
     except (TypeError, ValueError) as error:
         return error
-
-
-def _trace_sample(network: Network, probe: Probe) -> tuple[Probe, Trace]:
-    """Run the first inputs, which shows how much memory a run of all inputs takes."""
-    sample = probe.select(range(min(_SAMPLE_SIZE, probe.size)))
-    try:
-        return sample, network.trace(sample)
-    except (TypeError, ValueError):  # Some modules cannot run so few inputs.
-        return probe, network.trace(probe)
-
-
-def _checked_layout(network: Network, probe: Probe, trace: Trace, *, with_layers: bool) -> InputLayout | None:
-    """Run regrouped inputs, which must have the same outputs, and find each input's rows in what was runs."""
-    regrouped = run_regrouped(network, probe, with_layers=with_layers)
-    check_independence(network, probe, trace.outputs.detach(), regrouped)
-    return input_layout(network, probe, trace, regrouped) if with_layers else None

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Generator, nn
 
-from lightning_basin.evaluation import Evaluation, Planner, open_evaluation
+from lightning_basin.evaluation import Evaluation, open_evaluation
 from lightning_basin.functional.rank import GradientRank
 from lightning_basin.memory import MeasurementPlan, plan_measurement
 from lightning_basin.network.calls import LossFunction
@@ -35,6 +35,7 @@ from lightning_basin.settings import (
     behavioral_loss,
     check_order,
 )
+from lightning_basin.structure import Planner, StructureCache
 from lightning_basin.training_set import as_probes
 
 
@@ -143,7 +144,13 @@ def measure_basin(
 
 
 def measure(
-    module: nn.Module, probe: Probe, settings: Settings, *, duplicates_over: Any = None, step: int | None = None
+    module: nn.Module,
+    probe: Probe,
+    settings: Settings,
+    *,
+    duplicates_over: Any = None,
+    step: int | None = None,
+    cache: StructureCache | None = None,
 ) -> BasinRecord:
     """Measure the quantities that the settings ask for, as `measure_basin` does.
 
@@ -153,12 +160,14 @@ def measure(
         settings: The settings of the measurement.
         duplicates_over: The training set over which duplicated activations are counted too.
         step: The number of optimizer steps taken, noted in the record.
+        cache: What earlier measurements of the same run have found out; ``None`` for a measurement by itself.
     """
     started = time.perf_counter()
     settings.check_targets(probe)
     training_set = None if duplicates_over is None else as_probes(duplicates_over)
     generator = Generator().manual_seed(settings.seed)
-    with open_evaluation(module, probe, settings, _planner(settings, probe.size), with_layout=True) as evaluation:
+    make_plan = _planner(settings, probe.size)
+    with open_evaluation(module, probe, settings, make_plan, with_layout=True, cache=cache) as evaluation:
         projected = project_outputs(evaluation, generator)
         scopes = select_scopes(evaluation.network.layers, settings.layers)
         hessian = hessian_measurement(evaluation, scopes)

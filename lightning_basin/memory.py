@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from lightning_basin.budget import FLOAT64_BYTES, MemoryRequest, cut_to_budget
@@ -79,6 +80,23 @@ def _copied_bytes(module: nn.Module) -> int:
     )
 
 
+def still_fits(plan: MeasurementPlan, module: nn.Module, device: torch.device, memory_budget: int | None) -> bool:
+    """Return whether a measurement that was planned before fits into the memory that is free now.
+
+    Args:
+        plan: The plan.
+        module: The copy of the module, which is a part of what the plan takes.
+        device: The device on which the copy is.
+        memory_budget: The bytes that may be used, for which the plan was made; ``None`` means half of what is free.
+    """
+    return memory_budget is not None or plan.memory_bytes <= _free_budget(module, device)
+
+
+def _free_budget(module: nn.Module, device: torch.device) -> int:
+    """Half of the memory that is free; this was looked at after the copy was made, which counts as free."""
+    return int(_FREE_FRACTION * available_memory(device)) + _copied_bytes(module)
+
+
 def plan_measurement(
     network: Network,
     probe: Probe,
@@ -110,8 +128,8 @@ def plan_measurement(
         MemoryBudgetError: If it does not fit, however it is cut.
     """
     copied = _copied_bytes(network.module)
-    if memory_budget is None:  # What is free was looked at after the copy was made.
-        memory_budget = int(_FREE_FRACTION * available_memory(trace.outputs.device)) + copied
+    if memory_budget is None:
+        memory_budget = _free_budget(network.module, trace.outputs.device)
     request = MemoryRequest(
         num_inputs=num_inputs,
         num_outputs=num_outputs,

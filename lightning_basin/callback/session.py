@@ -20,6 +20,7 @@ from lightning_basin.null_space import verify_null_space
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
 from lightning_basin.settings import Probabilities
+from lightning_basin.structure import StructureCache
 
 
 class Session:
@@ -45,6 +46,7 @@ class Session:
         self.num_failures = 0
         self.history_path: str | None = None
         self.notices = notices
+        self._cache = StructureCache()
 
     def reset(self) -> None:
         """Forget another run; failures are counted on, as they may have the same cause."""
@@ -139,7 +141,9 @@ class Session:
                 assert probe is not None, "there is one from the start on"
                 measured_probe, settings = request.specify(module, probe)
                 training_set = request.training_set()
-                record = measure(module, measured_probe, settings, duplicates_over=training_set, step=step)
+                record = measure(
+                    module, measured_probe, settings, duplicates_over=training_set, step=step, cache=self._cache
+                )
         except Exception as error:  # A measurement must never end a training run.
             warn(
                 f"BasinMonitor could not measure at step {step}{_goes_on(in_training=request.trainer is not None)}. "
@@ -179,7 +183,8 @@ class Session:
         return replace(record, surviving_fraction=check.surviving_fraction, measure_seconds=seconds)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"results": copy.copy(self.results)}  # Two copies never fill one list.
+        # Two copies never fill one list; and what the cache holds is found again.
+        return vars(self) | {"results": copy.copy(self.results), "_cache": StructureCache()}
 
 
 def _goes_on(*, in_training: bool) -> str:

@@ -53,6 +53,47 @@ def input_layout(
         )
 
 
+def keeps_layout(
+    layout: InputLayout | None, trace: Trace, indices: Tensor, some: Trace, *, num_inputs: int, rtol: float
+) -> bool:
+    """Return whether some inputs, run without the others, have the results that they have among all inputs.
+
+    Everything is compared on the device, and the result is read once.
+
+    Args:
+        layout: The rows of each input, as they were found before; ``None`` compares the outputs alone.
+        trace: The trace of all inputs.
+        indices: The places of some inputs among all.
+        some: The trace of these inputs alone.
+        num_inputs: The number of all inputs, k.
+        rtol: The relative tolerance within which two evaluations agree.
+    """
+    pairs = [(trace.outputs, some.outputs, 1)]
+    for rows, of in () if layout is None else ((layout.entering, entering_of), (layout.leaving, leaving_of)):
+        for name, counts in rows.items():
+            tensors, others = of(name, trace), of(name, some)
+            if counts is None:
+                continue
+            if len(tensors) != len(counts) or len(others) != len(counts):
+                return False
+            pairs += zip(tensors, others, counts, strict=True)
+    # What leaves a layer often enters the next one as the same tensor.
+    distinct = {(id(tensor), id(other), count): (tensor, other, count) for tensor, other, count in pairs}
+    agreements = []
+    for tensor, other, count in distinct.values():
+        elements, evaluated = real_elements(tensor.detach()), real_elements(other.detach())
+        expected = elements
+        if count:
+            by_input = elements.reshape(num_inputs, count, *elements.shape[1:])
+            expected = by_input[indices.to(elements.device)].flatten(0, 1)
+        if expected.shape != evaluated.shape:
+            return False
+        if expected.numel():
+            difference = (expected - evaluated).abs_().amax()
+            agreements.append(difference <= rtol * elements.abs().amax())
+    return bool(torch.stack(agreements).all())
+
+
 def entering_of(name: str, trace: Trace) -> list[Tensor]:
     """Return the tensors that entered a layer; none where it was not called."""
     return trace.entering.get(name, [])

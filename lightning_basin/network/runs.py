@@ -38,13 +38,16 @@ def _regroupings(num_inputs: int) -> Iterator[list[Tensor]]:
     yield chunks
 
 
-def run_regrouped(network: Network, probe: Probe, *, with_layers: bool = True) -> list[tuple[Tensor, Trace]]:
+def run_regrouped(
+    network: Network, probe: Probe, *, with_layers: bool = True, num_chunks: int = 2
+) -> list[tuple[Tensor, Trace]]:
     """Run the inputs in two halves; or in two chunks of k inputs, for modules that cannot run fewer.
 
     Args:
         network: The network.
         probe: The inputs.
         with_layers: Whether the traces hold what enters and leaves the layers, or the outputs alone.
+        num_chunks: The number of chunks to run, at most 2.
 
     Returns:
         For each chunk the indices of its inputs, and its trace without a graph.
@@ -61,11 +64,11 @@ def run_regrouped(network: Network, probe: Probe, *, with_layers: bool = True) -
     halves, *full_chunks = _regroupings(probe.size)
     with torch.no_grad():
         try:
-            return [run(indices) for indices in halves]
+            return [run(indices) for indices in halves[:num_chunks]]
         except (TypeError, ValueError):  # Some modules cannot run so few inputs.
             if not full_chunks:
                 raise
-            return [run(indices) for indices in full_chunks[0]]
+            return [run(indices) for indices in full_chunks[0][:num_chunks]]
 
 
 def outputs_of_full_chunks(network: Network, probe: Probe) -> list[tuple[Tensor, Tensor]]:

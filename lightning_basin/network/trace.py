@@ -45,7 +45,7 @@ class Trace:
             {name: [tensor.detach() for tensor in tensors] for name, tensors in by_layer.items()}
             for by_layer in (self.entering, self.leaving)
         )
-        operations = Operations(num_elements=self.operations.num_elements)
+        operations = Operations(num_elements=self.operations.num_elements, sequence=self.operations.sequence)
         return Trace(self.outputs.detach(), entering, leaving, self.num_first, operations)
 
 

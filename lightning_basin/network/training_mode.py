@@ -7,7 +7,7 @@ nothing would say so.
 
 import pickle
 import random
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from lightning_basin.network.calls import ModuleBehavior, call_module
+from lightning_basin.network.calls import ModuleBehavior
 from lightning_basin.network.layers import parameters_in_graph
+from lightning_basin.network.modes import in_training_mode, is_of_torch, names_in_training
 from lightning_basin.network.network import Network
 from lightning_basin.network.remedies import is_out_of_memory
 from lightning_basin.network.replica import replicas
@@ -30,28 +30,6 @@ from lightning_basin.tensors import tensors_of
 
 _CHUNK_SIZE = 2
 """Inputs that are run together; some modules cannot run a single one."""
-
-_DROPOUTS = frozenset(
-    f"{kind}dropout{suffix}"
-    for kind in ("", "alpha_", "feature_", "feature_alpha_")
-    for suffix in ("", "_", "1d", "2d", "3d")
-)
-
-
-class _WithoutRandomness(TorchFunctionMode):
-    """Inside this mode dropout does nothing, and batch normalization uses its running statistics."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
-        if name in _DROPOUTS and args:
-            return args[0]
-        if name == "batch_norm" and func is nn.functional.batch_norm and args[1] is not None:
-            kwargs["training"] = False
-        if name == "scaled_dot_product_attention" and "dropout_p" in kwargs:
-            kwargs["dropout_p"] = 0.0
-        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +41,14 @@ class AsTrained:
         loss_fn: The loss, copied along.
         note: What a reader of the record should know; ``None`` for nothing.
         unseen: The names of layers that get a gradient in training, and on which the outputs do not depend.
+        is_settled: Whether the same is found at other weights: no gradient that was compared was zero in both modes.
     """
 
     network: Network | None = None
     loss_fn: Any = None
     note: str | None = None
     unseen: tuple[str, ...] = ()
+    is_settled: bool = True
 
 
 def as_trained(
@@ -114,7 +94,8 @@ def as_trained(
             f"parameter; pass behavior=lambda module, inputs: ... that computes the outputs with gradients"
         )
     # Where evaluation uses an average of weights, and it is still equal to them, no output depends on the weights.
-    changed = _with_other_gradients(candidate, network, chunk, outputs) - (unreached - cut)
+    changed, is_settled = _with_other_gradients(candidate, network, chunk, outputs)
+    changed -= unreached - cut
     result, doubtful = AsTrained(), cut & set(trained) | restored
     if _is_usable(candidate, network, probe, restored, changed):
         result = AsTrained(candidate, copied_loss, _note_of_modes(candidate, restored | changed))
@@ -125,7 +106,8 @@ def as_trained(
     if not trained and cut - restored:  # Training may well do the same, and leave them as they are.
         notes = [result.note, _note_of_cut(_layers(candidate, cut - restored))]
         result = replace(result, note="; ".join(filter(None, notes)))
-    return replace(result, unseen=tuple(_layers(candidate, (unreached & set(trained)) - restored)))
+    unseen = tuple(_layers(candidate, (unreached & set(trained)) - restored))
+    return replace(result, unseen=unseen, is_settled=is_settled)
 
 
 def _by_layer(network: Network, names: set[str]) -> list[set[str]]:
@@ -156,7 +138,7 @@ def _note_of_cut(layers: list[str]) -> str:
 
 
 def _note_of_modes(candidate: Network, names: set[str]) -> str:
-    modules = [name for name, module in candidate.module.named_modules() if module.training]
+    modules = [*names_in_training(candidate)]
     return (
         f"evaluation mode cuts the layers {_layers(candidate, names)} off: the modules {modules} are measured in "
         f"training mode, in which the outputs are the same, with dropout and batch statistics as in evaluation"
@@ -166,47 +148,37 @@ def _note_of_modes(candidate: Network, names: set[str]) -> str:
 def _in_training(
     module: nn.Module, loss_fn: Any, behavior: ModuleBehavior | None, network: Network
 ) -> tuple[Network, Any]:
-    """Copy a module and the loss into training mode, but for what makes outputs random.
+    """Copy a module and the loss into training mode.
 
     Returns:
         The copies; the network in evaluation mode and the original loss where the module cannot be put into training
         mode, or where the modes differ in randomness alone.
     """
-    if all(_is_of_torch(submodule) for submodule in network.module.modules()):
+    if all(map(is_of_torch, network.module.modules())):
         return network, loss_fn
     try:
-        replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=network.dtype, training=True)
+        return in_training_mode(module, loss_fn, behavior, dtype=network.dtype, gradient_dtype=network.gradient_dtype)
     except Exception as error:  # The `train` of a user may raise, for example of a module for predictions.
         if is_out_of_memory(error):
             raise
         return network, loss_fn
-    for submodule in replica.modules():
-        if _is_of_torch(submodule):
-            submodule.training = False
-    call = call_module if behavior is None else behavior
-
-    def outputs(module: nn.Module, inputs: Any) -> Tensor:
-        with _WithoutRandomness():
-            return call(module, inputs)
-
-    return Network(replica, outputs, dtype=network.dtype, gradient_dtype=network.gradient_dtype), loss_fn
 
 
-def _is_of_torch(module: nn.Module) -> bool:
-    """Return whether the modes of a module differ in dropout and batch statistics alone."""
-    return type(module).__module__.startswith("torch.nn.")
+def _with_other_gradients(candidate: Network, network: Network, chunk: Probe, outputs: Tensor) -> tuple[set[str], bool]:
+    """Return the names of the parameters whose gradients in training mode differ, although the outputs are equal.
 
-
-def _with_other_gradients(candidate: Network, network: Network, chunk: Probe, outputs: Tensor) -> set[str]:
-    """Return the names of the parameters whose gradients in training mode differ, although the outputs are equal."""
+    Returns:
+        The names, and whether other weights would give the same: no gradient was zero in both modes, or no two were
+        compared.
+    """
     if candidate is network:
-        return set()
+        return set(), True
     try:
         in_training = candidate.outputs(chunk)
     except (TypeError, ValueError):
-        return set()
+        return set(), False
     if not _agree(in_training, outputs, network.dtype):
-        return set()
+        return set(), False
     names = [name for layer in candidate.layers for name in layer.parameters]
     weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(outputs)
 
@@ -225,13 +197,16 @@ def _with_other_gradients(candidate: Network, network: Network, chunk: Probe, ou
     except RuntimeError as error:  # The measurement will meet it again, and say it.
         if is_out_of_memory(error):
             raise
-        return set()
-    rounding = rounding_rtol(network.dtype) * max(float(first.abs().max()) for first, _ in pairs)
-    return {
+        return set(), False
+    sizes = torch.stack([torch.stack([first.abs().max(), (first - second).abs().max()]) for first, second in pairs])
+    largest, differences = sizes.mT.tolist()
+    rounding = rounding_rtol(network.dtype) * max(largest)
+    changed = {
         name
-        for name, (first, second) in zip(names, pairs, strict=True)
-        if float((first - second).abs().max()) > rounding + agreement_rtol(network.dtype) * float(first.abs().max())
+        for name, size, difference in zip(names, largest, differences, strict=True)
+        if difference > rounding + agreement_rtol(network.dtype) * size
     }
+    return changed, all(size > 0 or difference > 0 for size, difference in zip(largest, differences, strict=True))
 
 
 def _has_effect(

@@ -72,6 +72,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
         self.settle()
         kwargs = kwargs or {}
         arguments = tensors_of((args, kwargs))
+        described = [(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in arguments]
+        self.operations.sequence.append((func, *described))
         is_fixed = all(map(self._is_fixed, arguments))
         output = OperationOutput()
         # Before the operation runs: it may overwrite its arguments.

@@ -96,10 +96,13 @@ class Operations:
     Attributes:
         uses: The uses of parameters, in the order of the forward pass.
         num_elements: The number of elements in all outputs that depend on a parameter: the size of the graph.
+        sequence: All operations in their order, each with the shapes and types of the tensors it takes, and which of
+            these have gradients. Two forward passes with one sequence compute the same function, but for numbers.
     """
 
     uses: list[Use] = field(default_factory=list)
     num_elements: int = 0
+    sequence: list[tuple[Any, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)

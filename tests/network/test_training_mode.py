@@ -21,7 +21,7 @@ from tests.network.cut_modules import (
     numbers,
     trained,
 )
-from tests.networks import drawn
+from tests.networks import drawn, filled
 
 
 class MergedParts(nn.Module):
@@ -191,7 +191,7 @@ class OtherOutputs(Plain):
 
 def test_what_training_computes_otherwise_is_refused_with_its_layers():
     with pytest.raises(ValueError, match=r"reaches the parameters of the layers \['first', 'rest\.0', 'rest\.3'\]"):
-        measure_basin(OtherOutputs(*blocks()), drawn(5, 3))
+        measure_basin(filled(OtherOutputs(*blocks())), drawn(5, 3))
 
 
 class ByPosition(nn.Module):

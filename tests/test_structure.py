@@ -1,0 +1,195 @@
+"""What one measurement finds out about a module and the next one takes over changes no number, and hides no fault."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_basin.measure import check_measurable, measure
+from lightning_basin.probe import Probe
+from lightning_basin.settings import Settings
+from lightning_basin.structure import StructureCache
+from tests.exact import exact_rank, jacobian
+from tests.layer_types import TYPES
+from tests.layer_types import integer_case as layer_case
+from tests.measure.records import without_time
+from tests.models import CASE_NAMES, evaluated_case, integer_case
+from tests.network.cut_modules import PAIRS, EnabledByTraining, StraightThroughInTraining, blocks, trained
+from tests.networks import drawn, filled
+
+
+class Counting(nn.Sequential):
+    """Counts the passes through all of its copies."""
+
+    passes = 0
+
+    def forward(self, x):
+        Counting.passes += 1
+        return super().forward(x)
+
+
+def passes_of(module, probe, settings, cache):
+    before = Counting.passes
+    measure(module, probe, settings, cache=cache)
+    return Counting.passes - before
+
+
+def small():
+    return filled(Counting(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+
+
+@pytest.mark.parametrize("name", CASE_NAMES)
+def test_ranks_of_later_measurements_are_exact(name):
+    cache, settings = StructureCache(), Settings()
+    for seed in range(3):
+        case, (network, outputs) = integer_case(name, seed), evaluated_case(name, seed)
+        record = measure(case.module, Probe(case.inputs), settings, cache=cache)
+        gradients = jacobian(outputs)
+        assert record.gradient_rank == exact_rank(gradients)
+        for layer, columns in network.columns.items():
+            assert record.layers[layer].gradient_rank == exact_rank(gradients[:, columns])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_module_that_evaluation_cuts_off_is_measured_as_at_first(name):
+    cache, probe = StructureCache(), Probe(drawn(9, 3), drawn(9, 2))
+    settings = Settings(loss_fn=nn.MSELoss())
+    module = trained(PAIRS[name][0]())
+    first = without_time(measure(module, probe, settings, cache=cache))
+    assert without_time(measure(module, probe, settings, cache=cache)) == first
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(0.5)
+    later = measure(module, probe, settings, cache=cache)
+    assert without_time(later) == without_time(measure(module, probe, settings))
+
+
+def test_a_later_measurement_passes_all_inputs_once_and_half_of_them_once():
+    cache, probe = StructureCache(), Probe(drawn(6, 3))
+    passes = [passes_of(small(), probe, Settings(hessian=False), cache) for _ in range(3)]
+    assert passes[0] > 2
+    assert passes[1:] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module, probe: (module[0].requires_grad_(False), probe),
+        lambda module, probe: (module.append(nn.ReLU()), probe),
+        lambda module, probe: (module.register_forward_pre_hook(lambda _, args: (2 * args[0],)), probe),
+        lambda module, probe: (module, Probe(drawn(5, 3))),
+    ],
+    ids=["a frozen layer", "another layer", "a hook", "another number of inputs"],
+)
+def test_all_is_found_anew_after_a_change(change):
+    cache, module, probe = StructureCache(), small(), Probe(drawn(6, 3))
+    at_first = passes_of(module, probe, Settings(), cache)
+    _, probe = change(module, probe)
+    assert passes_of(module, probe, Settings(), cache) >= at_first
+    assert passes_of(module, probe, Settings(), cache) == 2
+
+
+class Gated(nn.Module):
+    """Adds the mean over the inputs, times a number that begins with zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("gate", torch.zeros(()))
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.gate * h.mean(0)
+
+
+def test_inputs_that_begin_to_influence_each_other_are_refused_later_too():
+    cache, module, probe = StructureCache(), filled(Gated()), Probe(drawn(6, 3))
+    measure(module, probe, Settings(), cache=cache)
+    module.gate.fill_(0.5)
+    with pytest.raises(ValueError, match="each output must depend on its own input only"):
+        measure(module, probe, Settings(), cache=cache)
+
+
+class GatedInside(nn.Module):
+    """Swaps positions and inputs in a layer that begins with zero weights: then its rows may be of anything."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.outside = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return (x + self.inside(x.transpose(0, 1)).transpose(0, 1)).flatten(1)
+
+
+def test_rows_that_begin_to_belong_to_other_inputs_are_found_anew():
+    # As many positions as inputs: by shape alone, the rows that leave the layer could be those of the inputs.
+    cache, module, probe = StructureCache(), filled(GatedInside()), Probe(drawn(4, 4, 2))
+    with torch.no_grad():
+        for parameter in module.inside.parameters():
+            parameter.zero_()
+    measure(module, probe, Settings(), cache=cache)
+    filled(module)
+    assert without_time(measure(module, probe, Settings(), cache=cache)) == without_time(
+        measure(module, probe, Settings())
+    )
+
+
+def test_a_cut_that_zero_weights_hide_is_found_when_they_grow():
+    # With a last layer of zeros, no gradient tells training, which passes a rounding by, from evaluation.
+    cache, probe = StructureCache(), Probe(drawn(5, 3))
+    module = trained(StraightThroughInTraining(*blocks()))
+    last = [module for module in module.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.zero_()
+    measure(module, probe, Settings(), cache=cache)
+    trained(module)
+    later = measure(module, probe, Settings(), cache=cache)
+    assert without_time(later) == without_time(measure(module, probe, Settings()))
+    assert later.layers["first"].gradient_rank > 0
+
+
+class Switched(nn.Module):
+    """Takes no gradients in evaluation from some moment on."""
+
+    is_cut = False
+
+    def __init__(self):
+        super().__init__()
+        self.inside = EnabledByTraining(*blocks())
+
+    def forward(self, x):
+        return self.inside(x) if self.is_cut else self.inside.rest(self.inside.first(x))
+
+
+def test_a_module_that_begins_to_cut_gradients_off_is_found_anew():
+    cache, probe, module = StructureCache(), Probe(drawn(5, 3)), trained(Switched())
+    assert measure(module, probe, Settings(), cache=cache).notes == ()
+    module.is_cut = True
+    record = measure(module, probe, Settings(), cache=cache)
+    assert "are measured in training mode" in record.notes[0]
+    assert without_time(record) == without_time(measure(module, probe, Settings()))
+
+
+def test_outputs_that_become_infinite_are_refused_in_the_same_words():
+    cache, module, probe = StructureCache(), small(), Probe(drawn(6, 3))
+    measure(module, probe, Settings(), cache=cache)
+    with torch.no_grad():
+        module[2].bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"outputs must be finite.*\['2.bias'\] of the module are not finite"):
+        measure(module, probe, Settings(), cache=cache)
+
+
+def test_a_measurement_in_chunks_stays_in_chunks():
+    module = filled(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 2)))
+    cache, probe, settings = StructureCache(), Probe(drawn(48, 1, 16, 16)), Settings(memory_budget=16 * 2**20)
+    assert check_measurable(module, probe, settings).chunk_size < 48
+    first, second = (without_time(measure(module, probe, settings, cache=cache)) for _ in range(2))
+    assert first == second == without_time(measure(module, probe, settings))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_later_measurements_of_every_layer_type_are_exact(name):
+    cache = StructureCache()
+    for seed in range(2):
+        case = layer_case(name, seed)
+        record = measure(case.module, Probe(case.inputs), Settings(), cache=cache)
+        assert record.gradient_rank == case.rank(case.jacobian)
