@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_basin.callback.arguments import Arguments
+from lightning_basin.callback.described_step import KnownStep
 from lightning_basin.callback.lightnings import Profiler, Trainer
 from lightning_basin.callback.notices import Notices
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
@@ -36,6 +37,7 @@ class Findings:
         loss_in_words: What was said last of the loss of the training step.
         unread: Why the training step could not be read; empty where it was, or need not be.
         leaves_out_loss: Whether the loss of the module does not fit the outputs.
+        known_step: What the last reading of the training step has shown; ``None`` where it must be read anew.
     """
 
     trained: frozenset[str] = frozenset()
@@ -43,6 +45,7 @@ class Findings:
     loss_in_words: str | None = None
     unread: str = ""
     leaves_out_loss: bool = False
+    known_step: KnownStep | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +111,8 @@ class Request:
             return probe, quiet_loss(loss_fn, self.trainer)
         if loss_fn is None and findings.leaves_out_loss:
             return probe, None
-        step = read_training_step(module, probe.inputs, self.trainer, findings.step_calls)
+        step = read_training_step(module, probe.inputs, self.trainer, findings.step_calls, known=findings.known_step)
+        findings.known_step = step.known
         if loss_fn is not None:
             return Probe(probe.inputs, step.targets), quiet_loss(loss_fn, self.trainer)
         if findings.loss_in_words != step.loss_in_words:  # As by a weight that grows from zero.

@@ -1,8 +1,8 @@
 """Run the training step of a copy, without any effect."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lightning_basin.callback.step_watch import Call, LastCall, StepWatch
 from lightning_basin.network.isolation import at_rest, isolated_evaluation
 from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.network.replica import device_of, replicas
+from lightning_basin.operations.sequence import OperationSequence
 from lightning_basin.probe import Probe
 from lightning_basin.tensors import map_tensors, tensors_of
 
@@ -51,12 +52,24 @@ class StepRun:
         probe: The whole batch as inputs.
         calls: The losses and modules that the step called.
         objectives: The losses that the step minimizes, one after the other.
+        operations: The operations of the step in their order; empty where they were not recorded.
     """
 
     replica: nn.Module
     probe: Probe
     calls: list[Call]
     objectives: list[Tensor]
+    operations: list[Hashable] = field(default_factory=list)
+
+    @classmethod
+    def recorded(cls, module: nn.Module, probe: Probe, trainer: Any) -> "StepRun":
+        """Run the step as `of` does, and record its operations where this is possible."""
+        try:
+            with OperationSequence() as sequence:
+                run = cls.of(module, probe, trainer)
+        except Exception:  # Torch 2.13 makes no tensor of a subclass while operations are recorded.
+            return cls.of(module, probe, trainer)
+        return replace(run, operations=sequence.operations)
 
     @classmethod
     def of(

@@ -5,12 +5,13 @@ are the targets, and what leads from the batch to the outputs is the behavior th
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_basin.callback.described_step import KnownStep, TrainingStep
 from lightning_basin.callback.silence import collectives_refused
 from lightning_basin.callback.step_loss import RunLoss, StepLoss, targets_of
 from lightning_basin.callback.step_outputs import distinct_outputs, join_outputs, select_calls
@@ -26,67 +27,14 @@ from lightning_basin.probe import Probe, split_batch
 from lightning_basin.tensors import float64_device, tensors_of
 
 
-@dataclass(frozen=True, eq=False)
-class TrainingStep:
-    """What one run of a training step showed.
-
-    Attributes:
-        calls: The positions, among all calls, of those that have the outputs.
-        probe: The whole batch as inputs, with the loss's targets.
-        outputs: The outputs that the losses took, or a module returned, shape ``(k, ...)``, detached.
-        loss: The loss of the outputs; ``None`` where it is no function of outputs and targets alone.
-        value: The value of the loss that the step returned.
-        names: The names of the losses, or of the module that returned the outputs.
-        is_whole: Whether ``loss`` is all that the step returned.
-        is_of_a_module: Whether a module returned the outputs; the loss then takes the whole batch as targets.
-        reached: The names of the parameters that are in the graph of the outputs.
-    """
-
-    calls: tuple[int, ...]
-    probe: Probe
-    outputs: Tensor
-    loss: StepLoss | RunLoss | None
-    value: float
-    names: tuple[str, ...]
-    is_whole: bool
-    is_of_a_module: bool
-    reached: frozenset[str]
-
-    @property
-    def targets(self) -> Any:
-        """The targets for another loss: the second of a pair where no loss that was called says them."""
-        targets = self.probe.targets
-        if self.is_of_a_module:
-            return targets[1] if isinstance(targets, tuple | list) and len(targets) == 2 else targets  # noqa: PLR2004
-        return targets[0] if len(targets) == 1 else targets
-
-    @property
-    def loss_in_words(self) -> str:
-        """What is known of the loss."""
-        named = " + ".join(dict.fromkeys(self.names))
-        if self.loss is None:
-            return "no loss, as it is no function of outputs and targets that is the same in every batch"
-        if self.is_of_a_module:
-            return "loss: " + ("all" if self.is_whole else "some") + " of what the step makes of them"
-        return (
-            f"loss: all of what the step returns ({named})"
-            if self.is_whole
-            else f"loss: {named}, not all of what it returns"
-        )
-
-    def __str__(self) -> str:
-        """One sentence."""
-        outputs = str(tuple(self.outputs.shape))
-        targets = ", ".join(str(tuple(target.shape)) for target in tensors_of(self.probe.targets)) or "none"
-        if self.is_of_a_module:
-            outputs, targets = f"{outputs} of {self.names[0]}", "the rest of the batch"
-        return (
-            f"BasinMonitor reads training_step: outputs {outputs}, targets {targets}, {self.loss_in_words}. "
-            f"HINT: for something else pass behavior=, batch_fn= and loss_fn="
-        )
-
-
-def read_training_step(module: nn.Module, batch: Any, trainer: Any, calls: Sequence[int] | None = None) -> TrainingStep:
+def read_training_step(
+    module: nn.Module,
+    batch: Any,
+    trainer: Any,
+    calls: Sequence[int] | None = None,
+    *,
+    known: KnownStep | None = None,
+) -> TrainingStep:
     """Run the training step of a copy of a module, and read from it what is trained.
 
     Args:
@@ -95,6 +43,7 @@ def read_training_step(module: nn.Module, batch: Any, trainer: Any, calls: Seque
         trainer: The trainer, which the copy finds without logging anything; ``None`` outside of a fit.
         calls: The positions, among all calls, of those that have the outputs. ``None`` takes the arguments of the
             losses of which the result is the sum; where it is no such sum, what one module with parameters returns.
+        known: What an earlier reading of the same step has shown; where it still holds, one run is enough.
 
     Raises:
         ValueError: If the step cannot be run so, draws random numbers, or makes its loss of neither.
@@ -102,8 +51,13 @@ def read_training_step(module: nn.Module, batch: Any, trainer: Any, calls: Seque
     device = device_of(module)
     probe = Probe(batch).to(device, torch.float64)
     with isolated_evaluation(device), at_rest(module), collectives_refused(trainer), RaisedPrecision(torch.float64):
+        run = StepRun.recorded(module, probe, trainer)
+        if known is not None and known.operations == run.operations:
+            step = _describe_run(module, trainer, run, known.calls)
+            if step.known is not None and step.names == known.names:
+                return step
         runs = (
-            StepRun.of(module, probe, trainer),
+            run,
             StepRun.of(module, probe, trainer, batch_idx=1),
             StepRun.of(module, probe, trainer, is_moved=True),
         )
@@ -234,6 +188,7 @@ def _describe_run(module: nn.Module, trainer: Any, run: StepRun, calls: Sequence
         is_whole=is_whole,
         is_of_a_module=not chosen[0].is_loss,
         reached=frozenset(parameters_in_graph(outputs, run.parameters)),
+        operations=run.operations,
     )
 
 

@@ -19,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_basin.operations import elementwise, lookups, products
+from lightning_basin.operations.sequence import described_operation
 from lightning_basin.operations.uses import (
     Call,
     ElementwiseUse,
@@ -72,8 +73,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
         self.settle()
         kwargs = kwargs or {}
         arguments = tensors_of((args, kwargs))
-        described = [(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in arguments]
-        self.operations.sequence.append((func, *described))
+        self.operations.sequence.append(described_operation(func, arguments))
         is_fixed = all(map(self._is_fixed, arguments))
         output = OperationOutput()
         # Before the operation runs: it may overwrite its arguments.

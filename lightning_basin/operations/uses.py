@@ -4,7 +4,7 @@ Two forms are enough: a `ProductUse` multiplies and sums (matrix products, convo
 scales, shifts or copies (normalizations, biases, positional embeddings, class tokens).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,13 +96,12 @@ class Operations:
     Attributes:
         uses: The uses of parameters, in the order of the forward pass.
         num_elements: The number of elements in all outputs that depend on a parameter: the size of the graph.
-        sequence: All operations in their order, each with the shapes and types of the tensors it takes, and which of
-            these have gradients. Two forward passes with one sequence compute the same function, but for numbers.
+        sequence: All operations in their order, as `described_operation` describes them.
     """
 
     uses: list[Use] = field(default_factory=list)
     num_elements: int = 0
-    sequence: list[tuple[Any, ...]] = field(default_factory=list)
+    sequence: list[Hashable] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_basin import BasinMonitor, measure_basin, measure_checkpoints
+from lightning_basin.callback.training_step import read_training_step
 from tests.callback.training_step.steps import (
     ITEMS,
     Base,
@@ -171,6 +172,39 @@ def test_a_loss_that_changes_in_training_is_that_of_the_step_at_the_time(tmp_pat
     expected = measure_basin(module, batch, batch["label"], behavior=by_net, loss_fn=loss_fn, layers="auto")
     assert integers(monitor.records[-1]) == integers(expected)
     assert monitor.records[-1].loss == pytest.approx(expected.loss, rel=1e-12)
+
+
+class OfItselfLater(Classifier):
+    """Imitates its own outputs on the negative after the first epoch, and counts the runs of its step."""
+
+    runs = 0
+
+    def training_step(self, batch, batch_idx):
+        OfItselfLater.runs += 1
+        logits = self.logits(batch)
+        if self.current_epoch == 0:
+            return F.mse_loss(logits, batch["target"])
+        return F.mse_loss(logits, self.net(-batch["image"].flatten(1)).detach())
+
+
+def test_a_step_is_read_by_one_run_until_it_does_something_else():
+    module, batch = OfItselfLater(), whole_probe()
+
+    def runs_of_reading(known):
+        before = OfItselfLater.runs
+        step = read_training_step(module, batch, None, known=known)
+        return step, OfItselfLater.runs - before
+
+    first, num_first = runs_of_reading(None)
+    again, num_again = runs_of_reading(first.known)
+    assert (num_first, num_again) == (3, 1)
+    assert torch.equal(again.outputs, first.outputs)
+    assert again.value == first.value
+    assert again.known is not None
+    OfItselfLater.current_epoch = 1
+    later, num_later = runs_of_reading(first.known)
+    assert (later.loss, later.known) == (None, None)
+    assert num_later >= 3
 
 
 def test_a_loss_of_the_module_that_is_not_trained_is_not_taken(tmp_path):
