@@ -29,6 +29,7 @@ from lightning_basin.network.validity import (
 )
 from lightning_basin.probe import Probe
 from lightning_basin.settings import Precision, Settings, behavioral_loss
+from lightning_basin.stages import StageClock
 from lightning_basin.tensors import tensors_of
 
 _SAMPLE_SIZE = 2
@@ -50,6 +51,7 @@ class Evaluation:
         layout: Which rows of what enters and leaves each layer belong to which input; ``None`` if not asked for.
         plan: How the measurement is cut to the memory that is free; ``None`` runs all inputs at once.
         notes: What a reader of the record should know; quantities add to it.
+        clock: The clock of the stages, which is in ``"trace"`` outside of all others.
         unseen: The names of layers that training trains, and on which the outputs do not depend.
     """
 
@@ -60,6 +62,7 @@ class Evaluation:
     layout: InputLayout | None
     plan: MeasurementPlan | None
     notes: list[str]
+    clock: StageClock
     unseen: tuple[str, ...] = ()
 
     @property
@@ -107,6 +110,7 @@ def open_evaluation(
     *,
     gradient_dtype: torch.dtype = torch.float64,
     with_layout: bool = False,
+    clock: StageClock | None = None,
 ) -> Iterator[Evaluation]:
     """Evaluate a copy of a module once and check the results.
 
@@ -117,6 +121,7 @@ def open_evaluation(
         make_plan: A function that cuts the measurement to the memory that is free; ``None`` runs all inputs at once.
         gradient_dtype: The floating point type in which gradients are kept and multiplied.
         with_layout: Whether to find the rows of each input in what enters and leaves each layer.
+        clock: The clock of the stages; ``None`` starts one.
 
     Yields:
         The evaluation. Random states and global settings that change inside of the context are put back.
@@ -133,10 +138,11 @@ def open_evaluation(
             f"parameters must hold numbers, but {without_numbers} are on the device 'meta': load them first"
         )
     device, dtype = device_of(module), settings.torch_dtype
+    clock = clock or StageClock()
     with isolated_evaluation(device, dtype), at_rest(module):
         probe = probe.to(device, dtype)
         try:
-            network, loss_fn, sample, trained = _copy_as_trained(module, settings, probe, gradient_dtype)
+            network, loss_fn, sample, trained = _copy_as_trained(module, settings, probe, gradient_dtype, clock)
         except ValueError as error:
             if dtype == torch.float64 and isinstance(error.__cause__, Exception):
                 _check_what_helps(module, settings, probe, error)
@@ -155,11 +161,11 @@ def open_evaluation(
             loss = checked_loss(loss_fn, outputs, probe.targets)
             check_copy(module, network.module, loss, "loss_fn")
         notes = [] if trained.note is None else [trained.note]
-        yield Evaluation(settings, runs, loss_fn, loss, layout, plan, notes, trained.unseen)
+        yield Evaluation(settings, runs, loss_fn, loss, layout, plan, notes, clock, trained.unseen)
 
 
 def _copy_as_trained(
-    module: nn.Module, settings: Settings, probe: Probe, gradient_dtype: torch.dtype
+    module: nn.Module, settings: Settings, probe: Probe, gradient_dtype: torch.dtype, clock: StageClock
 ) -> tuple[Network, LossFunction | None, tuple[Probe, Trace], AsTrained]:
     """Copy a module and the loss, so that the outputs have the gradients of training.
 
@@ -167,7 +173,8 @@ def _copy_as_trained(
         The network, the loss, some inputs with their trace, and what was found out about training.
     """
     dtype = settings.torch_dtype
-    replica, loss_fn, behavior = replicas(module, settings.loss, settings.outputs, dtype=dtype)
+    with clock("copy"):
+        replica, loss_fn, behavior = replicas(module, settings.loss, settings.outputs, dtype=dtype)
     network = Network(replica, behavior, dtype=dtype, gradient_dtype=gradient_dtype)
     settle_embeddings(replica, lambda: network.outputs(probe))
     sample, trace = _trace_sample(network, probe)
