@@ -82,7 +82,8 @@ def _rarely_enough(cost: Cost, cadence: tuple[str, int]) -> tuple[str, float]:
 def _light_enough(cost: Cost, cadence: tuple[str, int], arguments: Arguments) -> tuple[str, float]:
     """Return what to leave out so that the share of the time is tolerated, as arguments, and the share.
 
-    A cadence is added where this is not enough. Where nothing that can be left out helps, the clock is to decide.
+    A cadence is added where this is not enough. Where no setting leaves out half of a measurement, the clock is to
+    decide how often.
     """
     settings = {"hessian": "hessian=False"}
     if arguments.duplicates_over is not None:
@@ -91,7 +92,7 @@ def _light_enough(cost: Cost, cadence: tuple[str, int], arguments: Arguments) ->
         settings["verify_null_space"] = "verify_null_space='zero_loss'"
     costs = {setting: cost.without(stage) for stage, setting in settings.items() if stage in cost.stages}
     setting = min(costs, key=lambda setting: costs[setting].measuring, default=None)
-    if setting is None or costs[setting].times_too_often == cost.times_too_often:
+    if setting is None or costs[setting].measuring > cost.measuring / 2:
         return f"max_overhead={TOLERATED_SHARE}", TOLERATED_SHARE
     if costs[setting].share <= TOLERATED_SHARE:
         return setting, costs[setting].share
