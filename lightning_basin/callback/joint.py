@@ -37,7 +37,7 @@ class JointMeasurement:
         self._trainer = trainer
         self._module = module
         self._session, self._probing = progress.session, progress.probing
-        self._overhead = Overhead()
+        self._overhead = Overhead()  # Begun anew when training begins.
         self._broadcast: PatientBroadcast | None = None  # While training goes on.
         self._gathered: GatheredModule | None = None
         if isinstance(trainer.strategy, ModelParallelStrategy):  # Nothing is sharded before `configure_model`.

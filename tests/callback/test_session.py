@@ -159,6 +159,14 @@ def test_when_the_null_space_is_verified(measured, monkeypatch, verify_null_spac
     assert asked == expected
 
 
+def test_a_verification_is_a_stage_of_its_own_and_adds_to_the_whole_time():
+    made = session(verify_null_space=1)
+    record = made.measure(request(made), lambda: nn.Linear(2, 1), Probe(INPUTS), 7)
+    assert record.surviving_fraction is not None
+    assert [*record.seconds][-1] == "verify_null_space"
+    assert sum(record.seconds.values()) == pytest.approx(record.measure_seconds, rel=1e-12)
+
+
 def test_step_of_zero_loss_is_logged_once_and_stays_for_callbacks(measured):
     made, first, later = session(), replace(measured, step=3), replace(measured, step=5)
     key = "basin/zero_loss_step"
