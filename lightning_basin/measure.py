@@ -1,6 +1,5 @@
 """One measurement: a module and a probe in, a record out."""
 
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -35,6 +34,7 @@ from lightning_basin.settings import (
     behavioral_loss,
     check_order,
 )
+from lightning_basin.stages import StageClock
 from lightning_basin.structure import Planner, StructureCache
 from lightning_basin.training_set import as_probes
 
@@ -162,23 +162,28 @@ def measure(
         step: The number of optimizer steps taken, noted in the record.
         cache: What earlier measurements of the same run have found out; ``None`` for a measurement by itself.
     """
-    started = time.perf_counter()
+    clock = StageClock()
     settings.check_targets(probe)
     training_set = None if duplicates_over is None else as_probes(duplicates_over)
     generator = Generator().manual_seed(settings.seed)
     make_plan = _planner(settings, probe.size)
-    with open_evaluation(module, probe, settings, make_plan, with_layout=True, cache=cache) as evaluation:
+    with open_evaluation(module, probe, settings, make_plan, with_layout=True, cache=cache, clock=clock) as evaluation:
         projected = project_outputs(evaluation, generator)
         scopes = select_scopes(evaluation.network.layers, settings.layers)
-        hessian = hessian_measurement(evaluation, scopes)
-        ranks, spectra = measure_ranks(evaluation, scopes, hessian, generator)
-        null_spaces = measure_null_spaces(hessian, spectra, evaluation.notes)
-        activations = measure_activations(evaluation)
-        activation_ranks = measure_activation_ranks(evaluation, scopes, activations)
-        duplicates = measure_duplicates(evaluation, activations)
-        bound = measure_rank_bound(evaluation, activations, ranks[scopes[-1]])
+        with clock("hessian"):
+            hessian = hessian_measurement(evaluation, scopes)
+        with clock("ranks"):
+            ranks, spectra = measure_ranks(evaluation, scopes, hessian, generator)
+        with clock("hessian"):
+            null_spaces = measure_null_spaces(hessian, spectra, evaluation.notes)
+        with clock("duplicates"):
+            activations = measure_activations(evaluation)
+            activation_ranks = measure_activation_ranks(evaluation, scopes, activations)
+            duplicates = measure_duplicates(evaluation, activations)
+            bound = measure_rank_bound(evaluation, activations, ranks[scopes[-1]])
     if training_set is not None:
-        duplicates = with_training_set(duplicates, evaluation, training_set)
+        with clock("duplicates"):
+            duplicates = with_training_set(duplicates, evaluation, training_set)
     _note_precision(evaluation, ranks[scopes[-1]])
     fields = {
         scope: rank_fields(ranks[scope], spectra.get(scope)) | activation_ranks.get(scope, {}) for scope in scopes
@@ -192,7 +197,6 @@ def measure(
         gradient_rank_bound=bound,
         projected=projected,
         step=step,
-        measure_seconds=time.perf_counter() - started,
     )
 
 
@@ -287,6 +291,7 @@ def _assemble(
     order = [layer.name for layer in evaluation.network.layers]
     # The behavioral loss is always zero: no sign of a fit.
     loss = None if evaluation.loss_fn is behavioral_loss else evaluation.loss
+    seconds = evaluation.clock.seconds()
     return BasinRecord(
         num_parameters=network.num_parameters,
         num_rows=evaluation.num_rows,
@@ -295,6 +300,8 @@ def _assemble(
         layers={name: layers[name] for name in order if name in layers},
         blocks={scope.name: record for scope, record in records.items() if scope.kind == "block"},
         notes=tuple(evaluation.notes),
+        measure_seconds=sum(seconds.values()),
+        seconds=seconds,
         **fields[network],
         **duplicates.network,
         **network_fields,

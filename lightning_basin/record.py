@@ -208,6 +208,11 @@ class BasinRecord(LayerRecord):
             (``max_outputs``).
         notes: Sentences on how the numbers were obtained.
         measure_seconds: The wall time of the measurement, in seconds.
+        seconds: The wall time of each stage, in seconds. ``"copy"`` is the copy of the module; ``"trace"`` its runs and
+            their checks, and what is in no other stage; ``"gradients"`` the gradients of each layer; ``"ranks"`` and
+            ``"hessian"`` what is computed from them; ``"duplicates"`` all that is counted of activations;
+            ``"verify_null_space"`` the verification. No device is waited for: on a GPU the stage that reads a result
+            first has waited for the work of the stages before it, too.
         step: The number of optimizer steps taken; ``None`` outside of training.
     """
 
@@ -226,6 +231,7 @@ class BasinRecord(LayerRecord):
     projected: bool = False
     notes: tuple[str, ...] = ()
     measure_seconds: float = 0.0
+    seconds: Mapping[str, float] = field(default_factory=dict)
     step: int | None = None
 
     @property
@@ -277,6 +283,7 @@ class BasinRecord(LayerRecord):
         plain = _fields(self)
         for name in _MERGED:
             plain[name] = [(merged.index, merged.equals, merged.layer) for merged in plain[name]]
+        plain["seconds"] = dict(self.seconds)
         plain["layers"] = {name: _fields(layer) for name, layer in self.layers.items()}
         plain["blocks"] = {name: _fields(block) for name, block in self.blocks.items()}
         return plain

@@ -32,8 +32,7 @@ def heading(record: "BasinRecord") -> list[str]:
     if record.train_num_inputs is not None:
         training_set = f"of {record.train_num_inputs:,} training inputs"
         lines += [*_merged_lines(training_set, record.train_merged_inputs)] or [f"none {training_set} merged"]
-    lines.extend(_hessian_lines(record))
-    return lines
+    return [*lines, *_hessian_lines(record), *_time_lines(record)]
 
 
 def _hessian_lines(record: "BasinRecord") -> Iterator[str]:
@@ -72,6 +71,15 @@ def _known_nullity(record: "BasinRecord") -> str:
     if smallest is not None and residual is not None and smallest > 2 * residual and record.hessian_rtol is not None:
         return f"{between}: smallest curvature {smallest:.1e} against the tolerance {record.hessian_rtol:.1e}"
     return f"{between}: {sizes.format('against')}" if sizes else between
+
+
+def _time_lines(record: "BasinRecord") -> Iterator[str]:
+    """At most one line: how long the measurement took, and which share of it each stage, the longest first."""
+    if not record.seconds or not record.measure_seconds:  # Of an earlier version.
+        return
+    longest = sorted(record.seconds.items(), key=lambda item: -item[1])
+    stages = ", ".join(f"{stage} {seconds / record.measure_seconds:.0%}" for stage, seconds in longest)
+    yield f"took {record.measure_seconds:.2f} s: {stages}"
 
 
 _COLUMNS = {

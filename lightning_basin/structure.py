@@ -27,6 +27,7 @@ from lightning_basin.network.training_mode import AsTrained, as_trained
 from lightning_basin.network.validity import check_copy, check_independence, check_outputs
 from lightning_basin.probe import Probe
 from lightning_basin.settings import Settings, behavioral_loss
+from lightning_basin.stages import StageClock
 from lightning_basin.tensors import tensors_of
 
 _SAMPLE_SIZE = 2
@@ -133,6 +134,7 @@ def copy_and_find(
     settings: Settings,
     gradient_dtype: torch.dtype,
     make_plan: Planner | None,
+    clock: StageClock,
     *,
     with_layout: bool,
 ) -> Copied:
@@ -144,13 +146,14 @@ def copy_and_find(
         settings: What is asked of the measurement.
         gradient_dtype: The floating point type in which gradients are kept and multiplied.
         make_plan: A function that cuts the measurement to the memory that is free; ``None`` runs all inputs at once.
+        clock: The clock of the stages.
         with_layout: Whether to find the rows of each input in what enters and leaves each layer.
 
     Raises:
         TypeError: If the outputs are not floating point tensors.
         ValueError: If the outputs are not finite, or not functions of the inputs alone.
     """
-    network, loss_fn, sample, trained = _copy_as_trained(module, settings, probe, gradient_dtype)
+    network, loss_fn, sample, trained = _copy_as_trained(module, settings, probe, gradient_dtype, clock)
     plan = None if make_plan is None else make_plan(network, *sample)
     del sample  # And its graph.
     runs = ProbeRuns(network, probe, chunk_size=None if plan is None else plan.chunk_size)
@@ -171,7 +174,12 @@ def copy_and_find(
 
 
 def copy_again(
-    module: nn.Module, probe: Probe, settings: Settings, gradient_dtype: torch.dtype, structure: Structure
+    module: nn.Module,
+    probe: Probe,
+    settings: Settings,
+    gradient_dtype: torch.dtype,
+    structure: Structure,
+    clock: StageClock,
 ) -> Copied | None:
     """Copy and run a module whose structure is known.
 
@@ -181,11 +189,13 @@ def copy_again(
         settings: What is asked of the measurement.
         gradient_dtype: The floating point type in which gradients are kept and multiplied.
         structure: The structure.
+        clock: The clock of the stages.
 
     Returns:
         What `copy_and_find` returns, with the same structure; ``None`` where it is no longer that of the module.
     """
-    network, loss_fn = _copy_in_modes(module, settings, gradient_dtype, structure.modes)
+    with clock("copy"):
+        network, loss_fn = _copy_in_modes(module, settings, gradient_dtype, structure.modes)
     plan = structure.plan
     if plan is not None and not still_fits(plan, network.module, device_of(module), settings.memory_budget):
         return None
@@ -222,14 +232,15 @@ def _copy_in_modes(
 
 
 def _copy_as_trained(
-    module: nn.Module, settings: Settings, probe: Probe, gradient_dtype: torch.dtype
+    module: nn.Module, settings: Settings, probe: Probe, gradient_dtype: torch.dtype, clock: StageClock
 ) -> tuple[Network, LossFunction | None, tuple[Probe, Trace], AsTrained]:
     """Copy a module and the loss, so that the outputs have the gradients of training.
 
     Returns:
         The network, the loss, some inputs with their trace, and what was found out about training.
     """
-    network, loss_fn = _copy_in_modes(module, settings, gradient_dtype, None)
+    with clock("copy"):
+        network, loss_fn = _copy_in_modes(module, settings, gradient_dtype, None)
     settle_embeddings(network.module, lambda: network.outputs(probe))
     sample, trace = _trace_sample(network, probe)
     check_copy(module, network.module, trace.outputs, "behavior")

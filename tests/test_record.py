@@ -207,10 +207,19 @@ def test_a_record_of_an_earlier_version_is_read_without_the_quantities_that_it_d
     assert BasinRecord.from_dict(plain) == whole_record()
 
 
+def test_a_record_of_a_version_without_stages_has_the_whole_time_only():
+    plain = whole_record().to_dict()
+    del plain["seconds"]
+    record = BasinRecord.from_dict(plain)
+    assert (record.measure_seconds, record.seconds) == (0.5, {})
+    assert "took" not in str(record)
+
+
 def test_changing_the_plain_form_leaves_the_record_as_it_was():
     record = whole_record()
     plain = record.to_dict()
     plain["gradient_rank_at"].clear()
+    plain["seconds"].clear()
     plain["layers"]["fc1"]["gradient_rank_at"].clear()
     plain["layers"].clear()
     assert record == whole_record()

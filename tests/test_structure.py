@@ -73,7 +73,7 @@ def test_a_later_measurement_passes_all_inputs_once_and_half_of_them_once():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda module, probe: (module[0].requires_grad_(False), probe),
+        lambda module, probe: (module[0].requires_grad_(requires_grad=False), probe),
         lambda module, probe: (module.append(nn.ReLU()), probe),
         lambda module, probe: (module.register_forward_pre_hook(lambda _, args: (2 * args[0],)), probe),
         lambda module, probe: (module, Probe(drawn(5, 3))),

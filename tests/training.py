@@ -386,7 +386,7 @@ def _parts(item) -> Iterator[bytes]:
 
 def timeless(records: list[BasinRecord]) -> list[BasinRecord]:
     """Records without the time that they took, which no two measurements share."""
-    return [replace(record, measure_seconds=0.0) for record in records]
+    return [replace(record, measure_seconds=0.0, seconds={}) for record in records]
 
 
 def steps(monitor) -> list[int | None]:

@@ -60,6 +60,7 @@ def whole_record():
         output_duplicated_activations_exact=1,
         notes=("a note",),
         measure_seconds=0.5,
+        seconds={"trace": 0.125, "hessian": 0.375},
         step=40,
     )
 

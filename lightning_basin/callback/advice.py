@@ -56,6 +56,8 @@ def advise_patience(trainer: Trainer, watchers: Iterable[Watcher], arguments: Ar
     automatic = trainer.lightning_module.automatic_optimization
     steps = trainer.num_training_batches / trainer.accumulate_grad_batches if automatic else math.inf
     epochs = epochs_between(arguments, steps)
+    # Between two measurements, of which the later is at least 5/4 times as far, is at most a fifth of the run.
+    epochs += max(0, trainer.max_epochs or 0) // 5 if arguments.max_overhead == "auto" else 0
     for watcher in watchers:
         owner, scheduler = watcher.owner, getattr(watcher.owner, "scheduler", None)
         if isinstance(owner, EarlyStopping) and type(owner).on_train_epoch_end in _COUNTING:
@@ -64,7 +66,8 @@ def advise_patience(trainer: Trainer, watchers: Iterable[Watcher], arguments: Ar
             sufficient = sufficient_patience(checks, patience - 1)
             needed = None if sufficient is None else sufficient + 1
         elif isinstance(scheduler, ReduceLROnPlateau):
-            between = epochs if owner.interval != "step" else arguments.every_n_train_steps or epochs * steps
+            steps_between = None if arguments.max_overhead == "auto" else arguments.every_n_train_steps
+            between = epochs if owner.interval != "step" else steps_between or epochs * steps
             patience, checks, remedy = scheduler.patience, between / owner.frequency, ""
             needed = sufficient_patience(checks, patience)
         else:
@@ -101,6 +104,8 @@ class RankedSaves:
         interval = arguments.every_n_train_steps
         cadence = f"every_n_epochs={epochs_between(arguments, math.inf)} and save_on_train_epoch_end=True"
         remedy = cadence if interval is None else f"every_n_train_steps={interval}"
+        if arguments.max_overhead == "auto":
+            remedy = "BasinMonitor(max_overhead=None)"
         current = [(saver, before, _ranking(saver.owner)) for saver, before in self._rankings]
         problems = {
             saver.name: f"{saver.name} ranks weights of step {step}, which were not measured, by the value of step "

@@ -38,11 +38,16 @@ class Arguments:
     dtype: Precision
     verify_null_space: int | Literal["zero_loss"] | None
     seed: int
-    max_overhead: float | None
+    max_overhead: float | Literal["auto"] | None
     max_failures: int | None
     history: Literal["csv", "jsonl"] | None
     on_other_probe: Literal["raise", "replace"]
     prefix: str
+
+    @property
+    def overhead_limit(self) -> float | None:
+        """The share of the wall time that measuring may take; ``None`` where no clock decides."""
+        return None if isinstance(self.max_overhead, str) else self.max_overhead
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -149,7 +154,8 @@ _COUNTS = (
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *((name, _is_at_least_one, "be at least 1") for name in _COUNTS),
     ("verify_null_space", _no_word_but("zero_loss"), "be a number or 'zero_loss'"),
-    ("max_overhead", lambda value: value is None or 0.0 < value < 1.0, "be inside (0, 1)"),
+    ("max_overhead", _no_word_but("auto"), "be inside (0, 1) or 'auto'"),
+    ("max_overhead", lambda value: isinstance(value, str | None) or 0.0 < value < 1.0, "be inside (0, 1) or 'auto'"),
     ("zero_loss_threshold", lambda value: value >= 0.0, "be >= 0"),
     ("duplicates_over", _no_word_but("train"), "be 'train', a data set or batches"),
     ("batch_fn", _is_function_or_none, "be callable, and no class"),

@@ -76,7 +76,9 @@ class Fit:
         """
         trainer, probing = self._trainer, self._probing
         epoch, step = trainer.current_epoch, trainer.global_step
-        is_overdue = self._schedule.is_overdue(epoch, step, batch_idx, at_zero_loss=self._at_zero_loss)
+        is_overdue = self._schedule.is_overdue(
+            epoch, step, batch_idx, at_zero_loss=self._at_zero_loss, sparse_since=self._session.sparse_since
+        )
         if probing.probe is not None and self._schedule.measured_step is not None:
             if is_overdue:
                 self._measure(step, batches_that_stepped(trainer) - 1)
@@ -98,7 +100,9 @@ class Fit:
     def after_batch(self) -> None:
         """Measure if the schedule asks for it."""
         step = self._trainer.global_step
-        if self._schedule.is_due_after_batch(step, at_zero_loss=self._at_zero_loss):
+        if self._schedule.is_due_after_batch(
+            step, at_zero_loss=self._at_zero_loss, sparse_since=self._session.sparse_since
+        ):
             self._measure(step, batches_that_stepped(self._trainer))
 
     def after_epoch(self) -> None:
@@ -110,7 +114,9 @@ class Fit:
             probing.refuse_another()
             self._measure_baseline()
         step = trainer.global_step
-        if self._schedule.is_due_after_epoch(trainer.current_epoch, step, at_zero_loss=self._at_zero_loss):
+        if self._schedule.is_due_after_epoch(
+            trainer.current_epoch, step, at_zero_loss=self._at_zero_loss, sparse_since=self._session.sparse_since
+        ):
             self._measure(step, batches_that_stepped(trainer) - 1)
 
     def close(self) -> None:
@@ -152,6 +158,7 @@ class Fit:
         if record is None:
             return
         self.publisher.log(record, log_step)
+        self._joint.advise(self._schedule.cadence(at_zero_loss=self._at_zero_loss))
         for listener in self._listeners:
             listener(self._trainer, record)
 

@@ -1,9 +1,8 @@
 """One measurement for all processes of a fit: the first one measures, the others wait for its record."""
 
-from contextlib import nullcontext
-
 from torch import nn
 
+from lightning_basin.callback.cost import advise
 from lightning_basin.callback.gathering import GatheredModule
 from lightning_basin.callback.lightnings import (
     ModelParallelStrategy,
@@ -11,12 +10,15 @@ from lightning_basin.callback.lightnings import (
     Trainer,
     callbacks_of,
 )
-from lightning_basin.callback.overhead import OverheadLimit, announced
+from lightning_basin.callback.notices import inform
+from lightning_basin.callback.overhead import Overhead, announced
 from lightning_basin.callback.probing import ModuleGetter
 from lightning_basin.callback.processes import PatientBroadcast
 from lightning_basin.callback.progress import Progress, unmeasurable
 from lightning_basin.naming import escaped
 from lightning_basin.record import BasinRecord
+
+_NUM_BEFORE_ADVICE = 3  # measurements: the first takes longer than others, and two more show what those cost
 
 
 class JointMeasurement:
@@ -35,7 +37,7 @@ class JointMeasurement:
         self._trainer = trainer
         self._module = module
         self._session, self._probing = progress.session, progress.probing
-        self._overhead: OverheadLimit | None = None
+        self._overhead = Overhead()  # Begun anew when training begins.
         self._broadcast: PatientBroadcast | None = None  # While training goes on.
         self._gathered: GatheredModule | None = None
         if isinstance(trainer.strategy, ModelParallelStrategy):  # Nothing is sharded before `configure_model`.
@@ -46,8 +48,7 @@ class JointMeasurement:
 
     def open(self) -> None:
         """Begin to count the time of the fit, and connect the processes."""
-        max_overhead = self._session.arguments.max_overhead
-        self._overhead = None if max_overhead is None else OverheadLimit(max_overhead)
+        self._overhead = Overhead()
         self._broadcast = PatientBroadcast(self._trainer.strategy.broadcast)
 
     def close(self) -> None:
@@ -85,17 +86,30 @@ class JointMeasurement:
             session.count_failure(in_training=True)
         return record
 
+    def advise(self, cadence: tuple[str, int]) -> None:
+        """Say once what measuring costs, where that is much and nothing limits it.
+
+        Args:
+            cadence: The argument that sets the cadence, and its value.
+        """
+        arguments, records = self._session.arguments, self._session.results.records
+        if self._overhead.num_measurements != _NUM_BEFORE_ADVICE or arguments.max_overhead is not None:
+            return
+        advice = advise(self._overhead.cost(records[1 - _NUM_BEFORE_ADVICE :]), cadence, arguments)
+        if advice is not None:
+            inform(advice)
+
     def _allows(self) -> bool:
         """Whether measuring now would not take too long; rank zero decides for all, by its own clock."""
-        if self._overhead is None:
+        limit = self._session.arguments.overhead_limit
+        if limit is None:
             return True
-        is_allowed: bool = self._trainer.strategy.broadcast(self._overhead.allows_next(), 0)
+        is_allowed: bool = self._trainer.strategy.broadcast(self._overhead.allows_next(limit), 0)
         return is_allowed
 
     def _measured(self, step: int, whole: ModuleGetter) -> BasinRecord | None:
         session, probing = self._session, self._probing
-        limited = nullcontext() if self._overhead is None else self._overhead.measuring()
-        with limited, announced(f"Measuring {escaped(session.arguments.prefix)} at step {step}"):
+        with self._overhead.measuring(), announced(f"Measuring {escaped(session.arguments.prefix)} at step {step}"):
             return session.measure(probing.request(session.results.records, self._trainer), whole, probing.probe, step)
 
 

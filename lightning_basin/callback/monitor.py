@@ -62,9 +62,9 @@ class BasinMonitor(Arguments, BaseCallback):
             free: ``"zero_loss"`` once, where the loss reaches zero; a number n at every n-th measurement.
         seed: The seed of all random vectors, the same at every measurement.
         max_overhead: The share of the wall time of the fit that measuring may take; what would exceed it is skipped.
+            ``"auto"`` measures ever more rarely instead, densely again around zero loss, at steps that no clock sets.
         max_failures: The number of failures in a row after which measuring stops; ``None`` tries again every time.
-        history: The format, ``"csv"`` or ``"jsonl"``, of a table of all measurements in the log directory,
-            ``<prefix>.csv`` (``<prefix>-1.csv`` beside that of another run).
+        history: The format, ``"csv"`` or ``"jsonl"``, of a table of all measurements in the log directory.
         on_other_probe: What to do on resuming with another ``probe`` than before: ``"raise"`` or ``"replace"`` it.
         prefix: The first characters of every key, in which markup is percent-encoded; two monitors need two.
 
@@ -100,7 +100,7 @@ class BasinMonitor(Arguments, BaseCallback):
         dtype: Precision = "float64",
         verify_null_space: int | Literal["zero_loss"] | None = None,
         seed: int = 0,
-        max_overhead: float | None = None,
+        max_overhead: float | Literal["auto"] | None = None,
         max_failures: int | None = 3,
         history: Literal["csv", "jsonl"] | None = None,
         on_other_probe: Literal["raise", "replace"] = "raise",

@@ -1,42 +1,46 @@
-"""The wall time of measuring: a limit to it, and a word where it takes long."""
+"""The wall time of measuring: a limit to it, what it costs a run, and a word where it takes long."""
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 
 from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_basin.callback.cost import Cost
+from lightning_basin.record import BasinRecord
 
 LONG_SECONDS = 10.0
 """A measurement that takes longer is announced, so that nobody takes a run for dead."""
 
 
-class OverheadLimit:
-    """Says when a measurement has to wait, so that all of them take at most a share of the wall time since the start.
-
-    The next one is expected to take as long as the last.
+class Overhead:
+    """The wall time of measuring beside that of a fit.
 
     Args:
-        share: The share of the wall time, inside ``(0, 1)``.
         clock: A function that returns seconds since any moment; ``None`` means ``time.monotonic``.
+
+    Attributes:
+        num_measurements: The number of measurements so far.
 
     Example:
         A measurement of one second at the start, and a limit of a tenth: the second has to wait for 19 s.
 
         >>> now = iter([0.0, 0.0, 1.0, 18.0, 19.5])
-        >>> limit = OverheadLimit(0.1, clock=lambda: next(now))
-        >>> with limit.measuring():
+        >>> overhead = Overhead(clock=lambda: next(now))
+        >>> with overhead.measuring():
         ...     pass
-        >>> limit.allows_next(), limit.allows_next()
+        >>> overhead.allows_next(0.1), overhead.allows_next(0.1)
         (False, True)
     """
 
-    def __init__(self, share: float, *, clock: Callable[[], float] | None = None) -> None:
-        self._share = share
+    def __init__(self, *, clock: Callable[[], float] | None = None) -> None:
         self._clock = time.monotonic if clock is None else clock
         self._started = self._clock()
-        self._spent = 0.0
-        self._last = 0.0
+        self._spent = self._first = self._last = 0.0
+        self._first_ended = self._last_ended = self._started
+        self.num_measurements = 0
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -45,13 +49,32 @@ class OverheadLimit:
         try:
             yield
         finally:
-            self._last = self._clock() - started
+            self._last_ended = self._clock()
+            self._last = self._last_ended - started
             self._spent += self._last
+            self.num_measurements += 1
+            if self.num_measurements == 1:
+                self._first, self._first_ended = self._last, self._last_ended
 
-    def allows_next(self) -> bool:
-        """Whether the limit holds at the end of a measurement that begins now."""
+    def allows_next(self, share: float) -> bool:
+        """Whether all measurements together keep to a share of the time, if one as long as the last begins now."""
         elapsed = self._clock() - self._started
-        return self._spent + self._last <= self._share * (elapsed + self._last)
+        return self._spent + self._last <= share * (elapsed + self._last)
+
+    def cost(self, records: Sequence[BasinRecord]) -> Cost:
+        """Return what the measurements have cost since the end of the first, which takes longer than others.
+
+        Args:
+            records: The newest records, of which the stages are averaged.
+        """
+        num_later = self.num_measurements - 1
+        measuring = (self._spent - self._first) / num_later
+        stages = {stage for record in records for stage in record.seconds}
+        return Cost(
+            measuring=measuring,
+            training=(self._last_ended - self._first_ended) / num_later - measuring,
+            stages={stage: fmean(record.seconds.get(stage, 0.0) for record in records) for stage in sorted(stages)},
+        )
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class Publisher:
             log_step: The place on the x axis of Lightning's own curves.
         """
         skipped: dict[str, float] = {}
-        if self._arguments.max_overhead is not None:
+        if self._arguments.overhead_limit is not None:
             num_skipped = len(self._session.results.skipped_steps)
             skipped = {f"{escaped(self._arguments.prefix)}/skipped_measurements": num_skipped}
         for problem in log_scalars(self._trainer.loggers, self._session.log_values(record) | skipped, step=log_step):

@@ -3,10 +3,35 @@
 from lightning_basin.callback.arguments import Arguments
 
 
+def is_next(step: int, *, measured: int, origin: int) -> bool:
+    """Whether the geometric cadence of ``max_overhead="auto"`` has come to its next measurement.
+
+    That is the first step, of those at which a measurement could be taken, that is at least 5/4 times as far from the
+    origin as the last measurement. So the first five are taken, and the number of the others grows with the logarithm
+    of the number of steps. It is decided in integers.
+
+    Args:
+        step: The step at which a measurement could be taken.
+        measured: The step of the last measurement, at the origin or after it.
+        origin: The step from which measurements become rarer.
+
+    Example:
+        >>> measured = [100]
+        >>> for step in range(101, 130):
+        ...     if is_next(step, measured=measured[-1], origin=100):
+        ...         measured.append(step)
+        >>> measured
+        [100, 101, 102, 103, 104, 105, 107, 109, 112, 115, 119, 124]
+    """
+    return 4 * (step - origin) >= 5 * (measured - origin)
+
+
 class Schedule:
     """Decides after every batch and epoch whether a measurement is due.
 
-    A step is the number of optimizer steps taken, an epoch the number of epochs before it.
+    A step is the number of optimizer steps taken, an epoch the number of epochs before it. ``sparse_since`` is the step
+    from which on measurements become rarer, as `is_next` says; ``None`` takes each that the cadence asks for. Steps are
+    all that decides: runs with the same losses measure at the same steps, resumed or not, on all of their processes.
 
     Args:
         arguments: The monitor's arguments, of which the cadence is read.
@@ -29,43 +54,49 @@ class Schedule:
         self.seen_step = step
         self.resumed_step = step if is_resumed else None
 
-    def is_due_after_batch(self, step: int, *, at_zero_loss: bool) -> bool:
+    def cadence(self, *, at_zero_loss: bool) -> tuple[str, int]:
+        """Return the argument that sets the cadence now, and its value."""
+        after_zero_loss, steps = self.arguments.every_n_epochs_after_zero_loss, self.arguments.every_n_train_steps
+        if at_zero_loss and after_zero_loss is not None:
+            return "every_n_epochs_after_zero_loss", after_zero_loss
+        return ("every_n_epochs", self.arguments.every_n_epochs) if steps is None else ("every_n_train_steps", steps)
+
+    def is_due_after_batch(self, step: int, *, at_zero_loss: bool, sparse_since: int | None = None) -> bool:
         """Whether a cadence in steps asks for a measurement after a batch; to be asked after each.
 
         Steps that cross a multiple of the cadence are counted, not steps that meet one: several batches may share a
         step, and manual optimization may take several steps in a batch.
         """
         seen, self.seen_step = self.seen_step, step
-        interval = self.arguments.every_n_train_steps
-        if interval is None or self._epochs_after_zero_loss(at_zero_loss=at_zero_loss) or self.measured_step is None:
+        name, interval = self.cadence(at_zero_loss=at_zero_loss)
+        if name != "every_n_train_steps" or self.measured_step is None:
             return False
-        return step // interval > seen // interval
+        return step // interval > seen // interval and self._is_next(step, sparse_since, interval)
 
-    def is_due_after_epoch(self, epoch: int, step: int, *, at_zero_loss: bool) -> bool:
+    def is_due_after_epoch(self, epoch: int, step: int, *, at_zero_loss: bool, sparse_since: int | None = None) -> bool:
         """Whether a cadence in epochs asks for a measurement at the end of an epoch."""
-        interval = self._epochs_between(at_zero_loss=at_zero_loss)
-        return interval is not None and (epoch + 1) % interval == 0 and step != self.measured_step
+        name, interval = self.cadence(at_zero_loss=at_zero_loss)
+        is_offered = name != "every_n_train_steps" and (epoch + 1) % interval == 0 and step != self.measured_step
+        return is_offered and self._is_next(step, sparse_since)
 
-    def is_overdue(self, epoch: int, step: int, batch_idx: int, *, at_zero_loss: bool) -> bool:
+    def is_overdue(
+        self, epoch: int, step: int, batch_idx: int, *, at_zero_loss: bool, sparse_since: int | None = None
+    ) -> bool:
         """Whether a resumed run begins where a measurement was interrupted or left out; to be asked at each batch."""
         resumed_step, self.resumed_step = self.resumed_step, None
         if self.measured_step is None or resumed_step != step or step == self.measured_step:
             return False
         # lightning 2.6 does not call the end of an epoch again whose last batch was the last thing before saving.
-        interval = self._epochs_between(at_zero_loss=at_zero_loss)
-        if interval is not None:
-            return batch_idx == 0 and epoch % interval == 0
-        steps_between = self.arguments.every_n_train_steps
-        assert steps_between is not None, "a cadence is one in epochs or in steps"
-        return step // steps_between > self.measured_step // steps_between
+        name, interval = self.cadence(at_zero_loss=at_zero_loss)
+        if name != "every_n_train_steps":
+            return batch_idx == 0 and epoch % interval == 0 and self._is_next(step, sparse_since)
+        is_crossed = step // interval > self.measured_step // interval
+        return is_crossed and self._is_next(step, sparse_since, interval)
 
-    def _epochs_between(self, *, at_zero_loss: bool) -> int | None:
-        """Return the cadence in epochs; ``None`` where it is one in steps."""
-        after_zero_loss = self._epochs_after_zero_loss(at_zero_loss=at_zero_loss)
-        if after_zero_loss is None and self.arguments.every_n_train_steps is None:
-            return self.arguments.every_n_epochs
-        return after_zero_loss
-
-    def _epochs_after_zero_loss(self, *, at_zero_loss: bool) -> int | None:
-        """Return the cadence that holds once the loss has reached zero; ``None`` where there is none, or not yet."""
-        return self.arguments.every_n_epochs_after_zero_loss if at_zero_loss else None
+    def _is_next(self, step: int, origin: int | None, interval: int = 1) -> bool:
+        """Whether no geometric cadence holds, or it has come to its next measurement."""
+        if origin is None or self.measured_step is None:
+            return True
+        # By the multiples that were crossed: a resumed run may look back from a later step.
+        step, measured, origin = (value - value % interval for value in (step, self.measured_step, origin))
+        return is_next(step, measured=measured, origin=origin)

@@ -22,6 +22,9 @@ from lightning_basin.record import BasinRecord
 from lightning_basin.settings import Probabilities
 from lightning_basin.structure import StructureCache
 
+NEAR_ZERO = 100.0
+"""The loss below which zero loss is near, in units of ``zero_loss_threshold``."""
+
 
 class Session:
     """Measures at a step, keeps the records, and counts zero losses and failures in a row.
@@ -37,6 +40,8 @@ class Session:
         num_zero_losses: The number of measurements in a row, up to the newest, in which the loss was zero.
         num_failures: The number of measurements in a row that have failed.
         history_path: The path of the table of the run, which a resumed run goes on with.
+        turning_step: The step of the newest record of three: the first one, the first with a loss near zero, and the
+            first at zero loss; ``None`` before the first.
     """
 
     def __init__(self, arguments: Arguments, notices: Notices) -> None:
@@ -45,6 +50,7 @@ class Session:
         self.num_zero_losses = 0
         self.num_failures = 0
         self.history_path: str | None = None
+        self.turning_step: int | None = None
         self.notices = notices
         self._cache = StructureCache()
 
@@ -52,7 +58,16 @@ class Session:
         """Forget another run; failures are counted on, as they may have the same cause."""
         self.results.clear()
         self.num_zero_losses = 0
-        self.history_path = None
+        self.history_path = self.turning_step = None
+
+    @property
+    def sparse_since(self) -> int | None:
+        """The step from which on measurements become rarer; ``None`` where each that is due is to be taken.
+
+        A loss that is zero is looked at each time, until it has been zero for as long as ``zero_loss_patience`` says.
+        """
+        is_confirming = self.num_zero_losses > 0 and self.results.zero_loss_step is None
+        return self.turning_step if self.arguments.max_overhead == "auto" and not is_confirming else None
 
     @property
     def has_given_up(self) -> bool:
@@ -71,20 +86,22 @@ class Session:
     def skip(self, step: int) -> None:
         """Take note of a measurement that the limit on overhead does not allow."""
         self.results.skipped_steps.append(step)
-        self.notices.inform(f"BasinMonitor(max_overhead={self.arguments.max_overhead:g}) skips measurements")
+        self.notices.inform(f"BasinMonitor(max_overhead={self.arguments.overhead_limit:g}) skips measurements")
 
     def inform_of_skipped(self) -> None:
         """Say how many measurements were skipped in all."""
         num_skipped = len(self.results.skipped_steps)
-        if self.arguments.max_overhead is not None and num_skipped:
+        if self.arguments.overhead_limit is not None and num_skipped:
             inform(
-                f"BasinMonitor(max_overhead={self.arguments.max_overhead:g}) skipped {num_skipped} of "
+                f"BasinMonitor(max_overhead={self.arguments.overhead_limit:g}) skipped {num_skipped} of "
                 f"{len(self.results.records) + num_skipped} measurements, which skipped_steps lists"
             )
 
     def keep(self, record: BasinRecord, probe: Probe | None) -> None:
         """Add the newest record, and the probe on which it was measured."""
         self.num_failures = 0
+        if self._is_turning_point(record):
+            self.turning_step = record.step
         if self.reaches_zero_loss(record):
             self.results.zero_loss_step = record.step
         self.num_zero_losses = self._num_zero_losses_with(record)
@@ -101,9 +118,20 @@ class Session:
 
     def _num_zero_losses_with(self, record: BasinRecord) -> int:
         """Return the number of measurements in a row without a loss, where a record is the next one."""
-        # A loss that goes below zero has no minimum there: its sign is no sign of a perfect fit.
-        is_zero = record.loss is not None and abs(record.loss) <= self.arguments.zero_loss_threshold
-        return self.num_zero_losses + 1 if is_zero else 0
+        # By magnitude: a loss that goes below zero has no minimum there, and its sign is no sign of a perfect fit.
+        return self.num_zero_losses + 1 if self._is_small(record, 1.0) else 0
+
+    def _is_turning_point(self, record: BasinRecord) -> bool:
+        """Whether a record, if it is the next one, is the first of all, near zero loss or at zero loss."""
+        records = self.results.records
+        is_first_near = self._is_small(record, NEAR_ZERO) and not any(
+            self._is_small(earlier, NEAR_ZERO) for earlier in records
+        )
+        return not records or is_first_near or self.reaches_zero_loss(record)
+
+    def _is_small(self, record: BasinRecord, factor: float) -> bool:
+        """Whether the magnitude of the loss is at most so many times that of a zero loss."""
+        return record.loss is not None and abs(record.loss) <= factor * self.arguments.zero_loss_threshold
 
     def owns_key(self, key: str) -> bool:
         """Whether a metric's key begins as the keys of this monitor do."""
@@ -179,8 +207,13 @@ class Session:
                 "The null space could not be verified at every step: no way back to the same outputs was found"
             )
             return record
-        seconds = record.measure_seconds + time.perf_counter() - started
-        return replace(record, surviving_fraction=check.surviving_fraction, measure_seconds=seconds)
+        elapsed = time.perf_counter() - started
+        return replace(
+            record,
+            surviving_fraction=check.surviving_fraction,
+            measure_seconds=record.measure_seconds + elapsed,
+            seconds={**record.seconds, "verify_null_space": elapsed},
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Two copies never fill one list; and what the cache holds is found again.

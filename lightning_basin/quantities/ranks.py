@@ -26,6 +26,7 @@ from lightning_basin.network.layers import Layer
 from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.quantities.hessian.measurement import HessianMeasurement
 from lightning_basin.quantities.scopes import Scope
+from lightning_basin.stages import StageClock
 
 _NUM_TRIED = 2  # layers, from the last, whose gradients may show that all rows of the network are independent
 
@@ -82,17 +83,19 @@ class RankMeasurement:
         """Whether all ranks are known."""
         return not self._open
 
-    def try_last_layers(self, *, max_elements: int) -> None:
+    def try_last_layers(self, *, max_elements: int, clock: StageClock) -> None:
         """Look first at the last large layers, whose backward passes are short: they may prove the network's rank.
 
         Args:
             max_elements: The number of elements that the gradients of one layer may have.
+            clock: The clock of the stages, in which gradients are one of their own.
         """
         if not self._may_be_independent or len(self._scopes) > 1 or self._open[self._scopes[0]].is_tiny:
             return
         large = [layer for layer in self._runs.network.layers if layer.num_parameters >= self._check.num_rows]
         for layer in large[: -_NUM_TRIED - 1 : -1]:
-            for measured in layer_gradients(self._runs, self._check, layers=[layer], max_elements=max_elements):
+            gradients = layer_gradients(self._runs, self._check, layers=[layer], max_elements=max_elements)
+            for measured in clock.each("gradients", gradients):
                 self._try_few_columns(self._scopes, measured.gradients)
             if self.is_complete:
                 return
@@ -232,8 +235,9 @@ def measure_ranks(
     Returns:
         The ranks, and the singular values where the rank was not proved without them.
     """
-    settings, jacobian = evaluation.settings, behavior_jacobian(evaluation)
-    check = AutogradCheck(evaluation.runs, generator)
+    settings, jacobian, clock = evaluation.settings, behavior_jacobian(evaluation), evaluation.clock
+    with clock("gradients"):
+        check = AutogradCheck(evaluation.runs, generator)
     measurement = RankMeasurement(
         scopes,
         evaluation.runs,
@@ -244,15 +248,17 @@ def measure_ranks(
         needs_spectra=settings.spectrum or hessian is not None,
         behavior_is_outputs=jacobian is None,
     )
-    measurement.try_last_layers(max_elements=evaluation.max_elements)
+    measurement.try_last_layers(max_elements=evaluation.max_elements, clock=clock)
     if measurement.is_complete:
         return measurement.results()
-    for measured in layer_gradients(evaluation.runs, check, max_elements=evaluation.max_elements):
+    gradients = layer_gradients(evaluation.runs, check, max_elements=evaluation.max_elements)
+    for measured in clock.each("gradients", gradients):
         measurement.add(
             measured.layer, measured.gradients if jacobian is None else measured.gradients.weighted(jacobian)
         )
         if hessian is not None:
-            hessian.add(measured.layer, measured.gradients)
+            with clock("hessian"):
+                hessian.add(measured.layer, measured.gradients)
         if measured.note is not None:
             evaluation.notes.append(measured.note)
     return measurement.results()

@@ -270,6 +270,13 @@ def limited(rank, root):
     return {"steps": steps(monitor), "skipped": monitor.skipped_steps}
 
 
+def ever_rarer(rank, root):
+    """Steps alone decide, so that the processes need not agree on a clock."""
+    monitor = BasinMonitor(probe=10, every_n_train_steps=1, max_overhead="auto")
+    fit(root, monitor, max_epochs=5)
+    return steps(monitor)
+
+
 def uneven(rank, root):
     """Batches of 20 on one process, of 5 on the other: their probes are not full at the same time."""
     monitor = BasinMonitor(probe=40)

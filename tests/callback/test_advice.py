@@ -18,6 +18,9 @@ from tests.training import Scripted, make_trainer, scripted_loader, steps
 pytestmark = pytest.mark.fits
 
 
+GEOMETRIC = {"max_overhead": "auto"}
+
+
 class Validated(Scripted):
     """Logs a loss of validation."""
 
@@ -192,6 +195,20 @@ def test_a_file_that_is_written_over_is_seen_by_its_value():
         checkpoint.best_k_models["best.ckpt"] = torch.tensor(value)
         said = saves.misjudged(step, measured_step, arguments)
         assert [problem.partition(",")[0] for problem in said] == expected
+
+
+def test_early_stopping_of_lightning_is_told_how_rarely_a_geometric_cadence_measures(tmp_path):
+    # The last two measurements of a hundred epochs may be at 80 and 100.
+    with pytest.warns(UserWarning, match="up to 21 times: patience=1 is over .* or use RankEarlyStopping"):
+        stop_on(tmp_path, EarlyStopping("basin/gradient_rank", patience=1), max_epochs=100, monitor=GEOMETRIC)
+
+
+def test_weights_between_the_measurements_of_a_geometric_cadence_are_said():
+    checkpoint = SimpleNamespace(save_top_k=1, best_k_models={})
+    saves = RankedSaves([Watcher(checkpoint, "basin/loss", "ModelCheckpoint")])
+    checkpoint.best_k_models["best.ckpt"] = torch.tensor(1.0)
+    (said,) = saves.misjudged(6, 5, BasinMonitor(**GEOMETRIC))
+    assert said.endswith("by the value of step 5. HINT: pass BasinMonitor(max_overhead=None)")
 
 
 @pytest.mark.parametrize(

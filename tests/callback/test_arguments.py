@@ -42,6 +42,7 @@ from tests.lightning_packages import (
         ({"prefix": "con", "history": "csv"}, r"no name of a device"),
         ({"max_overhead": 0.0}, r"max_overhead=0.0\).* inside \(0, 1\)"),
         ({"max_overhead": 1.0}, r"max_overhead=1.0\).* inside \(0, 1\)"),
+        ({"max_overhead": "x"}, r"max_overhead='x'\).* inside \(0, 1\) or 'auto'"),
         ({"max_failures": 0}, r"max_failures=0\).* at least 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

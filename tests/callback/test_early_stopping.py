@@ -36,6 +36,18 @@ def test_rank_early_stopping_counts_measurements_in_every_combination(tmp_path, 
 
 
 @pytest.mark.parametrize(
+    ("max_overhead", "expected"),
+    [(None, list(range(12))), ("auto", [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11])],
+    ids=["each epoch", "ever more rarely"],
+)
+def test_patience_ends_at_the_same_step_where_measurements_become_rarer(tmp_path, max_overhead, expected):
+    """The loss is zero from step 7 on, and all of the next five steps are measured."""
+    stopping, monitor = RankEarlyStopping(patience=4), {"max_overhead": max_overhead}
+    _, found = stop_on(tmp_path, stopping, losses=(1.0,) * 7 + (0.0,), monitor=monitor)
+    assert steps(found) == expected
+
+
+@pytest.mark.parametrize(
     ("options", "ranks", "last_step"),
     [
         pytest.param({"patience": 1}, (6, 5, 4, 4), 3, id="plateau"),

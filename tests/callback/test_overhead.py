@@ -21,22 +21,23 @@ pytestmark = pytest.mark.fits
 class Ticking(PassThroughProfiler):
     """A clock that runs only while the profiler is told that something is done: three seconds a measurement."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds_a_batch=1.0) -> None:
         super().__init__()
         self.now = 0.0
+        self.seconds_a_batch = seconds_a_batch
 
     def start(self, action_name):
         if action_name == "[BasinMonitor]basin.measure":
             self.now += 3.0
         if action_name == "run_training_batch":
-            self.now += 1.0
+            self.now += self.seconds_a_batch
 
     def __call__(self):
         return self.now
 
 
-def ticking_run(root, monkeypatch, monitor, **options):
-    clock = Ticking()
+def ticking_run(root, monkeypatch, monitor, seconds_a_batch=1.0, **options):
+    clock = Ticking(seconds_a_batch)
     monkeypatch.setattr(time, "monotonic", clock)
     make_trainer(root, monitor, profiler=clock, max_epochs=12, **options).fit(Regressor(), loader())
 
@@ -63,6 +64,26 @@ def test_a_run_with_time_to_spare_skips_nothing(tmp_path, monkeypatch):
     ticking_run(tmp_path, monkeypatch, monitor)
     # The second measurement ends at 3 + 12 + 3 seconds, of which 6 were spent.
     assert (steps(monitor), monitor.skipped_steps) == ([0, 12, 24, 36], [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seconds_a_batch", "expected"),
+    [
+        # Three seconds beside the three of an epoch; each ninth measurement takes 3 of 30.
+        pytest.param(
+            {}, 1.0, ["Measuring takes 50% of the wall time", "every_n_epochs=9) brings it to 10%"], id="much"
+        ),
+        pytest.param({}, 9.0, [], id="a tenth"),
+        pytest.param({"max_overhead": 0.9}, 1.0, [], id="limited"),
+        pytest.param({"max_overhead": "auto"}, 1.0, [], id="ever more rarely"),
+    ],
+)
+def test_what_measuring_costs_is_said_once(tmp_path, monkeypatch, caplog, arguments, seconds_a_batch, expected):
+    with caplog.at_level("INFO"):
+        ticking_run(tmp_path, monkeypatch, BasinMonitor(probe=20, **arguments), seconds_a_batch)
+    said = [message for message in caplog.messages if "of the wall time" in message]
+    assert len(said) == (1 if expected else 0)
+    assert all(part in said[0] for part in expected)
 
 
 def test_skipped_steps_survive_resuming(tmp_path):

@@ -27,6 +27,7 @@ def fits(tmp_path_factory):
             "failing",
             "giving_up",
             "limited",
+            "ever_rarer",
         ),
     )
     of_waiting, of_shards = ("uneven", "never_full", "gathering", "gathering_loss"), ("sharded", "resumed", "refused")
@@ -96,6 +97,10 @@ def test_processes_skip_the_same_measurements(fits):
     first, second = (process["limited"] for process in fits)
     assert first == second
     assert sorted([*first["steps"], *first["skipped"]]) == list(range(21))
+
+
+def test_processes_measure_ever_more_rarely_at_the_same_steps(fits):
+    assert [process["ever_rarer"] for process in fits] == [[0, 1, 2, 3, 4, 5, 7, 9, 12, 15, 19]] * 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -45,6 +45,32 @@ def test_step_of_zero_loss(measured, arguments, losses, expected):
     assert made.results.zero_loss_step == expected
 
 
+@pytest.mark.parametrize(
+    ("arguments", "losses", "expected"),
+    [
+        pytest.param({}, [1.0, 0.0], [None, None], id="every measurement that is due"),
+        pytest.param({"max_overhead": 0.1}, [1.0, 0.0], [None, None], id="by the clock"),
+        pytest.param({"max_overhead": "auto"}, [1.0, None, 0.5], [0, 0, 0], id="the first"),
+        # Near zero is 1e-4; a loss that is zero is looked at until it was so twice.
+        pytest.param(
+            {"max_overhead": "auto", "zero_loss_patience": 2},
+            [1.0, 2e-4, -5e-5, 1.0, 5e-5, 1e-6, 2e-6, 0.0, 0.0, 1.0, 0.0],
+            [0, 0, 2, 2, 2, None, 2, None, 8, 8, 8],
+            id="near zero, and at zero",
+        ),
+        pytest.param({"max_overhead": "auto"}, [1.0, 1.0, 0.0, 0.0], [0, 0, 2, 2], id="zero at once"),
+    ],
+)
+def test_steps_from_which_measurements_become_rarer(measured, arguments, losses, expected):
+    made, found = session(**arguments), []
+    for step, loss in enumerate(losses):
+        made.keep(replace(measured, step=step, loss=loss), None)
+        found.append(made.sparse_since)
+    assert found == expected
+    made.reset()
+    assert made.sparse_since is None
+
+
 def test_failures_in_a_row_end_measuring():
     made = session(max_failures=2)
     made.count_failure(in_training=True)
@@ -133,6 +159,14 @@ def test_when_the_null_space_is_verified(measured, monkeypatch, verify_null_spac
     assert asked == expected
 
 
+def test_a_verification_is_a_stage_of_its_own_and_adds_to_the_whole_time():
+    made = session(verify_null_space=1)
+    record = made.measure(request(made), lambda: nn.Linear(2, 1), Probe(INPUTS), 7)
+    assert record.surviving_fraction is not None
+    assert [*record.seconds][-1] == "verify_null_space"
+    assert sum(record.seconds.values()) == pytest.approx(record.measure_seconds, rel=1e-12)
+
+
 def test_step_of_zero_loss_is_logged_once_and_stays_for_callbacks(measured):
     made, first, later = session(), replace(measured, step=3), replace(measured, step=5)
     key = "basin/zero_loss_step"
@@ -146,6 +180,14 @@ def test_row_of_a_table_begins_with_the_step(measured):
     made = session()
     assert next(iter(made.table_row(replace(measured, step=3)).items())) == ("step", 3)
     assert "step" not in made.table_row(measured)
+
+
+def test_steps_that_an_earlier_run_has_skipped_by_the_clock_cost_no_word_of_another_cadence(caplog):
+    made = session(max_overhead="auto")
+    made.results.skipped_steps.append(3)
+    with caplog.at_level("INFO"):
+        made.inform_of_skipped()
+    assert not caplog.messages
 
 
 def test_skipped_measurements_are_noted_and_counted(measured, caplog):

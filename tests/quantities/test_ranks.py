@@ -12,6 +12,7 @@ from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.probe import Probe
 from lightning_basin.quantities.ranks import RankMeasurement
 from lightning_basin.quantities.scopes import Scope
+from lightning_basin.stages import StageClock
 from tests.exact import exact_pseudodeterminant, exact_rank, jacobian
 from tests.models import CASE_NAMES, evaluated_case, integer_case
 from tests.networks import drawn
@@ -140,7 +141,7 @@ def test_layers_that_are_not_needed_are_not_differentiated(num_tried):
         needs_spectra=False,
         behavior_is_outputs=True,
     )
-    measurement.try_last_layers(max_elements=2**20)
+    measurement.try_last_layers(max_elements=2**20, clock=StageClock())
     assert measurement.is_complete
     ranks, spectra = measurement.results()
     assert (ranks[whole].rank, ranks[whole].method, spectra) == (200, "cholesky", {})

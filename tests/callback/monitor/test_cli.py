@@ -43,6 +43,7 @@ trainer:
         dtype: float64
         max_outputs: null
         verify_null_space: 2
+        max_overhead: auto
         history: csv
         prefix: written
 """
@@ -72,6 +73,7 @@ def test_monitor_of_a_file_measures_and_survives_being_written(tmp_path, loss_fn
     assert monitor.loss_fn is expected or isinstance(monitor.loss_fn, nn.L1Loss)
     assert (monitor.layers, monitor.hessian, monitor.max_outputs) == (["hidden"], "dense", None)
     assert (monitor.verify_null_space, monitor.history, monitor.prefix) == (2, "csv", "written")
+    assert monitor.max_overhead == "auto"
     again.trainer.fit(again.model, loader())
     assert steps(monitor) == [0, 3, 6]
 

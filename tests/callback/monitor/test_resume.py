@@ -90,6 +90,7 @@ def uninterrupted_and_resumed(root, kind, **options):
             "epochs": {},
             "3 steps": {"every_n_train_steps": 3},
             "3 epochs": {"every_n_epochs": 3},
+            "ever rarer": {"every_n_train_steps": 1, "max_overhead": "auto"},
         }.items()
         for kind in KINDS
     ],

@@ -78,6 +78,20 @@ def test_cadence_changes_after_zero_loss(tmp_path, cadence, expected):
     assert steps(monitor) == expected
 
 
+def test_ever_rarer_measurements_are_dense_again_around_zero_loss(tmp_path):
+    """Near zero from step 20, zero from step 40 on."""
+    module = Scripted(losses=(1.0,) * 20 + (5e-5,) * 20 + (0.0,))
+    monitor = BasinMonitor(probe=8, every_n_train_steps=1, max_overhead="auto", zero_loss_patience=3)
+    make_trainer(tmp_path, monitor, max_epochs=60).fit(module, scripted_loader())
+    from_the_start = [0, 1, 2, 3, 4, 5, 7, 9, 12, 15, 19]
+    # Seen at 24 and counted from there: 1, 2, 3, 4, 5, 7, 9, 12 and 15 further, then at zero each until three are.
+    from_near_zero = [24, 25, 26, 27, 28, 29, 31, 33, 36, 39, 43, 44]
+    from_zero = [45, 46, 47, 48, 49, 50, 52, 54, 57, 60]
+    assert steps(monitor) == from_the_start + from_near_zero + from_zero
+    assert monitor.zero_loss_step == 45
+    assert monitor.skipped_steps == []
+
+
 def test_zero_loss_survives_resuming(tmp_path):
     options = {"zero_loss_patience": 2, "every_n_epochs_after_zero_loss": 4}
     checkpoint = tmp_path / "middle.ckpt"

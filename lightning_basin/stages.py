@@ -1,0 +1,74 @@
+"""The wall time of a measurement, split by stage."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeVar
+
+Stage = Literal["copy", "trace", "gradients", "ranks", "hessian", "duplicates"]
+"""The stages of a measurement."""
+
+_Item = TypeVar("_Item")
+_END = object()
+
+
+class StageClock:
+    """Adds up the wall time of each stage. The outer stage stands still while an inner one runs.
+
+    The time is that of the process, and no device is waited for. On a GPU work is queued: the stage that reads a result
+    first has waited for everything that was queued before, also by earlier stages.
+
+    Args:
+        stage: The stage in which the clock starts, and which counts all time outside of the others.
+        now: A function that returns seconds since any moment.
+
+    Example:
+        Five seconds of ranks, of which three are spent in gradients, after one second of the stage around them:
+
+        >>> now = iter([0.0, 1.0, 2.0, 5.0, 6.0, 6.0])
+        >>> clock = StageClock("trace", now=lambda: next(now))
+        >>> with clock("ranks"), clock("gradients"):
+        ...     pass
+        >>> clock.seconds()
+        {'trace': 1.0, 'ranks': 2.0, 'gradients': 3.0}
+    """
+
+    def __init__(self, stage: Stage = "trace", *, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._stage, self._since = stage, now()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: Stage) -> Iterator[None]:
+        """Count the time inside of the context as a stage's."""
+        outer = self._switch(stage)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def each(self, stage: Stage, items: Iterable[_Item]) -> Iterator[_Item]:
+        """Yield items, and count the time in which they are made as a stage's.
+
+        Args:
+            stage: The stage.
+            items: The items, as of a generator that makes one when it is asked for it.
+        """
+        iterator = iter(items)
+        while True:
+            with self(stage):
+                item = next(iterator, _END)
+            if item is _END:
+                return
+            yield item  # type: ignore[misc]  # no end
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each stage so far, in the order in which the stages began; all time is in one."""
+        self._switch(self._stage)
+        return dict(self._seconds)
+
+    def _switch(self, stage: Stage) -> Stage:
+        now, outer = self._now(), self._stage
+        self._seconds[outer] = self._seconds.get(outer, 0.0) + now - self._since
+        self._stage, self._since = stage, now
+        return outer
