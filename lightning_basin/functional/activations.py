@@ -35,7 +35,7 @@ def activation_rank(
         >>> activation_rank(torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]))[0]
         1
     """
-    return activation_ranks([activations], rtol=rtol, epsilon=epsilon)[0]
+    return activation_ranks([activation_rows(activations)], rtol=rtol, epsilon=epsilon)[0]
 
 
 def activation_ranks(
@@ -46,20 +46,20 @@ def activation_ranks(
     Matrices of one size are decomposed together, and the results of all layers are read at once.
 
     Args:
-        activations: The activations of each layer, as in `activation_rank`.
+        activations: The activations of each layer, one row per input, float64, shape ``(k, d)``.
         rtol: The tolerance, as in `activation_rank`.
         epsilon: The rounding, as in `activation_rank`.
 
     Raises:
-        ValueError: If ``activation_rank`` would raise it.
+        ValueError: If ``rtol`` is not inside ``(0, 1)``.
 
     Example:
-        >>> [rank for rank, _ in activation_ranks([torch.eye(3), torch.ones(3, 2), torch.zeros(3, 4)])]
+        >>> layers = [torch.eye(3), torch.ones(3, 2), torch.zeros(3, 4)]
+        >>> [rank for rank, _ in activation_ranks([layer.double() for layer in layers])]
         [3, 1, 0]
     """
     check_rtol(rtol)
-    matrices = [activation_rows(of_layer) for of_layer in activations]
-    wide = [rows if rows.shape[0] <= rows.shape[1] else rows.mT for rows in matrices]
+    wide = [rows if rows.shape[0] <= rows.shape[1] else rows.mT for rows in activations]
     # The Gram matrix costs a fraction of what a decomposition of wide rows costs, and most often it decides.
     spectra = [np.sqrt(values[::-1].clip(min=0.0)) for values in read(_eigenvalues_of_grams(wide))]
     num_resolved = [int((sigmas > GRAM_RESOLUTION * sigmas[:1]).sum()) for sigmas in spectra]
@@ -71,23 +71,25 @@ def activation_ranks(
     for place, sigmas in zip(places, read([singular_values(wide[place]) for place in places]), strict=True):
         above, below = spectra[place][: num_resolved[place]], sigmas[num_resolved[place] :]
         spectra[place] = np.concatenate([above, below.clip(max=above.min(initial=np.inf))])
-    rtols = [default_rtol(len(rows), rows.shape[1], epsilon) if rtol is None else rtol for rows in matrices]
+    rtols = [default_rtol(len(rows), rows.shape[1], epsilon) if rtol is None else rtol for rows in activations]
     return [_rank_and_gap(sigmas, used, epsilon) for sigmas, used in zip(spectra, rtols, strict=True)]
 
 
 def _eigenvalues_of_grams(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """The eigenvalues of the Gram matrix of each matrix, ascending; NaN where an element leaves the range of float64."""
+    """The ascending eigenvalues of each matrix times its transpose; NaN where elements leave the range of float64."""
     by_size: dict[tuple[int, torch.device], list[int]] = {}
     for place, matrix in enumerate(matrices):
         by_size.setdefault((len(matrix), matrix.device), []).append(place)
     eigenvalues: dict[int, Tensor] = {}
-    for (size, _), places in by_size.items():
-        count = max(1, _STACKED_ELEMENTS // max(1, size**2))
+    for (size, device), places in by_size.items():
+        # A CPU takes one after the other anyway, and beside others in memory the last bits would depend on these.
+        count = 1 if device.type == "cpu" else max(1, _STACKED_ELEMENTS // max(1, size**2))
         for chosen in (places[start : start + count] for start in range(0, len(places), count)):
             grams = [matrices[place] @ matrices[place].mT for place in chosen]
             stack = torch.stack(grams) if len(grams) > 1 else grams[0].unsqueeze(0)
-            is_finite = stack.diagonal(dim1=1, dim2=2).isfinite().all(1, keepdim=True)
-            values = torch.linalg.eigvalsh(stack.nan_to_num_(0.0, 0.0, 0.0)).where(is_finite, torch.nan)
+            # Zero, or NaN where an element is not finite: `eigvalsh` refuses such a matrix.
+            marks = stack.diagonal(dim1=1, dim2=2).mul(0.0).sum(1, keepdim=True)
+            values = torch.linalg.eigvalsh(stack.nan_to_num_(0.0, 0.0, 0.0)) + marks
             eigenvalues |= zip(chosen, values.unbind(), strict=True)
     return [eigenvalues[place] for place in range(len(matrices))]
 

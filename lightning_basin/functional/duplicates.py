@@ -37,9 +37,7 @@ def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6, scales: Tensor
         tensor([0, 1, 0])
     """
     check_duplicate_rtol(rtol)
-    rows = activation_rows(activations)
-    (classes,) = _classes_alone(rows, rtol, scales)
-    return classes
+    return _classes_alone(activation_rows(activations), rtol, scales)
 
 
 def finer_classes(classes: Tensor, activations: Tensor, *, rtol: float, scales: Tensor) -> Tensor:
@@ -57,20 +55,19 @@ def finer_classes(classes: Tensor, activations: Tensor, *, rtol: float, scales: 
         >>> classes, finer_classes(classes, activations, rtol=0.0, scales=scales)
         (tensor([0, 1, 0, 0]), tensor([0, 1, 2, 0]))
     """
-    (finer,) = _classes_alone(activation_rows(activations), rtol, scales, coarser=classes)
-    return finer
+    return _classes_alone(activation_rows(activations), rtol, scales, coarser=classes.numpy())
 
 
-def _classes_alone(rows: Tensor, rtol: float, scales: Tensor | None, coarser: Tensor | None = None) -> list[Tensor]:
+def _classes_alone(rows: Tensor, rtol: float, scales: Tensor | None, coarser: Array | None = None) -> Tensor:
     largest = float(largest_entry(rows))
     magnitudes = np.full(rows.shape[1], largest) if scales is None else read([scales.to(torch.float64)])[0]
     (classes,) = read_together([search_classes(rows, [rtol], scales=magnitudes, largest=largest, coarser=coarser)])
-    return classes
+    return torch.from_numpy(classes[0])
 
 
 def search_classes(
-    rows: Tensor, rtols: Sequence[float], *, scales: Array, largest: float, coarser: Tensor | None = None
-) -> Reading[list[Tensor]]:
+    rows: Tensor, rtols: Sequence[float], *, scales: Array, largest: float, coarser: Array | None = None
+) -> Reading[list[Array]]:
     """Find the classes of `duplicate_classes` at several tolerances, beside other computations of `read_together`.
 
     Args:
@@ -81,13 +78,13 @@ def search_classes(
         coarser: The classes at a tolerance at least as large as the first; only their members are compared.
 
     Returns:
-        The classes at each tolerance.
+        The smallest index of each input's class, int64, shape ``(k,)``, at each tolerance.
     """
     num_inputs, width = rows.shape
     if num_inputs == 0 or width == 0:
-        return [torch.zeros(num_inputs, dtype=torch.int64) for _ in rtols]
+        return [np.zeros(num_inputs, dtype=np.int64) for _ in rtols]
     places = yield from place_rows(rows, mean_scale=float((scales / width).sum()), largest=largest)
-    groups = np.zeros(num_inputs) if coarser is None else coarser.numpy()
+    groups = np.zeros(num_inputs) if coarser is None else coarser
     members, groups = places.near_groups(places.members, groups[places.members], rtols[0])
     equal = yield from _equal_rows(rows, members)
     is_first = equal[members] == members
@@ -98,7 +95,7 @@ def search_classes(
         if rtol > 0.0 and members.size:
             merged = yield from _merged_rows(rows, places, members, groups, rtol, scales)
             joined, groups = merged[equal], merged[members]
-        classes.append(torch.from_numpy(joined.copy()))
+        classes.append(joined)
     return classes
 
 
@@ -133,12 +130,13 @@ def largest_elements(tensors: Sequence[Tensor]) -> list[float]:
     Args:
         tensors: Floating point tensors of any shapes.
     """
-    largest = [
-        torch.linalg.vector_norm(tensor, torch.inf) if tensor.numel() else tensor.new_zeros(()) for tensor in tensors
-    ]
+    # The smallest and the largest element in one pass, without a copy of all magnitudes.
+    extremes = [bound for tensor in tensors for bound in (tensor if tensor.numel() else tensor.new_zeros(1)).aminmax()]
+    bounds = read(extremes)
+    magnitudes = [max(-lowest, highest) for lowest, highest in zip(bounds[::2], bounds[1::2], strict=True)]
     return [
-        float(value) if np.isfinite(value) else float(largest_entry(tensor))
-        for value, tensor in zip(read(largest), tensors, strict=True)
+        float(magnitude if np.isfinite(magnitude) else largest_entry(tensor))
+        for magnitude, tensor in zip(magnitudes, tensors, strict=True)
     ]
 
 
@@ -259,7 +257,7 @@ def dead_units(outputs: Tensor, *, rtol: float = 1e-6) -> int:
         >>> dead_units(torch.tensor([[0.0, 1.0], [0.0, 2.0]]))
         1
     """
-    (count,) = read_together([count_dead_units(outputs, rtol=rtol)])
+    (count,) = read_together([count_dead_units(outputs.detach().to(torch.float64), rtol=rtol)])
     return count
 
 
@@ -267,11 +265,10 @@ def count_dead_units(outputs: Tensor, *, rtol: float) -> Reading[int]:
     """Count what `dead_units` counts, beside other computations of `read_together`.
 
     Args:
-        outputs: The outputs of the layer, as in `dead_units`.
+        outputs: The outputs of the layer, float64, as in `dead_units`.
         rtol: The tolerance, as in `dead_units`.
     """
-    rows = outputs.detach().to(torch.float64)
-    rows = rows.flatten(1, -2) if rows.ndim > 2 else rows.unsqueeze(1)
+    rows = outputs.flatten(1, -2) if outputs.ndim > 2 else outputs.unsqueeze(1)
     if rows.numel() == 0:
         return 0
     smallest, largest = rows.amin(0), rows.amax(0)
@@ -285,6 +282,6 @@ def count_dead_units(outputs: Tensor, *, rtol: float) -> Reading[int]:
     return int((ranges <= rtol * scale).sum())
 
 
-def num_classes(classes: Tensor) -> int:
+def num_classes(classes: Tensor | Array) -> int:
     """Count the classes."""
     return len(set(classes.tolist()))

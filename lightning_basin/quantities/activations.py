@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_basin.evaluation import Evaluation
 from lightning_basin.functional.activations import activation_ranks
 from lightning_basin.functional.duplicates import largest_elements, search_classes
-from lightning_basin.functional.reading import Array, Reading, read_together
+from lightning_basin.functional.reading import Array, Reading
 from lightning_basin.gradients.assemble import concatenate
 from lightning_basin.network.input_layout import (
     InputLayout,
@@ -49,10 +49,10 @@ class InputActivations:
     rows: Tensor
     scales: Array
     largest: float
-    _classes: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _classes: dict[float, Array] = field(default_factory=dict, init=False, repr=False)
 
-    def classes(self, rtol: float) -> Tensor:
-        """Return the classes of inputs with the same activation, as `duplicate_classes` does.
+    def classes(self, rtol: float) -> Array:
+        """Return the smallest index of each input's class, as `duplicate_classes` does, shape ``(k,)``.
 
         Args:
             rtol: The tolerance, relative to the scales; one for which the classes have been searched.
@@ -68,7 +68,7 @@ class InputActivations:
         unknown = sorted(set(rtols) - set(self._classes), reverse=True)
         for rtol in list(unknown):
             coarser, finer = self._known_around(rtol)
-            if coarser is not None and finer is not None and np.array_equal(coarser.numpy(), finer.numpy()):
+            if coarser is not None and finer is not None and np.array_equal(coarser, finer):
                 self._classes[rtol] = coarser
                 unknown.remove(rtol)
         if unknown:
@@ -78,7 +78,7 @@ class InputActivations:
             )
             self._classes.update(zip(unknown, classes, strict=True))
 
-    def _known_around(self, rtol: float) -> tuple[Tensor | None, Tensor | None]:
+    def _known_around(self, rtol: float) -> tuple[Array | None, Array | None]:
         """The classes at the next larger and the next smaller tolerance, as far as they are known."""
         larger = min((known for known in self._classes if known > rtol), default=None)
         smaller = max((known for known in self._classes if known < rtol), default=None)
@@ -163,16 +163,6 @@ def distinct_activations(activations: Iterable[InputActivations | None]) -> list
         activations: The activations.
     """
     return list({id(entering): entering for entering in activations if entering is not None}.values())
-
-
-def search_classes_of(activations: Iterable[InputActivations | None], rtols: Sequence[float]) -> None:
-    """Find the classes of several activations at some tolerances, step by step together.
-
-    Args:
-        activations: The activations.
-        rtols: The tolerances.
-    """
-    read_together(entering.search(rtols) for entering in distinct_activations(activations))
 
 
 def activations_of(tensors: Sequence[Tensor]) -> InputActivations:
@@ -267,5 +257,5 @@ def _units_last(layer: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
         numbers = real_elements(tensor if tensor.ndim > 2 else tensor.unsqueeze(2))  # noqa: PLR2004 - a single unit
         # The tensors have one axis more than the layer's outputs, the rows of an input: channels were second without.
         axis = 2 - numbers.ndim if isinstance(layer, _CHANNELS_SECOND) else -1
-        ordered.append(numbers.movedim(axis, -1).flatten(1, -2))
+        ordered.append((numbers.movedim(axis, -1) if axis != -1 else numbers).flatten(1, -2))
     return concatenate(ordered, 1) if len({tensor.shape[-1] for tensor in ordered}) == 1 else ordered[0]

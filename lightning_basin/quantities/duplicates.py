@@ -6,17 +6,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from lightning_basin.evaluation import Evaluation
 from lightning_basin.functional.duplicates import count_dead_units, num_classes
-from lightning_basin.functional.reading import read_together
+from lightning_basin.functional.reading import Array, Reading, read_together
 from lightning_basin.probe import Probe
 from lightning_basin.quantities.activations import (
     InputActivations,
     LayerActivations,
     activations_of,
-    search_classes_of,
+    distinct_activations,
 )
 from lightning_basin.quantities.training_set import streamed_classes
 from lightning_basin.record import MergedInput
@@ -44,23 +43,24 @@ def measure_duplicates(evaluation: Evaluation, activations: Mapping[str, LayerAc
     """
     probe, trace, rtol = evaluation.probe, evaluation.trace, evaluation.settings.resolved_duplicate_rtol
     outputs = activations_of([trace.outputs.detach().reshape(probe.size, -1)])
-    search_classes_of([*(layer.entering for layer in activations.values()), outputs], [rtol, 0.0])
+    searched = distinct_activations([*(layer.entering for layer in activations.values()), outputs])
     leaving = {name: layer.leaving for name, layer in activations.items() if layer.leaving is not None}
-    dead = read_together(count_dead_units(tensor, rtol=rtol) for tensor in leaving.values())
-    dead_units = dict(zip(leaving, dead, strict=True))
+    searches: list[Reading[Any]] = [known.search([rtol, 0.0]) for known in searched]
+    counts = read_together([*searches, *(count_dead_units(tensor, rtol=rtol) for tensor in leaving.values())])
+    dead_units: dict[str, int] = dict(zip(leaving, counts[len(searches) :], strict=True))
     layers = {
         name: _num_duplicates(layer.entering, rtol) | ({"dead_units": dead_units[name]} if name in dead_units else {})
         for name, layer in activations.items()
     }
     entering = {name: layer.entering for name, layer in activations.items() if layer.entering is not None}
-    classes: dict[str | None, Tensor] = {name: known.classes(rtol) for name, known in entering.items()}
+    classes: dict[str | None, Array] = {name: known.classes(rtol) for name, known in entering.items()}
     after_first = [layers[name] for name in list(activations)[trace.num_first :]]
     totals: dict[str, Any] = {
         quantity: max((layer[quantity] for layer in after_first if quantity in layer), default=0)
         for quantity in ("duplicated_activations", "duplicated_activations_exact")
     }
     totals |= {
-        "dead_units": sum(dead),
+        "dead_units": sum(dead_units.values()),
         **{f"output_{quantity}": count for quantity, count in _num_duplicates(outputs, rtol).items()},
         "merged_inputs": _merged_inputs(classes | {None: outputs.classes(rtol)}),
     }
@@ -100,18 +100,17 @@ def with_training_set(
         "train_duplicated_activations": max(later, default=0),
         "train_num_inputs": classes[None].numel(),
         "train_output_duplicated_activations": counts[None],
-        "train_merged_inputs": _merged_inputs(classes),
+        "train_merged_inputs": _merged_inputs({name: first.numpy() for name, first in classes.items()}),
     }
     return replace(duplicates, layers=layers, network={**duplicates.network, **totals})
 
 
-def _merged_inputs(classes: Mapping[str | None, Tensor]) -> tuple[MergedInput, ...]:
+def _merged_inputs(classes: Mapping[str | None, Array]) -> tuple[MergedInput, ...]:
     """Each input that is not the first of its class, at the first layer where it is not."""
     merged: dict[int, MergedInput] = {}
     for layer, first in classes.items():
-        firsts = first.numpy()
-        for index in np.flatnonzero(firsts != np.arange(len(firsts))).tolist():
-            merged.setdefault(index, MergedInput(index, int(firsts[index]), layer))
+        for index in np.flatnonzero(first != np.arange(len(first))).tolist():
+            merged.setdefault(index, MergedInput(index, int(first[index]), layer))
     return tuple(merged[index] for index in sorted(merged))
 
 

@@ -25,9 +25,10 @@ from lightning_basin.functional.rank_bound import (
     merged_directions,
     merged_linear_directions,
 )
+from lightning_basin.functional.reading import read_together
 from lightning_basin.network.rounding import agreement_rtol
 from lightning_basin.network.runs import Chunk, ProbeRuns
-from lightning_basin.quantities.activations import LayerActivations, search_classes_of
+from lightning_basin.quantities.activations import LayerActivations, distinct_activations
 
 _MAX_SIGNAL_ELEMENTS = 2**24  # most float64 elements in the signals of a passage: 128 MiB
 _NUM_COMBINATIONS = 3  # random combinations of all rows that show whether merged inputs have the same gradients
@@ -65,17 +66,18 @@ def measure_rank_bound(evaluation: Evaluation, activations: Mapping[str, LayerAc
 
 def _candidates(activations: Mapping[str, LayerActivations], num_inputs: int, rtol: float) -> list[tuple[str, Tensor]]:
     """The classes of inputs that each layer merges, in the order of entry; of some layers also the equal inputs."""
-    search_classes_of((layer.entering for layer in activations.values()), [rtol, 0.0])
+    searched = distinct_activations(layer.entering for layer in activations.values())
+    read_together(known.search([rtol, 0.0]) for known in searched)
     candidates = []
     for name, layer in activations.items():
         if layer.entering is None:  # All inputs share an activation that is not known input by input.
             candidates.append((name, torch.zeros(num_inputs, dtype=torch.int64)))
             continue
         classes, exact = layer.entering.classes(rtol), layer.entering.classes(0.0)
-        candidates.append((name, classes))
+        candidates.append((name, torch.from_numpy(classes)))
         # Where the inputs of a class turn out to differ too much, equal inputs may still be merged.
-        if not np.array_equal(exact.numpy(), classes.numpy()):
-            candidates.append((name, exact))
+        if not np.array_equal(exact, classes):
+            candidates.append((name, torch.from_numpy(exact)))
     return candidates
 
 
