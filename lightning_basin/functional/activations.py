@@ -43,7 +43,8 @@ def activation_ranks(
 ) -> list[tuple[int | None, float | None]]:
     """The rank of the activations of each of several layers, and its gap, as `activation_rank` has them.
 
-    Matrices of one size are decomposed together, and the results of all layers are read at once.
+    The singular values are those of `sketched_spectrum`, with the activations themselves in place of a sketch. On an
+    accelerator matrices of one size are decomposed together, and the results of all layers are read at once.
 
     Args:
         activations: The activations of each layer, one row per input, float64, shape ``(k, d)``.

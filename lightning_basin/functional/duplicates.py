@@ -120,7 +120,8 @@ def largest_entry(rows: Tensor) -> Tensor:
     """Find the largest magnitude among finite elements, shape ``()``."""
     if not rows.numel():
         return rows.new_zeros(())
-    largest = rows.abs().amax()
+    lowest, highest = rows.aminmax()  # In one pass, without a copy of all magnitudes.
+    largest = torch.maximum(-lowest, highest)
     return largest if bool(largest.isfinite()) else rows.abs().where(rows.isfinite(), 0.0).amax()
 
 
@@ -130,7 +131,6 @@ def largest_elements(tensors: Sequence[Tensor]) -> list[float]:
     Args:
         tensors: Floating point tensors of any shapes.
     """
-    # The smallest and the largest element in one pass, without a copy of all magnitudes.
     extremes = [bound for tensor in tensors for bound in (tensor if tensor.numel() else tensor.new_zeros(1)).aminmax()]
     bounds = read(extremes)
     magnitudes = [max(-lowest, highest) for lowest, highest in zip(bounds[::2], bounds[1::2], strict=True)]
@@ -143,7 +143,7 @@ def largest_elements(tensors: Sequence[Tensor]) -> list[float]:
 def are_same(left: Tensor, right: Tensor, tolerances: Tensor) -> Tensor:
     """Tell which pairs of rows, shape ``(n, d)``, differ in no element by more than its tolerance, shape ``(d,)``."""
     # Equality, too: the difference of two equal infinities is no number.
-    return (((left - right).abs() <= tolerances) | (left == right)).all(1)
+    return (((left - right).abs_() <= tolerances) | (left == right)).all(1)
 
 
 def _equal_rows(rows: Tensor, members: Array) -> Reading[Array]:

@@ -118,7 +118,7 @@ class Places:
         members, groups = self.near_groups(members, groups, rtol)
         positions = self.positions[members]
         active = np.arange(len(members))
-        waiting, num_waiting = [], 0
+        waiting, num_waiting, limit = [], 0, 1
         for offset in count(1):
             active = active[: np.searchsorted(active, len(members) - offset)]
             active = active[groups[active] == groups[active + offset]]
@@ -131,10 +131,10 @@ class Places:
             near = active[(distances <= window).all(1)]
             waiting.append(_open_pairs(members[near], members[near + offset], labels))
             num_waiting += waiting[-1].shape[1]
-            # Most rows of a class are neighbors, so that these are compared first.
-            if offset == 1 or num_waiting >= _WAITING_PAIRS:
+            # Most rows of a class are neighbors: few pairs at first leave the fewest to compare.
+            if num_waiting >= limit:
                 yield from _batches(waiting, labels)
-                waiting, num_waiting = [], 0
+                waiting, num_waiting, limit = [], 0, min(2 * num_waiting, _WAITING_PAIRS)
                 active = active[_has_several(labels[members], groups)[active]]
         yield from _batches(waiting, labels)
 
