@@ -10,14 +10,8 @@ from lightning_basin.functional.duplicates import (
     are_same,
     check_duplicate_rtol,
     join_classes,
-    largest_distances,
-    largest_entries,
-    largest_entry,
-    projections,
-    random_directions,
 )
-
-_NUM_DIRECTIONS = 4  # random directions: nearly no distinct inputs are near along all of so many
+from lightning_basin.functional.neighbors import NUM_DIRECTIONS, random_directions, rounding_of_distances
 
 _COMPARED_ELEMENTS = 2**20  # elements of activations compared at once: 8 MiB
 
@@ -155,18 +149,22 @@ class DuplicateSearch:
         """
         rows = activation_rows(activations)
         if self._directions is None:
-            self._directions = random_directions(rows.shape[1], _NUM_DIRECTIONS).to(rows.device)
+            self._directions = random_directions(rows.shape[1], rows.device)
             self._largest, self._scales = rows.new_zeros(2, rows.shape[1])
         if rows.shape[1] != self._directions.shape[0]:
             raise ValueError(
                 f"all inputs must have activations of one length, got {rows.shape[1]} after {self._directions.shape[0]}"
             )
-        positions = projections(rows, self._directions).cpu()
+        finite, positions = rows, (rows @ self._directions).cpu()
+        if not bool(positions.isfinite().all()):  # Infinite elements are compared exactly.
+            finite = rows.where(rows.isfinite(), 0.0)
+            positions = (finite @ self._directions).cpu()
         if self._positions is None:
             self._first_positions.append(positions)
             if rows.numel():
-                self._largest = self._largest.maximum(largest_entries(rows))
-                self._scales = self._scales.maximum(largest_entry(rows) if scales is None else scales.to(rows))
+                largest = finite.abs().amax(0)
+                self._largest = self._largest.maximum(largest)
+                self._scales = self._scales.maximum(largest.amax() if scales is None else scales.to(rows))
         else:
             self._check_repeated(positions, self._positions.positions[self._num_seen : self._num_seen + rows.shape[0]])
             self._compare(rows, self._positions)
@@ -193,16 +191,17 @@ class DuplicateSearch:
         return bool(self._is_open.any())
 
     def _start_comparing(self) -> _Positions:
-        positions = torch.cat(self._first_positions) if self._first_positions else torch.empty(0, _NUM_DIRECTIONS)
+        positions = torch.cat(self._first_positions) if self._first_positions else torch.empty(0, NUM_DIRECTIONS)
         self._first_positions.clear()
         self.classes = torch.arange(len(positions))
         self._is_compared = torch.zeros(len(positions), dtype=torch.bool)
         if self._directions is None:
             return _Positions(positions, torch.empty(0))
-        tolerances = self._rtol * self._scales
-        windows = largest_distances(self._directions, tolerances=tolerances, largest=self._largest).cpu()
         if self._directions.shape[0] == 0:  # Activations without elements are all the same.
             self.classes.zero_()
+            return _Positions(positions, torch.zeros(NUM_DIRECTIONS))
+        reach = ((self._rtol * self._scales) @ self._directions.abs()).cpu()
+        windows = reach + rounding_of_distances(self._directions.shape[0], float(self._largest.amax()))
         return _Positions(positions, windows)
 
     def _check_repeated(self, positions: Tensor, before: Tensor) -> None:

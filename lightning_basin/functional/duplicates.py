@@ -1,14 +1,22 @@
 """Which inputs have the same activations, and units that are constant."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
+
+from lightning_basin.functional.neighbors import Places, place_rows
+from lightning_basin.functional.reading import Array, Reading, read, read_together
+
+_COMPARED_ELEMENTS = 2**20  # elements of rows that are compared or hashed at once: 8 MiB
 
 
 def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6, scales: Tensor | None = None) -> Tensor:
     """Find for each input the first input whose activation is the same, transitively.
 
-    Two activations are the same when ``max|a_i - a_j| <= rtol * max|a|``, the last maximum over all inputs. Sorted
-    along a random direction, only neighbours within the tolerance are compared: O(k d + k log k) where few inputs
+    Two activations are the same when ``max|a_i - a_j| <= rtol * max|a|``, the last maximum over all inputs. Only
+    inputs that are near each other along a few random directions are compared: O(k d + k log k) where few inputs
     merge, and a single product where none is near another. Infinities are compared exactly and have no part in the
     maximum; NaN is different from everything.
 
@@ -29,19 +37,7 @@ def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6, scales: Tensor
         tensor([0, 1, 0])
     """
     check_duplicate_rtol(rtol)
-    rows = activation_rows(activations)
-    num_inputs = rows.shape[0]
-    if num_inputs == 0 or rows.shape[1] == 0:
-        return torch.zeros(num_inputs, dtype=torch.int64)
-    scales = largest_entry(rows).expand(rows.shape[1]) if scales is None else scales.to(rows)
-    tolerances = rtol * scales
-    classes = torch.arange(num_inputs)
-    near = _with_near_rows(rows, tolerances)
-    near = near[~rows[near].isnan().any(1)]
-    if near.numel():
-        members = near.cpu()
-        classes[members] = members[_classes_of_near(rows[near], tolerances)]
-    return classes
+    return _classes_alone(activation_rows(activations), rtol, scales)
 
 
 def finer_classes(classes: Tensor, activations: Tensor, *, rtol: float, scales: Tensor) -> Tensor:
@@ -59,12 +55,48 @@ def finer_classes(classes: Tensor, activations: Tensor, *, rtol: float, scales: 
         >>> classes, finer_classes(classes, activations, rtol=0.0, scales=scales)
         (tensor([0, 1, 0, 0]), tensor([0, 1, 2, 0]))
     """
-    members = (classes.bincount(minlength=classes.numel())[classes] > 1).nonzero().squeeze(1)
-    finer = torch.arange(classes.numel())
-    if members.numel():
-        merged = activations[members.to(activations.device)]
-        finer[members] = members[duplicate_classes(merged, rtol=rtol, scales=scales)]
-    return finer
+    return _classes_alone(activation_rows(activations), rtol, scales, coarser=classes.numpy())
+
+
+def _classes_alone(rows: Tensor, rtol: float, scales: Tensor | None, coarser: Array | None = None) -> Tensor:
+    largest = float(largest_entry(rows))
+    magnitudes = np.full(rows.shape[1], largest) if scales is None else read([scales.to(torch.float64)])[0]
+    (classes,) = read_together([search_classes(rows, [rtol], scales=magnitudes, largest=largest, coarser=coarser)])
+    return torch.from_numpy(classes[0])
+
+
+def search_classes(
+    rows: Tensor, rtols: Sequence[float], *, scales: Array, largest: float, coarser: Array | None = None
+) -> Reading[list[Array]]:
+    """Find the classes of `duplicate_classes` at several tolerances, beside other computations of `read_together`.
+
+    Args:
+        rows: The activations, one row per input, float64, shape ``(k, d)``.
+        rtols: The tolerances, from the largest to the smallest.
+        scales: The scales of `duplicate_classes`, float64.
+        largest: The largest finite magnitude of all elements.
+        coarser: The classes at a tolerance at least as large as the first; only their members are compared.
+
+    Returns:
+        The smallest index of each input's class, int64, shape ``(k,)``, at each tolerance.
+    """
+    num_inputs, width = rows.shape
+    if num_inputs == 0 or width == 0:
+        return [np.zeros(num_inputs, dtype=np.int64) for _ in rtols]
+    places = yield from place_rows(rows, mean_scale=float((scales / width).sum()), largest=largest)
+    groups = np.zeros(num_inputs) if coarser is None else coarser
+    members, groups = places.near_groups(places.members, groups[places.members], rtols[0])
+    equal = yield from _equal_rows(rows, members)
+    is_first = equal[members] == members
+    members, groups = members[is_first], groups[is_first]
+    classes = []
+    for rtol in rtols:
+        joined = equal
+        if rtol > 0.0 and members.size:
+            merged = yield from _merged_rows(rows, places, members, groups, rtol, scales)
+            joined, groups = merged[equal], merged[members]
+        classes.append(joined)
+    return classes
 
 
 def check_duplicate_rtol(rtol: float) -> None:
@@ -88,90 +120,89 @@ def largest_entry(rows: Tensor) -> Tensor:
     """Find the largest magnitude among finite elements, shape ``()``."""
     if not rows.numel():
         return rows.new_zeros(())
-    largest = rows.abs().amax()
+    lowest, highest = rows.aminmax()  # In one pass, without a copy of all magnitudes.
+    largest = torch.maximum(-lowest, highest)
     return largest if bool(largest.isfinite()) else rows.abs().where(rows.isfinite(), 0.0).amax()
 
 
-def largest_entries(rows: Tensor) -> Tensor:
-    """Find the largest finite magnitude of each element over all rows, shape ``(d,)``."""
-    largest = rows.abs().amax(0)
-    return largest if bool(largest.isfinite().all()) else rows.abs().where(rows.isfinite(), 0.0).amax(0)
+def largest_elements(tensors: Sequence[Tensor]) -> list[float]:
+    """Find the largest magnitude among the finite elements of each of some tensors, which are read at once.
+
+    Args:
+        tensors: Floating point tensors of any shapes.
+    """
+    extremes = [bound for tensor in tensors for bound in (tensor if tensor.numel() else tensor.new_zeros(1)).aminmax()]
+    bounds = read(extremes)
+    magnitudes = [max(-lowest, highest) for lowest, highest in zip(bounds[::2], bounds[1::2], strict=True)]
+    return [
+        float(magnitude if np.isfinite(magnitude) else largest_entry(tensor))
+        for magnitude, tensor in zip(magnitudes, tensors, strict=True)
+    ]
 
 
 def are_same(left: Tensor, right: Tensor, tolerances: Tensor) -> Tensor:
     """Tell which pairs of rows, shape ``(n, d)``, differ in no element by more than its tolerance, shape ``(d,)``."""
     # Equality, too: the difference of two equal infinities is no number.
-    return (((left - right).abs() <= tolerances) | (left == right)).all(1)
+    return (((left - right).abs_() <= tolerances) | (left == right)).all(1)
 
 
-def projections(rows: Tensor, directions: Tensor) -> Tensor:
-    """Find where rows lie along directions; infinite elements, which are compared exactly, count as zero."""
-    positions = rows @ directions
-    # Of most activations all are finite.
-    return positions if bool(positions.isfinite().all()) else rows.where(rows.isfinite(), 0.0) @ directions
+def _equal_rows(rows: Tensor, members: Array) -> Reading[Array]:
+    """For each row the first one with equal elements, among the members; for others themselves, shape ``(k,)``."""
+    first: Array = np.arange(len(rows), dtype=np.int64)
+    if not members.size:
+        return first
+    pending = np.sort(members)
+    (hashes,) = yield [_hashes(rows, pending)]
+    while True:
+        _, starts, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        leaders = pending[starts][inverse]
+        is_other = leaders != pending
+        pending, leaders, hashes = pending[is_other], leaders[is_other], hashes[is_other]
+        if not pending.size:
+            return first
+        (same,) = yield [_compared(rows, pending, leaders)]
+        first[pending[same]] = leaders[same]
+        pending, hashes = pending[~same], hashes[~same]  # Different rows of one hash.
 
 
-def _sorted_positions(rows: Tensor, tolerances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where rows lie along a direction, in order; whose these are; and how far apart two that are the same can lie."""
-    directions = random_directions(rows.shape[1], 1).to(rows.device)
-    positions, order = projections(rows, directions).squeeze(1).sort()
-    window = largest_distances(directions, tolerances=tolerances, largest=largest_entries(rows))
-    return positions, order, window
+def _hashes(rows: Tensor, members: Array) -> Tensor:
+    """An integer for each row, the same for equal rows, and nearly always another one for others."""
+    generator = torch.Generator(rows.device).manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, rows.shape[1:], generator=generator, device=rows.device) | 1
+    hashes = []
+    for chosen in _on_device(rows, members):
+        bits = rows[chosen].add_(0.0).view(torch.int64)  # The sum of 0 and -0 is 0.
+        # The last bits of most elements are zero, and would stay so in products.
+        hashes.append((bits ^ (bits >> 32)).mul_(weights).sum(1))
+    return torch.cat(hashes)
 
 
-def _with_near_rows(rows: Tensor, tolerances: Tensor) -> Tensor:
-    """Indices of the rows that are near others along a random direction, in order: no others can be the same as any."""
-    positions, order, window = _sorted_positions(rows, tolerances)
-    is_near = ~(positions.diff() > window)  # Of positions beyond float64 the difference is no number.
-    if not bool(is_near.any()):
-        return order[:0]
-    nothing = is_near.new_zeros(1)
-    return order[torch.cat([is_near, nothing]) | torch.cat([nothing, is_near])].sort().values
+def _compared(rows: Tensor, left: Array, right: Array, tolerances: Tensor | None = None) -> Tensor:
+    """Which pairs of rows are the same; without tolerances, which are equal."""
+    same = []
+    for here, there in zip(_on_device(rows, left), _on_device(rows, right), strict=True):
+        pairs = rows[here], rows[there]
+        same.append((pairs[0] == pairs[1]).all(1) if tolerances is None else are_same(*pairs, tolerances))
+    return torch.cat(same)
 
 
-def _classes_of_near(rows: Tensor, tolerances: Tensor) -> Tensor:
-    """Smallest index of each row's class, of rows of which many may be the same and none holds NaN."""
-    # Bitwise equal rows first, by sorting: large classes then cost nothing below.
-    rows, members = torch.unique(rows, dim=0, return_inverse=True)
-    labels = torch.arange(rows.shape[0], device=rows.device)
-    if rows.shape[0] > 1 and bool(tolerances.any()):
-        labels = _merged(rows, tolerances)
-    return _first_members(labels[members]).cpu()
+def _on_device(rows: Tensor, indices: Array) -> Sequence[Tensor]:
+    """Indices of rows on their device, as many at a time as are compared at once."""
+    chosen = torch.from_numpy(indices).to(rows.device, non_blocking=True)
+    return torch.split(chosen, max(1, _COMPARED_ELEMENTS // rows.shape[1]))
 
 
-def _merged(rows: Tensor, tolerances: Tensor) -> Tensor:
-    """Label of each row's class under the transitive closure of ``|difference| <= tolerances``."""
-    num_rows = rows.shape[0]
-    position, order, window = _sorted_positions(rows, tolerances)
-    ordered = rows[order]
-    labels = torch.arange(num_rows, device=rows.device)
-    for offset in range(1, num_rows):
-        near = (~(position[offset:] - position[:-offset] > window)).nonzero().squeeze(1)  # Both may be infinite.
-        if near.numel() == 0:
-            break
-        near = near[labels[near] != labels[near + offset]]
-        same = are_same(ordered[near], ordered[near + offset], tolerances)
-        labels = join_classes(labels, near[same], near[same] + offset)
-    merged = torch.empty_like(labels)
-    merged[order] = labels
-    return merged
-
-
-def random_directions(width: int, count: int) -> Tensor:
-    """Draw the directions along which activations are sorted, always the same, shape ``(width, count)``."""
-    return torch.randn(count, width, generator=Generator().manual_seed(0), dtype=torch.float64).mT
-
-
-def largest_distances(directions: Tensor, *, tolerances: Tensor, largest: Tensor) -> Tensor:
-    """Bound the distance of two rows within the tolerance along each direction, rounding included.
-
-    Args:
-        directions: The directions as columns, shape ``(d, directions)``.
-        tolerances: The largest difference of each element, shape ``(d,)``.
-        largest: The magnitude of each element, shape ``(d,)``.
-    """
-    rounding = 4 * directions.shape[0] * torch.finfo(torch.float64).eps * largest
-    return (tolerances + rounding) @ directions.abs()
+def _merged_rows(
+    rows: Tensor, places: Places, members: Array, groups: Array, rtol: float, scales: Array
+) -> Reading[Array]:
+    """For each row the first one of its class within the tolerance, among the members, shape ``(k,)``."""
+    labels: Array = np.arange(len(rows), dtype=np.int64)
+    tolerances = torch.from_numpy(rtol * scales).to(rows.device, non_blocking=True)
+    for left, right in places.near_pairs(members, groups, rtol, labels):
+        (same,) = yield [_compared(rows, left, right, tolerances)]
+        pairs = torch.from_numpy(left[same]), torch.from_numpy(right[same])
+        labels[:] = join_classes(torch.from_numpy(labels), *pairs).numpy()
+    return labels
 
 
 def join_classes(classes: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -197,14 +228,6 @@ def join_classes(classes: Tensor, left: Tensor, right: Tensor) -> Tensor:
             classes = classes[classes]
 
 
-def _first_members(labels: Tensor) -> Tensor:
-    """Replace each label by the smallest index that carries it."""
-    _, inverse = torch.unique(labels, return_inverse=True)
-    indices = torch.arange(labels.numel(), device=labels.device)
-    first = torch.full_like(indices, labels.numel()).scatter_reduce_(0, inverse, indices, "amin")
-    return first[inverse]
-
-
 def duplicated_activations(activations: Tensor, *, rtol: float = 1e-6) -> int:
     """Count the inputs that share their activation with an earlier one: k minus the number of distinct activations.
 
@@ -220,7 +243,7 @@ def duplicated_activations(activations: Tensor, *, rtol: float = 1e-6) -> int:
         2
     """
     classes = duplicate_classes(activations, rtol=rtol)
-    return classes.numel() - len(set(classes.tolist()))
+    return classes.numel() - num_classes(classes)
 
 
 def dead_units(outputs: Tensor, *, rtol: float = 1e-6) -> int:
@@ -234,14 +257,31 @@ def dead_units(outputs: Tensor, *, rtol: float = 1e-6) -> int:
         >>> dead_units(torch.tensor([[0.0, 1.0], [0.0, 2.0]]))
         1
     """
-    rows = outputs.detach().flatten(1, -2) if outputs.ndim > 2 else outputs.detach().unsqueeze(1)
+    (count,) = read_together([count_dead_units(outputs.detach().to(torch.float64), rtol=rtol)])
+    return count
+
+
+def count_dead_units(outputs: Tensor, *, rtol: float) -> Reading[int]:
+    """Count what `dead_units` counts, beside other computations of `read_together`.
+
+    Args:
+        outputs: The outputs of the layer, float64, as in `dead_units`.
+        rtol: The tolerance, as in `dead_units`.
+    """
+    rows = outputs.flatten(1, -2) if outputs.ndim > 2 else outputs.unsqueeze(1)
     if rows.numel() == 0:
         return 0
     smallest, largest = rows.amin(0), rows.amax(0)
-    constant = (largest - smallest <= rtol * largest_entry(rows)) | (largest == smallest)
-    return int(constant.all(0).sum())
+    ranges, highest, lowest = yield [(largest - smallest).amax(0), largest.amax(), smallest.amin()]
+    scale = np.maximum(highest, -lowest)
+    if not np.isfinite(scale):  # A unit may be infinite on all inputs.
+        ranges, scale = yield [
+            (largest - smallest).where(largest != smallest, 0.0).amax(0),
+            rows.abs().where(rows.isfinite(), 0.0).amax(),
+        ]
+    return int((ranges <= rtol * scale).sum())
 
 
-def num_classes(classes: Tensor) -> int:
+def num_classes(classes: Tensor | Array) -> int:
     """Count the classes."""
     return len(set(classes.tolist()))

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_basin.functional.reading import read
+
 MergedDirections = Callable[[Tensor], int]
 """From the indices of some inputs to the number of directions in which gradients differ inside the inputs' classes."""
 
@@ -117,33 +119,40 @@ def merged_linear_directions(classes: Tensor, signals: Tensor, inputs: Tensor, *
         >>> merged_linear_directions(torch.tensor([0, 0, 2, 2]), signals, corners, rtol=1e-12)
         1
     """
-    classes = classes.to(inputs.device)
-    merged = (classes != torch.arange(classes.numel(), device=classes.device)).nonzero().squeeze(1)
-    if merged.numel() == 0:
+    is_merged = classes != torch.arange(classes.numel())
+    if not is_merged.any():
         return 0
-    first, position = torch.unique(classes[merged], return_inverse=True)
-    differences = inputs[merged] - inputs[classes[merged]]
+    first, position = torch.unique(classes[is_merged], return_inverse=True)
+    first, position, merged = (
+        indices.to(inputs.device)
+        for indices in (first, position, torch.stack([is_merged.nonzero()[:, 0], classes[is_merged]]))
+    )
+    differences = inputs[merged[0]] - inputs[merged[1]]
     # A row of the gradients is the product of a row of each: the norm of any is at most sigma_max.
-    tolerance = rtol * float((signals.norm(dim=2).amax(1) * inputs.norm(dim=1)).max()) / 4
+    tolerance = rtol * (signals.norm(dim=2).amax(1) * inputs.norm(dim=1)).max() / 4
     # Each factor is weighted by the other: what the rank drops from a factor then weighs as much in the product.
     lengths = torch.zeros_like(differences[: first.numel(), 0])
     lengths = lengths.index_add_(0, position, differences.square().sum(1)).sqrt()
-    rank_of_signals = _rank_above((signals[first] * lengths[:, None, None]).flatten(0, 1), tolerance)
+    weighted_signals = (signals[first] * lengths[:, None, None]).flatten(0, 1)
     strengths = signals[first].flatten(1).norm(dim=1)
-    return rank_of_signals * _rank_above(differences * strengths[position, None], tolerance)
+    rank_of_signals, rank_of_differences = _ranks_above(
+        [weighted_signals, differences * strengths[position, None]], tolerance
+    )
+    return rank_of_signals * rank_of_differences
 
 
 _MAX_DECOMPOSED = 512  # longest shorter side of a matrix whose rank is worth its singular values: about a second
 
 
-def _rank_above(matrix: Tensor, tolerance: float) -> int:
-    """The smallest rank that leaves at most ``tolerance`` in Frobenius norm, or a larger number."""
-    is_zero = matrix == 0
-    rank = min(int((~is_zero).any(1).sum()), int((~is_zero).any(0).sum()))
-    if rank > _MAX_DECOMPOSED:
-        return rank
-    dropped = torch.linalg.svdvals(matrix).square().flip(0).cumsum(0).sqrt()
-    return min(rank, int((dropped > tolerance).sum()))
+def _ranks_above(matrices: Sequence[Tensor], tolerance: Tensor) -> list[int]:
+    """The smallest rank of each matrix that leaves at most ``tolerance`` in Frobenius norm, or a larger number."""
+    counts = read([(matrix != 0).any(axis).sum() for matrix in matrices for axis in (0, 1)])
+    ranks = [int(min(shape)) for shape in zip(counts[::2], counts[1::2], strict=True)]
+    small = [place for place, rank in enumerate(ranks) if rank <= _MAX_DECOMPOSED]
+    dropped = [torch.linalg.svdvals(matrices[place]).square().flip(0).cumsum(0).sqrt() for place in small]
+    for place, above in zip(small, read([(norms > tolerance).sum() for norms in dropped]), strict=True):
+        ranks[place] = min(ranks[place], int(above))
+    return ranks
 
 
 def class_means(values: Tensor, classes: Tensor) -> Tensor:
@@ -159,5 +168,5 @@ def class_means(values: Tensor, classes: Tensor) -> Tensor:
     """
     classes = classes.to(values.device)
     sums = torch.zeros_like(values).index_add_(0, classes, values)[classes]
-    counts = classes.bincount(minlength=classes.numel())[classes]
+    counts = torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes]
     return sums / counts.view(-1, *(1,) * (values.ndim - 1))

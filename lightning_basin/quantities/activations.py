@@ -1,18 +1,20 @@
 """The activations of each layer, input by input, and the rank of its input activations."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_basin.evaluation import Evaluation
-from lightning_basin.functional.activations import activation_rank
-from lightning_basin.functional.duplicates import duplicate_classes, finer_classes, largest_entry
+from lightning_basin.functional.activations import activation_ranks
+from lightning_basin.functional.duplicates import largest_elements, search_classes
+from lightning_basin.functional.reading import Array, Reading
 from lightning_basin.gradients.assemble import concatenate
 from lightning_basin.network.input_layout import (
     InputLayout,
@@ -34,39 +36,71 @@ _CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU)  # layers whose 
 
 
 @dataclass(frozen=True, eq=False)
+class InputActivations:
+    """What enters a layer, or leaves the network: one row per input.
+
+    Attributes:
+        rows: The activations, flattened, float64, shape ``(k, d)``.
+        scales: The largest magnitude in the tensor of each element of an activation, shape ``(d,)``; 0 for integers,
+            which are compared exactly.
+        largest: The largest finite magnitude of all elements.
+    """
+
+    rows: Tensor
+    scales: Array
+    largest: float
+    _classes: dict[float, Array] = field(default_factory=dict, init=False, repr=False)
+
+    def classes(self, rtol: float) -> Array:
+        """Return the smallest index of each input's class, as `duplicate_classes` does, shape ``(k,)``.
+
+        Args:
+            rtol: The tolerance, relative to the scales; one for which the classes have been searched.
+        """
+        return self._classes[rtol]
+
+    def search(self, rtols: Sequence[float]) -> Reading[None]:
+        """Find the classes at some tolerances and keep them, beside other computations of `read_together`.
+
+        Args:
+            rtols: The tolerances.
+        """
+        unknown = sorted(set(rtols) - set(self._classes), reverse=True)
+        for rtol in list(unknown):
+            coarser, finer = self._known_around(rtol)
+            if coarser is not None and finer is not None and np.array_equal(coarser, finer):
+                self._classes[rtol] = coarser
+                unknown.remove(rtol)
+        if unknown:
+            coarser, _ = self._known_around(unknown[0])
+            classes = yield from search_classes(
+                self.rows, unknown, scales=self.scales, largest=self.largest, coarser=coarser
+            )
+            self._classes.update(zip(unknown, classes, strict=True))
+
+    def _known_around(self, rtol: float) -> tuple[Array | None, Array | None]:
+        """The classes at the next larger and the next smaller tolerance, as far as they are known."""
+        larger = min((known for known in self._classes if known > rtol), default=None)
+        smaller = max((known for known in self._classes if known < rtol), default=None)
+        return (
+            None if larger is None else self._classes[larger],
+            None if smaller is None else self._classes[smaller],
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class LayerActivations:
     """Activations of one layer, ordered by input.
 
     Attributes:
-        entering: The layer's input activations, flattened, shape ``(k, d)``; ``None`` where no tensor that enters has
-            rows for each input.
-        scales: The largest magnitude in the tensor of each element of an activation, shape ``(d,)``; 0 for integers,
-            which are compared exactly.
+        entering: The layer's input activations, the same object for all layers that the same tensors enter; ``None``
+            where no tensor that enters has rows for each input.
         leaving: The layer's outputs with the units last, shape ``(k, positions, units)``; ``None`` where they have no
             rows for each input.
     """
 
-    entering: Tensor | None
-    scales: Tensor | None
+    entering: InputActivations | None
     leaving: Tensor | None
-    _classes: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    def classes(self, rtol: float) -> Tensor | None:
-        """Return the classes of inputs with the same activation, as `duplicate_classes` does, and keep them.
-
-        Args:
-            rtol: The tolerance, relative to the largest magnitude.
-        """
-        if self.entering is None or self.scales is None:
-            return None
-        if rtol not in self._classes:
-            coarser = min((known for known in self._classes if known > rtol), default=None)
-            self._classes[rtol] = (
-                duplicate_classes(self.entering, rtol=rtol, scales=self.scales)
-                if coarser is None
-                else finer_classes(self._classes[coarser], self.entering, rtol=rtol, scales=self.scales)
-            )
-        return self._classes[rtol]
 
 
 def measure_activations(evaluation: Evaluation) -> dict[str, LayerActivations]:
@@ -107,14 +141,37 @@ def measure_activation_ranks(
     Returns:
         The record's fields of the rank, for each layer whose input activations are known.
     """
-    epsilon = torch.finfo(evaluation.network.dtype).eps
-    fields = {}
-    for scope in scopes:
-        layer = activations.get(scope.name) if scope.kind == "layer" else None
-        if layer is not None and layer.entering is not None:
-            rank, gap = activation_rank(layer.entering, rtol=evaluation.settings.rtol, epsilon=epsilon)
-            fields[scope] = {"activation_rank": rank, "activation_rank_gap": gap}
-    return fields
+    layers = {scope: activations[scope.name] for scope in scopes if scope.kind == "layer" and scope.name in activations}
+    entering = {scope: layer.entering for scope, layer in layers.items() if layer.entering is not None}
+    distinct = distinct_activations(entering.values())
+    ranks = activation_ranks(
+        [measured.rows for measured in distinct],
+        rtol=evaluation.settings.rtol,
+        epsilon=torch.finfo(evaluation.network.dtype).eps,
+    )
+    known = {id(measured): rank for measured, rank in zip(distinct, ranks, strict=True)}
+    return {
+        scope: dict(zip(("activation_rank", "activation_rank_gap"), known[id(measured)], strict=True))
+        for scope, measured in entering.items()
+    }
+
+
+def distinct_activations(activations: Iterable[InputActivations | None]) -> list[InputActivations]:
+    """List activations once that enter several layers, and leave out what is ``None``.
+
+    Args:
+        activations: The activations.
+    """
+    return list({id(entering): entering for entering in activations if entering is not None}.values())
+
+
+def activations_of(tensors: Sequence[Tensor]) -> InputActivations:
+    """Take tensors, side by side, as what is known of each input.
+
+    Args:
+        tensors: The tensors, each of shape ``(k, ...)``; infinite elements count in no scale.
+    """
+    return _side_by_side([tensors])[0]
 
 
 class _ActivationReader:
@@ -128,17 +185,24 @@ class _ActivationReader:
         self._singles: list[Trace] | None = None
 
     def activations(self) -> dict[str, LayerActivations]:
-        activations = {}
-        for name in self._trace.entering:
-            entering = self._by_input(partial(entering_of, name), self._layout.entering[name])
-            leaving = self._by_input(partial(leaving_of, name), self._layout.leaving[name])
-            rows = [real_elements(tensor).flatten(1) for tensor in entering]
-            activations[name] = LayerActivations(
-                entering=concatenate(rows, 1) if rows else None,
-                scales=torch.cat([_scales(tensor) for tensor in entering]) if entering else None,
-                leaving=_units_last(self._network.module.get_submodule(name), leaving),
-            )
-        return activations
+        places: dict[str, Hashable] = {}
+        tensors: dict[Hashable, list[Tensor]] = {}
+        for name, entering in self._trace.entering.items():
+            # What enters several layers, as the queries, keys and values of attention, is looked at once.
+            rows = self._layout.entering[name]
+            place = places[name] = (*map(id, entering), name if rows is None else tuple(rows))
+            if place not in tensors:
+                tensors[place] = self._by_input(partial(entering_of, name), rows)
+        known = [place for place, held in tensors.items() if held]
+        inputs = dict(zip(known, _side_by_side([tensors[place] for place in known]), strict=True))
+        return {
+            name: LayerActivations(entering=inputs.get(place), leaving=self._leaving(name))
+            for name, place in places.items()
+        }
+
+    def _leaving(self, name: str) -> Tensor | None:
+        leaving = self._by_input(partial(leaving_of, name), self._layout.leaving[name])
+        return _units_last(self._network.module.get_submodule(name), leaving)
 
     def _by_input(self, read: Callable[[Trace], list[Tensor]], rows: Rows) -> list[Tensor]:
         """The tensors with rows for each input, each in the shape ``(k, rows, ...)``."""
@@ -167,10 +231,21 @@ class _ActivationReader:
         return [torch.stack([by_parts(tensor) for tensor in column]) for column in columns]
 
 
-def _scales(tensor: Tensor) -> Tensor:
-    """The scale on which each element of an activation is compared: the largest magnitude, 0 for integers."""
-    scale = largest_entry(real_elements(tensor)) if tensor.is_floating_point() else real_elements(tensor).new_zeros(())
-    return scale.expand(tensor[:1].numel())
+def _side_by_side(tensors: Sequence[Sequence[Tensor]]) -> list[InputActivations]:
+    """The activations of each of some layers, whose tensors stand side by side."""
+    rows = [[real_elements(tensor).flatten(1) for tensor in of_layer] for of_layer in tensors]
+    largest = iter(largest_elements([elements for of_layer in rows for elements in of_layer]))
+    activations = []
+    for of_layer, elements in zip(tensors, rows, strict=True):
+        magnitudes = [next(largest) for _ in of_layer]
+        # Integers are compared exactly.
+        scales = [
+            magnitude if tensor.is_floating_point() else 0.0
+            for tensor, magnitude in zip(of_layer, magnitudes, strict=True)
+        ]
+        widths = [flat.shape[1] for flat in elements]
+        activations.append(InputActivations(concatenate(elements, 1), np.repeat(scales, widths), max(magnitudes)))
+    return activations
 
 
 def _units_last(layer: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
@@ -182,5 +257,5 @@ def _units_last(layer: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
         numbers = real_elements(tensor if tensor.ndim > 2 else tensor.unsqueeze(2))  # noqa: PLR2004 - a single unit
         # The tensors have one axis more than the layer's outputs, the rows of an input: channels were second without.
         axis = 2 - numbers.ndim if isinstance(layer, _CHANNELS_SECOND) else -1
-        ordered.append(numbers.movedim(axis, -1).flatten(1, -2))
+        ordered.append((numbers.movedim(axis, -1) if axis != -1 else numbers).flatten(1, -2))
     return concatenate(ordered, 1) if len({tensor.shape[-1] for tensor in ordered}) == 1 else ordered[0]

@@ -5,13 +5,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from lightning_basin.evaluation import Evaluation
-from lightning_basin.functional.duplicates import dead_units, duplicate_classes, duplicated_activations, num_classes
+from lightning_basin.functional.duplicates import count_dead_units, num_classes
+from lightning_basin.functional.reading import Array, Reading, read_together
 from lightning_basin.probe import Probe
-from lightning_basin.quantities.activations import LayerActivations
+from lightning_basin.quantities.activations import (
+    InputActivations,
+    LayerActivations,
+    activations_of,
+    distinct_activations,
+)
 from lightning_basin.quantities.training_set import streamed_classes
 from lightning_basin.record import MergedInput
 
@@ -37,20 +42,27 @@ def measure_duplicates(evaluation: Evaluation, activations: Mapping[str, LayerAc
         activations: The activations of each called layer, by name.
     """
     probe, trace, rtol = evaluation.probe, evaluation.trace, evaluation.settings.resolved_duplicate_rtol
-    layers = {name: _layer_duplicates(layer, rtol) for name, layer in activations.items()}
-    classes: dict[str | None, Tensor | None] = {name: layer.classes(rtol) for name, layer in activations.items()}
+    outputs = activations_of([trace.outputs.detach().reshape(probe.size, -1)])
+    searched = distinct_activations([*(layer.entering for layer in activations.values()), outputs])
+    leaving = {name: layer.leaving for name, layer in activations.items() if layer.leaving is not None}
+    searches: list[Reading[Any]] = [known.search([rtol, 0.0]) for known in searched]
+    counts = read_together([*searches, *(count_dead_units(tensor, rtol=rtol) for tensor in leaving.values())])
+    dead_units: dict[str, int] = dict(zip(leaving, counts[len(searches) :], strict=True))
+    layers = {
+        name: _num_duplicates(layer.entering, rtol) | ({"dead_units": dead_units[name]} if name in dead_units else {})
+        for name, layer in activations.items()
+    }
+    entering = {name: layer.entering for name, layer in activations.items() if layer.entering is not None}
+    classes: dict[str | None, Array] = {name: known.classes(rtol) for name, known in entering.items()}
     after_first = [layers[name] for name in list(activations)[trace.num_first :]]
-    outputs = trace.outputs.detach().reshape(probe.size, -1)
-    output_classes = duplicate_classes(outputs, rtol=rtol)
     totals: dict[str, Any] = {
         quantity: max((layer[quantity] for layer in after_first if quantity in layer), default=0)
         for quantity in ("duplicated_activations", "duplicated_activations_exact")
     }
     totals |= {
-        "dead_units": sum(layer.get("dead_units", 0) for layer in layers.values()),
-        "output_duplicated_activations": probe.size - num_classes(output_classes),
-        "output_duplicated_activations_exact": duplicated_activations(outputs, rtol=0.0),
-        "merged_inputs": _merged_inputs(classes | {None: output_classes}),
+        "dead_units": sum(dead_units.values()),
+        **{f"output_{quantity}": count for quantity, count in _num_duplicates(outputs, rtol).items()},
+        "merged_inputs": _merged_inputs(classes | {None: outputs.classes(rtol)}),
     }
     return DuplicateCounts(layers=layers, network=totals)
 
@@ -88,30 +100,28 @@ def with_training_set(
         "train_duplicated_activations": max(later, default=0),
         "train_num_inputs": classes[None].numel(),
         "train_output_duplicated_activations": counts[None],
-        "train_merged_inputs": _merged_inputs(classes),
+        "train_merged_inputs": _merged_inputs({name: first.numpy() for name, first in classes.items()}),
     }
     return replace(duplicates, layers=layers, network={**duplicates.network, **totals})
 
 
-def _merged_inputs(classes: Mapping[str | None, Tensor | None]) -> tuple[MergedInput, ...]:
+def _merged_inputs(classes: Mapping[str | None, Array]) -> tuple[MergedInput, ...]:
     """Each input that is not the first of its class, at the first layer where it is not."""
     merged: dict[int, MergedInput] = {}
     for layer, first in classes.items():
-        if first is not None:
-            for index in (first != torch.arange(first.numel())).nonzero().squeeze(1).tolist():
-                merged.setdefault(index, MergedInput(index, int(first[index]), layer))
+        for index in np.flatnonzero(first != np.arange(len(first))).tolist():
+            merged.setdefault(index, MergedInput(index, int(first[index]), layer))
     return tuple(merged[index] for index in sorted(merged))
 
 
-def _layer_duplicates(layer: LayerActivations, rtol: float) -> dict[str, int]:
-    counts = {}
-    for quantity, tolerance in (("duplicated_activations", rtol), ("duplicated_activations_exact", 0.0)):
-        classes = layer.classes(tolerance)
-        if classes is not None:
-            counts[quantity] = classes.numel() - num_classes(classes)
-    if layer.leaving is not None:
-        counts["dead_units"] = dead_units(layer.leaving, rtol=rtol)
-    return counts
+def _num_duplicates(activations: InputActivations | None, rtol: float) -> dict[str, int]:
+    """The record's fields of duplicates; none where activations are not known input by input."""
+    if activations is None:
+        return {}
+    return {
+        quantity: len(activations.rows) - num_classes(activations.classes(tolerance))
+        for quantity, tolerance in (("duplicated_activations", rtol), ("duplicated_activations_exact", 0.0))
+    }
 
 
 def block_duplicates(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.graph import get_gradient_edge
@@ -24,9 +25,10 @@ from lightning_basin.functional.rank_bound import (
     merged_directions,
     merged_linear_directions,
 )
+from lightning_basin.functional.reading import read_together
 from lightning_basin.network.rounding import agreement_rtol
 from lightning_basin.network.runs import Chunk, ProbeRuns
-from lightning_basin.quantities.activations import LayerActivations
+from lightning_basin.quantities.activations import LayerActivations, distinct_activations
 
 _MAX_SIGNAL_ELEMENTS = 2**24  # most float64 elements in the signals of a passage: 128 MiB
 _NUM_COMBINATIONS = 3  # random combinations of all rows that show whether merged inputs have the same gradients
@@ -64,16 +66,18 @@ def measure_rank_bound(evaluation: Evaluation, activations: Mapping[str, LayerAc
 
 def _candidates(activations: Mapping[str, LayerActivations], num_inputs: int, rtol: float) -> list[tuple[str, Tensor]]:
     """The classes of inputs that each layer merges, in the order of entry; of some layers also the equal inputs."""
+    searched = distinct_activations(layer.entering for layer in activations.values())
+    read_together(known.search([rtol, 0.0]) for known in searched)
     candidates = []
     for name, layer in activations.items():
-        classes = layer.classes(rtol)
-        # All inputs share an activation that is not known input by input.
-        candidates.append((name, torch.zeros(num_inputs, dtype=torch.int64) if classes is None else classes))
+        if layer.entering is None:  # All inputs share an activation that is not known input by input.
+            candidates.append((name, torch.zeros(num_inputs, dtype=torch.int64)))
+            continue
+        classes, exact = layer.entering.classes(rtol), layer.entering.classes(0.0)
+        candidates.append((name, torch.from_numpy(classes)))
         # Where the inputs of a class turn out to differ too much, equal inputs may still be merged.
-        if classes is not None and num_classes(classes) < num_inputs:
-            exact = layer.classes(0.0)
-            if exact is not None and not torch.equal(exact, classes):
-                candidates.append((name, exact))
+        if not np.array_equal(exact, classes):
+            candidates.append((name, torch.from_numpy(exact)))
     return candidates
 
 
@@ -172,6 +176,7 @@ def merging_error(runs: ProbeRuns, classes: Tensor, is_before: Sequence[bool], p
     outputs = network.rows(runs.full_trace.outputs)
     shape = (_NUM_COMBINATIONS, *outputs.shape)
     combinations = torch.randn(shape, generator=generator, dtype=torch.float64).to(outputs.device)
+    classes = classes.to(outputs.device)
     deviations = [weights - class_means(weights, classes) for weights in combinations]
     signals = None if passage is None else passage.signals - class_means(passage.signals, classes)
     variables = behind if passage is None else [*behind, *before]

@@ -14,6 +14,7 @@ from lightning_basin.functional.certificates import (
     independent_rows,
     rows_independent_in_few_columns,
 )
+from lightning_basin.functional.duplicates import duplicated_activations
 from lightning_basin.functional.gradients import LayerGradients, gram_of
 from lightning_basin.functional.gram import GramMatrix
 from lightning_basin.functional.rank import EPSILON, GradientRank, Spectrum, gradient_rank, log_det_gram
@@ -178,8 +179,7 @@ class RankMeasurement:
 
 def _are_distinct(outputs: Tensor) -> bool:
     """Whether no two inputs have equal outputs."""
-    rows = outputs.detach().reshape(len(outputs), -1)
-    return len(torch.unique(rows, dim=0)) == len(rows)
+    return duplicated_activations(outputs, rtol=0.0) == 0
 
 
 def behavior_jacobian(evaluation: Evaluation) -> Tensor | None:

@@ -74,6 +74,8 @@ class _ActivationStream:
             trace = self._network.trace(probe)
             layers = layer_activations(self._network, probe, trace)
         activations: dict[str | None, tuple[Tensor, Tensor | None]] = {
-            name: (layer.entering[:size], layer.scales) for name, layer in layers.items() if layer.entering is not None
+            name: (layer.entering.rows[:size], torch.from_numpy(layer.entering.scales))
+            for name, layer in layers.items()
+            if layer.entering is not None
         }
         return activations | {None: (trace.outputs[:size].unsqueeze(-1).flatten(1), None)}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_basin.functional import activation_rank, numerical_rank, singular_values
+from lightning_basin.functional.activations import activation_ranks
 from lightning_basin.functional.rank import EPSILON
 from tests.exact import exact_rank
 from tests.functional.matrices import INFINITE
@@ -91,3 +92,24 @@ def test_activations_without_an_axis_of_inputs_are_refused():
 def test_a_tolerance_outside_of_the_open_unit_interval_is_refused(rtol):
     with pytest.raises(ValueError, match="rtol must be a relative tolerance"):
         activation_rank(torch.eye(3), rtol=rtol)
+
+
+def test_layers_of_different_sizes_have_the_ranks_of_each_alone():
+    layers = [integer_activations(*shape) for shape in [(9, 30, 4), (9, 5, 3), (9, 30, 9), (9, 5, 5), (9, 9, 1)]]
+    ranks = [rank for rank, _ in activation_ranks([layer.double() for layer in layers])]
+    assert ranks == [exact_rank(layer.numpy()) for layer in layers] == [4, 3, 8, 5, 1]
+
+
+def test_a_layer_that_is_not_finite_leaves_the_others_their_ranks():
+    infinite = torch.tensor([[1.0, INFINITE], [0.0, 1.0], [0.0, 0.0]])
+    layers = [
+        torch.eye(3).double(),
+        infinite.double(),
+        torch.full((3, 4), 1e200, dtype=torch.float64),
+        torch.eye(3).double(),
+    ]
+    assert [rank for rank, _ in activation_ranks(layers)] == [3, None, None, 3]
+
+
+def test_no_layers_have_no_ranks():
+    assert activation_ranks([]) == []

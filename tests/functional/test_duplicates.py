@@ -8,8 +8,11 @@ from lightning_basin.functional.duplicates import (
     duplicated_activations,
     finer_classes,
     join_classes,
+    largest_elements,
+    search_classes,
 )
-from tests.networks import planted
+from lightning_basin.functional.reading import read_together
+from tests.networks import drawn, planted
 
 
 def classes_by_closure(activations, rtol):
@@ -257,3 +260,75 @@ def test_near_ties_of_numbers_whose_projections_leave_float64_are_found(largest)
     rows = torch.rand(6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * largest
     rows[4], rows[5] = rows[1] * (1 - 1e-9), rows[1] * (1 - 1e-9)
     assert duplicate_classes(rows).tolist() == [0, 1, 2, 3, 1, 1]
+
+
+def searched(rows, rtols):
+    largest = float(rows.abs().amax())
+    (classes,) = read_together([search_classes(rows, rtols, scales=np.full(rows.shape[1], largest), largest=largest)])
+    return [found.tolist() for found in classes]
+
+
+def test_classes_at_several_tolerances_are_found_in_one_search():
+    # The largest element is 1: steps of 1e-3, 1e-7 and none.
+    rows = torch.tensor([[1.0], [0.999], [0.5], [0.5 + 1e-7], [0.5], [0.999]], dtype=torch.float64)
+    expected = [[0, 0, 2, 2, 2, 0], [0, 1, 2, 2, 2, 1], [0, 1, 2, 3, 2, 1]]
+    assert searched(rows, [1e-2, 1e-6, 0.0]) == expected
+    assert [searched(rows, [rtol])[0] for rtol in (1e-2, 1e-6, 0.0)] == expected
+
+
+def test_different_rows_of_one_hash_stay_apart():
+    # All bits of these two numbers differ, whose hashes are then the same. They are compared at a tolerance of 3.6.
+    first, last = 1.0, -3.9999999999999996
+    rows = torch.tensor([[first], [-1.5], [last], [first], [last], [first]], dtype=torch.float64)
+    assert searched(rows, [0.9, 0.0]) == [[0] * 6, [0, 1, 2, 0, 2, 0]]
+
+
+@pytest.mark.parametrize("num_distinct", [1, 4])
+def test_few_wide_rows_are_compared_exactly(num_distinct):
+    rows = drawn(num_distinct, 150_000).repeat(8 // num_distinct, 1)
+    rows[-1, 77_777] += 1e-9
+    nearly = [index % num_distinct for index in range(8)]
+    assert searched(rows, [1e-6, 0.0]) == [nearly, [*nearly[:-1], 7]]
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1e-6])
+def test_many_numbers_are_sorted_into_their_classes(rtol):
+    # The tolerance is a fortieth of the distance of two neighbors.
+    numbers = (torch.arange(50_000) * 7919) % 25_000
+    expected = torch.empty(25_000, dtype=torch.int64)
+    expected[numbers[:25_000]] = torch.arange(25_000)
+    assert torch.equal(duplicate_classes(numbers, rtol=rtol), expected[numbers])
+
+
+def test_a_long_chain_is_one_class():
+    order = (torch.arange(20_000) * 7919) % 20_000  # Neighbors are 1 of 19,999 apart, and the tolerance is 2.
+    assert duplicate_classes(order, rtol=1e-4).tolist() == [0] * 20_000
+
+
+def test_rows_that_differ_by_roundings_have_the_classes_of_their_bits():
+    rows = torch.ones(60, 40, dtype=torch.float64)
+    rows[:, 3] += 2.0**-52 * (torch.arange(60) % 3)
+    assert searched(rows, [1e-6, 0.0]) == [[0] * 60, [index % 3 for index in range(60)]]
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-308, 1e-200])
+def test_numbers_whose_products_underflow_are_compared(scale):
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]], dtype=torch.float64) * scale
+    assert duplicate_classes(rows).tolist() == [0, 1, 0]
+
+
+def test_what_is_no_number_is_in_no_class_of_any_size():
+    rows = torch.full((200, 3), float("nan"))
+    rows[::2] = 5.0
+    assert duplicate_classes(rows).tolist() == [index if index % 2 else 0 for index in range(200)]
+
+
+def test_the_largest_elements_of_tensors_are_finite():
+    tensors = [torch.tensor([-3.0, 2.0]), torch.tensor([[1.0, -INFINITE]]), torch.tensor([float("nan"), 4.0])]
+    nothing = [torch.empty(0, 2), torch.tensor([INFINITE])]
+    assert largest_elements([*tensors, *nothing]) == [3.0, 1.0, 4.0, 0.0, 0.0]
+
+
+def test_dead_units_of_integers_are_counted_as_numbers():
+    outputs = torch.tensor([[200, 0, 7], [200, 1, 7]], dtype=torch.uint8)
+    assert dead_units(outputs) == 2

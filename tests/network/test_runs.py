@@ -17,9 +17,9 @@ def test_what_enters_and_leaves_a_linear_layer_is_kept_by_input():
     module, inputs = filled(nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))), drawn(5, 3)
     found = activations_of(module, inputs)
     before = inputs @ module[0].weight.mT + module[0].bias
-    torch.testing.assert_close(found["0"].entering, inputs)
+    torch.testing.assert_close(found["0"].entering.rows, inputs)
     torch.testing.assert_close(found["0"].leaving, before.unsqueeze(1).detach())
-    torch.testing.assert_close(found["2"].entering, before.relu().detach())
+    torch.testing.assert_close(found["2"].entering.rows, before.relu().detach())
 
 
 @pytest.mark.parametrize("layout", ["batch first", "sequence first", "flattened"])
@@ -32,7 +32,7 @@ def test_all_positions_of_an_input_are_one_activation(layout):
 
     module, inputs = filled(Composed(function, linear=nn.Linear(3, 2))), drawn(5, 4, 3)
     found = activations_of(module, inputs)["linear"]
-    torch.testing.assert_close(found.entering, inputs.flatten(1))
+    torch.testing.assert_close(found.entering.rows, inputs.flatten(1))
     torch.testing.assert_close(found.leaving, (inputs @ module.linear.weight.mT + module.linear.bias).detach())
 
 
@@ -40,7 +40,7 @@ def test_all_calls_of_a_layer_are_one_activation():
     module = filled(Composed(lambda m, x: m.a(m.a(x)), a=nn.Linear(2, 2)))
     inputs = drawn(4, 2)
     once = (inputs @ module.a.weight.mT + module.a.bias).detach()
-    torch.testing.assert_close(activations_of(module, inputs)["a"].entering, torch.cat([inputs, once], dim=1))
+    torch.testing.assert_close(activations_of(module, inputs)["a"].entering.rows, torch.cat([inputs, once], dim=1))
 
 
 def test_channels_of_a_convolution_are_its_units():
@@ -79,7 +79,7 @@ def test_what_enters_is_kept_also_if_it_is_overwritten_later():
 
     inputs = drawn(4, 3)
     found = activations_of(filled(Composed(function, shift=Shift())), inputs)
-    torch.testing.assert_close(found["shift"].entering, inputs)
+    torch.testing.assert_close(found["shift"].entering.rows, inputs)
 
 
 def test_a_layer_that_is_never_called_has_no_activation():
