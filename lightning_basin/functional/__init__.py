@@ -5,6 +5,7 @@ N parameters, d features of an activation, r columns of a sketch.
 """
 
 from lightning_basin.functional.activations import activation_rank
+from lightning_basin.functional.bracket import NullSpace, null_space_bracket
 from lightning_basin.functional.certificates import certified_rank
 from lightning_basin.functional.duplicate_stream import DuplicateSearch
 from lightning_basin.functional.duplicates import dead_units, duplicate_classes, duplicated_activations
@@ -13,7 +14,7 @@ from lightning_basin.functional.hessian import hessian_matrix, hessian_product
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows, weighted_rows
 from lightning_basin.functional.lanczos import NormBound, norm_bounds
 from lightning_basin.functional.manifold import null_directions, surviving_fraction
-from lightning_basin.functional.null_space import NullSpace, hessian_null_space, hessian_nullity, null_space_bracket
+from lightning_basin.functional.null_space import hessian_null_space, hessian_nullity
 from lightning_basin.functional.output_curvature import OutputCurvature, output_curvature
 from lightning_basin.functional.rank import (
     RANK_TOLERANCES,

@@ -15,7 +15,6 @@ def hessian_matrix(
     *,
     chunk_size: int = 64,
     atol: float = 0.0,
-    is_curved: Sequence[bool] | None = None,
 ) -> Tensor:
     """Compute all second derivatives of a loss, by double backward.
 
@@ -25,15 +24,12 @@ def hessian_matrix(
         chunk_size: The number of columns per batched backward pass; bounds the memory.
         atol: The asymmetry to allow beside 1e-8 of the largest entry: what is left of rounding where larger terms
             cancel, as in the cross-entropy of a saturated classifier.
-        is_curved: For each parameter whether its Gauss-Newton part is known not to vanish. An operation that can be
-            differentiated only once then shows, where torch would return a silent zero.
 
     Returns:
         The symmetric matrix, shape ``(N, N)``.
 
     Raises:
-        RuntimeError: If the result is not symmetric, as happens where a derivative of an operation is wrong; or if
-            the gradient has lost its dependence on a curved parameter.
+        RuntimeError: If the result is not symmetric, as happens where a derivative of an operation is wrong.
         ValueError: If the loss has no graph.
 
     Example:
@@ -44,18 +40,37 @@ def hessian_matrix(
     """
     if not loss.requires_grad:
         raise ValueError("the loss must be attached to the graph of the parameters, got one without a graph")
-    num_parameters = sum(parameter.numel() for parameter in parameters)
-    hessian = parameters[0].new_zeros(num_parameters, num_parameters).detach()
     gradient = flat_vector(torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True))
-    if is_curved is not None:
-        check_connected(is_connected(gradient, parameters), is_curved)
-    if not gradient.requires_grad:  # A loss that is piecewise linear in the parameters.
+    return gradient_derivative(gradient, parameters, chunk_size=chunk_size, atol=atol)
+
+
+def gradient_derivative(
+    gradient: Tensor, variables: Sequence[Tensor], *, chunk_size: int = 64, atol: float = 0.0
+) -> Tensor:
+    """Differentiate a gradient by all of its variables.
+
+    Args:
+        gradient: The gradient by ``variables``, attached to their graph, which is kept; shape ``(n,)``.
+        variables: The variables, with n elements in all.
+        chunk_size: The number of columns per batched backward pass; bounds the memory.
+        atol: The asymmetry to allow beside 1e-8 of the largest entry.
+
+    Returns:
+        The symmetric matrix, shape ``(n, n)``.
+
+    Raises:
+        RuntimeError: If the result is not symmetric.
+    """
+    size = len(gradient)
+    hessian = gradient.new_zeros(size, size).detach()
+    if not gradient.requires_grad:  # The gradient of a function that is piecewise linear.
         return hessian
-    identity = torch.eye(num_parameters, dtype=gradient.dtype, device=gradient.device)
-    for start in range(0, num_parameters, chunk_size):
+    identity = torch.eye(size, dtype=gradient.dtype, device=gradient.device)
+    for start in range(0, size, chunk_size):
         chunk = slice(start, start + chunk_size)
-        hessian[chunk] = vector_jacobian_products(gradient, parameters, identity[chunk])
-    check_symmetry(float((hessian - hessian.mT).abs().max()), float(hessian.abs().max()), atol=atol)
+        hessian[chunk] = vector_jacobian_products(gradient, variables, identity[chunk])
+    asymmetry, scale = torch.stack([(hessian - hessian.mT).abs().max(), hessian.abs().max()]).tolist()
+    check_symmetry(asymmetry, scale, atol=atol)
     return (hessian + hessian.mT) / 2
 
 

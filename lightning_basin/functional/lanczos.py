@@ -1,7 +1,7 @@
 """The norm of a symmetric operator that is known by its products only, with a bound from above."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,13 +30,139 @@ class NormBound:
         residual: The norm of the Ritz vector's residual: an eigenvalue lies within it of the Ritz value.
         upper: The norm is at most this, except with the failure probability; exact where the Krylov space is
             exhausted.
+        forecast: What ``upper`` may become within the largest number of products, if these show nothing new.
         num_products: The number of products with the operator.
     """
 
     value: float
     residual: float
     upper: float
+    forecast: float
     num_products: int
+
+
+class NormIteration:
+    r"""A Lanczos iteration that bounds the largest magnitude of an eigenvalue, one product at a time.
+
+    Lanczos with full reorthogonalization from a random unit vector v. Its next basis vector is :math:`p_k(A) v`, with
+    :math:`p_k(\lambda) = \prod_i (\lambda - \theta_i) / \beta_i` over the Ritz values. It has unit length, so that an
+    eigenvalue of which v has the part :math:`\gamma` obeys :math:`|\gamma\, p_k(\lambda)| \le 1`. A random part is
+    below :math:`\delta` with probability at most :math:`\delta \sqrt{2 n / \pi}`; and outside of the Ritz values
+    :math:`p_k` grows, so that :math:`|p_k(\lambda)| = 1 / \delta` bounds the eigenvalue (van Dorsselaer, Hochstenbach
+    and van der Vorst, 2000). No gap is assumed; where Lanczos has converged the bound shows it.
+
+    Args:
+        num_rows: The number n of the operator's rows.
+        generator: A generator on the CPU, for the start vector.
+        max_products: The largest number of products; fewer where the Krylov space is exhausted, n at the latest.
+        like: A tensor on the device of the vectors; ``None`` means the CPU.
+        atol: The asymmetry to allow beside 1e-8 of the largest entry.
+        failure_probability: The probability that a bound is too low.
+        guess: A vector near the eigenvector that is looked for, which is added to the random one. It leaves nothing of
+            ``upper``, but lets the Ritz value converge sooner. ``None`` for none.
+
+    Attributes:
+        vector: The unit vector to be multiplied next.
+        is_finished: Whether no further product is taken.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        generator: Generator,
+        max_products: int,
+        like: Tensor | None = None,
+        atol: float = 0.0,
+        failure_probability: float = FAILURE_PROBABILITY,
+        guess: Tensor | None = None,
+    ) -> None:
+        start = torch.randn(num_rows, generator=generator, dtype=torch.float64)
+        self.vector = (start / start.norm()).to("cpu" if like is None else like.device)
+        if guess is not None:
+            self.vector = self.vector + guess / guess.norm().clamp(min=torch.finfo(guess.dtype).tiny)
+            self.vector /= self.vector.norm()
+        self.is_finished = False
+        self._num_rows, self._max_products, self._atol = num_rows, min(max_products, num_rows), atol
+        self._basis = self.vector.new_empty(self._max_products, num_rows)
+        self._remainder = self.vector
+        self._alphas: list[float] = []
+        self._betas: list[float] = []
+        self._log_limit = 0.5 * math.log(2 * num_rows / math.pi) - math.log(failure_probability)
+
+    def orthogonalize(self, product: Tensor) -> Tensor:
+        """Take the parts along all basis vectors out of the product with the newest.
+
+        Args:
+            product: The operator's product with ``vector``, shape ``(n,)``.
+
+        Returns:
+            What `bound` needs of the result, on the device of the product.
+        """
+        count = len(self._alphas) + 1
+        self._basis[count - 1] = self.vector
+        # The newest two hold nearly all of it. What rounding leaves along any is small, and goes in a second step.
+        alpha = torch.dot(self.vector, product)
+        remainder = product - alpha * self.vector
+        if self._betas:
+            remainder -= self._betas[-1] * self._basis[count - 2]
+        correction = self._basis[:count] @ remainder
+        self._remainder = remainder - correction @ self._basis[:count]
+        return torch.cat([correction, torch.stack([alpha, self._remainder.norm()])])
+
+    def bound(self, numbers: _Vector) -> NormBound:
+        """Bound the norm, and make ``vector`` the next one.
+
+        Args:
+            numbers: What `orthogonalize` has returned.
+
+        Raises:
+            RuntimeError: If the operator is not symmetric.
+        """
+        correction, alpha, residual_norm = numbers[:-2], float(numbers[-2] + numbers[-3]), float(numbers[-1])
+        self._check_symmetry(correction, alpha)
+        self._alphas.append(alpha)
+        count = len(self._alphas)
+        tridiagonal = np.diag(self._alphas) + np.diag(self._betas, 1) + np.diag(self._betas, -1)
+        ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal)
+        largest = int(np.abs(ritz_values).argmax())
+        value, residual = abs(float(ritz_values[largest])), residual_norm * abs(float(ritz_vectors[-1, largest]))
+        is_exhausted = count == self._num_rows or residual_norm <= _EXHAUSTED_RTOL * max(value, *self._betas, 0.0)
+        self.is_finished = is_exhausted or count == self._max_products
+        if is_exhausted:
+            upper = forecast = value + residual
+        else:
+            self._betas.append(residual_norm)
+            upper = max(_polynomial_bound(sign * ritz_values, self._betas, self._log_limit) for sign in (1, -1))
+            # As if the polynomial went on to grow as it does on the average of its factors.
+            growth = math.exp(self._log_limit * (1 / self._max_products - 1 / count))
+            forecast = max(value, growth * upper)
+            self.vector = self._remainder / residual_norm
+        return NormBound(value=value, residual=residual, upper=upper, forecast=forecast, num_products=count)
+
+    def _check_symmetry(self, correction: _Vector, alpha: float) -> None:
+        """Refuse a product that has parts along older basis vectors than the newest two, or another part than beta."""
+        asymmetry = float(np.abs(correction[:-1]).max()) if self._betas else 0.0
+        check_symmetry(asymmetry, max(abs(alpha), *self._betas, 0.0), atol=self._atol)
+
+
+def next_bounds(iterations: Sequence[NormIteration], products: Sequence[Tensor]) -> list[NormBound]:
+    """Bound the norms of several operators after one more product each, with one transfer from the device.
+
+    Args:
+        iterations: The iterations, none of which is finished.
+        products: The product of each operator with the vector of its iteration.
+
+    Raises:
+        FloatingPointError: If a product is not finite.
+        RuntimeError: If an operator is not symmetric.
+    """
+    parts = [iteration.orthogonalize(product) for iteration, product in zip(iterations, products, strict=True)]
+    numbers = torch.cat(parts).cpu().numpy()
+    if not np.isfinite(numbers).all():
+        raise FloatingPointError("products with an operator must be finite, but have elements that are not")
+    ends = np.cumsum([len(part) for part in parts])[:-1]
+    return [iteration.bound(part) for iteration, part in zip(iterations, np.split(numbers, ends), strict=True)]
 
 
 def norm_bounds(
@@ -49,14 +175,7 @@ def norm_bounds(
     atol: float = 0.0,
     failure_probability: float = FAILURE_PROBABILITY,
 ) -> Iterator[NormBound]:
-    r"""Bound the largest magnitude of an eigenvalue from both sides, better with every product.
-
-    Lanczos with full reorthogonalization from a random unit vector v. Its next basis vector is :math:`p_k(A) v`, with
-    :math:`p_k(\lambda) = \prod_i (\lambda - \theta_i) / \beta_i` over the Ritz values. It has unit length, so that an
-    eigenvalue of which v has the part :math:`\gamma` obeys :math:`|\gamma\, p_k(\lambda)| \le 1`. A random part is
-    below :math:`\delta` with probability at most :math:`\delta \sqrt{2 n / \pi}`; and outside of the Ritz values
-    :math:`p_k` grows, so that :math:`|p_k(\lambda)| = 1 / \delta` bounds the eigenvalue (van Dorsselaer, Hochstenbach
-    and van der Vorst, 2000). No gap is assumed; where Lanczos has converged the bound shows it.
+    """Bound the largest magnitude of an eigenvalue from both sides, better with every product: see `NormIteration`.
 
     Args:
         product: From a vector to the operator's product with it, both of shape ``(n,)``.
@@ -71,6 +190,7 @@ def norm_bounds(
         The bounds after each product.
 
     Raises:
+        FloatingPointError: If a product is not finite.
         RuntimeError: If the operator is not symmetric.
 
     Example:
@@ -79,54 +199,16 @@ def norm_bounds(
         >>> round(bound.value, 9), round(bound.upper, 9), bound.num_products
         (3.0, 3.0, 2)
     """
-    start = torch.randn(num_rows, generator=generator, dtype=torch.float64)
-    vector = (start / start.norm()).to("cpu" if like is None else like.device)
-    max_products = min(max_products, num_rows)
-    basis = vector.new_empty(max_products, num_rows)
-    tridiagonal = np.zeros((max_products, max_products))  # Alphas on the diagonal, betas beside it.
-    betas: list[float] = []
-    log_limit = 0.5 * math.log(2 * num_rows / math.pi) - math.log(failure_probability)
-    for count in range(1, max_products + 1):
-        basis[count - 1] = vector
-        remainder, coefficients = _orthogonalized(product(vector), basis[:count])
-        _check_tridiagonal(coefficients, betas, atol)
-        tridiagonal[count - 1, count - 1] = coefficients[-1]
-        residual_norm = float(remainder.norm())
-        ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal[:count, :count])
-        largest = int(np.abs(ritz_values).argmax())
-        value, residual = abs(float(ritz_values[largest])), residual_norm * abs(float(ritz_vectors[-1, largest]))
-        if count == num_rows or residual_norm <= _EXHAUSTED_RTOL * max(value, *betas, 0.0):
-            yield NormBound(value=value, residual=residual, upper=value + residual, num_products=count)
-            return
-        betas.append(residual_norm)
-        upper = max(_polynomial_bound(sign * ritz_values, betas, log_limit) for sign in (1, -1))
-        yield NormBound(value=value, residual=residual, upper=upper, num_products=count)
-        if count < max_products:
-            tridiagonal[count, count - 1] = tridiagonal[count - 1, count] = residual_norm
-            vector = remainder / residual_norm
-
-
-def _orthogonalized(vector: Tensor, basis: Tensor) -> tuple[Tensor, _Vector]:
-    """The part of a vector that is orthogonal to an orthonormal basis, and its coefficients in the basis."""
-    coefficients = basis @ vector
-    vector = vector - coefficients @ basis
-    correction = basis @ vector  # A second time: one pass leaves rounding where much has cancelled.
-    return vector - correction @ basis, (coefficients + correction).cpu().numpy()
-
-
-def _check_tridiagonal(coefficients: _Vector, betas: list[float], atol: float) -> None:
-    """Refuse a product with the newest basis vector that has parts along older ones than the newest two.
-
-    Args:
-        coefficients: The coefficients of the product in the basis, the newest last.
-        betas: The norms of the earlier residuals; the last one is the coefficient that symmetry asks for.
-        atol: The asymmetry to allow.
-    """
-    expected = np.zeros(len(coefficients) - 1)
-    if betas:
-        expected[-1] = betas[-1]
-    asymmetry = float(np.abs(coefficients[:-1] - expected).max()) if betas else 0.0
-    check_symmetry(asymmetry, max(float(np.abs(coefficients).max()), *betas, 0.0), atol=atol)
+    iteration = NormIteration(
+        num_rows,
+        generator=generator,
+        max_products=max_products,
+        like=like,
+        atol=atol,
+        failure_probability=failure_probability,
+    )
+    while not iteration.is_finished:
+        yield from next_bounds([iteration], [product(iteration.vector)])
 
 
 def check_symmetry(asymmetry: float, scale: float, *, atol: float = 0.0) -> None:

@@ -1,23 +1,27 @@
 """Brackets of the Hessian's nullities, from eigenvalues of P and from norms that some products bound."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Generator
+from torch import Generator, Tensor
 
-from lightning_basin.functional.lanczos import NormBound, norm_bounds
-from lightning_basin.functional.null_space import NullSpace, null_space_bracket
-from lightning_basin.functional.rank import EPSILON, Spectrum
+from lightning_basin.functional.bracket import GaussNewtonEigenvalues, NullSpace
+from lightning_basin.functional.lanczos import NormBound, NormIteration, next_bounds
+from lightning_basin.functional.rank import EPSILON
 from lightning_basin.limits import LAYER_PRODUCTS, NETWORK_PRODUCTS, HessianLimits
-from lightning_basin.quantities.hessian.loss import LossCurvature
-from lightning_basin.quantities.hessian.products import ROUNDING_FACTOR, hessian_operator
+from lightning_basin.network.layers import Layer
+from lightning_basin.quantities.hessian.products import ROUNDING_FACTOR, check_finite, hessian_operator
 from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel
 from lightning_basin.quantities.scopes import Scope
 
 _SLACK = 2.0  # factor within which the norm of R is bounded
-_DENSE_SLACK = 1.01  # factor within which it is bounded where products are cheap beside all of H
+_CERTIFIED_SLACK = 10.0  # the same where every count is decided: the norm is then a point on a logarithmic axis
 _LARGEST_PRODUCTS = 30  # most products for the largest eigenvalue of H
+_LEAST_PRODUCTS = 8  # fewer do not find it, except by chance
 _LARGEST_RTOL = 1e-3  # error of the largest eigenvalue of H: it is a scale, of which three digits are enough
+
+_Judge = Callable[[NormBound], tuple[float | None, bool]]
+"""From bounds on the norm of a block to what is known of it, and whether no further product is needed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,106 +32,173 @@ class BlockNorms:
         model: The quadratic model of the loss.
         generator: A generator on the CPU, for start vectors.
         limits: The limits of memory.
-        is_dense: Whether the Hessian is formed too, beside which products are cheap.
+        guess: From the layers of a scope to a vector in the range of its P, where large eigenvalues of H are.
     """
 
     model: QuadraticModel
     generator: Generator
     limits: HessianLimits
-    is_dense: bool
+    guess: Callable[[Sequence[Layer]], Tensor]
 
-    def residual(
-        self, scope: Scope, *, steepest: float, smallest: float | None, known: float, max_products: int
-    ) -> float:
-        """Bound the norm of a block of R from above.
+    def residuals(
+        self, eigenvalues: Mapping[Scope, GaussNewtonEigenvalues], *, known: float, max_products: int
+    ) -> dict[Scope, float]:
+        """Bound the norms of blocks of R from above.
 
         Args:
-            scope: The scope whose block it is.
-            steepest: The largest eigenvalue of P.
-            smallest: The smallest nonzero eigenvalue of P; ``None`` for P = 0.
+            eigenvalues: The eigenvalues of P for each scope whose block it is.
             known: A bound that is known already; infinite for none.
-            max_products: The largest number of products.
+            max_products: The largest number of products with each block.
         """
-        residual, is_bounded = known, known < float("inf")
-        if residual == 0:
-            return residual
-        slack = _DENSE_SLACK if self.is_dense else _SLACK
-        atol = ROUNDING_FACTOR * EPSILON * (max(steepest, known) if is_bounded else steepest)
-        for bound in self._bounds(self.model.linear_part, scope, atol, max_products):
-            residual = min(known, bound.upper * (1 + self.model.slope_uncertainty))
-            if _is_settled(bound, residual, smallest, slack, is_bounded=is_bounded):
-                break
-        return residual
+        if known == 0:
+            return dict.fromkeys(eigenvalues, 0.0)
+        uncertainty = self.model.slope_uncertainty
+        judges = {scope: _judge_of_residual(values, known, uncertainty) for scope, values in eigenvalues.items()}
+        scales = {
+            scope: values.largest if known == float("inf") else max(values.largest, known)
+            for scope, values in eigenvalues.items()
+        }
+        found = self._search(self.model.linear_part, judges, scales, max_products)
+        return {scope: known if bound is None else bound for scope, bound in found.items()}
 
-    def largest(self, scope: Scope, *, steepest: float, max_products: int) -> float | None:
-        """Find the largest magnitude of an eigenvalue of a block of H; ``None`` if it is not found to three digits."""
-        atol = ROUNDING_FACTOR * EPSILON * steepest * max(1.0, self.model.cancellation)
-        for bound in self._bounds(self.model, scope, atol, min(max_products, _LARGEST_PRODUCTS)):
-            if bound.residual <= _LARGEST_RTOL * bound.value:
-                return bound.value
-        return None
+    def largest(
+        self,
+        eigenvalues: Mapping[Scope, GaussNewtonEigenvalues],
+        residuals: Mapping[Scope, float],
+        *,
+        max_products: int,
+    ) -> dict[Scope, float | None]:
+        """Find the largest magnitude of an eigenvalue of blocks of H; ``None`` where it is not found to three digits.
 
-    def _bounds(self, model: QuadraticModel, scope: Scope, atol: float, max_products: int) -> Iterator[NormBound]:
-        max_vectors = self.limits.basis_elements // scope.num_parameters
-        return norm_bounds(
-            hessian_operator(model, scope.layers),
-            scope.num_parameters,
-            generator=self.generator,
-            max_products=max(1, min(max_products, max_vectors)),
-            like=model.outputs,
-            atol=atol,
-        )
+        Args:
+            eigenvalues: The eigenvalues of P for each scope.
+            residuals: An upper bound on the norm of R for each scope.
+            max_products: The largest number of products with each block.
+        """
+        # Elsewhere R moves the largest eigenvalue of P in no digit that counts.
+        moved = {scope: own for scope, own in eigenvalues.items() if residuals[scope] > _LARGEST_RTOL * own.largest}
+        found = {scope: None if scope in moved else own.largest for scope, own in eigenvalues.items()}
+        if max_products < _LEAST_PRODUCTS:
+            return found
+        judges = {scope: _judge_of_largest(own.second + residuals[scope]) for scope, own in moved.items()}
+        scales = {scope: own.largest * max(1.0, self.model.cancellation) for scope, own in moved.items()}
+        max_products = min(max_products, _LARGEST_PRODUCTS)
+        return found | self._search(self.model, judges, scales, max_products, guess=self.guess)
+
+    def _search(
+        self,
+        model: QuadraticModel,
+        judges: Mapping[Scope, _Judge],
+        scales: Mapping[Scope, float],
+        max_products: int,
+        *,
+        guess: Callable[[Sequence[Layer]], Tensor] | None = None,
+    ) -> dict[Scope, float | None]:
+        """Advance Lanczos iterations of several blocks side by side, until each has what it looks for.
+
+        Args:
+            model: The quadratic model of the loss, or its linear part.
+            judges: What ends the iteration of each block.
+            scales: The size of the terms that a block is made of, of which rounding is a fraction.
+            max_products: The largest number of products with each block.
+            guess: From the layers of a scope to a vector near the eigenvector that is looked for.
+        """
+        max_vectors = self.limits.basis_elements // max(1, sum(scope.num_parameters for scope in judges))
+        iterations = {
+            scope: NormIteration(
+                scope.num_parameters,
+                generator=self.generator,
+                max_products=max(1, min(max_products, max_vectors)),
+                like=model.outputs,
+                atol=ROUNDING_FACTOR * EPSILON * scales[scope],
+                guess=None if guess is None else guess(scope.layers),
+            )
+            for scope in judges
+        }
+        operators = {scope: hessian_operator(model, scope.layers) for scope in judges}
+        found: dict[Scope, float | None] = {}
+        while iterations:
+            products = {scope: operators[scope](iteration.vector) for scope, iteration in iterations.items()}
+            try:
+                bounds = next_bounds(list(iterations.values()), list(products.values()))
+            except FloatingPointError:
+                for scope, product in products.items():
+                    check_finite(product, scope.layers)
+                raise
+            for scope, bound in zip(products, bounds, strict=True):
+                found[scope], is_settled = judges[scope](bound)
+                if is_settled or iterations[scope].is_finished:
+                    del iterations[scope]
+        return found
 
 
-def _is_settled(bound: NormBound, residual: float, smallest: float | None, slack: float, *, is_bounded: bool) -> bool:
-    """Whether further products would change neither the certified count nor, by more than the slack, the bound."""
-    is_tight = bound.upper <= slack * bound.value
-    is_certified = smallest is not None and 2 * residual < smallest
-    is_hopeless = smallest is None or 2 * bound.value >= smallest
-    return (is_certified and (is_tight or is_bounded)) or (is_hopeless and is_tight)
+def _judge_of_residual(eigenvalues: GaussNewtonEigenvalues, known: float, uncertainty: float) -> _Judge:
+    """Judge bounds on the norm of a block of R.
+
+    Args:
+        eigenvalues: The eigenvalues of P.
+        known: A bound that is known already; infinite for none.
+        uncertainty: The fraction by which rounding may move the norm.
+    """
+    smallest = eigenvalues.smallest
+
+    def judge(bound: NormBound) -> tuple[float, bool]:
+        residual = min(known, bound.upper * (1 + uncertainty))
+        # The norm is at least the value: no product can change a count that is the same for both.
+        num_curved = eigenvalues.num_curved(residual)
+        is_decided = num_curved == eigenvalues.num_curved(bound.value)
+        is_hopeless = smallest is None or 2 * bound.value >= smallest
+        slack = _CERTIFIED_SLACK if num_curved == eigenvalues.rank else _SLACK
+        is_tight = residual <= slack * bound.value
+        is_settled = is_tight and (is_decided or is_hopeless)
+        if known < float("inf"):  # Only the counts matter, and only where the own bound may become the smaller one.
+            is_settled |= num_curved == eigenvalues.num_curved(min(known, bound.forecast))
+        return residual, is_settled
+
+    return judge
+
+
+def _judge_of_largest(others: float) -> _Judge:
+    r"""Judge Ritz values of a block of H.
+
+    An eigenvalue lies within the residual r of a Ritz value :math:`\theta`. Where all other eigenvalues are at most
+    :math:`\mu < \theta` in magnitude, it is the largest, and no further than :math:`r^2 / (\theta - \mu)` (Temple's
+    bound; Parlett, 1998, theorem 10.5.1).
+
+    Args:
+        others: A bound on the other eigenvalues: the second of P, moved by the norm of R.
+    """
+
+    def judge(bound: NormBound) -> tuple[float | None, bool]:
+        error = bound.residual
+        if bound.value > others:
+            error = min(error, bound.residual**2 / (bound.value - others))
+        is_found = error <= _LARGEST_RTOL * bound.value
+        return (bound.value if is_found else None), is_found
+
+    return judge
 
 
 def bracket_null_spaces(
-    scopes: Sequence[Scope],
-    spectra: Mapping[Scope, Spectrum],
-    loss: LossCurvature,
-    norms: BlockNorms | None,
-    *,
-    rtol: float | None,
+    eigenvalues: Mapping[Scope, GaussNewtonEigenvalues], norms: BlockNorms
 ) -> dict[Scope, NullSpace]:
     """Bracket the nullity of each scope's diagonal block.
 
     Args:
-        scopes: The scopes to report, the network last.
-        spectra: The singular values of rows whose products are P, for each scope.
-        loss: The loss at the outputs.
-        norms: The source of bounds on the norms of R and H; ``None`` takes no product.
-        rtol: The relative tolerance on eigenvalues; ``None`` means the rounding of the arithmetic.
+        eigenvalues: The eigenvalues of P for each scope, the network last.
+        norms: The source of bounds on the norms of R and H.
 
     Raises:
         RuntimeError: If a product is not finite, or the Hessian not symmetric.
     """
-    scale = loss.gradient_scale or 1.0
-
-    def bracket(scope: Scope, residual: float | None, largest: float | None = None) -> NullSpace:
-        return null_space_bracket(
-            scope.num_parameters, spectra[scope], residual=residual, scale=scale, largest=largest, rtol=rtol
-        )
-
-    if loss.is_exact or norms is None:
-        return {scope: bracket(scope, 0.0 if loss.is_exact else None) for scope in scopes}
-
-    def bracket_by_products(scope: Scope, known: float, max_products: int) -> NullSpace:
-        steepest = scale * float(spectra[scope].singular_values.max()) ** 2
-        smallest = bracket(scope, None).smallest
-        residual = norms.residual(scope, steepest=steepest, smallest=smallest, known=known, max_products=max_products)
-        largest: float | None = steepest
-        if residual > _LARGEST_RTOL * steepest:  # Else R moves the largest eigenvalue of P in no digit that counts.
-            largest = norms.largest(scope, steepest=steepest, max_products=max_products)
-        return bracket(scope, residual, largest)
-
-    *inner_scopes, network = scopes
-    brackets = {network: bracket_by_products(network, float("inf"), NETWORK_PRODUCTS)}
-    known = brackets[network].residual or 0.0  # A block of R is not larger than R.
-    max_products = max(1, LAYER_PRODUCTS // max(1, len(inner_scopes)))
-    return {scope: bracket_by_products(scope, known, max_products) for scope in inner_scopes} | brackets
+    found: dict[Scope, NullSpace] = {}
+    *inner, network = eigenvalues
+    known = float("inf")
+    for scopes, num_products in (([network], NETWORK_PRODUCTS), (inner, LAYER_PRODUCTS)):
+        group = {scope: eigenvalues[scope] for scope in scopes}
+        max_products = max(1, num_products // max(1, len(group)))
+        residuals = norms.residuals(group, known=known, max_products=max_products)
+        largest = norms.largest(group, residuals, max_products=max_products)
+        found |= {scope: own.bracket(residuals[scope], largest=largest[scope]) for scope, own in group.items()}
+        known = residuals.get(network, known)  # A block of R is not larger than R.
+    return found

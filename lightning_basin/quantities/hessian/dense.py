@@ -1,18 +1,20 @@
 """Null spaces of a Hessian that is formed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_basin.functional.bracket import GaussNewtonEigenvalues, NullSpace
 from lightning_basin.functional.hessian import hessian_matrix
 from lightning_basin.functional.jacobian import weighted_rows
-from lightning_basin.functional.null_space import NullSpace, hessian_null_space
+from lightning_basin.functional.null_space import hessian_null_space
+from lightning_basin.functional.rank import EPSILON
 from lightning_basin.limits import HessianLimits
 from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.quantities.hessian.loss import LossCurvature
 from lightning_basin.quantities.hessian.products import ROUNDING_FACTOR, check_finite, residual_matrix
-from lightning_basin.quantities.hessian.quadratic_model import num_activations, quadratic_model
+from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel, num_activations
 from lightning_basin.quantities.scopes import Scope
 
 _MAX_COLUMNS = 64  # most columns per batched backward pass
@@ -34,56 +36,79 @@ def dense_null_spaces(
         gradients: The gradients of the canonical outputs, shape ``(m, N)``.
         loss: The loss at the outputs.
         scopes: The scopes to report, the network last.
-        brackets: The bracket that products prove for each scope; empty where they prove nothing.
+        brackets: The bracket that R proves for each scope; empty where it proves nothing.
         rtol: The relative tolerance on eigenvalues; ``None`` means the rounding of the arithmetic.
     """
-    layers = scopes[-1].layers
-    positions = torch.arange(hessian.shape[0], device=hessian.device)
-    columns = dict(zip(layers, torch.split(positions, [layer.num_parameters for layer in layers]), strict=True))
-    null_spaces = {}
-    for scope in scopes:
-        chosen = torch.cat([columns[layer] for layer in scope.layers])
-        null_spaces[scope] = hessian_null_space(
-            hessian[chosen][:, chosen],
-            gradients=gradients[:, chosen],
+    return {
+        scope: hessian_null_space(
+            hessian[columns][:, columns],
+            gradients=gradients[:, columns],
             curvature=loss.curvature,
             rtol=rtol,
             bracket=brackets.get(scope),
         )
-    return null_spaces
+        for scope, columns in _columns(scopes, hessian.device)
+    }
+
+
+def dense_brackets(
+    residual: Tensor, eigenvalues: Mapping[Scope, GaussNewtonEigenvalues], *, uncertainty: float
+) -> dict[Scope, NullSpace]:
+    """Bracket the nullity of each scope's diagonal block by the eigenvalues of R.
+
+    Args:
+        residual: R of the network, shape ``(N, N)``.
+        eigenvalues: The eigenvalues of P for each scope, the network last.
+        uncertainty: The fraction by which rounding may move the norm of R.
+    """
+    blocks = (residual[columns][:, columns] for _, columns in _columns(list(eigenvalues), residual.device))
+    norms = torch.stack([torch.linalg.eigvalsh(block).abs().max() for block in blocks]).tolist()
+    return {
+        scope: own.bracket(norm * (1 + uncertainty))
+        for (scope, own), norm in zip(eigenvalues.items(), norms, strict=True)
+    }
+
+
+def _columns(scopes: Sequence[Scope], device: torch.device) -> Iterator[tuple[Scope, Tensor]]:
+    """Each scope with the places of its parameters among those of the network."""
+    layers = scopes[-1].layers
+    positions = torch.arange(scopes[-1].num_parameters, device=device)
+    columns = dict(zip(layers, torch.split(positions, [layer.num_parameters for layer in layers]), strict=True))
+    for scope in scopes:
+        yield scope, torch.cat([columns[layer] for layer in scope.layers])
 
 
 def dense_hessian(
-    runs: ProbeRuns, gradients: Tensor, loss: LossCurvature, is_curved: Sequence[bool], limits: HessianLimits
-) -> Tensor:
-    """Form the Hessian of a network, shape ``(N, N)``.
+    runs: ProbeRuns, model: QuadraticModel, gradients: Tensor, loss: LossCurvature, limits: HessianLimits
+) -> tuple[Tensor, Tensor | None]:
+    """Form the Hessian of a network, and its residual part, which is free of the cancellation of their difference.
 
     Args:
         runs: The network's runs over the probe.
+        model: The quadratic model of the loss.
         gradients: The gradients of the canonical outputs, shape ``(m, N)``.
         loss: The loss at the outputs.
-        is_curved: For each parameter whether its Gauss-Newton part is known not to vanish.
         limits: The limits of memory.
 
+    Returns:
+        H and R, shape ``(N, N)``; no R where the loss depends on parameters beside the outputs.
+
     Raises:
-        RuntimeError: If the Hessian is not symmetric or not finite, or an operation can be differentiated only once.
+        RuntimeError: If the Hessian is not symmetric or not finite.
     """
-    network, trace, curvature = runs.network, runs.full_trace, loss.curvature
+    network, trace = runs.network, runs.full_trace
     share = 1.0 if limits.chunk_size is None else limits.chunk_size / runs.probe.size
     num_elements = max(1, int(share * num_activations(trace)))
     num_columns = max(1, min(_MAX_COLUMNS, limits.batch_elements // num_elements))
-    if limits.chunk_size is None and (loss.has_penalty or not curvature.is_closed):
-        rounding = ROUNDING_FACTOR * curvature.rounding * float(gradients.square().sum())
-        hessian = hessian_matrix(
-            loss.loss_fn(trace.outputs),
-            network.parameters(),
-            chunk_size=num_columns,
-            atol=rounding,
-            is_curved=is_curved,
-        )
-    else:  # P by its closed form, of which autograd loses digits by cancellation.
-        model = quadratic_model(runs, curvature, link=loss.canonical.link, chunk_size=limits.chunk_size)
-        residual = residual_matrix(model, chunk_size=num_columns)
-        hessian = residual + gradients.mT @ weighted_rows(gradients, curvature.matrices)
+    rounding = ROUNDING_FACTOR * loss.curvature.rounding * float(gradients.square().sum())
+    if loss.has_penalty:
+        loss_value = loss.loss_fn(trace.outputs)
+        hessian = hessian_matrix(loss_value, network.parameters(), chunk_size=num_columns, atol=rounding)
+        residual = None
+    else:
+        gauss_newton = gradients.mT @ weighted_rows(gradients, loss.curvature.matrices)
+        rounding += ROUNDING_FACTOR * EPSILON * float(gauss_newton.norm())
+        residual = residual_matrix(model, chunk_size=num_columns, atol=rounding)
+        hessian = residual + gauss_newton
     check_finite(hessian, network.layers)
-    return hessian
+    return hessian, residual

@@ -3,14 +3,15 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from operator import or_
 
 import torch
 from torch import Tensor
 
 from lightning_basin.functional.differences import contradicted_blocks, relative_direction
-from lightning_basin.functional.hessian import check_connected, flat_vector, is_connected
-from lightning_basin.quantities.hessian.products import output_derivative, sum_of_products
+from lightning_basin.functional.hessian import check_connected, flat_vector, hessian_product, is_connected
+from lightning_basin.quantities.hessian.products import output_derivative
 from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel
 
 _SHIFT = 1e-3  # fraction of their size by which weights are moved to where nothing is exactly at a kink
@@ -47,28 +48,31 @@ def check_derivatives(model: QuadraticModel) -> None:
     Raises:
         RuntimeError: If along each of some random directions the derivative of an operation is wrong.
     """
-    layers = model.network.layers
-    sizes = [layer.num_parameters for layer in layers]
     wrong: list[int] = []
     for seed in range(_NUM_DIRECTIONS):
-        direction = relative_direction(model.parameters, seed=seed)
-        shift = _SHIFT * relative_direction(model.parameters, seed=seed + _NUM_DIRECTIONS)
-        outputs_along, product = _derivatives_at(model, shift, direction)
-
-        def outputs(step: float, shift: Tensor = shift, direction: Tensor = direction) -> list[Tensor]:
-            return [_outputs_at(model, shift + step * direction)]
-
-        def gradient(step: float, shift: Tensor = shift, direction: Tensor = direction) -> list[Tensor]:
-            return list(torch.split(_gradient_at(model, shift + step * direction), sizes))
-
-        wrong = contradicted_blocks([outputs_along], outputs)
-        wrong = wrong or contradicted_blocks(torch.split(product, sizes), gradient)
+        wrong = _wrong_layers(model, seed)
         if not wrong:
             return
+    name = model.network.layers[wrong[-1]].name
     raise RuntimeError(
-        f"the derivatives of the module do not agree with differences of its outputs and gradients, in layer "
-        f"{layers[wrong[-1]].name!r} or after it: an operation has a wrong first or second derivative, or detach() "
-        f"hides a part of it"
+        f"the derivatives of the module do not agree with differences of its outputs and gradients, in layer {name!r} "
+        f"or after it: an operation has a wrong first or second derivative, or detach() hides a part of it"
+    )
+
+
+def _wrong_layers(model: QuadraticModel, seed: int) -> list[int]:
+    """The numbers of the layers whose derivatives along a random direction are wrong; [0] where the outputs' are."""
+    sizes = [layer.num_parameters for layer in model.network.layers]
+    direction = relative_direction(model.parameters, seed=seed)
+    shift = _SHIFT * relative_direction(model.parameters, seed=seed + _NUM_DIRECTIONS)
+    outputs_along, product = _derivatives_at(model, shift, direction)
+
+    @lru_cache(maxsize=4)  # Outputs and gradients are compared over the same steps, first over the same two.
+    def values(step: float) -> tuple[Tensor, Tensor]:
+        return _values_at(model, shift + step * direction)
+
+    return contradicted_blocks([outputs_along], lambda step: values(step)[:1]) or contradicted_blocks(
+        torch.split(product, sizes), lambda step: torch.split(values(step)[1], sizes)
     )
 
 
@@ -84,20 +88,22 @@ def _linear_part_at(model: QuadraticModel, shift: Tensor) -> Iterator[QuadraticM
 
 def _derivatives_at(model: QuadraticModel, shift: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     """The derivative of the outputs along a direction, and R times the direction, at other weights."""
-    with _linear_part_at(model, shift) as linear_part:
-        derivative = output_derivative(linear_part, model.parameters, direction)
-        return derivative, sum_of_products(linear_part, range(len(model.parameters)), direction)
-
-
-def _outputs_at(model: QuadraticModel, shift: Tensor) -> Tensor:
-    with _linear_part_at(model, shift) as linear_part, torch.no_grad():
-        return torch.cat([linear_part.outputs_of(chunk) for chunk in model.chunks])
-
-
-def _gradient_at(model: QuadraticModel, shift: Tensor) -> Tensor:
-    """The gradient of the linear part at other weights."""
-    total = torch.zeros_like(shift)
+    derivatives, product, parameters = [], torch.zeros_like(direction), model.parameters
     with _linear_part_at(model, shift) as linear_part:
         for chunk in model.chunks:
-            total += flat_vector(linear_part.gradients(chunk)).detach()
-    return total
+            outputs = linear_part.outputs_of(chunk)
+            derivatives.append(output_derivative(outputs, parameters, direction))
+            gradient = flat_vector(linear_part.gradients_of(outputs, chunk))
+            product += hessian_product(gradient, parameters, direction)
+    return torch.cat(derivatives), product
+
+
+def _values_at(model: QuadraticModel, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs and the gradient of the linear part at other weights."""
+    values, gradient = [], torch.zeros_like(shift)
+    with _linear_part_at(model, shift) as linear_part:
+        for chunk in model.chunks:
+            outputs = linear_part.outputs_of(chunk)
+            gradient += flat_vector(linear_part.gradients_of(outputs, chunk, create_graph=False))
+            values.append(outputs.detach())
+    return torch.cat(values), gradient

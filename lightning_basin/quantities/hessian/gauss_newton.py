@@ -41,7 +41,7 @@ class GaussNewtonAccumulator:
         self._network, self._loss, self._scopes, self._generator = network, loss, scopes, generator
         self._num_rows = loss.outputs.numel()
         self._square_norms: dict[Layer, float] = {}
-        self._curved: dict[str, bool] = {}
+        self._combinations: dict[Layer, Tensor] = {}
         self._spectra: dict[Scope, Spectrum] = {}
         self._accumulators: dict[Scope, SpectrumAccumulator] = {}
         if loss.gradient_scale is None and loss.is_convex:
@@ -62,12 +62,19 @@ class GaussNewtonAccumulator:
             self._accumulators[scope].add(rows)
             if len(scope.layers) == 1:  # Complete: judge it now and free its memory.
                 self._spectra[scope] = self._accumulators.pop(scope).spectrum()
-        self._note_curved(layer, rows)
+        weights = torch.randn(rows.num_rows, generator=self._generator, dtype=torch.float64)
+        self._combinations[layer] = rows.combination(weights.to(self._loss.outputs.device))
 
     @property
     def is_curved(self) -> list[bool]:
-        """For each parameter of the network whether P is known not to vanish."""
-        return [self._curved[name] for layer in self._network.layers for name in layer.parameters]
+        """For each parameter of the network whether P is known not to vanish, as its random combination shows."""
+        sizes = [parameter.numel() for parameter in self._network.parameters()]
+        parts = torch.split(self.combination(self._network.layers), sizes)
+        return [bool(curved) for curved in torch.stack([part.any() for part in parts]).tolist()]
+
+    def combination(self, layers: Sequence[Layer]) -> Tensor:
+        """Return random combinations of the rows of some layers, side by side: a vector in the range of P."""
+        return torch.cat([self._combinations[layer] for layer in layers])
 
     def spectra(self, behavioral: Mapping[Scope, Spectrum]) -> Mapping[Scope, Spectrum]:
         """Return singular values of the rows of each scope; none where the loss is not convex.
@@ -94,11 +101,3 @@ class GaussNewtonAccumulator:
         size = max(self._num_rows, scope.num_parameters)
         noise = size * self._loss.curvature.factor_rounding * norm
         return replace(spectrum, singular_values=torch.where(values > noise, values, 0.0))
-
-    def _note_curved(self, layer: Layer, rows: LayerGradients) -> None:
-        """Note in which parameters P does not vanish, from one random combination of the rows."""
-        weights = torch.randn(rows.num_rows, generator=self._generator, dtype=torch.float64)
-        sizes = [self._network.named_parameters[name].numel() for name in layer.parameters]
-        combination: Tensor = rows.combination(weights.to(self._loss.outputs.device))
-        parts = torch.split(combination, sizes)
-        self._curved |= {name: bool(part.any()) for name, part in zip(layer.parameters, parts, strict=True)}

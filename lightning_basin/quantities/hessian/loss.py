@@ -7,9 +7,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_basin.functional.bracket import NullSpace
 from lightning_basin.functional.hessian import is_connected
 from lightning_basin.functional.logits import CanonicalLoss, canonical_loss
-from lightning_basin.functional.null_space import NullSpace
 from lightning_basin.functional.output_curvature import LossOfOutputs, OutputCurvature
 from lightning_basin.functional.rank import EPSILON
 from lightning_basin.network.network import Network

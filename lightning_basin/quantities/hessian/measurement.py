@@ -8,18 +8,18 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_basin.evaluation import Evaluation
+from lightning_basin.functional.bracket import GaussNewtonEigenvalues, NullSpace, gauss_newton_eigenvalues
 from lightning_basin.functional.gradients import LayerGradients
-from lightning_basin.functional.null_space import NullSpace
 from lightning_basin.functional.rank import Spectrum
 from lightning_basin.limits import HessianLimits
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.quantities.hessian.brackets import BlockNorms, bracket_null_spaces
-from lightning_basin.quantities.hessian.dense import dense_hessian, dense_null_spaces
+from lightning_basin.quantities.hessian.dense import dense_brackets, dense_hessian, dense_null_spaces
 from lightning_basin.quantities.hessian.derivative_check import check_derivatives, check_twice_differentiable
 from lightning_basin.quantities.hessian.gauss_newton import GaussNewtonAccumulator
 from lightning_basin.quantities.hessian.loss import LossCurvature, loss_curvature
-from lightning_basin.quantities.hessian.quadratic_model import quadratic_model
+from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel, quadratic_model
 from lightning_basin.quantities.hessian.route import HessianRoute, hessian_route
 from lightning_basin.quantities.scopes import Scope
 from lightning_basin.settings import behavioral_loss, squared_distance
@@ -72,30 +72,49 @@ class HessianMeasurement:
         Raises:
             RuntimeError: If the network or the loss cannot be differentiated twice.
         """
-        brackets = self._brackets(self._gauss_newton.spectra(spectra))
-        null_spaces = self._dense(brackets) if self._forms_hessian else brackets
+        model, eigenvalues = None, {}
+        # Where H = P no second derivative of the network is taken, so that none can be wrong or missing.
+        if self._route.takes_products and not self._loss.is_exact:
+            model = self._checked_model()
+        if self._loss.is_provable:
+            eigenvalues = self._eigenvalues(self._gauss_newton.spectra(spectra))
+        if self._loss.is_exact or model is None:
+            residual = 0.0 if self._loss.is_exact else None
+            null_spaces = {scope: own.bracket(residual) for scope, own in eigenvalues.items()}
+        elif self._route.is_dense:
+            null_spaces = self._dense(model, eigenvalues)
+        else:
+            norms = BlockNorms(
+                model=model, generator=self._generator, limits=self._limits, guess=self._gauss_newton.combination
+            )
+            null_spaces = bracket_null_spaces(eigenvalues, norms)
         return {scope: self._loss.rescaled(null_space) for scope, null_space in null_spaces.items()}
 
-    def _brackets(self, spectra: Mapping[Scope, Spectrum]) -> dict[Scope, NullSpace]:
-        """Brackets that products prove; none where the loss is not convex in the outputs alone."""
-        # Where H = P no second derivative of the network is taken, so that none can be wrong or missing.
-        norms = self._block_norms() if self._route.takes_products and not self._loss.is_exact else None
-        if not self._loss.is_provable:
-            return {}
-        return bracket_null_spaces(self._scopes, spectra, self._loss, norms, rtol=self._rtol)
+    def _eigenvalues(self, spectra: Mapping[Scope, Spectrum]) -> dict[Scope, GaussNewtonEigenvalues]:
+        """The eigenvalues of the Gauss-Newton part for each scope."""
+        scale = self._loss.gradient_scale or 1.0
+        return {
+            scope: gauss_newton_eigenvalues(scope.num_parameters, spectra[scope], scale=scale, rtol=self._rtol)
+            for scope in self._scopes
+        }
 
-    def _block_norms(self) -> BlockNorms:
-        """The source of bounds by products, after a check of the derivatives."""
+    def _checked_model(self) -> QuadraticModel:
+        """The quadratic model of the loss, after a check of its derivatives."""
         loss, chunk_size = self._loss, self._limits.chunk_size
         model = quadratic_model(self._runs, loss.curvature, link=loss.canonical.link, chunk_size=chunk_size)
         check_twice_differentiable(model, self._gauss_newton.is_curved)
         check_derivatives(model)
-        return BlockNorms(model=model, generator=self._generator, limits=self._limits, is_dense=self._route.is_dense)
+        return model
 
-    def _dense(self, brackets: Mapping[Scope, NullSpace]) -> dict[Scope, NullSpace]:
-        layers = self._runs.network.layers
-        gradients = torch.cat([self._gradients[layer] for layer in layers], dim=1)
-        hessian = dense_hessian(self._runs, gradients, self._loss, self._gauss_newton.is_curved, self._limits)
+    def _dense(
+        self, model: QuadraticModel, eigenvalues: Mapping[Scope, GaussNewtonEigenvalues]
+    ) -> dict[Scope, NullSpace]:
+        """Null spaces of all of H, and brackets by all of R where these prove something."""
+        gradients = torch.cat([self._gradients[layer] for layer in self._runs.network.layers], dim=1)
+        hessian, residual = dense_hessian(self._runs, model, gradients, self._loss, self._limits)
+        brackets: dict[Scope, NullSpace] = {}
+        if eigenvalues and residual is not None:
+            brackets = dense_brackets(residual, eigenvalues, uncertainty=model.slope_uncertainty)
         return dense_null_spaces(hessian, gradients, self._loss, self._scopes, brackets, rtol=self._rtol)
 
 

@@ -76,28 +76,39 @@ class QuadraticModel:
             outputs = self.network.outputs(self.probe if is_whole else self.probe.select(chunk))
         return _canonical(self.link, outputs.reshape(len(chunk), -1))
 
-    def value(self, chunk: Tensor) -> Tensor:
-        """Return the model's sum over some inputs, as if the loss coupled them with no others; shape ``()``."""
-        outputs = self.outputs_of(chunk)
+    def gradients(self, chunk: Tensor) -> list[Tensor]:
+        """Return the gradient of the model's sum over some inputs by each parameter, with its graph.
+
+        The inputs count as if the loss coupled them with no others. If all inputs share one graph, it is kept.
+        """
+        if len(self.chunks) > 1:
+            return self.gradients_of(self.outputs_of(chunk), chunk)
+        return self._gradients_of_all
+
+    def gradients_of(self, outputs: Tensor, chunk: Tensor, *, create_graph: bool = True) -> list[Tensor]:
+        """Return the gradients for the canonical outputs of some inputs.
+
+        Args:
+            outputs: The canonical outputs, attached to the graph of the parameters, shape ``(inputs, c)``.
+            chunk: The numbers of the inputs.
+            create_graph: Whether the gradients have a graph.
+        """
+        value = self._value(outputs, chunk)
+        if not value.requires_grad:  # Some inputs may use no parameter.
+            return [torch.zeros_like(parameter) for parameter in self.parameters]
+        gradients = torch.autograd.grad(value, self.parameters, create_graph=create_graph, materialize_grads=True)
+        return list(gradients)
+
+    @cached_property
+    def _gradients_of_all(self) -> list[Tensor]:
+        return self.gradients_of(self.outputs_of(self.chunks[0]), self.chunks[0])
+
+    def _value(self, outputs: Tensor, chunk: Tensor) -> Tensor:
         value = (self.curvature.slope[chunk] * outputs).sum()
         if self.is_linear:
             return value
         moved = (outputs - self.outputs[chunk]).reshape(-1, 1)
         return value + 0.5 * (moved * weighted_rows(moved, self._matrices(chunk))).sum()
-
-    def gradients(self, chunk: Tensor) -> list[Tensor]:
-        """Return the gradient of `value` by each parameter, with its graph, which is kept if all inputs share one."""
-        return self._gradients_of_all if len(self.chunks) == 1 else self._gradients(chunk)
-
-    @cached_property
-    def _gradients_of_all(self) -> list[Tensor]:
-        return self._gradients(self.chunks[0])
-
-    def _gradients(self, chunk: Tensor) -> list[Tensor]:
-        value = self.value(chunk)
-        if not value.requires_grad:  # Some inputs may use no parameter.
-            return [torch.zeros_like(parameter) for parameter in self.parameters]
-        return list(torch.autograd.grad(value, self.parameters, create_graph=True, materialize_grads=True))
 
     def _matrices(self, chunk: Tensor) -> Tensor:
         matrices, slope = self.curvature.matrices, self.curvature.slope

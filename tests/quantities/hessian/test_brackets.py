@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_basin import measure_basin
-from lightning_basin.functional import null_space
+from lightning_basin.functional import bracket
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
 from lightning_basin.quantities.hessian import quadratic_model
 from tests.networks import drawn, filled
@@ -188,4 +188,4 @@ def test_a_sketch_does_not_overstate_singular_values_by_more_than_the_certificat
     exact = torch.from_numpy(np.linalg.svd(factored.rows().numpy(), compute_uv=False))
     for gradients in (factored, DenseGradients(factored.rows())):
         found = torch.linalg.svdvals(gradients.sketch(2 * k * c, torch.Generator().manual_seed(seed)))
-        assert (found / exact).max() < null_space.SKETCH_FACTOR
+        assert (found / exact).max() < bracket.SKETCH_FACTOR
