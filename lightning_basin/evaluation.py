@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Evaluation:
         notes: What a reader of the record should know; quantities add to it.
         clock: The clock of the stages, which is in ``"trace"`` outside of all others.
         unseen: The names of layers that training trains, and on which the outputs do not depend.
+        passed_checks: The names of checks that hold for the structure of the module, as in `Structure`.
     """
 
     settings: Settings
@@ -55,6 +56,7 @@ class Evaluation:
     notes: list[str]
     clock: StageClock
     unseen: tuple[str, ...] = ()
+    passed_checks: set[str] = field(default_factory=set)
 
     @property
     def network(self) -> Network:
@@ -152,7 +154,18 @@ def open_evaluation(
         if cache is not None:
             cache.keep(question, found)
         notes = [] if found.note is None else [found.note]
-        yield Evaluation(settings, runs, loss_fn, loss, found.layout, found.plan, notes, clock, found.unseen)
+        yield Evaluation(
+            settings=settings,
+            runs=runs,
+            loss_fn=loss_fn,
+            loss=loss,
+            layout=found.layout,
+            plan=found.plan,
+            notes=notes,
+            clock=clock,
+            unseen=found.unseen,
+            passed_checks=found.passed_checks,
+        )
 
 
 def _check_numbers(module: nn.Module, probe: Probe) -> None:

@@ -48,6 +48,7 @@ class Structure:
         plan: The plan of the measurement; ``None`` where all inputs are run at once.
         layout: The rows of each input in what enters and leaves each layer; ``None`` if not asked for.
         is_settled: Whether the modes are the same at other weights.
+        passed_checks: The names of further checks that hold at all weights, to which quantities add theirs.
         passed: The operations and shapes of the forward pass of all inputs, as `_forward_pass` returns them; empty
             where it is not known.
     """
@@ -58,6 +59,7 @@ class Structure:
     plan: MeasurementPlan | None
     layout: InputLayout | None
     is_settled: bool = True
+    passed_checks: set[str] = field(default_factory=set)
     passed: list[Hashable] = field(default_factory=list)
 
 

@@ -88,6 +88,44 @@ def test_all_is_found_anew_after_a_change(change):
     assert passes_of(module, probe, Settings(), cache) == 2
 
 
+class WrongSquare(torch.autograd.Function):
+    """A square whose derivative forgets the factor 2."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * x
+
+
+class Squared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(WrongSquare.apply(self.first(x)))
+
+
+def test_a_wrong_derivative_is_found_each_time():
+    cache, probe = StructureCache(), Probe(drawn(6, 3), drawn(6, 2))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="the derivatives of the module do not agree with differences"):
+            record = measure(filled(Squared()), probe, Settings(loss_fn=nn.MSELoss()), cache=cache)
+        assert record.hessian_nullity is None
+
+
+def test_derivatives_are_compared_with_differences_once():
+    cache, probe = StructureCache(), Probe(drawn(6, 3), drawn(6, 2))
+    settings = Settings(loss_fn=nn.MSELoss(), hessian="bracket", layers=[])
+    passes = [passes_of(small(), probe, settings, cache) for _ in range(3)]
+    assert passes[0] > 2 * passes[1] == 2 * passes[2]
+
+
 class Gated(nn.Module):
     """Adds the mean over the inputs, times a number that begins with zero."""
 
