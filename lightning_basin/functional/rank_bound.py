@@ -119,15 +119,15 @@ def merged_linear_directions(classes: Tensor, signals: Tensor, inputs: Tensor, *
         >>> merged_linear_directions(torch.tensor([0, 0, 2, 2]), signals, corners, rtol=1e-12)
         1
     """
-    is_merged = classes != torch.arange(classes.numel())
-    if not is_merged.any():
+    classes = classes.cpu()
+    merged = (classes != torch.arange(classes.numel())).nonzero().squeeze(1)
+    if merged.numel() == 0:
         return 0
-    first, position = torch.unique(classes[is_merged], return_inverse=True)
-    first, position, merged = (
-        indices.to(inputs.device)
-        for indices in (first, position, torch.stack([is_merged.nonzero()[:, 0], classes[is_merged]]))
+    first, position = torch.unique(classes[merged], return_inverse=True)
+    merged, first_of_merged, first, position = (
+        indices.to(inputs.device) for indices in (merged, classes[merged], first, position)
     )
-    differences = inputs[merged[0]] - inputs[merged[1]]
+    differences = inputs[merged] - inputs[first_of_merged]
     # A row of the gradients is the product of a row of each: the norm of any is at most sigma_max.
     tolerance = rtol * (signals.norm(dim=2).amax(1) * inputs.norm(dim=1)).max() / 4
     # Each factor is weighted by the other: what the rank drops from a factor then weighs as much in the product.

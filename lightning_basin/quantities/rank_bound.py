@@ -107,7 +107,7 @@ def _cuts_before(evaluation: Evaluation, name: str, classes: Tensor, rank: Gradi
     if passage is not None:
         # The tighter bounds ask for the same signals before the cut as well.
         equal_signals = duplicate_classes(passage.signals.flatten(1), rtol=rank.rtol)
-        classes = duplicate_classes(torch.stack([classes, equal_signals], dim=1), rtol=0.0)
+        classes = _first_of_equal(classes * len(classes) + equal_signals)
         if merging_error(runs, classes, is_before, passage) <= tolerance:
             cuts.append((classes, partial(_directions_through, passage, classes, num_before, rank, share)))
     return cuts
@@ -271,7 +271,7 @@ def _directions_through(
 ) -> int:
     """Bound the directions by B2, B3 and B4, for the inputs that are kept."""
     signals = passage.signals[kept.to(passage.signals.device)]
-    members = duplicate_classes(classes[kept].unsqueeze(1), rtol=0.0)
+    members = _first_of_equal(classes[kept])
     directions = min(num_before, merged_directions(members, signals))
     if passage.inputs is None or directions == 0:
         return directions
@@ -280,3 +280,9 @@ def _directions_through(
     largest_row = float((signals.norm(dim=2).amax(1) * inputs.norm(dim=1)).max())
     rtol = share * rank.rtol * (min(1.0, rank.largest / largest_row) if largest_row > 0.0 else 1.0)
     return min(directions, merged_linear_directions(members, signals, inputs, rtol=rtol))
+
+
+def _first_of_equal(labels: Tensor) -> Tensor:
+    """The first index with the same label as each, for integers on the CPU."""
+    _, first, inverse = np.unique(labels.numpy(), return_index=True, return_inverse=True)
+    return torch.from_numpy(first[inverse])
