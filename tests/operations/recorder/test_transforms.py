@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from lightning_basin import measure_basin
+from tests.measure.records import without_time
 from tests.networks import Composed, drawn, filled
 
 
@@ -23,7 +24,7 @@ def inside(function):
 
 
 def integers(record):
-    fields = record.to_dict()
+    fields = without_time(record)
     return {name: value for name, value in fields.items() if isinstance(value, int | dict)} | {
         "layers": {
             name: (layer.gradient_rank, layer.hessian_nullity, layer.duplicated_activations, layer.dead_units)
