@@ -12,7 +12,7 @@ MAX_UNPROVED_PARAMETERS = 3000
 """The same where the loss is not a convex function of the outputs, and only all of the Hessian decides: seconds."""
 
 NETWORK_PRODUCTS = 80
-"""Most products with R that bound its norm; some 30 are enough for a factor of two."""
+"""Most products with R that bound its norm; some 20 are enough for a factor of two."""
 
 LAYER_PRODUCTS = 100
 """Most products with the blocks of all layers together; at least one each, which finds the blocks where R is zero."""

@@ -12,7 +12,7 @@ from lightning_basin.functional.duplicates import dead_units, duplicate_classes,
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
 from lightning_basin.functional.hessian import hessian_matrix, hessian_product
 from lightning_basin.functional.jacobian import behavioral_gradients, gradient_rows, weighted_rows
-from lightning_basin.functional.lanczos import NormBound, norm_bounds
+from lightning_basin.functional.lanczos import NormBound, NormIteration, next_bounds
 from lightning_basin.functional.manifold import null_directions, surviving_fraction
 from lightning_basin.functional.null_space import hessian_null_space, hessian_nullity
 from lightning_basin.functional.output_curvature import OutputCurvature, output_curvature
@@ -39,6 +39,7 @@ __all__ = [
     "GradientRank",
     "KhatriRaoGradients",
     "NormBound",
+    "NormIteration",
     "NullSpace",
     "OutputCurvature",
     "Spectrum",
@@ -62,7 +63,7 @@ __all__ = [
     "log_det_gram",
     "merged_directions",
     "merged_linear_directions",
-    "norm_bounds",
+    "next_bounds",
     "null_directions",
     "null_space_bracket",
     "numerical_rank",

@@ -1,7 +1,7 @@
 """The norm of a symmetric operator that is known by its products only, with a bound from above."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,12 +58,18 @@ class NormIteration:
         like: A tensor on the device of the vectors; ``None`` means the CPU.
         atol: The asymmetry to allow beside 1e-8 of the largest entry.
         failure_probability: The probability that a bound is too low.
-        guess: A vector near the eigenvector that is looked for, which is added to the random one. It leaves nothing of
-            ``upper``, but lets the Ritz value converge sooner. ``None`` for none.
 
     Attributes:
         vector: The unit vector to be multiplied next.
         is_finished: Whether no further product is taken.
+
+    Example:
+        >>> diagonal = torch.tensor([1.0, -3.0], dtype=torch.float64)
+        >>> iteration = NormIteration(2, generator=torch.Generator(), max_products=2)
+        >>> while not iteration.is_finished:
+        ...     (bound,) = next_bounds([iteration], [diagonal * iteration.vector])
+        >>> round(bound.value, 9), round(bound.upper, 9), bound.num_products
+        (3.0, 3.0, 2)
     """
 
     def __init__(
@@ -75,13 +81,9 @@ class NormIteration:
         like: Tensor | None = None,
         atol: float = 0.0,
         failure_probability: float = FAILURE_PROBABILITY,
-        guess: Tensor | None = None,
     ) -> None:
         start = torch.randn(num_rows, generator=generator, dtype=torch.float64)
         self.vector = (start / start.norm()).to("cpu" if like is None else like.device)
-        if guess is not None:
-            self.vector = self.vector + guess / guess.norm().clamp(min=torch.finfo(guess.dtype).tiny)
-            self.vector /= self.vector.norm()
         self.is_finished = False
         self._num_rows, self._max_products, self._atol = num_rows, min(max_products, num_rows), atol
         self._basis = self.vector.new_empty(self._max_products, num_rows)
@@ -163,52 +165,6 @@ def next_bounds(iterations: Sequence[NormIteration], products: Sequence[Tensor])
         raise FloatingPointError("products with an operator must be finite, but have elements that are not")
     ends = np.cumsum([len(part) for part in parts])[:-1]
     return [iteration.bound(part) for iteration, part in zip(iterations, np.split(numbers, ends), strict=True)]
-
-
-def norm_bounds(
-    product: Callable[[Tensor], Tensor],
-    num_rows: int,
-    *,
-    generator: Generator,
-    max_products: int,
-    like: Tensor | None = None,
-    atol: float = 0.0,
-    failure_probability: float = FAILURE_PROBABILITY,
-) -> Iterator[NormBound]:
-    """Bound the largest magnitude of an eigenvalue from both sides, better with every product: see `NormIteration`.
-
-    Args:
-        product: From a vector to the operator's product with it, both of shape ``(n,)``.
-        num_rows: The number n of the operator's rows.
-        generator: A generator on the CPU, for the start vector.
-        max_products: The largest number of products; fewer where the Krylov space is exhausted, n at the latest.
-        like: A tensor on the device of the vectors; ``None`` means the CPU.
-        atol: The asymmetry to allow beside 1e-8 of the largest entry.
-        failure_probability: The probability that a bound is too low.
-
-    Yields:
-        The bounds after each product.
-
-    Raises:
-        FloatingPointError: If a product is not finite.
-        RuntimeError: If the operator is not symmetric.
-
-    Example:
-        >>> diagonal = torch.tensor([1.0, -3.0], dtype=torch.float64)
-        >>> *_, bound = norm_bounds(lambda v: diagonal * v, 2, generator=torch.Generator(), max_products=2)
-        >>> round(bound.value, 9), round(bound.upper, 9), bound.num_products
-        (3.0, 3.0, 2)
-    """
-    iteration = NormIteration(
-        num_rows,
-        generator=generator,
-        max_products=max_products,
-        like=like,
-        atol=atol,
-        failure_probability=failure_probability,
-    )
-    while not iteration.is_finished:
-        yield from next_bounds([iteration], [product(iteration.vector)])
 
 
 def check_symmetry(asymmetry: float, scale: float, *, atol: float = 0.0) -> None:

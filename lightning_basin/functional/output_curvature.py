@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
@@ -61,7 +62,7 @@ class OutputCurvature:
         """Whether the slope at one input changes with the outputs of others."""
         return self.matrices.shape[0] < self.slope.shape[0]
 
-    @property
+    @cached_property
     def identity_scale(self) -> float | None:
         """The number s where the second derivative is s times the identity on every input, as of squared errors."""
         scale = _identity_scale(self.matrices)
@@ -216,15 +217,14 @@ def _couples_inputs(slope: Tensor, values: Tensor) -> bool:
     that is a sum over inputs answers with exact zeros, however small its curvature has become. The moves are random,
     as equal ones would cancel in a contrast.
     """
-    positions = torch.arange(values.shape[0], device=values.device)
-    move = _random_like(values, seed=NUM_SAMPLES)
-    for bit in range((values.shape[0] - 1).bit_length()):
-        is_moved = ((positions >> bit) & 1).bool().unsqueeze(1)
-        directions = torch.where(is_moved, move, 0.0).unsqueeze(0)
-        change = vector_jacobian_products(slope, [values], directions).view_as(values)
-        if bool(change[~is_moved.squeeze(1)].any()):
-            return True
-    return False
+    num_bits = (values.shape[0] - 1).bit_length()
+    if num_bits == 0:
+        return False
+    positions, bits = (torch.arange(size, device=values.device) for size in (values.shape[0], num_bits))
+    is_moved = ((positions >> bits.unsqueeze(1)) & 1).bool().unsqueeze(2)
+    directions = torch.where(is_moved, _random_like(values, seed=NUM_SAMPLES), 0.0)
+    changes = vector_jacobian_products(slope, [values], directions).view_as(directions)
+    return bool(torch.where(is_moved, 0.0, changes).any())
 
 
 def _random_like(outputs: Tensor, *, seed: int) -> Tensor:

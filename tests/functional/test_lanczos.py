@@ -3,11 +3,17 @@ import math
 import pytest
 import torch
 
-from lightning_basin.functional.lanczos import norm_bounds
+from lightning_basin.functional.lanczos import NormIteration, next_bounds
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def norm_bounds(product, num_rows, **settings):
+    iteration = NormIteration(num_rows, **settings)
+    while not iteration.is_finished:
+        yield from next_bounds([iteration], [product(iteration.vector)])
 
 
 def bounds_of(diagonal, max_products=100, seed=0, **settings):
@@ -123,3 +129,30 @@ def test_asymmetry_that_is_allowed_is_let_pass():
     matrix = torch.diag(torch.linspace(1, 2, 30, dtype=torch.float64))
     matrix[0, 1] = 1e-5
     assert len(list(norm_bounds(lambda v: matrix @ v, 30, generator=generator(), max_products=3, atol=1e-4))) == 3
+
+
+def test_iterations_side_by_side_are_those_one_after_the_other():
+    matrices = [torch.diag(torch.linspace(low, 1, 30, dtype=torch.float64)) for low in (-1.0, 0.0, 0.5)]
+    alone = [
+        list(norm_bounds(lambda v, matrix=matrix: matrix @ v, 30, generator=generator(seed), max_products=8))
+        for seed, matrix in enumerate(matrices)
+    ]
+    iterations = [NormIteration(30, generator=generator(seed), max_products=8) for seed in range(3)]
+    for number in range(8):
+        products = [matrix @ iteration.vector for matrix, iteration in zip(matrices, iterations, strict=True)]
+        assert next_bounds(iterations, products) == [bounds[number] for bounds in alone]
+    assert all(iteration.is_finished for iteration in iterations)
+
+
+def test_a_product_that_is_not_finite_is_refused():
+    with pytest.raises(FloatingPointError, match="products with an operator must be finite"):
+        list(norm_bounds(lambda v: v / 0, 5, generator=generator(), max_products=3))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_forecast_of_a_bound_is_near_what_it_becomes(seed):
+    bounds = bounds_of(torch.linspace(-1, 1, 300), max_products=8, seed=seed)
+    # The logarithm of the bound, of which the start vector's part is spread over 2 and over 8 products.
+    assert bounds[1].upper > 1e3 * bounds[-1].upper
+    assert 0.1 < bounds[1].forecast / bounds[-1].upper < 10
+    assert bounds[-1].forecast == bounds[-1].upper

@@ -1,15 +1,14 @@
 """Brackets of the Hessian's nullities, from eigenvalues of P and from norms that some products bound."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import Generator, Tensor
+from torch import Generator
 
 from lightning_basin.functional.bracket import GaussNewtonEigenvalues, NullSpace
 from lightning_basin.functional.lanczos import NormBound, NormIteration, next_bounds
 from lightning_basin.functional.rank import EPSILON
 from lightning_basin.limits import LAYER_PRODUCTS, NETWORK_PRODUCTS, HessianLimits
-from lightning_basin.network.layers import Layer
 from lightning_basin.quantities.hessian.products import ROUNDING_FACTOR, check_finite, hessian_operator
 from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel
 from lightning_basin.quantities.scopes import Scope
@@ -32,13 +31,11 @@ class BlockNorms:
         model: The quadratic model of the loss.
         generator: A generator on the CPU, for start vectors.
         limits: The limits of memory.
-        guess: From the layers of a scope to a vector in the range of its P, where large eigenvalues of H are.
     """
 
     model: QuadraticModel
     generator: Generator
     limits: HessianLimits
-    guess: Callable[[Sequence[Layer]], Tensor]
 
     def residuals(
         self, eigenvalues: Mapping[Scope, GaussNewtonEigenvalues], *, known: float, max_products: int
@@ -83,16 +80,10 @@ class BlockNorms:
         judges = {scope: _judge_of_largest(own.second + residuals[scope]) for scope, own in moved.items()}
         scales = {scope: own.largest * max(1.0, self.model.cancellation) for scope, own in moved.items()}
         max_products = min(max_products, _LARGEST_PRODUCTS)
-        return found | self._search(self.model, judges, scales, max_products, guess=self.guess)
+        return found | self._search(self.model, judges, scales, max_products)
 
     def _search(
-        self,
-        model: QuadraticModel,
-        judges: Mapping[Scope, _Judge],
-        scales: Mapping[Scope, float],
-        max_products: int,
-        *,
-        guess: Callable[[Sequence[Layer]], Tensor] | None = None,
+        self, model: QuadraticModel, judges: Mapping[Scope, _Judge], scales: Mapping[Scope, float], max_products: int
     ) -> dict[Scope, float | None]:
         """Advance Lanczos iterations of several blocks side by side, until each has what it looks for.
 
@@ -101,7 +92,6 @@ class BlockNorms:
             judges: What ends the iteration of each block.
             scales: The size of the terms that a block is made of, of which rounding is a fraction.
             max_products: The largest number of products with each block.
-            guess: From the layers of a scope to a vector near the eigenvector that is looked for.
         """
         max_vectors = self.limits.basis_elements // max(1, sum(scope.num_parameters for scope in judges))
         iterations = {
@@ -111,7 +101,6 @@ class BlockNorms:
                 max_products=max(1, min(max_products, max_vectors)),
                 like=model.outputs,
                 atol=ROUNDING_FACTOR * EPSILON * scales[scope],
-                guess=None if guess is None else guess(scope.layers),
             )
             for scope in judges
         }

@@ -1,6 +1,7 @@
 """Null spaces of a Hessian that is formed."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -63,8 +64,9 @@ def dense_brackets(
     """
     blocks = (residual[columns][:, columns] for _, columns in _columns(list(eigenvalues), residual.device))
     norms = torch.stack([torch.linalg.eigvalsh(block).abs().max() for block in blocks]).tolist()
+    # H is made of the same R: its eigenvalues are compared with the norm as it is.
     return {
-        scope: own.bracket(norm * (1 + uncertainty))
+        scope: replace(own.bracket(norm * (1 + uncertainty)), residual=norm)
         for (scope, own), norm in zip(eigenvalues.items(), norms, strict=True)
     }
 

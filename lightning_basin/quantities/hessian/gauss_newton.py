@@ -41,7 +41,7 @@ class GaussNewtonAccumulator:
         self._network, self._loss, self._scopes, self._generator = network, loss, scopes, generator
         self._num_rows = loss.outputs.numel()
         self._square_norms: dict[Layer, float] = {}
-        self._combinations: dict[Layer, Tensor] = {}
+        self._curved: dict[Layer, list[Tensor]] = {}
         self._spectra: dict[Scope, Spectrum] = {}
         self._accumulators: dict[Scope, SpectrumAccumulator] = {}
         if loss.gradient_scale is None and loss.is_convex:
@@ -63,18 +63,15 @@ class GaussNewtonAccumulator:
             if len(scope.layers) == 1:  # Complete: judge it now and free its memory.
                 self._spectra[scope] = self._accumulators.pop(scope).spectrum()
         weights = torch.randn(rows.num_rows, generator=self._generator, dtype=torch.float64)
-        self._combinations[layer] = rows.combination(weights.to(self._loss.outputs.device))
+        combination = rows.combination(weights.to(self._loss.outputs.device))
+        sizes = [self._network.named_parameters[name].numel() for name in layer.parameters]
+        self._curved[layer] = [part.any() for part in torch.split(combination, sizes)]
 
     @property
     def is_curved(self) -> list[bool]:
-        """For each parameter of the network whether P is known not to vanish, as its random combination shows."""
-        sizes = [parameter.numel() for parameter in self._network.parameters()]
-        parts = torch.split(self.combination(self._network.layers), sizes)
-        return [bool(curved) for curved in torch.stack([part.any() for part in parts]).tolist()]
-
-    def combination(self, layers: Sequence[Layer]) -> Tensor:
-        """Return random combinations of the rows of some layers, side by side: a vector in the range of P."""
-        return torch.cat([self._combinations[layer] for layer in layers])
+        """For each parameter of the network whether P does not vanish, as random combinations of its rows show."""
+        curved = [part for layer in self._network.layers for part in self._curved[layer]]
+        return [bool(part) for part in torch.stack(curved).tolist()]
 
     def spectra(self, behavioral: Mapping[Scope, Spectrum]) -> Mapping[Scope, Spectrum]:
         """Return singular values of the rows of each scope; none where the loss is not convex.

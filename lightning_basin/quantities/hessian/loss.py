@@ -80,21 +80,29 @@ class LossCurvature:
         For a squared error R falls with the residual, and the loss with its square.
         """
         is_open = null_space.upper is not None and null_space.lower != null_space.upper
-        scale, smallest = self.curvature.identity_scale, null_space.smallest or 0.0
+        smallest = null_space.smallest or 0.0
         if smallest <= null_space.rtol * (null_space.largest or 0.0):  # The tolerance keeps them apart.
             return None
-        if not is_open or scale is None or not self._is_squared_error(scale) or not null_space.residual:
+        if not is_open or not null_space.residual or not self._is_squared_error:
             return None
         loss = self._value * (smallest / (2 * null_space.residual)) ** 2
-        rounding = 0.5 * scale * float((EPSILON * self.outputs).square().sum())
-        return loss * self.scale if loss > rounding else 0.0
+        return loss * self.scale if loss > self._rounding else 0.0
 
-    @property
+    @cached_property
     def _value(self) -> float:
         return float(self.loss_fn(self.outputs).detach())
 
-    def _is_squared_error(self, scale: float) -> bool:
+    @cached_property
+    def _rounding(self) -> float:
+        """The squared error that the rounding of the outputs leaves."""
+        return 0.5 * (self.curvature.identity_scale or 0.0) * float((EPSILON * self.outputs).square().sum())
+
+    @cached_property
+    def _is_squared_error(self) -> bool:
         """Whether the loss is a multiple of the sum of squared residuals, which a perfect fit brings to zero."""
+        scale = self.curvature.identity_scale
+        if scale is None:
+            return False
         half_square = 0.5 * float(self.curvature.slope.square().sum()) / scale
         return abs(self._value - half_square) <= agreement_rtol(self.outputs.dtype) * half_square
 

@@ -91,9 +91,7 @@ class HessianMeasurement:
         elif self._route.is_dense:
             null_spaces = self._dense(model, eigenvalues)
         else:
-            norms = BlockNorms(
-                model=model, generator=self._generator, limits=self._limits, guess=self._gauss_newton.combination
-            )
+            norms = BlockNorms(model=model, generator=self._generator, limits=self._limits)
             null_spaces = bracket_null_spaces(eigenvalues, norms)
         return {scope: self._loss.rescaled(null_space) for scope, null_space in null_spaces.items()}
 

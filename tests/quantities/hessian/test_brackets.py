@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lightning_basin import measure_basin
 from lightning_basin.functional import bracket
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
-from lightning_basin.quantities.hessian import quadratic_model
+from lightning_basin.quantities.hessian import products, quadratic_model
 from tests.networks import drawn, filled
 
 LOSSES = {
@@ -74,6 +74,8 @@ def assert_bracket_holds(seed):
     assert record.hessian_nullity_lower <= (eigenvalues <= residual + rounding).sum(), (seed, loss)
     if residual > rounding:  # Else all eigenvalues do not resolve what the bracket does.
         assert (eigenvalues <= residual - rounding).sum() <= record.hessian_nullity_upper, (seed, loss)
+    if record.hessian_largest is not None:
+        assert record.hessian_largest == pytest.approx(eigenvalues.max(), rel=1e-3)
     return record.hessian_certified
 
 
@@ -189,3 +191,49 @@ def test_a_sketch_does_not_overstate_singular_values_by_more_than_the_certificat
     for gradients in (factored, DenseGradients(factored.rows())):
         found = torch.linalg.svdvals(gradients.sketch(2 * k * c, torch.Generator().manual_seed(seed)))
         assert (found / exact).max() < bracket.SKETCH_FACTOR
+
+
+@pytest.fixture
+def sizes_of_products(monkeypatch):
+    """The number of parameters of the block with which each product was taken."""
+    sizes, take = [], products.hessian_product
+
+    def noted(gradient, variables, direction):
+        sizes.append(len(direction))
+        return take(gradient, variables, direction)
+
+    monkeypatch.setattr(products, "hessian_product", noted)
+    return sizes
+
+
+def test_some_ten_products_certify_a_good_fit_and_one_each_its_layers(sizes_of_products):
+    module = filled(nn.Sequential(nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 3)))
+    inputs = drawn(4, 30)
+    targets = module(inputs).detach() + 1e-9 * drawn(4, 3, seed=1)
+    record = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss())
+    assert record.hessian_certified
+    assert all(layer.hessian_certified for layer in record.layers.values())
+    # A bound within a factor of two would take 15.
+    assert sizes_of_products.count(1023) <= 12
+    assert sorted(size for size in sizes_of_products if size < 1023) == [93, 930]
+
+
+def test_no_product_is_taken_where_the_hessian_is_formed(sizes_of_products):
+    module = filled(nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)))
+    inputs = drawn(5, 3)
+    targets = module(inputs).detach() + 1e-9 * drawn(5, 2, seed=1)
+    record = measure_basin(module, inputs, targets, loss_fn=nn.MSELoss())
+    assert (record.hessian_method, record.hessian_certified) == ("dense", True)
+    assert record.hessian_nullity == record.gradient_nullity
+    assert sizes_of_products == []
+
+
+def test_layers_take_no_product_that_may_change_no_count(sizes_of_products):
+    # Far from a fit no bound on a layer's part of R leaves an eigenvalue of P above twice of it.
+    module = filled(nn.Sequential(*(nn.Sequential(nn.Linear(9, 9), nn.Tanh()) for _ in range(14)), nn.Linear(9, 2)))
+    inputs = drawn(6, 9)
+    record = measure_basin(module, inputs, 1e3 * drawn(6, 2, seed=1), loss_fn=nn.MSELoss(), hessian="bracket")
+    inner = [layer for name, layer in record.layers.items() if name != "14"]
+    assert all(layer.hessian_nullity_upper == layer.num_parameters for layer in inner)
+    # The layers may take six each.
+    assert len([size for size in sizes_of_products if size <= 90]) <= 2 * 15
