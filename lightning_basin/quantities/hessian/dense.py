@@ -103,14 +103,15 @@ def dense_hessian(
     num_elements = max(1, int(share * num_activations(trace)))
     num_columns = max(1, min(_MAX_COLUMNS, limits.batch_elements // num_elements))
     rounding = ROUNDING_FACTOR * loss.curvature.rounding * float(gradients.square().sum())
-    if loss.has_penalty:
+    residual, gauss_newton = None, gradients.mT @ weighted_rows(gradients, loss.curvature.matrices)
+    if not loss.has_penalty:
+        atol = rounding + ROUNDING_FACTOR * EPSILON * float(gauss_newton.norm())
+        residual = residual_matrix(model, chunk_size=num_columns, atol=atol)
+    # P by its closed form, of which autograd loses digits by cancellation; another one has lost them before.
+    if residual is None or (limits.chunk_size is None and not loss.curvature.is_closed):
         loss_value = loss.loss_fn(trace.outputs)
         hessian = hessian_matrix(loss_value, network.parameters(), chunk_size=num_columns, atol=rounding)
-        residual = None
     else:
-        gauss_newton = gradients.mT @ weighted_rows(gradients, loss.curvature.matrices)
-        rounding += ROUNDING_FACTOR * EPSILON * float(gauss_newton.norm())
-        residual = residual_matrix(model, chunk_size=num_columns, atol=rounding)
         hessian = residual + gauss_newton
     check_finite(hessian, network.layers)
     return hessian, residual
