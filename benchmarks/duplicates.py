@@ -14,7 +14,7 @@ RTOL = 1e-6
 
 
 def ours(activations: Tensor) -> Tensor:
-    """The class of each activation: joined transitively along a random direction."""
+    """The class of each activation: those near each other along random directions joined transitively."""
     return duplicate_classes(activations, rtol=RTOL)
 
 

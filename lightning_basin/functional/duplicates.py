@@ -271,12 +271,15 @@ def count_dead_units(outputs: Tensor, *, rtol: float) -> Reading[int]:
     rows = outputs.flatten(1, -2) if outputs.ndim > 2 else outputs.unsqueeze(1)
     if rows.numel() == 0:
         return 0
-    smallest, largest = rows.amin(0), rows.amax(0)
-    ranges, highest, lowest = yield [(largest - smallest).amax(0), largest.amax(), smallest.amin()]
+    # Units that come before positions in memory, as channels do, are read in this order: ten times as fast.
+    axis = int(rows.stride(1) < rows.stride(2))  # of the positions
+    in_memory = rows.mT if axis else rows
+    smallest, largest = in_memory.amin(0), in_memory.amax(0)
+    ranges, highest, lowest = yield [(largest - smallest).amax(axis), largest.amax(), smallest.amin()]
     scale = np.maximum(highest, -lowest)
     if not np.isfinite(scale):  # A unit may be infinite on all inputs.
         ranges, scale = yield [
-            (largest - smallest).where(largest != smallest, 0.0).amax(0),
+            (largest - smallest).where(largest != smallest, 0.0).amax(axis),
             rows.abs().where(rows.isfinite(), 0.0).amax(),
         ]
     return int((ranges <= rtol * scale).sum())

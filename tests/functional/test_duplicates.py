@@ -332,3 +332,13 @@ def test_the_largest_elements_of_tensors_are_finite():
 def test_dead_units_of_integers_are_counted_as_numbers():
     outputs = torch.tensor([[200, 0, 7], [200, 1, 7]], dtype=torch.uint8)
     assert dead_units(outputs) == 2
+
+
+@pytest.mark.parametrize("value", [7.0, INFINITE])
+def test_units_may_come_before_positions_in_memory(value):
+    # Of three channels at four positions one is constant, one moves at the last position, and one at all.
+    channels = torch.zeros(2, 3, 4, dtype=torch.float64)
+    channels[:, 0] = value
+    channels[1, 1, 3] = 1.0
+    channels[:, 2] = torch.tensor([[1.0], [2.0]])
+    assert dead_units(channels.mT) == dead_units(channels.mT.contiguous()) == 1
