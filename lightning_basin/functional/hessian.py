@@ -69,9 +69,11 @@ def gradient_derivative(
     for start in range(0, size, chunk_size):
         chunk = slice(start, start + chunk_size)
         hessian[chunk] = vector_jacobian_products(gradient, variables, identity[chunk])
-    asymmetry, scale = torch.stack([(hessian - hessian.mT).abs().max(), hessian.abs().max()]).tolist()
+    del identity  # Few matrices of this size fit into memory at once.
+    least, largest = hessian.aminmax()
+    asymmetry, scale = torch.stack([(hessian - hessian.mT).max(), largest.maximum(-least)]).tolist()
     check_symmetry(asymmetry, scale, atol=atol)
-    return (hessian + hessian.mT) / 2
+    return hessian.add_(hessian.mT.clone()).mul_(0.5)
 
 
 def flat_vector(tensors: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from lightning_basin.quantities.scopes import Scope
 _SLACK = 2.0  # factor within which the norm of R is bounded
 _CERTIFIED_SLACK = 10.0  # the same where every count is decided: the norm is then a point on a logarithmic axis
 _LARGEST_PRODUCTS = 30  # most products for the largest eigenvalue of H
-_LEAST_PRODUCTS = 8  # fewer do not find it, except by chance
+_LEAST_PRODUCTS = 8  # fewer hardly ever find it
 _LARGEST_RTOL = 1e-3  # error of the largest eigenvalue of H: it is a scale, of which three digits are enough
 
 _Judge = Callable[[NormBound], tuple[float | None, bool]]
@@ -137,7 +137,7 @@ def _judge_of_residual(eigenvalues: GaussNewtonEigenvalues, known: float, uncert
         num_curved = eigenvalues.num_curved(residual)
         is_decided = num_curved == eigenvalues.num_curved(bound.value)
         is_hopeless = smallest is None or 2 * bound.value >= smallest
-        slack = _CERTIFIED_SLACK if num_curved == eigenvalues.rank else _SLACK
+        slack = _CERTIFIED_SLACK if 0 < num_curved == eigenvalues.rank else _SLACK
         is_tight = residual <= slack * bound.value
         is_settled = is_tight and (is_decided or is_hopeless)
         if known < float("inf"):  # Only the counts matter, and only where the own bound may become the smaller one.
@@ -152,7 +152,7 @@ def _judge_of_largest(others: float) -> _Judge:
 
     An eigenvalue lies within the residual r of a Ritz value :math:`\theta`. Where all other eigenvalues are at most
     :math:`\mu < \theta` in magnitude, it is the largest, and no further than :math:`r^2 / (\theta - \mu)` (Temple's
-    bound; Parlett, 1998, theorem 10.5.1).
+    bound; Parlett, 1998, chapter 10).
 
     Args:
         others: A bound on the other eigenvalues: the second of P, moved by the norm of R.

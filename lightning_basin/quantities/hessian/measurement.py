@@ -124,6 +124,7 @@ class HessianMeasurement:
         brackets: dict[Scope, NullSpace] = {}
         if eigenvalues and residual is not None:
             brackets = dense_brackets(residual, eigenvalues, uncertainty=model.slope_uncertainty)
+        del residual  # As large as the Hessian.
         return dense_null_spaces(hessian, gradients, self._loss, self._scopes, brackets, rtol=self._rtol)
 
 

@@ -1,6 +1,7 @@
 """Products with the Hessian of the loss, and with its residual part, by plain double backward."""
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -91,12 +92,11 @@ def residual_matrix(model: QuadraticModel, *, chunk_size: int, atol: float = 0.0
     Raises:
         RuntimeError: If R is not symmetric.
     """
-    num_parameters = sum(parameter.numel() for parameter in model.parameters)
-    total = model.outputs.new_zeros(num_parameters, num_parameters)
-    for chunk in model.chunks:
-        gradient = flat_vector(model.linear_part.gradients(chunk))
-        total += gradient_derivative(gradient, model.parameters, chunk_size=chunk_size, atol=atol)
-    return total
+    gradients = (flat_vector(model.linear_part.gradients(chunk)) for chunk in model.chunks)
+    matrices = (
+        gradient_derivative(gradient, model.parameters, chunk_size=chunk_size, atol=atol) for gradient in gradients
+    )
+    return reduce(Tensor.add_, matrices)
 
 
 def check_finite(rows: Tensor, layers: Sequence[Layer]) -> None:
