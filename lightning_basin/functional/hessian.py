@@ -41,7 +41,8 @@ def hessian_matrix(
     if not loss.requires_grad:
         raise ValueError("the loss must be attached to the graph of the parameters, got one without a graph")
     gradient = flat_vector(torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True))
-    return gradient_derivative(gradient, parameters, chunk_size=chunk_size, atol=atol)
+    matrix = gradient_derivative(gradient, parameters, chunk_size=chunk_size, atol=atol)
+    return (matrix + matrix.mT) / 2
 
 
 def gradient_derivative(
@@ -56,7 +57,7 @@ def gradient_derivative(
         atol: The asymmetry to allow beside 1e-8 of the largest entry.
 
     Returns:
-        The symmetric matrix, shape ``(n, n)``.
+        The matrix, shape ``(n, n)``, which is symmetric but for rounding.
 
     Raises:
         RuntimeError: If the result is not symmetric.
@@ -73,7 +74,7 @@ def gradient_derivative(
     least, largest = hessian.aminmax()
     asymmetry, scale = torch.stack([(hessian - hessian.mT).max(), largest.maximum(-least)]).tolist()
     check_symmetry(asymmetry, scale, atol=atol)
-    return hessian.add_(hessian.mT.clone()).mul_(0.5)
+    return hessian
 
 
 def flat_vector(tensors: Sequence[Tensor]) -> Tensor:

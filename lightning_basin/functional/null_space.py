@@ -11,6 +11,7 @@ from lightning_basin.functional.output_curvature import OutputCurvature
 from lightning_basin.functional.rank import Spectrum, check_rtol, default_rtol, numerical_rank, singular_values
 
 _TIE_ROUNDINGS = 16.0  # rounding errors (N eps of the largest eigenvalue) by which distinguishable eigenvalues differ
+_ASYMMETRIES = 4.0  # norm of a Hessian's rounding error, relative to that of its antisymmetric part, in which it shows
 
 
 def hessian_null_space(
@@ -29,7 +30,8 @@ def hessian_null_space(
     overrules eigenvalues of H that rounding has moved.
 
     Args:
-        hessian: The Hessian, symmetric, shape ``(N, N)``.
+        hessian: The Hessian, symmetric but for rounding, shape ``(N, N)``. By how much it is not shows how far rounding
+            moves its eigenvalues: smaller ones count as zero.
         gradients: The behavioral gradients by the same parameters, shape ``(m, N)``.
         curvature: The curvature of the loss at the outputs; given with ``gradients``.
         rtol: The tolerance relative to the eigenvalue of largest magnitude; ``None`` means ``N * eps`` of float64.
@@ -52,11 +54,13 @@ def hessian_null_space(
     if num_parameters == 0:
         raise ValueError("hessian must have at least one row, got shape (0, 0)")
     tolerance = default_rtol(num_parameters, num_parameters) if rtol is None else rtol
+    floor = _ASYMMETRIES * float((hessian - hessian.mT).norm())
+    hessian = (hessian + hessian.mT) / 2
     if gradients is None or curvature is None:
-        counts = _counted(torch.linalg.eigvalsh(hessian), tolerance)
+        counts = _counted(torch.linalg.eigvalsh(hessian), tolerance, floor)
         return replace(counts, nullity=counts.strict)
     if curvature.factors is None:
-        return _indefinite_null_space(hessian, gradients, curvature, tolerance)
+        return _indefinite_null_space(hessian, gradients, curvature, tolerance, floor)
     if bracket is None:
         rows = weighted_rows(gradients, curvature.factors)
         spectrum = Spectrum(singular_values=singular_values(rows), rtol=default_rtol(*rows.shape), method="svd")
@@ -66,7 +70,7 @@ def hessian_null_space(
         return replace(bracket, rtol=tolerance, method="dense")
     assert bracket.residual is not None
     # Rounding of what has cancelled in the curvature reaches the Hessian through the gradients.
-    floor = curvature.rounding * float(gradients.square().sum())
+    floor = max(floor, curvature.rounding * float(gradients.square().sum()))
     return _bracketed_null_space(hessian, bracket, bracket.residual, rtol=tolerance, floor=floor)
 
 
@@ -97,7 +101,9 @@ def _bracketed_null_space(
     )
 
 
-def _indefinite_null_space(hessian: Tensor, gradients: Tensor, curvature: OutputCurvature, rtol: float) -> NullSpace:
+def _indefinite_null_space(
+    hessian: Tensor, gradients: Tensor, curvature: OutputCurvature, rtol: float, floor: float
+) -> NullSpace:
     """The null space of a loss that is not convex in the outputs.
 
     P then has eigenvalues of both signs, and no bracket follows from it.
@@ -108,8 +114,8 @@ def _indefinite_null_space(hessian: Tensor, gradients: Tensor, curvature: Output
     magnitudes = eigenvalues.abs()
     residual = _norm(hessian - gauss_newton)
     return replace(
-        _counted(eigenvalues, rtol),
-        nullity=int((magnitudes <= max(rtol * float(magnitudes.max()), residual)).sum()),
+        _counted(eigenvalues, rtol, floor),
+        nullity=int((magnitudes <= max(rtol * float(magnitudes.max()), residual, floor)).sum()),
         gauss_newton_nullity=hessian.shape[0] - rank,
         residual=residual,
     )
@@ -119,7 +125,7 @@ def _norm(symmetric: Tensor) -> float:
     return float(torch.linalg.eigvalsh(symmetric).abs().max())
 
 
-def _counted(eigenvalues: Tensor, rtol: float, floor: float = 0.0) -> NullSpace:
+def _counted(eigenvalues: Tensor, rtol: float, floor: float) -> NullSpace:
     """The numbers of zero and of negative eigenvalues of H, whose magnitudes are known down to a floor."""
     magnitudes = eigenvalues.abs()
     largest = float(magnitudes.max())

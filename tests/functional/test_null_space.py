@@ -153,3 +153,12 @@ def test_curvature_without_gradients_is_refused():
     curvature = output_curvature(lambda outputs: outputs.square().sum(), torch.ones(1, 1))
     with pytest.raises(ValueError, match="gradients and curvature are needed together, got only one"):
         hessian_null_space(torch.eye(2), curvature=curvature)
+
+
+def test_eigenvalues_below_the_asymmetry_that_rounding_leaves_are_zero():
+    # Eigenvalues 1, 1e-9 and 0; an antisymmetric part of norm 1e-8 shows rounding, of which 1e-9 is a part.
+    hessian = torch.diag(torch.tensor([1.0, 1e-9, 0.0], dtype=torch.float64))
+    assert hessian_null_space(hessian).strict == 1
+    hessian[1, 2], hessian[2, 1] = 5e-9, -5e-9
+    found = hessian_null_space(hessian)
+    assert (found.strict, found.negative) == (2, 0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_basin.functional.bracket import GaussNewtonEigenvalues, NullSpace
-from lightning_basin.functional.hessian import hessian_matrix
+from lightning_basin.functional.hessian import flat_vector, gradient_derivative
 from lightning_basin.functional.jacobian import weighted_rows
 from lightning_basin.functional.null_space import hessian_null_space
 from lightning_basin.functional.rank import EPSILON
@@ -63,7 +63,8 @@ def dense_brackets(
         uncertainty: The fraction by which rounding may move the norm of R.
     """
     blocks = (residual[columns][:, columns] for _, columns in _columns(list(eigenvalues), residual.device))
-    norms = torch.stack([torch.linalg.eigvalsh(block).abs().max() for block in blocks]).tolist()
+    symmetric = ((block + block.mT) / 2 for block in blocks)
+    norms = torch.stack([torch.linalg.eigvalsh(block).abs().max() for block in symmetric]).tolist()
     # H is made of the same R: its eigenvalues are compared with the norm as it is.
     return {
         scope: replace(own.bracket(norm * (1 + uncertainty)), residual=norm)
@@ -93,7 +94,8 @@ def dense_hessian(
         limits: The limits of memory.
 
     Returns:
-        H and R, shape ``(N, N)``; no R where the loss depends on parameters beside the outputs.
+        H and R, symmetric but for rounding, shape ``(N, N)``; no R where the loss depends on parameters beside the
+        outputs.
 
     Raises:
         RuntimeError: If the Hessian is not symmetric or not finite.
@@ -110,7 +112,9 @@ def dense_hessian(
     # P by its closed form, of which autograd loses digits by cancellation; another one has lost them before.
     if residual is None or (limits.chunk_size is None and not loss.curvature.is_closed):
         loss_value = loss.loss_fn(trace.outputs)
-        hessian = hessian_matrix(loss_value, network.parameters(), chunk_size=num_columns, atol=rounding)
+        parameters = network.parameters()
+        gradient = torch.autograd.grad(loss_value, parameters, create_graph=True, materialize_grads=True)
+        hessian = gradient_derivative(flat_vector(gradient), parameters, chunk_size=num_columns, atol=rounding)
     else:
         hessian = residual + gauss_newton
     check_finite(hessian, network.layers)
