@@ -17,10 +17,11 @@ from lightning_basin.functional.gradients import (
     LayerGradients,
     StackedGradients,
     gram_of,
+    kronecker_factors,
     kronecker_spectrum,
     sum_of_sketches,
 )
-from lightning_basin.functional.gram import GramMatrix, largest_eigenvalue
+from lightning_basin.functional.gram import GramMatrix, largest_eigenvalues
 from lightning_basin.functional.rank import (
     EPSILON,
     GRAM_RESOLUTION,
@@ -113,14 +114,19 @@ def independent_rows(gram: GramMatrix, *, resolution: float = GRAM_RESOLUTION) -
         True
     """
     shift = max(resolution, GRAM_RESOLUTION) ** 2 * gram.norm
-    factor = gram.factor(shift=shift) if shift > 0.0 else None
-    if factor is None:
+    factor = gram.factor(shift=shift)
+    if factor.is_known_to_fail:
+        return None
+    inverse, square = largest_eigenvalues(gram, factor.solve, gram.times)
+    # All in one transfer, for which a device waits: whether there is a factor, too.
+    failed, least, inverse, square = torch.stack([factor.failed.to(shift), shift, inverse, square]).tolist()
+    if failed or not 0.0 < least < math.inf:
         return None
     return IndependentRows(
         num_rows=gram.num_rows,
-        least=math.sqrt(shift),
-        smallest=math.sqrt(shift + 1.0 / largest_eigenvalue(gram, factor.solve)),
-        largest=math.sqrt(largest_eigenvalue(gram, gram.times)),
+        least=math.sqrt(least),
+        smallest=math.sqrt(least + 1.0 / inverse),
+        largest=math.sqrt(square),
     )
 
 
@@ -140,7 +146,8 @@ def rows_independent_in_few_columns(gradients: LayerGradients, generator: Genera
     if gradients.num_columns < gradients.num_rows:
         return None
     if (spectrum := kronecker_spectrum(gradients)) is not None:
-        smallest, largest = float(spectrum[-1]), float(spectrum[0])
+        values = spectrum.tolist()
+        smallest, largest = values[-1], values[0]
         is_clear = smallest > GRAM_RESOLUTION * largest
         return IndependentRows(gradients.num_rows, smallest / 2, smallest, largest) if is_clear else None
     gram = _narrow_gram(gradients, generator)
@@ -200,7 +207,7 @@ def certified_rank(
     check_rtol(rtol)
     if len({gradients.num_rows for gradients in matrices}) != 1:
         raise ValueError(f"matrices must have one number of rows, got {[gradients.num_rows for gradients in matrices]}")
-    if len(matrices) == 1 and kronecker_spectrum(matrices[0]) is not None:
+    if len(matrices) == 1 and kronecker_factors(matrices[0]) is not None:
         return None
     has_more_rows = matrices[0].num_rows > sum(gradients.num_columns for gradients in matrices)
     if has_more_rows:
@@ -233,16 +240,17 @@ def _rank_of_sketch(sketch: Tensor, *, rtol: float, epsilon: float) -> GradientR
     if not sketch.numel():
         return None
     smallest = smallest_singular_values(sketch) if min(sketch.shape) >= _MANY_ROWS else None
-    spectrum = torch.linalg.svdvals(sketch) if smallest is None else smallest.spectrum
-    relative = spectrum / spectrum[0]
+    spectrum = torch.linalg.svdvals(sketch).cpu() if smallest is None else smallest.spectrum
+    largest, relative = float(spectrum[0]), (spectrum / spectrum[0]).tolist()
     # Singular values that are not known one by one are above this.
-    resolved = 1.0 if smallest is None else smallest.least / float(spectrum[0])
+    resolved = 1.0 if smallest is None else smallest.least / largest
 
     def clear_rank(tolerance: float) -> int | None:
         if tolerance * _DISTORTION > resolved:
             return None
-        above = int((relative > tolerance * _DISTORTION).sum())
-        return above if above == int((relative > tolerance / _DISTORTION).sum()) else None
+        limits = tolerance * _DISTORTION, tolerance / _DISTORTION
+        fewest, most = (sum(value > limit for value in relative) for limit in limits)
+        return fewest if fewest == most else None
 
     rank = clear_rank(rtol)
     if not rank:
@@ -254,6 +262,6 @@ def _rank_of_sketch(sketch: Tensor, *, rtol: float, epsilon: float) -> GradientR
         at={tolerance: count for tolerance, count in at.items() if count is not None},
         effective_rank=None,
         rtol=rtol,
-        largest=float(spectrum[0]),
+        largest=largest,
         method="sketch",
     )

@@ -5,11 +5,12 @@ Axis letters: k inputs, c outputs per input, m = k * c rows, t positions of a se
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
 
-from lightning_basin.functional.gram import GramMatrix
+from lightning_basin.functional.gram import GramMatrix, slices
 from lightning_basin.functional.jacobian import weighted_rows
 from lightning_basin.functional.projections import (
     CACHED_ELEMENTS,
@@ -18,7 +19,7 @@ from lightning_basin.functional.projections import (
     draw_gaussian,
     fourier_sketch,
     mix,
-    slices,
+    temporary_elements,
 )
 
 
@@ -63,11 +64,16 @@ class KhatriRaoGradients:
         """The dtype of the factors, in which they are multiplied."""
         return self.activations.dtype
 
+    @cached_property
+    def has_equal_outputs(self) -> bool:
+        """Whether all inputs have the same output gradients, as for a linear layer at the end."""
+        return bool((self.output_gradients == self.output_gradients[:1]).all())
+
     def rows(self) -> Tensor:
         """Multiply the factors out, shape ``(m, d_out * d_in)``."""
         k, c, t, d_out = self.output_gradients.shape
         signals = self.output_gradients.transpose(2, 3).reshape(k, c * d_out, t)
-        return (signals @ self.activations).reshape(k * c, -1)
+        return signals.bmm(self.activations).view(k * c, -1)
 
     @property
     def gram_work(self) -> float:
@@ -86,10 +92,10 @@ class KhatriRaoGradients:
             activations = self.activations.reshape(k, -1)
             gram.add_scaled_products(self.output_gradients.reshape(k * c, d_out), activations @ activations.mT)
             return
-        units = max(1, CHUNK_ELEMENTS // max(1, k * c * self.activations.shape[-1]))
-        for start in range(0, d_out, units):
-            chosen = self.output_gradients[..., start : start + units].transpose(2, 3).reshape(k, -1, t)
-            gram.add_products((chosen @ self.activations).reshape(k * c, -1))
+        num_chunks = max(1, round(k * c * self.num_columns / temporary_elements(self.device, CHUNK_ELEMENTS)))
+        for units in slices(d_out, math.ceil(d_out / num_chunks)):
+            chosen = self.output_gradients[..., units].transpose(2, 3).reshape(k, -1, t)
+            gram.add_products(chosen.bmm(self.activations).view(k * c, -1))
 
     def narrowed(self, num_columns: int, generator: Generator) -> "KhatriRaoGradients":
         """Multiply by Kronecker products of random orthonormal vectors: ``num_columns`` of them, or hardly more."""
@@ -116,13 +122,13 @@ class KhatriRaoGradients:
         k, c, t, d_out = self.output_gradients.shape
         if t > 1 and self.activations.shape[-1] < num_columns and k * c * self.num_columns <= WAITING_ELEMENTS:
             # Fewer operations. The rows take much more than their factors: some of them at a time.
-            inputs = max(1, CACHED_ELEMENTS // max(1, c * self.num_columns))
+            inputs = max(1, temporary_elements(self.device, CACHED_ELEMENTS) // max(1, c * self.num_columns))
             parts = (self._of_inputs(chunk).rows() for chunk in slices(k, inputs))
             return fourier_sketch(parts, (k * c, self.num_columns), num_columns, generator, self.device)
         left = draw_gaussian(d_out, num_columns, generator, like=self.activations)
         right = draw_gaussian(self.activations.shape[-1], num_columns, generator, like=self.activations)
         sketch = self.activations.new_empty(k, c, num_columns)
-        inputs = max(1, CHUNK_ELEMENTS // max(1, c * t * num_columns))
+        inputs = max(1, temporary_elements(self.device, CHUNK_ELEMENTS) // max(1, c * t * num_columns))
         right.div_(math.sqrt(num_columns))
         for chunk in slices(k, inputs):
             entering = self.activations[chunk] @ right
@@ -137,9 +143,9 @@ class KhatriRaoGradients:
 
     def combination(self, weights: Tensor) -> Tensor:
         """Compute ``weights @ rows()`` without the rows; weights and result have shapes ``(m,)`` and ``(N,)``."""
-        k, c = self.output_gradients.shape[:2]
-        signals = torch.einsum("kj,kjto->kto", weights.view(k, c).to(self.dtype), self.output_gradients)
-        return torch.einsum("kto,ktd->od", signals, self.activations).flatten().to(weights.dtype)
+        k, c, t, d_out = self.output_gradients.shape
+        signals = weights.view(k, 1, c).to(self.dtype).bmm(self.output_gradients.reshape(k, c, -1)).view(k * t, d_out)
+        return signals.mT.mm(self.activations.reshape(k * t, -1)).flatten().to(weights.dtype)
 
     def weighted(self, blocks: Tensor) -> "KhatriRaoGradients | DenseGradients":
         """Combine rows within each input, ``weighted_rows(rows(), blocks)``, by combining their factors.
@@ -204,7 +210,8 @@ class DenseGradients:
 
     def sketch(self, num_columns: int, generator: Generator) -> Tensor:
         """Multiply by random vectors, see `fourier_sketch`; shape ``(m, num_columns)``."""
-        parts = (self.matrix[chunk] for chunk in slices(self.num_rows, CHUNK_ELEMENTS // max(1, self.num_columns)))
+        num_rows = temporary_elements(self.device, CHUNK_ELEMENTS) // max(1, self.num_columns)
+        parts = (self.matrix[chunk] for chunk in slices(self.num_rows, num_rows))
         return fourier_sketch(parts, (self.num_rows, self.num_columns), num_columns, generator, self.device)
 
     def combination(self, weights: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Behavioral gradients of a layer whose parameters fall into parts, and products of all pairs of their rows."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,55 @@ from torch import Generator, Tensor
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
 from lightning_basin.functional.gram import GramMatrix
 from lightning_basin.functional.rank import singular_values
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns of a matrix that are a view of all its columns: they need no tensor of their places.
+
+    Attributes:
+        sizes: The lengths of the axes of the view.
+        strides: The steps along these axes, in columns.
+        start: The first column.
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """Return a view of these columns of a matrix with contiguous rows, shape ``(..., *sizes)``."""
+        strides = (*matrix.stride()[:-1], *self.strides)
+        return matrix.as_strided((*matrix.shape[:-1], *self.sizes), strides, matrix.storage_offset() + self.start)
+
+
+Columns = tuple[Block, ...] | Tensor
+"""The places of columns: a block, or those of a weight and its bias, row beside element; or a tensor of places."""
+
+
+def add_columns(matrix: Tensor, columns: Columns, values: Tensor) -> None:
+    """Add values to some columns of a matrix, or to some elements of a vector.
+
+    Args:
+        matrix: The matrix with contiguous rows, shape ``(..., N)``.
+        columns: The places of the columns.
+        values: What to add, shape ``(..., n)``.
+
+    Example:
+        >>> matrix = torch.zeros(1, 3)
+        >>> add_columns(matrix, (Block((2,), (2,), 0),), torch.tensor([[1.0, 2.0]]))
+        >>> matrix
+        tensor([[1., 0., 2.]])
+    """
+    if isinstance(columns, Tensor):
+        matrix.index_add_(-1, columns, values)
+        return
+    counts = [math.prod(block.sizes) for block in columns]
+    widths = [count // counts[-1] for count in counts]
+    parts = torch.split(values.reshape(*values.shape[:-1], counts[-1], sum(widths)), widths, dim=-1)
+    for block, part in zip(columns, parts, strict=True):
+        view = block.of(matrix)
+        view.add_(part if part.shape == view.shape else part.reshape(view.shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +74,7 @@ class StackedGradients:
     """
 
     parts: "tuple[KhatriRaoGradients | DenseGradients, ...]"
-    columns: tuple[Tensor, ...]
+    columns: tuple[Columns, ...]
     num_rows: int
     num_columns: int
     device: torch.device
@@ -38,7 +88,7 @@ class StackedGradients:
         """Return the matrix, shape ``(m, N)``."""
         rows = self._zeros(self.num_rows, self.num_columns)
         for part, columns in zip(self.parts, self.columns, strict=True):
-            rows.index_copy_(1, columns, part.rows())
+            add_columns(rows, columns, part.rows())
         return rows
 
     def add_gram(self, gram: GramMatrix) -> None:
@@ -57,7 +107,7 @@ class StackedGradients:
         """Compute ``weights @ rows()`` without the rows; shapes ``(m,)`` and ``(N,)``."""
         combination = weights.new_zeros(self.num_columns)
         for part, columns in zip(self.parts, self.columns, strict=True):
-            combination[columns] = part.combination(weights)
+            add_columns(combination, columns, part.combination(weights))
         return combination
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -94,16 +144,24 @@ def kronecker_spectrum(gradients: LayerGradients) -> Tensor | None:
     Then :math:`G = A \otimes B`, whose singular values are the products of those of A and of B.
 
     Returns:
-        The singular values, descending, shape ``(min(m, N),)``; ``None`` where output gradients differ.
+        The singular values, descending, on the CPU, shape ``(min(m, N),)``; ``None`` where output gradients differ.
     """
+    factors = kronecker_factors(gradients)
+    if factors is None:
+        return None
+    left, right = (singular_values(factor) for factor in factors)
+    products = torch.outer(left, right).flatten().sort(descending=True).values
+    num_zeros = min(gradients.num_rows, gradients.num_columns) - len(products)
+    return torch.cat([products, products.new_zeros(num_zeros)]).cpu()
+
+
+def kronecker_factors(gradients: LayerGradients) -> tuple[Tensor, Tensor] | None:
+    """Return the two matrices whose Kronecker product the gradients are; ``None`` where output gradients differ."""
     parts = gradients.parts if isinstance(gradients, StackedGradients) else (gradients,)
     factors = parts[0] if len(parts) == 1 else None
     if not isinstance(factors, KhatriRaoGradients) or factors.num_columns != gradients.num_columns:
         return None
     k, c, t, d_out = factors.output_gradients.shape
-    signals = factors.output_gradients[:1]
-    if t != 1 or k == 0 or not bool((factors.output_gradients == signals).all()):
+    if t != 1 or k == 0 or not factors.has_equal_outputs:
         return None
-    left, right = singular_values(factors.activations.reshape(k, -1)), singular_values(signals.view(c, d_out))
-    products = torch.outer(left, right).flatten().sort(descending=True).values
-    return torch.cat([products, products.new_zeros(min(k * c, gradients.num_columns) - len(products))])
+    return factors.activations.reshape(k, -1), factors.output_gradients[0].reshape(c, d_out)

@@ -1,7 +1,6 @@
 """The Gram matrix of rows whose columns are seen some at a time, and its triangular factor.
 
-Only the lower half is computed, in tiles of rows. The rest is never written, so that it takes no memory where the
-system gives memory out on first use.
+Only the lower half is computed, in tiles of rows, where a device works best in its cache; else all in one product.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,10 +9,26 @@ import torch
 from torch import Generator, Tensor
 
 _TILES = 8  # tiles of rows in which the lower half is computed: 9/16 of all products
-_LEAST_TILE_ROWS = 64  # least rows of a tile: fewer are slower, row for row
-_PANEL = 128  # columns of the factor that are computed at once
+_LEAST_TILE_ROWS = 128  # least rows of a tile: fewer are slower, row for row
+_LEAST_COPIED_ROWS = 512  # least rows that are mirrored at once
 _POWER_VECTORS = 10  # random start vectors of power steps
 _POWER_STEPS = 3  # power steps from these vectors: within 10 % where the spectrum falls evenly, too
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Yield consecutive slices of at most ``size`` that cover ``length``."""
+    for start in range(0, length, max(1, size)):
+        yield slice(start, min(length, start + max(1, size)))
+
+
+def is_cached(device: torch.device) -> bool:
+    """Whether a device works fastest in tiles that stay in its cache; others take one large product.
+
+    Example:
+        >>> is_cached(torch.device("cpu")), is_cached(torch.device("cuda"))
+        (True, False)
+    """
+    return device.type == "cpu"
 
 
 class GramMatrix:
@@ -37,6 +52,7 @@ class GramMatrix:
     ) -> None:
         self._lower = torch.empty(num_rows, num_rows, dtype=dtype, device=device)
         self._is_empty = True
+        self._is_whole = False
 
     @property
     def num_rows(self) -> int:
@@ -50,13 +66,14 @@ class GramMatrix:
 
     def add_products(self, matrix: Tensor) -> None:
         """Add the products of all pairs of rows of a matrix, shape ``(m, columns)``."""
+        others = matrix.mT
         for rows in self._tiles():
-            tile, others = self._lower[rows, : rows.stop], matrix[: rows.stop].mT
+            tile = self._lower[rows, : rows.stop]
             if self._is_empty:
-                torch.mm(matrix[rows], others, out=tile)
+                torch.mm(matrix[rows], others[:, : rows.stop], out=tile)
             else:
-                tile.addmm_(matrix[rows], others)
-        self._is_empty = False
+                tile.addmm_(matrix[rows], others[:, : rows.stop])
+        self._is_empty = self._is_whole = False
 
     def add_scaled_products(self, matrix: Tensor, scales: Tensor) -> None:
         """Add the products of all pairs of rows, each times a scale that neighbors share.
@@ -80,7 +97,7 @@ class GramMatrix:
             products = room[: tile.numel()].view(tile.shape)
             torch.mm(matrix[rows], matrix[: rows.stop].mT, out=products)
             tile.view(shape).addcmul_(products.view(shape), factors)
-        self._is_empty = False
+        self._is_empty = self._is_whole = False
 
     def add(self, other: "GramMatrix") -> None:
         """Add the products of the rows of another matrix beside the ones before."""
@@ -89,71 +106,49 @@ class GramMatrix:
         for rows in self._tiles():
             tile, added = self._lower[rows, : rows.stop], other._lower[rows, : rows.stop]
             tile.copy_(added) if self._is_empty else tile.add_(added)
-        self._is_empty = False
+        self._is_empty = self._is_whole = False
+
+    @property
+    def lower(self) -> Tensor:
+        """All products on the diagonal and below; what stands above is not defined, shape ``(m, m)``."""
+        return self._lower.zero_() if self._is_empty else self._lower
 
     def whole(self) -> Tensor:
         """Return all products, shape ``(m, m)``, in the memory of this object."""
-        if self._is_empty:
-            return self._lower.zero_()
-        for rows in self._tiles():
-            self._lower[: rows.start, rows] = self._lower[rows, : rows.start].mT
-            square = self._lower[rows, rows].tril()
-            self._lower[rows, rows] = square + square.tril(-1).mT
+        if not self._is_whole:
+            products, self._is_whole = self.lower, True
+            for rows in slices(self.num_rows, max(_LEAST_COPIED_ROWS, -(-self.num_rows // _TILES))):
+                if rows.start:
+                    products[: rows.start, rows] = products[rows, : rows.start].mT
+                square = products[rows, rows].tril_()
+                square.add_(square.mT.clone(memory_format=torch.contiguous_format)).diagonal().mul_(0.5)
         return self._lower
 
     @property
-    def norm(self) -> float:
-        """The Frobenius norm, no smaller than the largest eigenvalue."""
-        if self._is_empty:
-            return 0.0
-        norms = [self._lower.diagonal().norm()]
-        for rows in self._tiles():
-            norms += 2 * [self._lower[rows, : rows.start].norm(), self._lower[rows, rows].tril(-1).norm()]
-        return float(torch.stack(norms).norm())
+    def norm(self) -> Tensor:
+        """The Frobenius norm, no smaller than the largest eigenvalue, shape ``()``."""
+        norm: Tensor = self.whole().norm()
+        return norm
 
     def times(self, vectors: Tensor) -> Tensor:
         """Multiply vectors, shape ``(m, count)``."""
-        product = torch.zeros_like(vectors)
-        for rows in () if self._is_empty else self._tiles():
-            below = self._lower[rows, : rows.start]
-            square = self._lower[rows, rows].tril()
-            product[rows] += below @ vectors[: rows.start] + square @ vectors[rows] + square.tril(-1).mT @ vectors[rows]
-            product[: rows.start] += below.mT @ vectors[rows]
-        return product
+        return self.whole() @ vectors
 
-    def factor(self, *, shift: float = 0.0) -> "TriangularFactor | None":
-        """Find the Cholesky factor of this matrix less ``shift`` on its diagonal; ``None`` where this is not positive.
+    def factor(self, *, shift: float | Tensor = 0.0) -> "TriangularFactor":
+        """Find the Cholesky factor of this matrix less ``shift`` on its diagonal.
 
-        Panel by panel, each from all before it (Golub and Van Loan, 2013, section 4.2.8): twice as fast as the LAPACK
-        of torch 2.13 on a CPU.
+        Args:
+            shift: The shift, also as a tensor of shape ``()``.
         """
-        if self._is_empty:
-            return None
-        if self._lower.device.type != "cpu":
-            shifted = self.whole().clone()
-            shifted.diagonal().sub_(shift)
-            lower, failed = torch.linalg.cholesky_ex(shifted)
-            return None if int(failed) else TriangularFactor(lower)
-        factor = torch.empty_like(self._lower)
-        for start in range(0, self.num_rows, _PANEL):
-            stop = min(start + _PANEL, self.num_rows)
-            panel = factor[start:, start:stop]
-            panel.copy_(self._lower[start:, start:stop])
-            panel.diagonal().sub_(shift)
-            panel.addmm_(factor[start:, :start], factor[start:stop, :start].mT, alpha=-1.0)
-            corner, failed = torch.linalg.cholesky_ex(panel[: stop - start])
-            if int(failed):
-                return None
-            panel[: stop - start] = corner
-            panel[stop - start :] = torch.linalg.solve_triangular(corner, panel[stop - start :].mT, upper=False).mT
-        return TriangularFactor(factor)
+        shifted = self.lower.clone()
+        shifted.diagonal().sub_(shift)
+        return TriangularFactor(*torch.linalg.cholesky_ex(shifted))
 
     def _tiles(self, multiple: int = 1) -> Iterator[slice]:
-        """The rows of each tile, a multiple of ``multiple``."""
-        size = max(_LEAST_TILE_ROWS, -(-self.num_rows // _TILES))
+        """The rows of each tile, a multiple of ``multiple``; all rows where a device takes one product best."""
+        size = max(_LEAST_TILE_ROWS, -(-self.num_rows // _TILES)) if is_cached(self.device) else self.num_rows
         size = max(1, size // multiple) * multiple
-        for start in range(0, self.num_rows, size):
-            yield slice(start, min(self.num_rows, start + size))
+        return slices(self.num_rows, size)
 
 
 class TriangularFactor:
@@ -161,10 +156,20 @@ class TriangularFactor:
 
     Args:
         lower: The factor, shape ``(m, m)``; elements above the diagonal are ignored.
+        failed: Not zero where the matrix is not positive, and the factor of no use; shape ``()``.
+
+    Attributes:
+        failed: The same.
     """
 
-    def __init__(self, lower: Tensor) -> None:
+    def __init__(self, lower: Tensor, failed: Tensor) -> None:
         self._lower = lower
+        self.failed = failed
+
+    @property
+    def is_known_to_fail(self) -> bool:
+        """Whether the factor is of no use, where this can be read without waiting for a device."""
+        return is_cached(self.failed.device) and bool(self.failed.tolist())
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Multiply vectors by the inverse of ``L @ L.T``, shape ``(m, count)``."""
@@ -179,14 +184,24 @@ def random_vectors(gram: GramMatrix, count: int) -> Tensor:
     return torch.randn(gram.num_rows, count, generator=generator, dtype=torch.float32).to(gram.device, torch.float64)
 
 
-def largest_eigenvalue(gram: GramMatrix, product: Callable[[Tensor], Tensor]) -> float:
-    """Bound the largest eigenvalue of a positive matrix from below, within 20 %, by power steps.
+def largest_eigenvalues(gram: GramMatrix, *products: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Bound the largest eigenvalue of positive matrices from below, within 20 %, by power steps.
 
     Args:
         gram: A Gram matrix of the same size, on the same device.
-        product: From vectors, shape ``(m, count)``, to their products with the matrix.
+        products: For each matrix the function from vectors, shape ``(m, count)``, to their products with it.
+
+    Returns:
+        The bounds, each of shape ``()``.
     """
-    vectors = random_vectors(gram, _POWER_VECTORS)
-    for _ in range(_POWER_STEPS):
-        vectors = product(vectors / vectors.norm(dim=0))
-    return float(vectors.norm(dim=0).max())
+    start = random_vectors(gram, _POWER_VECTORS)
+    start /= start.norm(dim=0)
+    return [_largest_eigenvalue(start, product) for product in products]
+
+
+def _largest_eigenvalue(vectors: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    for _ in range(_POWER_STEPS - 1):
+        vectors = product(vectors)
+        vectors = vectors / vectors.norm(dim=0)
+    largest: Tensor = product(vectors).norm(dim=0).max()
+    return largest

@@ -1,10 +1,12 @@
 """Random projections of matrices of gradients: fewer columns, the same rank."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Generator, Tensor
+
+from lightning_basin.functional.gram import is_cached
 
 CHUNK_ELEMENTS = 2**21
 """Float64 elements of a temporary: 16 MiB."""
@@ -12,14 +14,15 @@ CHUNK_ELEMENTS = 2**21
 CACHED_ELEMENTS = 2**18
 """Float64 elements of a temporary that stays in the cache until it is used: 2 MiB."""
 
+_DEVICE_ELEMENTS = 2**24  # float64 elements of a temporary on an accelerator, which takes few large products: 128 MiB
+
 WAITING_ELEMENTS = 2**26
 """Float64 elements of matrices or factors that wait for their sketch: 512 MiB."""
 
 
-def slices(length: int, size: int) -> Iterator[slice]:
-    """Yield consecutive slices of at most ``size`` that cover ``length``."""
-    for start in range(0, length, max(1, size)):
-        yield slice(start, min(length, start + max(1, size)))
+def temporary_elements(device: torch.device, on_cpu: int) -> int:
+    """Return the elements that a temporary may have: ``on_cpu`` on a CPU, many on a device that would wait for work."""
+    return on_cpu if is_cached(device) else _DEVICE_ELEMENTS
 
 
 def fourier_sketch(
@@ -48,7 +51,7 @@ def fourier_sketch(
     picked = torch.randperm(length - 2, generator=generator)[:num_columns].add_(2).to(device)
     sketch, start = torch.empty(shape[0], num_columns, dtype=torch.float64, device=device), 0
     for part in parts:
-        for rows in torch.split(part, max(1, CACHED_ELEMENTS // length)):
+        for rows in torch.split(part, max(1, temporary_elements(device, CACHED_ELEMENTS) // length)):
             mixed = torch.gather(rows, 1, order.expand_as(rows)).mul_(diagonal)  # Faster than any indexing.
             spectrum = torch.view_as_real(torch.fft.rfft(mixed, n=length)).flatten(1)
             torch.gather(spectrum, 1, picked.expand(len(rows), -1), out=sketch[start : start + len(rows)])

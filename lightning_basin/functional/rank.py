@@ -1,8 +1,10 @@
 """From a matrix to its numerical rank: singular values, tolerance, gap, effective rank."""
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import neg
 from typing import Literal
 
 import torch
@@ -142,10 +144,13 @@ def numerical_rank(spectrum: Tensor, *, rtol: float) -> int:
         2
     """
     check_rtol(rtol)
-    if spectrum.numel() == 0:
-        return 0
+    return _count_above(sorted(spectrum.tolist(), reverse=True), rtol)
+
+
+def _count_above(values: Sequence[float], rtol: float) -> int:
+    """Count the values, descending, above ``rtol`` times the first."""
     # Strict: the zero matrix has threshold 0 and must have rank 0.
-    return int((spectrum > rtol * spectrum.max()).sum())
+    return bisect_left(values, -rtol * values[0], key=neg) if values else 0
 
 
 def check_rtol(rtol: float | None, name: str = "rtol") -> None:
@@ -181,9 +186,8 @@ def rank_gap(spectrum: Tensor, rank: int, *, epsilon: float = EPSILON) -> float 
     """
     if rank == 0:
         return None
-    floor = epsilon * float(spectrum[0])
-    following = float(spectrum[rank]) if rank < spectrum.numel() else 0.0
-    return math.log10(float(spectrum[rank - 1]) / max(following, floor))
+    values = [*spectrum.tolist(), 0.0]
+    return math.log10(values[rank - 1] / max(values[rank], epsilon * values[0]))
 
 
 def effective_rank(spectrum: Tensor) -> float:
@@ -195,11 +199,13 @@ def effective_rank(spectrum: Tensor) -> float:
         >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 9)
         2.0
     """
-    largest = float(spectrum.max()) if spectrum.numel() else 0.0
-    if largest == 0.0:
+    values = [value for value in spectrum.tolist() if value > 0.0]
+    if not values:
         return 0.0
-    energies = (spectrum.to(torch.float64) / largest).square()
-    return float(torch.special.entr(energies / energies.sum()).sum().exp())
+    largest = max(values)
+    energies = [(value / largest) ** 2 for value in values]
+    total = math.fsum(energies)
+    return math.exp(math.fsum(-energy / total * math.log(energy / total) for energy in energies if energy > 0.0))
 
 
 def log_det_gram(spectrum: Tensor, rank: int) -> float | None:
@@ -216,7 +222,7 @@ def log_det_gram(spectrum: Tensor, rank: int) -> float | None:
         >>> round(math.exp(log_det_gram(torch.tensor([3.0, 2.0, 0.0]), 2)))
         36
     """
-    return 2 * float(spectrum[:rank].to(torch.float64).log().sum()) if rank else None
+    return 2 * math.fsum(map(math.log, spectrum[:rank].tolist())) if rank else None
 
 
 def gradient_rank(spectrum: Spectrum, *, rtol: float | None = None) -> GradientRank:
@@ -229,18 +235,20 @@ def gradient_rank(spectrum: Spectrum, *, rtol: float | None = None) -> GradientR
     Raises:
         ValueError: If ``rtol`` is not inside ``(0, 1)``.
     """
-    sigmas = spectrum.singular_values
+    sigmas = spectrum.singular_values.cpu()
+    values = sigmas.tolist()
     decided_by = spectrum.rtol if rtol is None else rtol
-    rank = numerical_rank(sigmas, rtol=decided_by)
+    check_rtol(decided_by)
+    rank = _count_above(values, decided_by)
     return GradientRank(
         rank=rank,
         gap=rank_gap(sigmas, rank, epsilon=spectrum.epsilon),
         at={
-            tolerance: numerical_rank(sigmas, rtol=tolerance)
+            tolerance: _count_above(values, tolerance)
             for tolerance in resolved_tolerances(spectrum.rtol, spectrum.epsilon)
         },
         effective_rank=effective_rank(sigmas),
         rtol=decided_by,
-        largest=float(sigmas[0]) if sigmas.numel() else 0.0,
+        largest=values[0] if values else 0.0,
         method=spectrum.method,
     )

@@ -1,12 +1,13 @@
 """The singular values that a Gram matrix does not resolve, alone: a fraction of the cost of all."""
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_basin.functional.gram import GramMatrix, largest_eigenvalue, random_vectors
+from lightning_basin.functional.gram import GramMatrix, largest_eigenvalues, random_vectors
 from lightning_basin.functional.rank import EPSILON, GRAM_RESOLUTION, singular_values
 
 _SHIFT = 1e-13  # multiple of the norm that is added, so that rounding leaves a matrix positive
@@ -23,8 +24,8 @@ class SmallestSingularValues:
     """Singular values of which the smallest are known one by one.
 
     Attributes:
-        spectrum: The singular values, descending. The first is within 20 %; in place of the others that are not known
-            one by one stands the smallest of them.
+        spectrum: The singular values, descending, on the CPU. The first is within 20 %; in place of the others that are
+            not known one by one stands the smallest of them.
         least: A lower bound on the singular values that are not known one by one.
     """
 
@@ -55,36 +56,45 @@ def smallest_singular_values(matrix: Tensor) -> SmallestSingularValues | None:
     rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     gram = GramMatrix(len(rows), rows.device)
     gram.add_products(rows)
-    largest = math.sqrt(largest_eigenvalue(gram, gram.times))
     null_space = _near_null_space(gram)
     if null_space is None:
         return None
-    basis, following = null_space
+    basis, following, largest = null_space
     threshold = following / _CLEARANCE
-    gram.add_products(math.sqrt(gram.norm) * basis)
+    gram.add_products(gram.norm.sqrt() * basis)
     factor = gram.factor(shift=threshold)
-    if factor is None:
+    if factor.is_known_to_fail:
         return None
     small, previous = basis.mT @ rows, math.inf
     for _ in range(_MOST_REFINEMENTS):
         before = small
         basis = basis - _orthogonal_part(factor.solve(_orthogonal_part(rows @ small.mT, basis)), basis)
         small = basis.mT @ rows
-        change = float((small - before).norm())
+        failed, change = torch.stack([factor.failed.to(small), (small - before).norm()]).tolist()
+        if failed:
+            return None
         if change <= EPSILON * largest * len(small) ** 0.5 or change > previous / 2:  # The rest is rounding.
             break
         previous = change
-    spectrum = matrix.new_full((len(rows),), math.sqrt(following))
-    spectrum[len(rows) - len(small) :] = singular_values(small)
-    spectrum[0] = largest
+    others = [largest, *[math.sqrt(following)] * (len(rows) - len(small) - 1)]
+    spectrum = torch.tensor([*others, *singular_values(small).tolist()], dtype=matrix.dtype)
     return SmallestSingularValues(spectrum, least=math.sqrt(threshold))
 
 
-def _near_null_space(gram: GramMatrix) -> tuple[Tensor, float] | None:
-    """An orthonormal basis of the eigenvectors that a Gram matrix does not resolve, and the eigenvalue after theirs."""
-    num_rows, norm = gram.num_rows, gram.norm
-    factor = gram.factor(shift=-_SHIFT * norm)
-    if factor is None:
+def _near_null_space(gram: GramMatrix) -> tuple[Tensor, float, float] | None:
+    """Find the eigenvectors that a Gram matrix does not resolve.
+
+    Returns:
+        An orthonormal basis of them, the eigenvalue after theirs, and the largest singular value within 20 %.
+    """
+    num_rows, scale = gram.num_rows, gram.norm
+    factor = gram.factor(shift=-_SHIFT * scale)
+    if factor.is_known_to_fail:
+        return None
+    failed, norm, square = torch.stack(
+        [factor.failed.to(scale), scale, *largest_eigenvalues(gram, gram.times)]
+    ).tolist()
+    if failed:
         return None
     unresolved = GRAM_RESOLUTION**2 * norm
     width = min(num_rows, _SPARE + num_rows // 8)
@@ -94,15 +104,16 @@ def _near_null_space(gram: GramMatrix) -> tuple[Tensor, float] | None:
             basis = torch.linalg.qr(factor.solve(basis)).Q
         values, vectors = torch.linalg.eigh(basis.mT @ gram.times(basis))
         # The basis ends at the widest gap near the resolution, so that it is well determined.
-        fewest, most = (int((values <= limit).sum()) for limit in (unresolved, _WIDEST_GAP * unresolved))
+        eigenvalues = values.tolist()
+        fewest, most = (bisect_right(eigenvalues, limit) for limit in (unresolved, _WIDEST_GAP * unresolved))
         if most <= width - _SPARE or (width == num_rows and most < width):
             break
         if width >= num_rows * _MOST_UNRESOLVED:
             return None
         width = min(2 * width, num_rows)
-    steps = values.clamp(min=EPSILON * norm).log().diff(prepend=values.new_zeros(1))[fewest : most + 1]
-    count = fewest + int(steps.argmax()) if fewest > 0 else 0
-    return basis @ vectors[:, :count], float(values[count])
+    floored = [math.log(max(value, EPSILON * norm)) for value in eigenvalues]
+    count = max(range(fewest, most + 1), key=lambda i: floored[i] - floored[i - 1]) if fewest > 0 else 0
+    return basis @ vectors[:, :count], eigenvalues[count], math.sqrt(square)
 
 
 def _orthogonal_part(vectors: Tensor, basis: Tensor) -> Tensor:

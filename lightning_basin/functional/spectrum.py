@@ -20,6 +20,7 @@ from lightning_basin.functional.rank import (
     Spectrum,
     default_rtol,
     gradient_rank,
+    numerical_rank,
     singular_values,
 )
 
@@ -140,14 +141,14 @@ class SpectrumAccumulator:
         gram = self.gram()
         if gram is not None and not self._is_small:
             return sketched_spectrum(
-                gram.whole(), self._add_sketches, num_columns=2 * self._num_rows, epsilon=self._epsilon
+                gram.lower, self._add_sketches, num_columns=2 * self._num_rows, epsilon=self._epsilon
             )
         # Of a float32 matrix all that its Gram matrix does not resolve is rounding.
         if gram is not None and (self._epsilon >= GRAM_RESOLUTION or independent_rows(gram) is not None):
-            values = _singular_values_of_gram(gram.whole())[0]
+            values = _singular_values_of_gram(gram.lower)[0]
             return Spectrum(singular_values=values, rtol=self.default_rtol, method="gram", epsilon=self._epsilon)
         assert matrices is not None, "a matrix of which some part is a sketch is not decomposed as it stands"
-        values = singular_values(torch.cat([gradients.rows() for gradients in matrices], dim=1))
+        values = singular_values(torch.cat([gradients.rows() for gradients in matrices], dim=1)).cpu()
         return Spectrum(singular_values=values, rtol=self.default_rtol, method="svd", epsilon=self._epsilon)
 
     def _add_sketches(self) -> Tensor:
@@ -170,7 +171,7 @@ def sketched_spectrum(
     resolves every singular value, which proves full rank, or where all that it does not resolve is rounding.
 
     Args:
-        gram: The products of all pairs of rows of the matrix, shape ``(m, m)``.
+        gram: The products of all pairs of rows of the matrix, shape ``(m, m)``, of which the lower half is looked at.
         sketch: Returns a sketch, scaled so that ``sketch @ sketch.T`` has mean ``gram``, shape ``(m, num_columns)``.
         num_columns: The number of columns of the sketch, at least m.
         epsilon: The rounding of the matrix.
@@ -185,7 +186,7 @@ def sketched_spectrum(
     values_of_gram, num_resolved = _singular_values_of_gram(gram)
     if num_resolved == values_of_gram.numel() or epsilon >= GRAM_RESOLUTION:
         return Spectrum(singular_values=values_of_gram, rtol=rtol, method="gram", epsilon=epsilon)
-    tail = singular_values(sketch())[num_resolved:]
+    tail = singular_values(sketch()).cpu()[num_resolved:]
     if num_resolved:
         tail = tail.clamp(max=float(values_of_gram[num_resolved - 1]))
     values = torch.cat([values_of_gram[:num_resolved], tail])
@@ -193,9 +194,9 @@ def sketched_spectrum(
 
 
 def _singular_values_of_gram(gram: Tensor) -> tuple[Tensor, int]:
-    """Singular values by a Gram matrix, descending, and how many of them it resolves."""
-    values = torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0).sqrt_()
-    return values, int((values > GRAM_RESOLUTION * values[:1]).sum())
+    """Singular values by the lower half of a Gram matrix, descending, on the CPU, and how many of them it resolves."""
+    values = torch.linalg.eigvalsh(gram, UPLO="L").flip(0).clamp_(min=0).sqrt_().cpu()
+    return values, numerical_rank(values, rtol=GRAM_RESOLUTION)
 
 
 def behavioral_gradient_rank(gradients: Tensor, *, rtol: float | None = None) -> int:

@@ -6,17 +6,18 @@ Axis letters: k inputs, c outputs per input, m = k * c rows, t positions of a se
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import is_
 
 import torch
 from torch import Tensor
 
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
-from lightning_basin.functional.gradients import LayerGradients, StackedGradients
+from lightning_basin.functional.gradients import Block, Columns, LayerGradients, StackedGradients, add_columns
 from lightning_basin.functional.jacobian import vector_jacobian_products
-from lightning_basin.operations.uses import ElementwiseUse, ProductUse, Source, Use
+from lightning_basin.operations.uses import Elements, ElementwiseUse, ProductUse, Source, Use
 
-_Part = tuple[Tensor, KhatriRaoGradients | DenseGradients]
+_Part = tuple[Columns, KhatriRaoGradients | DenseGradients]
 """Some columns of a layer's gradients: where they stand, and the gradients with respect to them."""
 
 
@@ -41,13 +42,13 @@ class _JoinedUses:
 
     Attributes:
         source: The source.
-        positions: The elements of the source, as in `ProductUse` or `ElementwiseUse`.
+        elements: The elements of the source, as in `ProductUse` or `ElementwiseUse`.
         uses: The uses.
         bias: The uses that add a bias to these products, one for each product; ``None`` where there is no bias.
     """
 
     source: Source
-    positions: Tensor
+    elements: Elements
     uses: list[MeasuredUse]
     bias: "_JoinedUses | None" = None
 
@@ -57,15 +58,14 @@ class _JoinedUses:
         return (
             use.source is self.source
             and isinstance(use, ProductUse) == isinstance(self.uses[0].use, ProductUse)
-            and use.positions.numel() == self.positions.numel()
-            and torch.equal(use.positions, self.positions)
+            and use.elements.is_same(self.elements)
         )
 
     def shifts(self, products: "_JoinedUses") -> bool:
         """Whether this is the bias of a product, at each of its uses."""
         shifted = [use.use.shifts if isinstance(use.use, ElementwiseUse) else None for use in self.uses]
         is_each = len(shifted) == len(products.uses) and all(map(is_, shifted, [use.use for use in products.uses]))
-        return is_each and self.positions.numel() == products.positions.shape[0]
+        return is_each and self.elements.count == products.elements.shape[0]
 
     def gradients(self) -> KhatriRaoGradients | DenseGradients:
         """Add up the gradients with respect to the elements, in the order of `columns`."""
@@ -77,17 +77,30 @@ class _JoinedUses:
             activations = torch.cat([activations, activations.new_ones(*activations.shape[:2], 1)], dim=2)
         return KhatriRaoGradients(activations, concatenate(output_gradients, 2))
 
-    def columns(self, starts: Mapping[int, int]) -> Tensor:
+    def columns(self, starts: Mapping[int, int]) -> Columns:
         """Find the places of the elements among the parameters of the layer.
 
         Args:
             starts: The place at which each source starts, by the identity of the source.
         """
-        columns = self.positions + starts[id(self.source)]
-        if self.bias is not None:
-            shifted = self.bias.positions.reshape(-1, 1) + starts[id(self.bias.source)]
-            columns = torch.cat([columns, shifted], dim=1)
-        return columns.flatten()
+        joined = [self] if self.bias is None else [self, self.bias]
+        if all(map(_is_block, joined)):
+            return tuple(
+                Block(uses.elements.sizes, uses.elements.strides, starts[id(uses.source)] + uses.elements.offset)
+                for uses in joined
+            )
+        num_rows = self.elements.shape[0]
+        columns = [
+            uses.elements.positions(uses.source.tensor).reshape(num_rows, -1) + starts[id(uses.source)]
+            for uses in joined
+        ]
+        return concatenate(columns, 1).flatten()
+
+
+def _is_block(uses: _JoinedUses) -> bool:
+    """Whether elements stand in the same order in storage as among the parameters, each once."""
+    elements = uses.elements
+    return elements.rows is None and elements.span is not None and uses.source.tensor.is_contiguous()
 
 
 def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
@@ -109,6 +122,7 @@ def combine_uses(parameters: Mapping[str, Tensor], measured: Sequence[MeasuredUs
     sizes = [parameter.numel() for parameter in parameters.values()]
     parts: list[_Part] = []
     joined = _joined_uses(measured)
+    is_disjoint = _are_disjoint(joined)
     sources = {id(uses.source): uses.source for uses in joined}
     starts: dict[int, int] = {}
     for identity, source in sources.items():
@@ -119,7 +133,15 @@ def combine_uses(parameters: Mapping[str, Tensor], measured: Sequence[MeasuredUs
     direct = _with_biases([uses for uses in joined if uses.source.name is not None])
     parts += [(uses.columns(starts), uses.gradients()) for uses in direct]
     device = next(iter(parameters.values())).device
-    return _side_by_side(parts, num_rows, sum(sizes), device)
+    if not is_disjoint:
+        return DenseGradients(_summed(parts, num_rows, sum(sizes)))
+    return StackedGradients(
+        parts=tuple(gradients for _, gradients in parts),
+        columns=tuple(columns for columns, _ in parts),
+        num_rows=num_rows,
+        num_columns=sum(sizes),
+        device=device,
+    )
 
 
 def stay_factored(parameters: Mapping[str, Tensor], uses: Sequence[Use]) -> bool:
@@ -129,11 +151,8 @@ def stay_factored(parameters: Mapping[str, Tensor], uses: Sequence[Use]) -> bool
         parameters: The layer's parameters by name.
         uses: All uses of these parameters.
     """
-    joined = _joined_uses([MeasuredUse(use, use.positions, None) for use in uses])
-    return all(uses.source.name is not None for uses in joined) and all(
-        _are_disjoint([uses.positions for uses in joined if uses.source.name == name], parameter.numel())
-        for name, parameter in parameters.items()
-    )
+    joined = _joined_uses([MeasuredUse(use, use.source.tensor, None) for use in uses])
+    return all(uses.source.name is not None for uses in joined) and _are_disjoint(joined)
 
 
 def _joined_uses(measured: Sequence[MeasuredUse]) -> list[_JoinedUses]:
@@ -142,7 +161,7 @@ def _joined_uses(measured: Sequence[MeasuredUse]) -> list[_JoinedUses]:
     for use in measured:
         same = next((uses for uses in joined if uses.includes(use)), None)
         if same is None:
-            joined.append(_JoinedUses(use.use.source, use.use.positions, [use]))
+            joined.append(_JoinedUses(use.use.source, use.use.elements, [use]))
         else:
             same.uses.append(use)
     return joined
@@ -160,40 +179,40 @@ def _with_biases(joined: Sequence[_JoinedUses]) -> list[_JoinedUses]:
 
 def _through(source: Source, joined: Sequence[_JoinedUses], parameters: Mapping[str, Tensor], num_rows: int) -> _Part:
     """The gradients through a tensor that was computed from parameters, as by weight normalisation: the chain rule."""
-    parts = [(uses.positions.flatten(), uses.gradients()) for uses in joined]
+    parts = [(uses.columns({id(source): 0}), uses.gradients()) for uses in joined]
     rows = _summed(parts, num_rows, source.tensor.numel()).view(num_rows, *source.tensor.shape)
     products = vector_jacobian_products(source.tensor, list(parameters.values()), rows.to(source.tensor.dtype))
     products = products.to(rows.dtype)
-    return torch.arange(products.shape[1], device=products.device), DenseGradients(products)
+    return (Block((products.shape[1],), (1,), 0),), DenseGradients(products)
 
 
-def _side_by_side(parts: Sequence[_Part], num_rows: int, num_columns: int, device: torch.device) -> LayerGradients:
-    """Parts of different columns stay apart; parts that overlap are added up as dense rows."""
-    if _are_disjoint([columns for columns, _ in parts], num_columns):
-        return StackedGradients(
-            parts=tuple(gradients for _, gradients in parts),
-            columns=tuple(columns for columns, _ in parts),
-            num_rows=num_rows,
-            num_columns=num_columns,
-            device=device,
-        )
-    return DenseGradients(_summed(parts, num_rows, num_columns))
+def _are_disjoint(joined: Sequence[_JoinedUses]) -> bool:
+    """Whether no element of a parameter is used in two ways. A computed tensor depends on all elements alike."""
+    if any(uses.source.name is None for uses in joined):
+        return len({id(uses.source) for uses in joined}) == 1
+    by_source: dict[int, list[_JoinedUses]] = {}
+    for uses in joined:
+        by_source.setdefault(id(uses.source), []).append(uses)
+    return all(_are_apart(uses[0].source.tensor, [some.elements for some in uses]) for uses in by_source.values())
 
 
-def _are_disjoint(columns: Sequence[Tensor], num_columns: int) -> bool:
-    """Whether no column stands in two of the sets."""
-    counted = sum(some.numel() for some in columns)
-    if not columns or counted > num_columns:
-        return not columns
-    seen = torch.zeros(num_columns, dtype=torch.bool, device=columns[0].device)
-    for some in columns:
-        seen[some.flatten()] = True
+def _are_apart(source: Tensor, uses: Sequence[Elements]) -> bool:
+    """Whether no element of a source is used twice, decided without the device where each use is of a range."""
+    counted = sum(elements.count for elements in uses)
+    if counted > source.numel():
+        return False
+    spans = sorted((span.start, span.stop) for elements in uses if (span := elements.span) is not None)
+    if len(spans) == len(uses) and all(stop <= start for (_, stop), (start, _) in pairwise(spans)):
+        return True
+    seen = torch.zeros(source.numel(), dtype=torch.bool, device=source.device)
+    for elements in uses:
+        seen[elements.positions(source).flatten()] = True
     return int(seen.sum()) == counted
 
 
 def _summed(parts: Sequence[_Part], num_rows: int, num_columns: int) -> Tensor:
     """The sum of the parts as dense rows, shape ``(m, num_columns)``."""
-    rows = torch.zeros(num_rows, num_columns, dtype=parts[0][1].dtype, device=parts[0][0].device)
+    rows = torch.zeros(num_rows, num_columns, dtype=parts[0][1].dtype, device=parts[0][1].device)
     for columns, gradients in parts:
-        rows.index_add_(1, columns, gradients.rows())
+        add_columns(rows, columns, gradients.rows())
     return rows

@@ -3,9 +3,16 @@
 Axis letters: k inputs, c outputs per input, t positions of a sequence, n elements of a parameter.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Generator, Tensor
 
@@ -13,6 +20,8 @@ from lightning_basin.gradients.assemble import MeasuredUse
 from lightning_basin.network.network import Network
 from lightning_basin.network.trace import Trace
 from lightning_basin.operations.uses import ElementwiseUse, OperationOutput, ProductUse, Use
+
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 _NUM_CHOICES = 3
 """Choices of inputs whose derivatives may show where the inputs are; one shows it, unless a layer is dead."""
@@ -32,87 +41,117 @@ class InputAxis:
 
     def split(self, tensor: Tensor, num_inputs: int) -> Tensor:
         """Move this axis to the front and split it by inputs, shape ``(k, length / k, ...)``."""
-        moved = tensor.movedim(self.axis, 0)
+        moved = tensor.movedim(self.axis, 0) if self.axis else tensor
         count = moved.shape[0] // num_inputs
         if self.adjacent:
             return moved.reshape(num_inputs, count, *moved.shape[1:])
         return moved.reshape(count, num_inputs, *moved.shape[1:]).transpose(0, 1)
 
 
-def measure_uses(network: Network, trace: Trace, uses: Mapping[int, Use]) -> dict[int, MeasuredUse]:
+def measure_uses(network: Network, trace: Trace, uses: Mapping[int, Use], max_elements: int) -> dict[int, MeasuredUse]:
     """Measure the uses in whose outputs the inputs can be distinguished.
 
     Args:
         network: The network that was runs.
         trace: The trace of one chunk of inputs, with its graph.
         uses: Recorded uses, by their position in the record.
+        max_elements: The elements that the derivatives of all outputs by all operations may have to be found at once.
 
     Returns:
         The output gradients and input activations, by the same positions. A use is left out where it is not clear
         which slice of its output belongs to which input.
     """
     outputs, dtype = network.rows(trace.outputs), network.gradient_dtype
-    num_inputs = outputs.shape[0]
-    axes = _input_axes(outputs, uses)
-    products_of_biases = _products_of_biases({index: uses[index] for index in axes})
-    output_gradients = _output_gradients(
-        outputs, uses, {i: axis for i, axis in axes.items() if i not in products_of_biases}, dtype
-    )
+    num_inputs, num_outputs = outputs.shape
+    products_of_biases = _products_of_biases(uses)
+    others = {index: use for index, use in uses.items() if index not in products_of_biases}
+    found = None
+    if num_outputs > 1 and num_outputs * trace.operations.num_elements <= max_elements:
+        # Not every backward pass can be batched, and those without a rule of their own warn.
+        with suppress(RuntimeError, TypeError, ValueError), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            found = _output_gradients(outputs, others, dtype, is_batched=True)
+    if found is None:
+        found = _output_gradients(outputs, others, dtype, is_batched=False)
     measured = {}
-    for index in list(output_gradients):
-        use = uses[index]
-        activations = None
+    for index in list(found):
+        (axis, output_gradients), use, activations = found.pop(index), uses[index], None
         if isinstance(use, ProductUse):
-            activations = axes[index].split(use.read_activations().to(dtype), num_inputs).flatten(1, -2)
-        measured[index] = MeasuredUse(use, output_gradients.pop(index), activations)
+            activations = axis.split(use.read_activations().to(dtype), num_inputs).flatten(1, -2)
+        measured[index] = MeasuredUse(use, output_gradients, activations)
     for index, product in products_of_biases.items():
-        measured[index] = MeasuredUse(uses[index], _summed_over_positions(measured[product].output_gradients), None)
+        if product in measured:
+            of_bias = _summed_over_positions(measured[product].output_gradients)
+            measured[index] = MeasuredUse(uses[index], of_bias, None)
     return measured
 
 
 def _output_gradients(
-    outputs: Tensor, uses: Mapping[int, Use], axes: Mapping[int, InputAxis], dtype: torch.dtype
-) -> dict[int, Tensor]:
-    """The output gradients of some uses, as in `MeasuredUse`, by one backward pass for each output.
+    outputs: Tensor, uses: Mapping[int, Use], dtype: torch.dtype, *, is_batched: bool
+) -> dict[int, tuple[InputAxis, Tensor]]:
+    """The order of the inputs and the output gradients of some uses, as in `MeasuredUse`.
 
     Args:
         outputs: Outputs of a chunk, shape ``(k, c)``.
         uses: Recorded uses.
-        axes: The order of the inputs, for the uses to measure.
         dtype: The dtype of the result.
+        is_batched: Whether one backward pass differentiates all outputs, and not one pass each of them.
+
+    Raises:
+        RuntimeError: If an operation has no batching rule, and one pass shall differentiate all outputs.
     """
     num_inputs, num_outputs = outputs.shape
-    places = output_places(uses)
-    output_gradients: dict[int, Tensor] = {}
-    for j in range(num_outputs):
-        derivatives = differentiate_at(places, outputs[:, j].sum())
+    places, choices = output_places(uses), _choices(outputs)
+    units = torch.eye(num_outputs, dtype=outputs.dtype, device=outputs.device).unsqueeze(1)
+    units = units.expand(num_outputs, num_inputs, num_outputs)
+    if is_batched:
+        chosen, weights = next(choices)
+        batches = differentiate_at(places, outputs, torch.cat([weights.unsqueeze(0), units]), is_batched=True)
+        axes = _input_axes(outputs, uses, {place: batch[0] for place, batch in batches.items()}, chosen, choices)
+        return {
+            index: (
+                axis,
+                torch.vmap(_arranged(uses[index], axis, num_inputs, dtype), out_dims=1)(batch[1:]).contiguous(),
+            )
+            for index, axis in axes.items()
+            for batch in [batches[id(uses[index].output)]]
+        }
+    found: dict[int, tuple[InputAxis, Tensor]] = {}
+    for j, weights in enumerate(units):
+        derivatives = differentiate_at(places, outputs, weights)
+        if j == 0:
+            axes = _input_axes(outputs, uses, derivatives, np.ones(num_inputs, dtype=bool), choices)
         for index, axis in axes.items():
-            derivative = derivatives[id(uses[index].output)]
-            of_output = _gradients_of_output(uses[index], derivative, axis, num_inputs, dtype)
+            of_output = _arranged(uses[index], axis, num_inputs, dtype)(derivatives[id(uses[index].output)])
+            if num_outputs == 1:
+                found[index] = axis, of_output.unsqueeze(1).contiguous()
+                continue
             if j == 0:  # Written to their final place: a copy would take twice the memory and twice the time.
-                output_gradients[index] = of_output.new_empty(num_inputs, num_outputs, *of_output.shape[1:])
-            output_gradients[index][:, j] = of_output
-    return output_gradients
+                found[index] = axis, of_output.new_empty(num_inputs, num_outputs, *of_output.shape[1:])
+            found[index][1][:, j] = of_output
+    return found
 
 
-def _gradients_of_output(use: Use, derivative: Tensor, axis: InputAxis, num_inputs: int, dtype: torch.dtype) -> Tensor:
-    """The gradients of one output, input by input: shape ``(k, t, d_out)`` for a product, else ``(k, n)``.
+def _arranged(use: Use, axis: InputAxis, num_inputs: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The function from the derivative of an output, summed over the inputs, to its gradients, input by input.
 
     Args:
         use: The use.
-        derivative: The derivative of the output, summed over the inputs, by the operation's output.
         axis: The order of the inputs.
         num_inputs: Inputs of the chunk, k.
-        dtype: The dtype of the result.
+        dtype: The dtype of the gradients, of shape ``(k, t, d_out)`` for a product, else ``(k, n)``.
     """
-    derivative = derivative.to(dtype)  # Before anything is added up.
-    if isinstance(use, ProductUse):
-        return axis.split(use.arrange(derivative), num_inputs).flatten(1, -2)
-    contributions = axis.split(use.contributions(derivative), num_inputs)
-    positions = use.positions.movedim(axis.axis, 0)  # Of length 1 along this axis.
-    repeated = [dim for dim in range(1, contributions.ndim) if positions.shape[dim - 1] == 1]
-    summed = contributions.sum(repeated) if repeated else contributions
-    return summed.unsqueeze(-1).flatten(1)
+
+    def arranged(derivative: Tensor) -> Tensor:
+        derivative = derivative.to(dtype)  # Before anything is added up.
+        if isinstance(use, ProductUse):
+            return axis.split(use.arrange(derivative), num_inputs).flatten(1, -2)
+        contributions = axis.split(use.contributions(derivative), num_inputs)
+        others = [length for dim, length in enumerate(use.elements.shape) if dim != axis.axis]
+        repeated = [1, *(dim for dim, length in enumerate(others, start=2) if length == 1)]
+        return contributions.sum(repeated).unsqueeze(-1).flatten(1)
+
+    return arranged
 
 
 def _products_of_biases(uses: Mapping[int, Use]) -> dict[int, int]:
@@ -125,7 +164,7 @@ def _products_of_biases(uses: Mapping[int, Use]) -> dict[int, int]:
         and use.shifts is not None
         and id(use.shifts) in products
         and use.shifts.output is use.output
-        and use.positions.numel() == use.shifts.positions.shape[0]
+        and use.elements.count == use.shifts.elements.shape[0]
     }
 
 
@@ -134,59 +173,97 @@ def _summed_over_positions(output_gradients: Tensor) -> Tensor:
     return output_gradients.squeeze(2) if output_gradients.shape[2] == 1 else output_gradients.sum(2)
 
 
-def _input_axes(outputs: Tensor, uses: Mapping[int, Use]) -> dict[int, InputAxis]:
-    """Where the inputs lie in the result of each use, seen from the outputs of some of them; absent where unclear."""
-    places = output_places(uses)
-    generator = Generator().manual_seed(0)
-    weights = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
-    axes: dict[int, list[InputAxis]] = {}
-    for chosen in _choices(outputs.shape[0], generator):
-        chosen = chosen.to(outputs.device)
-        derivatives = differentiate_at(places, (outputs * weights)[chosen].sum())
-        for index, use in uses.items():
-            possible = _possible_input_axes(use, derivatives[id(use.output)], chosen)
-            axes[index] = [axis for axis in axes.get(index, possible) if axis in possible]
-        if all(len(possible) <= 1 for possible in axes.values()):
+def _input_axes(
+    outputs: Tensor,
+    uses: Mapping[int, Use],
+    derivatives: Mapping[int, Tensor],
+    chosen: BoolArray,
+    choices: Iterator[tuple[BoolArray, Tensor]],
+) -> dict[int, InputAxis]:
+    """Where the inputs lie in the result of each use; absent where unclear.
+
+    Where only one order is possible it is taken: whether it is right shows when autograd confirms the gradients.
+
+    Args:
+        outputs: Outputs of a chunk, shape ``(k, c)``.
+        uses: The uses.
+        derivatives: The derivatives of a combination of the chosen inputs' outputs, as in `differentiate_at`.
+        chosen: The inputs that are chosen.
+        choices: Further choices with the weights of their combinations, for uses that are not clear yet.
+    """
+    axes = _possible_input_axes(uses, derivatives, chosen)
+    while unclear := {index: uses[index] for index, possible in axes.items() if len(possible) > 1}:
+        further, weights = next(choices, (None, None))
+        if further is None or weights is None:
             break
+        found = _possible_input_axes(unclear, differentiate_at(output_places(unclear), outputs, weights), further)
+        axes |= {index: [axis for axis in axes[index] if axis in possible] for index, possible in found.items()}
     return {index: possible[0] for index, possible in axes.items() if possible}
 
 
-def _possible_input_axes(use: Use, derivative: Tensor, chosen: Tensor) -> list[InputAxis]:
-    """Where the inputs can lie, seen from the derivative of some inputs' outputs.
+def _possible_input_axes(
+    uses: Mapping[int, Use], derivatives: Mapping[int, Tensor], chosen: BoolArray
+) -> dict[int, list[InputAxis]]:
+    """Where the inputs can lie in the result of each use, seen from the derivative of some inputs' outputs.
 
     The derivative is exactly zero in all that belongs to other inputs. It may be zero elsewhere too, where a layer is
     dead; then further choices of inputs decide.
 
     Args:
-        use: The use.
-        derivative: Derivative of a sum over the outputs of the chosen inputs, by the operation's output.
-        chosen: The inputs that are chosen, bool, shape ``(k,)``.
+        uses: The uses.
+        derivatives: The derivatives of a combination of the chosen inputs' outputs, as in `differentiate_at`.
+        chosen: The inputs that are chosen, shape ``(k,)``; all of them leave every order possible.
     """
-    num_inputs = chosen.numel()
+    num_inputs = len(chosen)
+    possible: dict[int, list[InputAxis]] = {index: [] for index in uses}
+    profiles: list[tuple[int, InputAxis, Tensor]] = []
+    for index, use in uses.items():
+        for axis, contributions in _axes_of_inputs(use, derivatives[id(use.output)]):
+            length = contributions.shape[axis]
+            # With one element for each input both orders are the same.
+            orders = (True,) if length == num_inputs else (True, False) if length % num_inputs == 0 else ()
+            if chosen.all():
+                possible[index] += [InputAxis(axis, adjacent) for adjacent in orders]
+            elif orders:
+                profile = _largest_along(contributions, axis)
+                profiles += [(index, InputAxis(axis, adjacent), profile) for adjacent in orders]
+    if not profiles:
+        return possible
+    # One transfer for all uses: each would let a device wait.
+    read = torch.cat([profile for _, _, profile in profiles]).cpu().numpy()
+    stops = itertools.accumulate(len(profile) for _, _, profile in profiles)
+    for (index, order, profile), stop in zip(profiles, stops, strict=True):
+        places = read[stop - len(profile) : stop]
+        by_input = places.reshape(num_inputs, -1) if order.adjacent else places.reshape(-1, num_inputs).T
+        if not by_input[~chosen].any():
+            possible[index].append(order)
+    return possible
+
+
+def _axes_of_inputs(use: Use, derivative: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The axes along which the inputs may lie, with the contributions that have these axes."""
     if isinstance(use, ProductUse):
-        dims, contributions = [0], use.arrange(derivative)
-    else:
-        contributions = use.contributions(derivative)
-        dims = [dim for dim in range(contributions.ndim) if use.positions.shape[dim] == 1]
-    nonzero = contributions != 0
-    axes = [
-        InputAxis(dim, adjacent)
-        for dim in dims
-        if contributions.shape[dim] % num_inputs == 0
-        # With one element for each input both orders are the same.
-        for adjacent in ((True,) if contributions.shape[dim] == num_inputs else (True, False))
-    ]
-    return [axis for axis in axes if not bool(axis.split(nonzero, num_inputs)[~chosen].any())]
+        yield 0, use.arrange(derivative)
+        return
+    contributions = use.contributions(derivative)
+    yield from ((axis, contributions) for axis, length in enumerate(use.elements.shape) if length == 1)
 
 
-def _choices(num_inputs: int, generator: Generator) -> Iterator[Tensor]:
-    """Random choices of inputs, each followed by the choice of all other inputs."""
+def _largest_along(tensor: Tensor, axis: int) -> Tensor:
+    """The largest magnitude at each place along an axis."""
+    others = [dim for dim in range(tensor.ndim) if dim != axis]
+    return torch.linalg.vector_norm(tensor, math.inf, others) if others else tensor.abs()
+
+
+def _choices(outputs: Tensor) -> Iterator[tuple[BoolArray, Tensor]]:
+    """Random choices of inputs, each followed by that of all other inputs, with weights of their outputs."""
+    num_inputs, generator = len(outputs), Generator().manual_seed(0)
+    drawn = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
     for _ in range(_NUM_CHOICES):
-        chosen = torch.randint(0, 2, (num_inputs,), generator=generator).bool()
+        chosen = torch.randint(0, 2, (num_inputs,), generator=generator).numpy().astype(bool)
         chosen[0], chosen[-1] = True, num_inputs == 1
-        yield chosen
-        if num_inputs > 1:
-            yield ~chosen
+        for some in (chosen, ~chosen) if num_inputs > 1 else (chosen,):
+            yield some, (drawn * torch.from_numpy(some).unsqueeze(1)).to(outputs.device)
 
 
 def output_places(uses: Mapping[int, Use]) -> list[OperationOutput]:
@@ -194,22 +271,32 @@ def output_places(uses: Mapping[int, Use]) -> list[OperationOutput]:
     return list({id(use.output): use.output for use in uses.values()}.values())
 
 
-def differentiate_at(places: Sequence[OperationOutput], output: Tensor) -> dict[int, Tensor]:
-    """Differentiate a scalar by the outputs of some operations.
+def differentiate_at(
+    places: Sequence[OperationOutput], outputs: Tensor, weights: Tensor, *, is_batched: bool = False
+) -> dict[int, Tensor]:
+    """Differentiate a combination of outputs by the outputs of some operations.
 
     Args:
-        places: The outputs, as places in the graph.
-        output: The scalar; its graph is retained.
+        places: The outputs of the operations, as places in the graph.
+        outputs: The outputs of the network; their graph is retained.
+        weights: The weights of the combination, in the shape of the outputs; of several combinations along a first
+            axis, where these are batched.
+        is_batched: Whether there are several combinations.
 
     Returns:
-        The derivatives by the identity of the place, zero where the scalar does not depend on it.
+        The derivatives by the identity of the place, zero where the combination does not depend on it.
+
+    Raises:
+        RuntimeError: If combinations are batched, and an operation does not support it.
     """
     edges = {id(place): place.edge for place in places if place.edge is not None}
-    shapes = {id(place): place.shape for place in places}
+    shapes = {id(place): (*weights.shape[: int(is_batched)], *place.shape) for place in places}
     gradients: Sequence[Tensor | None] = [None] * len(edges)
-    if edges and output.requires_grad:  # No input of the chunk may have entered a layer.
-        gradients = torch.autograd.grad(output, list(edges.values()), retain_graph=True, allow_unused=True)
+    if edges and outputs.requires_grad:  # No input of the chunk may have entered a layer.
+        gradients = torch.autograd.grad(
+            outputs, list(edges.values()), weights, retain_graph=True, allow_unused=True, is_grads_batched=is_batched
+        )
     return {
-        place: output.new_zeros(shapes[place]) if gradient is None else gradient
+        place: outputs.new_zeros(shapes[place]) if gradient is None else gradient
         for place, gradient in zip(edges, gradients, strict=True)
     }

@@ -61,7 +61,9 @@ class AutogradCheck:
         self._runs = runs
         self._weights = torch.cat(drawn).to(outputs.device)
         self._combined = _combination(runs, self._weights)
-        if not all(bool(gradient.isfinite().all()) for gradient in self._combined.values() if gradient is not None):
+        self._norms = _norms(self._combined)
+        # A norm may be infinite although all elements are finite.
+        if not math.isfinite(sum(self._norms.values())) and not _are_finite(self._combined):
             _refuse_infinite_gradients(runs)
 
     @property
@@ -79,40 +81,65 @@ class AutogradCheck:
 
         The mean of its square over all combinations is the square of the gradients' Frobenius norm.
         """
-        return _norm(self._combined, layers)
+        return _norm(self._norms, layers)
 
     def is_unused(self, layer: Layer) -> bool:
         """Whether no output depends on the layer."""
         return all(self._combined[name] is None for name in layer.parameters)
 
     def confirm(
-        self, layer: Layer, gradients: LayerGradients, *, structured: bool, note: str | None = None
-    ) -> MeasuredGradients | None:
-        """Accept gradients whose random combination is that of autograd; return ``None`` for others.
+        self, gradients: Mapping[Layer, LayerGradients], *, structured: bool, notes: Mapping[Layer, str | None]
+    ) -> dict[Layer, MeasuredGradients]:
+        """Accept gradients whose random combination is that of autograd.
 
         The combinations may differ by rounding on the scale of the layer, on which its rank is decided. Where terms
         cancel, they may differ by the rounding of the terms. Where autograd's combination is no more than rounding, the
         layer has no effect, and zero gradients.
 
         Args:
-            layer: The layer.
-            gradients: The gradients to check.
-            structured: Whether they come from the operations that use the layer. Then only rounding is allowed for, so
+            gradients: The gradients to check, of layers that are held together.
+            structured: Whether they come from the operations that use the layers. Then only rounding is allowed for, so
                 that no use is missed, however weak.
-            note: The record's note on them.
+            notes: The record's notes on them; layers without one have no entry.
+
+        Returns:
+            The gradients that are confirmed, by layer.
         """
-        expected, eps = self._expected(layer), torch.finfo(self._runs.network.dtype).eps
-        difference = (gradients.combination(self._weights.flatten()) - expected).abs().max()
+        eps, confirmed = torch.finfo(self._runs.network.dtype).eps, {}
         rtol = _ROUNDING * eps * self.num_rows**0.5 if structured else agreement_rtol(self._runs.network.dtype)
-        is_confirmed = bool(difference <= rtol * expected.abs().max())
-        if not is_confirmed:
-            terms = torch.stack(self._runs.each(sum_term_magnitudes, layer, self._weights)).sum(0)
-            rounding = _ROUNDING * eps * terms.norm()
-            if bool(expected.norm() <= rounding) or self._is_rounding(layer):
-                return self._without_effect(layer, structured=structured)
-            is_resolved = not structured or bool(rounding <= _RESOLVED * expected.norm())
-            is_confirmed = is_resolved and bool(difference <= _ROUNDING * eps * terms.max())
-        return MeasuredGradients(layer, gradients, structured, note) if is_confirmed else None
+        for layer, (difference, largest) in self._differences(gradients).items():
+            measured = MeasuredGradients(layer, gradients[layer], structured, notes.get(layer))
+            if difference <= rtol * largest:
+                confirmed[layer] = measured
+            elif (replaced := self._confirm_by_terms(measured, difference)) is not None:
+                confirmed[layer] = replaced
+        return confirmed
+
+    def _differences(self, gradients: Mapping[Layer, LayerGradients]) -> dict[Layer, tuple[float, float]]:
+        """The largest difference from autograd's combination, and the largest element of that one, of each layer.
+
+        All are read together, as a device waits at each transfer.
+        """
+        if not gradients:
+            return {}
+        weights = self._weights.flatten()
+        expected = [self._expected(layer) for layer in gradients]
+        differences = [
+            found.combination(weights).sub_(target) for found, target in zip(gradients.values(), expected, strict=True)
+        ]
+        largest = torch.stack(torch._foreach_norm([*differences, *expected], math.inf)).tolist()
+        return dict(zip(gradients, zip(largest, largest[len(expected) :], strict=False), strict=True))
+
+    def _confirm_by_terms(self, measured: MeasuredGradients, difference: float) -> MeasuredGradients | None:
+        """Accept gradients that differ by no more than the rounding of terms that cancel; ``None`` for others."""
+        layer, structured, eps = measured.layer, measured.structured, torch.finfo(self._runs.network.dtype).eps
+        terms = torch.stack(self._runs.each(sum_term_magnitudes, layer, self._weights)).sum(0)
+        largest, norm = torch.stack([terms.max(), terms.norm()]).tolist()
+        rounding = _ROUNDING * eps * norm
+        if self.norm([layer]) <= rounding or self._is_rounding(layer):
+            return self._without_effect(layer, structured=structured)
+        is_resolved = not structured or rounding <= _RESOLVED * self.norm([layer])
+        return measured if is_resolved and difference <= _ROUNDING * eps * largest else None
 
     def _expected(self, layer: Layer) -> Tensor:
         """The combination by autograd, shape ``(N,)``."""
@@ -130,7 +157,7 @@ class AutogradCheck:
         """
         if self._in_other_precision is None:
             return False
-        norms = [self.norm([layer]), _norm(self._in_other_precision, [layer])]
+        norms = [self.norm([layer]), _norm(_norms(self._in_other_precision), [layer])]
         high, low = norms if self._runs.network.dtype == torch.float64 else reversed(norms)
         return math.isfinite(low) and low >= _ONLY_ROUNDING * high
 
@@ -194,10 +221,19 @@ def _combination_of_chunk(network: Network, chunk: Chunk, weights: Tensor) -> Se
     return torch.autograd.grad(outputs, parameters, weights, retain_graph=True, allow_unused=True)
 
 
-def _norm(combined: Mapping[str, Tensor | None], layers: Iterable[Layer]) -> float:
-    gradients = [combined[name] for layer in layers for name in layer.parameters]
-    norms = [gradient.norm() for gradient in gradients if gradient is not None]
-    return float(torch.stack(norms).norm()) if norms else 0.0
+def _norms(combined: Mapping[str, Tensor | None]) -> dict[str, float]:
+    """The norms of the derivatives by each parameter, read together."""
+    gradients = {name: gradient for name, gradient in combined.items() if gradient is not None}
+    norms = torch.stack(torch._foreach_norm([*gradients.values()])).tolist() if gradients else []
+    return dict(zip(gradients, norms, strict=True))
+
+
+def _norm(norms: Mapping[str, float], layers: Iterable[Layer]) -> float:
+    return math.hypot(*(norms.get(name, 0.0) for layer in layers for name in layer.parameters))
+
+
+def _are_finite(combined: Mapping[str, Tensor | None]) -> bool:
+    return all(bool(gradient.isfinite().all()) for gradient in combined.values() if gradient is not None)
 
 
 def _refuse_infinite_gradients(runs: ProbeRuns) -> None:

@@ -39,13 +39,11 @@ def dense_gradients(
                 raise
             continue
         columns = torch.split(matrix, [layer.num_parameters for layer in layers], dim=1)
-        for layer, gradients in zip(layers, map(DenseGradients, columns), strict=True):
-            if layer not in pending:
-                continue
-            measured = check.confirm(layer, gradients, structured=False, note=pending[layer])
-            if measured is not None:
-                del pending[layer]
-                yield measured
+        gradients = dict(zip(layers, map(DenseGradients, columns), strict=True))
+        unconfirmed = {layer: gradients[layer] for layer in pending}
+        for measured in check.confirm(unconfirmed, structured=False, notes=pending).values():
+            del pending[measured.layer]
+            yield measured
         if not pending:
             return
     raise RuntimeError(disagreement([layer.name for layer in pending]))

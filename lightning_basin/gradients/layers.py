@@ -16,6 +16,8 @@ from lightning_basin.naming import escaped
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.runs import ProbeRuns
 
+_UNKNOWN_USE = "layer {!r} is measured row by row: its parameters are used in other ways"
+
 
 def layer_gradients(
     runs: ProbeRuns,
@@ -39,18 +41,21 @@ def layer_gradients(
     """
     layers = runs.network.layers if layers is None else layers
     waiting: list[tuple[Layer, str | None]] = []
-    for layer, gradients in structured_gradients(runs, check, layers, max_elements):
-        note = None
-        if gradients is not None:
-            if (measured := check.confirm(layer, gradients, structured=True)) is not None:
-                yield measured
+    for group in structured_gradients(runs, check, layers, max_elements):
+        known = {layer: gradients for layer, gradients in group.items() if gradients is not None}
+        confirmed = check.confirm(known, structured=True, notes={})
+        notes = {layer: _UNKNOWN_USE.format(escaped(layer.name)) if layer in known else None for layer in group}
+        known.clear()  # Of a layer that has been looked at nothing shall be held.
+        group.clear()
+        for layer, note in notes.items():
+            if layer in confirmed:
+                yield confirmed.pop(layer)
                 continue
-            note = f"layer {escaped(layer.name)!r} is measured row by row: its parameters are used in other ways"
-        _check_dense_size(layer, check.num_rows, max_elements)
-        waiting.append((layer, note))
+            _check_dense_size(layer, check.num_rows, max_elements)
+            waiting.append((layer, note))
     group_elements = min(max_elements, GROUP_ELEMENTS)
-    for group in split_by_size(waiting, lambda item: item[0].num_parameters * check.num_rows, group_elements):
-        yield from dense_gradients(runs, group, check)
+    for dense in split_by_size(waiting, lambda item: item[0].num_parameters * check.num_rows, group_elements):
+        yield from dense_gradients(runs, dense, check)
 
 
 def _check_dense_size(layer: Layer, num_rows: int, max_elements: int) -> None:

@@ -94,16 +94,16 @@ def _num_factor_elements(uses: Sequence[Use], num_inputs: int, num_outputs: int,
     total = 0.0
     for use in uses:
         if isinstance(use, ElementwiseUse):
-            total += num_inputs * num_outputs * use.positions.numel()
+            total += num_inputs * num_outputs * use.elements.count
         else:
-            d_out, d_in = use.positions.shape
+            d_out, d_in = use.elements.shape
             total += scale * use.num_activations / max(1, d_in) * (num_outputs * d_out + d_in)
     return int(total)
 
 
 def _widths(uses: Sequence[Use]) -> int:
     """Elements of a pair of random vectors that sketches the widest product, one for each of its two factors."""
-    shapes = [use.positions.shape for use in uses if isinstance(use, ProductUse)]
+    shapes = [use.elements.shape for use in uses if isinstance(use, ProductUse)]
     return max((d_out for d_out, _ in shapes), default=0) + max((d_in for _, d_in in shapes), default=0)
 
 

@@ -1,4 +1,4 @@
-"""Behavioral gradients of layers whose uses are known, from one backward pass for each output."""
+"""Behavioral gradients of layers whose uses are known, from one backward pass for all outputs or one for each."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from lightning_basin.operations.uses import Use
 
 def structured_gradients(
     runs: ProbeRuns, check: AutogradCheck, layers: Sequence[Layer], max_elements: int
-) -> Iterator[tuple[Layer, LayerGradients | None]]:
-    """Yield each layer with its gradients, or with ``None`` where its uses are not known or too large.
+) -> Iterator[dict[Layer, LayerGradients | None]]:
+    """Yield layers that are held together with their gradients, ``None`` where uses are not known or too large.
 
     Args:
         runs: The network's runs over the probe.
@@ -33,21 +33,21 @@ def structured_gradients(
     """
     network, num_inputs = runs.network, runs.probe.size
     sizes = layer_sizes(network, _first_trace(runs), num_inputs=num_inputs, num_outputs=check.num_rows // num_inputs)
-    factored = []
+    factored, group_elements = [], min(max_elements, GROUP_ELEMENTS)
     for layer in layers:
         method = sizes[layer.name].method(max_elements)
         if check.is_unused(layer):
-            yield layer, zero_gradients(layer, check.num_rows, check.device)
+            yield {layer: zero_gradients(layer, check.num_rows, check.device)}
         elif method == "factors":
             factored.append(layer)
         else:
-            yield layer, _rows_by_chunks(runs, layer) if method == "chunks" else None
-    group_elements = min(max_elements, GROUP_ELEMENTS)
+            yield {layer: _rows_by_chunks(runs, layer, group_elements) if method == "chunks" else None}
     for group in split_by_size(factored, lambda layer: sizes[layer.name].held, group_elements):
-        measured = _measured_uses(runs, group)
-        for layer in group:
-            uses = measured.pop(layer)
-            yield layer, None if uses is None else _from_uses(network, layer, uses, check.num_rows)
+        measured = _measured_uses(runs, group, group_elements)
+        yield {
+            layer: None if (uses := measured.pop(layer)) is None else _from_uses(network, layer, uses, check.num_rows)
+            for layer in group
+        }
 
 
 def _from_uses(network: Network, layer: Layer, uses: Sequence[MeasuredUse], num_rows: int) -> LayerGradients:
@@ -55,16 +55,16 @@ def _from_uses(network: Network, layer: Layer, uses: Sequence[MeasuredUse], num_
     return combine_uses(parameters, uses, num_rows=num_rows)
 
 
-def _rows_by_chunks(runs: ProbeRuns, layer: Layer) -> DenseGradients | None:
+def _rows_by_chunks(runs: ProbeRuns, layer: Layer, max_elements: int) -> DenseGradients | None:
     """Dense rows, where they are smaller than their factors; ``None`` where inputs cannot be distinguished."""
-    chunks = runs.each(_rows_of_chunk, layer)
+    chunks = runs.each(_rows_of_chunk, layer, max_elements)
     rows = [chunk for chunk in chunks if chunk is not None]
     return DenseGradients(concatenate(rows)) if len(rows) == len(chunks) else None
 
 
-def _rows_of_chunk(network: Network, chunk: Chunk, layer: Layer) -> Tensor | None:
+def _rows_of_chunk(network: Network, chunk: Chunk, layer: Layer, max_elements: int) -> Tensor | None:
     uses = find_uses(network, chunk.trace)[layer]
-    measured = _all_of(measure_uses(network, chunk.trace, uses), uses)
+    measured = _all_of(measure_uses(network, chunk.trace, uses, max_elements), uses)
     num_rows = network.rows(chunk.trace.outputs).numel()
     return None if measured is None else _from_uses(network, layer, measured, num_rows).rows()
 
@@ -82,20 +82,22 @@ class _UsesInChunk:
     used_elements: list[bytes]
 
 
-def _measured_uses(runs: ProbeRuns, layers: Sequence[Layer]) -> dict[Layer, list[MeasuredUse] | None]:
+def _measured_uses(
+    runs: ProbeRuns, layers: Sequence[Layer], max_elements: int
+) -> dict[Layer, list[MeasuredUse] | None]:
     """The uses of some layers over all inputs; ``None`` for layers whose inputs cannot be distinguished."""
-    chunks = runs.each(_uses_of_chunk, layers, runs.probe.size)
+    chunks = runs.each(_uses_of_chunk, layers, runs.probe.size, max_elements)
     by_layer = find_uses(runs.network, _first_trace(runs))
     return {layer: _joined(list(by_layer[layer].values()), [chunk[layer] for chunk in chunks]) for layer in layers}
 
 
 def _uses_of_chunk(
-    network: Network, chunk: Chunk, layers: Sequence[Layer], num_inputs: int
+    network: Network, chunk: Chunk, layers: Sequence[Layer], num_inputs: int, max_elements: int
 ) -> dict[Layer, _UsesInChunk | None]:
     by_layer = find_uses(network, chunk.trace)
     # Several layers may share a use, which is measured once.
     uses_of_all = {index: use for layer in layers for index, use in by_layer[layer].items()}
-    measured = measure_uses(network, chunk.trace, uses_of_all)
+    measured = measure_uses(network, chunk.trace, uses_of_all, max_elements)
     uses_in_chunk: dict[Layer, _UsesInChunk | None] = {}
     for layer in layers:
         uses = _all_of(measured, by_layer[layer])
@@ -126,8 +128,12 @@ def _joined(uses: Sequence[Use], chunks: Sequence[_UsesInChunk | None]) -> list[
 
 def _used_elements(uses: Iterable[Use]) -> list[bytes]:
     """For each use a fingerprint of the elements of the parameter that it takes."""
-    positions = [use.positions.cpu().contiguous() for use in uses]
-    return [sha256(f"{tuple(elements.shape)}".encode() + elements.numpy().tobytes()).digest() for elements in positions]
+    fingerprints = []
+    for elements in (use.elements for use in uses):
+        view = f"{elements.shape} {elements.sizes} {elements.strides} {elements.offset}".encode()
+        rows = b"" if elements.rows is None else elements.rows.cpu().contiguous().numpy().tobytes()
+        fingerprints.append(sha256(view + rows).digest())
+    return fingerprints
 
 
 def _first_trace(runs: ProbeRuns) -> Trace:

@@ -28,13 +28,14 @@ def sum_term_magnitudes(network: Network, chunk: Chunk, layer: Layer, weights: T
         The sums for all elements of the layer's parameters, in their order, shape ``(N,)``.
     """
     outputs, parameters = network.rows(chunk.trace.outputs), network.parameters([layer])
-    combined = (outputs * weights[chunk.indices.to(weights.device)].to(outputs)).sum()
     uses = find_uses(network, chunk.trace)[layer]
-    derivatives = differentiate_at(output_places(uses), combined)
+    weights_of_chunk = weights[chunk.indices.to(weights.device)].to(outputs)
+    derivatives = differentiate_at(output_places(uses), outputs, weights_of_chunk)
     by_source: dict[Source, Tensor] = {}
     for use in uses.values():
         magnitudes = by_source.setdefault(use.source, outputs.new_zeros(use.source.tensor.numel()))
-        magnitudes.index_add_(0, use.positions.flatten(), _terms(use, derivatives[id(use.output)]).flatten())
+        positions = use.elements.positions(use.source.tensor)
+        magnitudes.index_add_(0, positions.flatten(), _terms(use, derivatives[id(use.output)]).flatten())
     totals = [torch.zeros_like(parameter) for parameter in parameters]
     for source, magnitudes in by_source.items():  # Through a tensor that was computed from parameters: the chain rule.
         gradients = torch.autograd.grad(
@@ -50,4 +51,4 @@ def _terms(use: Use, derivative: Tensor) -> Tensor:
     if isinstance(use, ProductUse):
         output_gradients, activations = use.arrange(derivative).flatten(0, -2), use.read_activations().flatten(0, -2)
         return output_gradients.abs().mT @ activations.abs()
-    return use.contributions(derivative).abs().sum_to_size(use.positions.shape)
+    return use.contributions(derivative).abs().sum_to_size(use.elements.shape)

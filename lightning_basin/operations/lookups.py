@@ -1,12 +1,14 @@
 """Look-ups, as products with one-hot activations. Only rows of the table that occur can have gradients."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_basin.operations.uses import Call, Handler, Use, aten
+from lightning_basin.operations.uses import Call, Elements, Handler, Use, aten
 
 
 def _embedding(
@@ -72,11 +74,16 @@ def _lookup(call: Call, table: Tensor, indices: Tensor, rows: Tensor, weights: T
 
     return call.product(
         table,
-        lambda positions: positions.flatten(1)[used].mT,
+        lambda elements: _rows_of(elements, used),
         read_activations=read_activations,
         arrange=lambda derivative: derivative.reshape(num_rows, 1, -1),
         num_activations=num_rows * used.numel(),
     )
+
+
+def _rows_of(elements: Elements, rows: Tensor) -> Elements:
+    """Some rows of a table, as the columns of a matrix."""
+    return replace(elements, shape=(math.prod(elements.sizes[1:]), rows.numel()), rows=rows)
 
 
 HANDLERS: Mapping[Any, Handler] = {

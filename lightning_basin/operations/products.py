@@ -1,43 +1,54 @@
 """Matrix products and convolutions, as uses of the parameters among their arguments."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_basin.operations.uses import Call, Handler, ProductUse, Use, aten
+from lightning_basin.operations.uses import Call, Elements, Handler, ProductUse, Use, aten
 
 
 def _mm(call: Call, left: Tensor, right: Tensor) -> list[ProductUse]:
-    return _matrix_product(call, left, right, lambda matrix: matrix)
+    return _matrix_product(call, left, right)
 
 
 def _bmm(call: Call, left: Tensor, right: Tensor) -> list[ProductUse]:
-    uses = []
-    for index in range(left.shape[0]):
-        uses += _matrix_product(call, left, right, lambda batch, index=index: batch[index])  # type: ignore[misc]
-    return uses
+    if call.find_source(left) is None and call.find_source(right) is None:
+        return []  # As in attention, whose batch may be long.
+    return [use for index in range(left.shape[0]) for use in _matrix_product(call, left, right, index)]
 
 
-def _matrix_product(call: Call, left: Tensor, right: Tensor, select: Callable[[Tensor], Tensor]) -> list[ProductUse]:
-    """The product of two matrices, one of them a parameter; ``select`` takes one matrix from a batch."""
-    first, second = select(left.detach()), select(right.detach())  # Either may be sparse.
+def _matrix_product(call: Call, left: Tensor, right: Tensor, index: int | None = None) -> list[ProductUse]:
+    """The product of two matrices, one of them a parameter; ``index`` takes one matrix from a batch."""
+    first, second = left.detach(), right.detach()  # Either may be sparse.
+
+    def select(batch: Tensor) -> Tensor:
+        return batch if index is None else batch[index]
+
+    def matrix(elements: Elements) -> Elements:
+        return elements if index is None else _matrix_of_batch(elements, index)
+
     return call.product(
         right,
-        lambda positions: select(positions).mT,
-        read_activations=lambda: first.to_dense().unsqueeze(1),
+        lambda elements: matrix(elements).moved(0, 1),
+        read_activations=lambda: select(first).to_dense().unsqueeze(1),
         arrange=lambda derivative: select(derivative).unsqueeze(1),
-        num_activations=first.numel(),
+        num_activations=math.prod(first.shape[-2:]),
     ) or call.product(
         left,
-        select,
-        read_activations=lambda: second.to_dense().mT.unsqueeze(1),
+        matrix,
+        read_activations=lambda: select(second).to_dense().mT.unsqueeze(1),
         arrange=lambda derivative: select(derivative).mT.unsqueeze(1),
-        num_activations=second.numel(),
+        num_activations=math.prod(second.shape[-2:]),
     )
+
+
+def _matrix_of_batch(elements: Elements, index: int) -> Elements:
+    matrix = elements.part(index, elements.sizes[0])
+    return Elements(matrix.sizes[1:], matrix.sizes[1:], matrix.strides[1:], matrix.offset)
 
 
 def _addmm(
@@ -53,7 +64,7 @@ def _mv(call: Call, matrix: Tensor, vector: Tensor) -> Sequence[Use]:
     matrix = matrix.detach()
     return call.product(
         vector,
-        lambda positions: positions.unsqueeze(0),
+        lambda elements: elements.seen_as(1, elements.count),
         read_activations=lambda: matrix.unsqueeze(1),
         arrange=lambda derivative: derivative.view(-1, 1, 1),
         num_activations=matrix.numel(),
@@ -66,7 +77,7 @@ def _trilinear(call: Call, first: Tensor, weight: Tensor, second: Tensor, *layou
     first, second = first.detach(), second.detach()
     return call.product(
         weight,
-        lambda positions: positions.flatten(1),
+        _by_units,
         read_activations=lambda: (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1).unsqueeze(1),
         arrange=lambda derivative: derivative.unsqueeze(1),
         num_activations=first.numel() * second.shape[1],
@@ -127,13 +138,23 @@ class _Kernel:
         )
 
 
+def _by_units(elements: Elements) -> Elements:
+    """See a weight as a matrix whose rows are along its first axis."""
+    return elements.seen_as(elements.sizes[0], math.prod(elements.sizes[1:]))
+
+
+def _to_units(elements: Elements) -> Elements:
+    """See a weight as a matrix whose columns are along its first axis."""
+    return elements.moved(0, len(elements.sizes) - 1).seen_as(math.prod(elements.sizes[1:]), elements.sizes[0])
+
+
 def _group(
     call: Call, inputs: Tensor, weight: Tensor, kernel: _Kernel, group: int, groups: int
 ) -> Sequence[ProductUse]:
     channels = inputs.chunk(groups, 1)[group]
     return call.product(
         weight,
-        lambda positions: positions.chunk(groups)[group].flatten(1),
+        lambda elements: _by_units(elements.part(group, groups)),
         read_activations=lambda: kernel.patches(channels).flatten(1, -2),
         arrange=lambda derivative: derivative.chunk(groups, 1)[group].flatten(2).mT,
         num_activations=channels.shape[0] * kernel.num_places(inputs.shape[2:]) * weight[:1].numel(),
@@ -154,7 +175,7 @@ def _transposed_group(
 
     return call.product(
         weight,
-        lambda positions: positions.chunk(groups)[group].flatten(1).mT,
+        lambda elements: _to_units(elements.part(group, groups)),
         read_activations=lambda: channels.flatten(2).mT,
         arrange=arrange,
         num_activations=channels.numel(),

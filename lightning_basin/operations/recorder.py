@@ -22,6 +22,7 @@ from lightning_basin.operations import elementwise, lookups, products
 from lightning_basin.operations.sequence import described_operation
 from lightning_basin.operations.uses import (
     Call,
+    Elements,
     ElementwiseUse,
     Handler,
     OperationOutput,
@@ -64,7 +65,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
         self._fixed = {id(tensor): tensor for tensor in (*parameters.values(), *constants)}
         # Copies of parameters for each input: views of what is fixed, yet not fixed themselves.
         self._parts: dict[int, Tensor] = {}
-        self._orders: dict[int, Tensor] = {}
         self._unsettled: list[tuple[OperationOutput, Tensor]] = []
 
     def __torch_dispatch__(
@@ -108,19 +108,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
                 output.edge = get_gradient_edge(tensor)
         self._unsettled.clear()
 
-    def find_source(self, tensor: Any) -> tuple[Source, Tensor] | None:
-        """Return the source that a tensor is (a view of), and the positions of its elements there, or ``None``."""
+    def find_source(self, tensor: Any) -> tuple[Source, Elements] | None:
+        """Return the source that a tensor is (a view of), and its elements there, or ``None``."""
         if not isinstance(tensor, Tensor) or not tensor.requires_grad or id(tensor) in self._parts:
             return None
         base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
         if id(base) not in self._fixed or base.dtype != tensor.dtype:
             return None
         source = self._sources.setdefault(id(base), Source(None, base))
-        # One for all uses: a recurrent cell uses its weights at every step.
-        order = self._orders.get(id(base))
-        if order is None:
-            order = self._orders[id(base)] = _order(base)
-        return source, order.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - base.storage_offset())
+        sizes, offset = tuple(tensor.shape), int(tensor.storage_offset()) - int(base.storage_offset())
+        return source, Elements(sizes, sizes, tensor.stride(), offset)
 
     def _is_fixed(self, tensor: Tensor) -> bool:
         if id(tensor) in self._parts:
@@ -150,11 +147,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
         found = self.find_source(tensor)
         if found is None or not any(count % self._num_inputs == 0 for count in copies if count > 1):
             return []
-        source, positions = found
+        source, elements = found
         interleaved = tuple(length for pair in zip(copies, old, strict=True) for length in pair)
         ones = tuple(length for size in old for length in (1, size))
         return [
-            ElementwiseUse(source, positions.view(ones), output, lambda derivative: derivative.reshape(interleaved))
+            ElementwiseUse(source, elements.seen_as(*ones), output, lambda derivative: derivative.reshape(interleaved))
         ]
 
     def _are_repeated_indices(self, func: Any, args: tuple[Any, ...]) -> bool:
@@ -175,14 +172,3 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
 def _memory(tensor: Tensor) -> int:
     """What a tensor shares with its views; a sparse tensor has no storage, and no views."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
-
-
-def _order(base: Tensor) -> Tensor:
-    """The position of each element of a tensor's storage among its elements in logical order."""
-    order = torch.arange(base.numel(), device=base.device).view(base.shape)
-    if base.is_contiguous():
-        return order
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(base.shape, base.stride(), strict=True))
-    stored = order.new_zeros(extent)
-    stored.as_strided(base.shape, base.stride()).copy_(order)
-    return stored

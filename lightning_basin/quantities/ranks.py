@@ -69,6 +69,7 @@ class RankMeasurement:
             )
             for scope in scopes
         }
+        self._dependent: set[Scope] = set()  # Scopes whose Gram matrix has been tried in vain.
         # The check knows the norm of the outputs' gradients alone; and inputs with equal outputs are often merged ones.
         self._may_be_independent = (
             not needs_spectra
@@ -141,7 +142,9 @@ class RankMeasurement:
         large = self._large(scopes) if gradients.num_columns >= gradients.num_rows else []
         if large:
             rows = independent_rows(gram(), resolution=max(self._rtol_of(scope) for scope in large))
-            self._conclude(large, rows, complete=[scope for scope in large if scope.kind == "layer"])
+            complete = [scope for scope in large if scope.kind == "layer"]
+            self._conclude(large, rows, complete=complete)
+            self._dependent |= self._open.keys() & set(complete)
 
     def _conclude(
         self, scopes: Iterable[Scope], rows: IndependentRows | None, *, complete: Sequence[Scope] = ()
@@ -169,7 +172,7 @@ class RankMeasurement:
                 default_rtol=accumulator.default_rtol,
                 rtol=self._rtol,
                 epsilon=self._epsilon,
-                gram=accumulator.gram() if self._needs_grams else None,
+                gram=accumulator.gram() if self._needs_grams and scope not in self._dependent else None,
             )
         if rank is None:
             self._spectra[scope] = accumulator.spectrum()

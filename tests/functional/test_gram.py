@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_basin.functional import gram as gram_module
+from lightning_basin.functional.certificates import independent_rows
 from lightning_basin.functional.gram import GramMatrix
 
 SIZES = [1, 2, 63, 64, 65, 127, 128, 129, 513, 700]
@@ -61,7 +63,7 @@ def test_scaled_products_are_products_times_the_number_of_their_inputs(k, c):
 def test_norm_and_products_with_vectors(size):
     gram, exact = gram_of_integers(size)
     vectors = integers(size, 3, seed=2)
-    assert gram.norm == pytest.approx(np.linalg.norm(exact), rel=1e-14)
+    assert float(gram.norm) == pytest.approx(np.linalg.norm(exact), rel=1e-14)
     assert np.array_equal(gram.times(as_tensor(vectors)).numpy(), exact @ vectors)
 
 
@@ -81,16 +83,37 @@ def test_the_factor_inverts_the_shifted_matrix(size, shift):
 def test_there_is_no_factor_of_what_is_not_positive(size):
     gram, exact = gram_of_integers(size)
     smallest, largest = np.linalg.eigvalsh(exact)[[0, -1]]
-    assert gram.factor(shift=smallest + 1e-12 * largest) is None
-    assert gram.factor(shift=2.0 * largest) is None
-    assert (gram.factor(shift=smallest - 1e-11 * largest)) is not None
+    assert gram.factor(shift=smallest + 1e-12 * largest).failed
+    assert gram.factor(shift=2.0 * largest).failed
+    assert not gram.factor(shift=smallest - 1e-11 * largest).failed
 
 
 def test_nothing_is_the_zero_matrix():
     gram = GramMatrix(3)
-    assert (gram.norm, gram.factor()) == (0.0, None)
+    assert (float(gram.norm), bool(gram.factor().failed)) == (0.0, True)
     assert not gram.times(torch.ones(3, 2, dtype=torch.float64)).any()
     assert not gram.whole().any()
     gram = GramMatrix(0)
     gram.add_products(torch.zeros(0, 4, dtype=torch.float64))
     assert gram.whole().shape == (0, 0)
+
+
+@pytest.mark.parametrize("size", [1, 129, 300])
+def test_one_product_is_that_of_all_tiles(size, monkeypatch):
+    monkeypatch.setattr(gram_module, "is_cached", lambda device: False)  # As on an accelerator.
+    gram, exact = gram_of_integers(size)
+    vectors = integers(size, 3, seed=2)
+    assert np.array_equal(gram.times(as_tensor(vectors)).numpy(), exact @ vectors)
+    signals, scales = integers(size, 4, seed=3), np.full((1, 1), 2)
+    gram.add_scaled_products(as_tensor(signals), as_tensor(scales))
+    assert np.array_equal(gram.whole().numpy(), exact + 2 * signals @ signals.T)
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_rows_that_depend_on_each_other_are_not_proved_independent_on_any_device(is_cached, monkeypatch):
+    monkeypatch.setattr(gram_module, "is_cached", lambda device: is_cached)
+    rows = integers(40, 60)
+    for matrix, is_independent in ((rows, True), (np.concatenate([rows[:-1], rows[:1]]), False), (0 * rows, False)):
+        gram = GramMatrix(40)
+        gram.add_products(as_tensor(matrix))
+        assert (independent_rows(gram) is not None) == is_independent

@@ -123,6 +123,25 @@ def test_frames_that_share_the_axis_of_the_batch_belong_to_their_input():
     torch.testing.assert_close(gradients.gradients.rows(), expected, rtol=1e-7, atol=1e-6)
 
 
+def test_the_order_in_which_a_weight_is_stored_changes_nothing():
+    module = nonlinear(nn.Conv2d(2, 3, (3, 2)))
+    network, probe = Network(module), Probe(drawn(4, 2, 5, 6))
+    expected = finite_differences(network, probe, network.layers[0])
+    module.part.weight.data = module.part.weight.data.contiguous(memory_format=torch.channels_last)
+    gradients = measured(network, probe)["part"]
+    assert gradients.structured
+    torch.testing.assert_close(gradients.gradients.rows(), expected, rtol=1e-7, atol=1e-7 * float(expected.abs().max()))
+
+
+def test_elements_of_a_vector_can_be_looked_up():
+    module = Composed(lambda m, x: m.scale.weight[0][x].square().cumsum(1), scale=nn.Linear(7, 1, bias=False))
+    network, probe = Network(filled(module)), Probe(torch.tensor([[0, 2, 2], [5, 1, 0], [2, 6, 5]]))
+    gradients = measured(network, probe)["scale"]
+    expected = finite_differences(network, probe, network.layers[0])
+    assert gradients.structured
+    torch.testing.assert_close(gradients.gradients.rows(), expected, rtol=1e-7, atol=1e-6)
+
+
 def test_a_frozen_bias_leaves_the_weight():
     part = nn.Conv2d(1, 2, 2)
     part.bias.requires_grad_(requires_grad=False)
