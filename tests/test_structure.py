@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.networks import RANKED
 from lightning_basin.measure import check_measurable, measure
 from lightning_basin.probe import Probe
 from lightning_basin.settings import Settings
 from lightning_basin.structure import StructureCache
+from tests.counting import Dispatched
 from tests.exact import exact_rank, jacobian
 from tests.layer_types import TYPES
 from tests.layer_types import integer_case as layer_case
@@ -86,6 +88,29 @@ def test_all_is_found_anew_after_a_change(change):
     _, probe = change(module, probe)
     assert passes_of(module, probe, Settings(), cache) >= at_first
     assert passes_of(module, probe, Settings(), cache) == 2
+
+
+# With a pass for each output, and a check of each layer by itself, it was 6571 and 22975 for the transformer.
+@pytest.mark.parametrize(
+    ("name", "layers", "num_operations", "num_waits"),
+    [
+        ("seed", [], 360, 6),
+        ("seed", "all", 430, 8),
+        ("mlp", "all", 950, 10),
+        ("cnn", "all", 1400, 10),
+        ("transformer", [], 1700, 25),
+        ("transformer", "all", 4200, 25),
+    ],
+)
+def test_a_later_measurement_asks_little_of_a_device(name, layers, num_operations, num_waits):
+    workload, cache = RANKED[name], StructureCache()
+    module, probe = workload.module(torch.float32), Probe(workload.probe(torch.float32))
+    settings = Settings(layers=layers, spectrum=False, hessian=False)
+    measure(module, probe, settings, cache=cache)
+    with Dispatched() as dispatched:
+        measure(module, probe, settings, cache=cache)
+    assert dispatched.count <= num_operations
+    assert dispatched.waits <= num_waits
 
 
 class WrongSquare(torch.autograd.Function):

@@ -1,20 +1,8 @@
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_basin.functional.reading import read, read_together
-
-
-class Transfers(TorchDispatchMode):
-    """Counts how often tensors are put together for a transfer."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten.cat.default
-        return function(*args, **(kwargs or {}))
+from tests.counting import Dispatched
 
 
 def test_tensors_are_read_with_their_shapes_and_dtypes():
@@ -25,9 +13,9 @@ def test_tensors_are_read_with_their_shapes_and_dtypes():
 
 
 def test_tensors_of_one_dtype_are_one_transfer():
-    with Transfers() as transfers:
+    with Dispatched() as dispatched:
         read([torch.ones(2), torch.ones(3, 4), torch.ones(())])
-    assert transfers.count == 1
+    assert dispatched.results["cat"] == 1
 
 
 def test_a_transposed_tensor_that_needs_a_gradient_is_read():
@@ -56,9 +44,9 @@ def test_computations_of_different_lengths_return_their_results_in_order():
 
 
 def test_computations_side_by_side_wait_once_for_each_step():
-    with Transfers() as transfers:
+    with Dispatched() as dispatched:
         read_together(counted_down(4) for _ in range(10))
-    assert transfers.count == 5
+    assert dispatched.results["cat"] == 5
 
 
 def test_a_computation_that_reads_nothing_returns_at_once():

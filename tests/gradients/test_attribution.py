@@ -1,26 +1,11 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_basin import Probe
 from lightning_basin.network.network import Network
+from tests.counting import Dispatched
 from tests.networks import Composed, drawn, filled, finite_differences, measured, sequences
-
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::_unique2", "aten::unique_dim"}
-
-
-class Dispatched(TorchDispatchMode):
-    """Counts operations, and those for whose result a program waits."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = self.waits = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        self.waits += function._schema.name in WAITS
-        return function(*args, **(kwargs or {}))
 
 
 def cost_of_gradients(module, probe):

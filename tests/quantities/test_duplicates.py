@@ -1,9 +1,6 @@
-from collections import Counter
-
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_basin import Probe, measure_basin
 from lightning_basin.evaluation import open_evaluation
@@ -13,6 +10,7 @@ from lightning_basin.quantities.duplicates import measure_duplicates
 from lightning_basin.quantities.rank_bound import measure_rank_bound
 from lightning_basin.quantities.scopes import select_scopes
 from lightning_basin.settings import Settings
+from tests.counting import Dispatched
 from tests.exact import (
     count_duplicates,
 )
@@ -68,26 +66,6 @@ def test_dead_units_of_each_layer_are_outputs_constant_over_the_probe(name, seed
     assert {layer: record.layers[layer].dead_units for layer in expected} == expected
 
 
-WAITING = ("_local_scalar_dense", "nonzero", "unique_dim", "_unique2", "is_nonzero", "equal", "masked_select")
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations that are no views, and those for which an accelerator must finish all others first."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view:
-            self.counts[function._schema.name.removeprefix("aten::")] += 1
-        return function(*args, **(kwargs or {}))
-
-    @property
-    def num_waiting(self):
-        return sum(self.counts[name] for name in WAITING)
-
-
 def operations_of(num_layers):
     """Operations that duplicates, dead units, ranks of activations and the rank bound take for distinct inputs."""
     layers = [nn.Linear(12, 12, bias=False) for _ in range(num_layers)]
@@ -98,7 +76,7 @@ def operations_of(num_layers):
     rank = GradientRank(rank=7, gap=9.0, at={}, effective_rank=None, rtol=1e-13, largest=1.0, method="svd")
     with open_evaluation(module, Probe(drawn(8, 12)), Settings(), with_layout=True) as evaluation:
         scopes = select_scopes(evaluation.network.layers, "all")
-        with Operations() as operations:
+        with Dispatched() as operations:
             activations = measure_activations(evaluation)
             ranks = measure_activation_ranks(evaluation, scopes, activations)
             duplicates = measure_duplicates(evaluation, activations)
@@ -110,10 +88,10 @@ def operations_of(num_layers):
 
 def test_layers_whose_inputs_are_distinct_wait_together():
     few, many = operations_of(10), operations_of(30)
-    assert many.num_waiting == few.num_waiting == 0
+    assert many.waits == few.waits == 0
     # What is read at once is put together once.
-    assert many.counts["cat"] == few.counts["cat"] <= 4
-    assert many.counts.total() - few.counts.total() <= 20 * 16
+    assert many.results["cat"] == few.results["cat"] <= 4
+    assert many.results.total() - few.results.total() <= 20 * 16
 
 
 def test_tensors_that_enter_several_layers_are_looked_at_once():
