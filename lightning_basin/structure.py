@@ -278,7 +278,7 @@ def _trace_sample(network: Network, probe: Probe) -> tuple[Probe, Trace]:
 
 
 def _checked_layout(network: Network, probe: Probe, trace: Trace, *, with_layers: bool) -> InputLayout | None:
-    """Run regrouped inputs, which must have the same outputs, and find each input's rows in what was runs."""
+    """Run regrouped inputs, which must have the same outputs, and find each input's rows in what was run."""
     regrouped = run_regrouped(network, probe, with_layers=with_layers)
     check_independence(network, probe, trace.outputs.detach(), regrouped)
     return input_layout(network, probe, trace, regrouped) if with_layers else None

@@ -52,7 +52,7 @@ def measure_uses(network: Network, trace: Trace, uses: Mapping[int, Use], max_el
     """Measure the uses in whose outputs the inputs can be distinguished.
 
     Args:
-        network: The network that was runs.
+        network: The network that was run.
         trace: The trace of one chunk of inputs, with its graph.
         uses: Recorded uses, by their position in the record.
         max_elements: The elements that the derivatives of all outputs by all operations may have to be found at once.

@@ -56,7 +56,7 @@ def layer_sizes(network: Network, trace: Trace, *, num_inputs: int, num_outputs:
     """Find how large the gradients of each layer are.
 
     Args:
-        network: The network that was runs.
+        network: The network that was run.
         trace: The trace of some inputs.
         num_inputs: The number of inputs that will be measured, k.
         num_outputs: The number of outputs per input, c.
@@ -89,7 +89,7 @@ def _num_factor_elements(uses: Sequence[Use], num_inputs: int, num_outputs: int,
         uses: The uses of a layer.
         num_inputs: The number of inputs that will be measured, k.
         num_outputs: The number of outputs per input, c.
-        scale: The ratio of the inputs that will be measured to those that were runs.
+        scale: The ratio of the inputs that will be measured to those that were run.
     """
     total = 0.0
     for use in uses:
@@ -113,7 +113,7 @@ def find_uses(network: Network, trace: Trace) -> dict[Layer, dict[int, Use]]:
     A tensor that was computed from parameters of several layers is used by each of these layers.
 
     Args:
-        network: The network that was runs.
+        network: The network that was run.
         trace: A trace with its graph.
     """
     owners = {name: layer for layer in network.layers for name in layer.parameters}

@@ -35,7 +35,7 @@ def input_layout(
     """Find the rows of each input in traced tensors, by comparison with runs of regrouped inputs.
 
     Args:
-        network: The network that was runs.
+        network: The network that was run.
         probe: The inputs.
         trace: The trace of the probe.
         regrouped: The results of `run_regrouped`; none are needed for a single input.
