@@ -94,12 +94,12 @@ def test_all_is_found_anew_after_a_change(change):
 @pytest.mark.parametrize(
     ("name", "layers", "num_operations", "num_waits"),
     [
-        ("seed", [], 360, 6),
-        ("seed", "all", 430, 8),
+        ("seed", [], 320, 6),
+        ("seed", "all", 390, 8),
         ("mlp", "all", 950, 10),
         ("cnn", "all", 1400, 10),
-        ("transformer", [], 1700, 25),
-        ("transformer", "all", 4200, 25),
+        ("transformer", [], 1500, 25),
+        ("transformer", "all", 4000, 25),
     ],
 )
 def test_a_later_measurement_asks_little_of_a_device(name, layers, num_operations, num_waits):

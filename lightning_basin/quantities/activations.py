@@ -208,8 +208,8 @@ class _ActivationReader:
         """The tensors with rows for each input, each in the shape ``(k, rows, ...)``."""
         if rows is None:
             return self._collected(read)
-        tensors = [by_parts(tensor.detach()) for tensor in read(self._trace)]
-        return [
+        tensors = map(by_parts, read(self._trace))
+        return [  # Without a graph, as no gradients are recorded here.
             tensor.reshape(self._probe.size, count, *tensor.shape[1:])
             for tensor, count in zip(tensors, rows, strict=True)
             if count
