@@ -152,17 +152,17 @@ def _judge_of_largest(others: float) -> _Judge:
 
     An eigenvalue lies within the residual r of a Ritz value :math:`\theta`. Where all other eigenvalues are at most
     :math:`\mu < \theta` in magnitude, it is the largest, and no further than :math:`r^2 / (\theta - \mu)` (Temple's
-    bound; Parlett, 1998, chapter 10).
+    bound; Parlett, 1998, chapter 10). Elsewhere a few products may have found the mean of several eigenvalues.
 
     Args:
         others: A bound on the other eigenvalues: the second of P, moved by the norm of R.
     """
 
     def judge(bound: NormBound) -> tuple[float | None, bool]:
-        error = bound.residual
-        if bound.value > others:
-            error = min(error, bound.residual**2 / (bound.value - others))
-        is_found = error <= _LARGEST_RTOL * bound.value
+        tolerance, gap = _LARGEST_RTOL * bound.value, bound.value - others
+        is_near = bound.residual <= tolerance and bound.num_products >= _LEAST_PRODUCTS
+        is_proved = bound.upper <= bound.value + tolerance or bound.residual**2 <= tolerance * gap
+        is_found = is_near or is_proved
         return (bound.value if is_found else None), is_found
 
     return judge
