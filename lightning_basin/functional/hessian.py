@@ -26,7 +26,7 @@ def hessian_matrix(
             cancel, as in the cross-entropy of a saturated classifier.
 
     Returns:
-        The symmetric matrix, shape ``(N, N)``.
+        The matrix, shape ``(N, N)``, which is symmetric but for rounding.
 
     Raises:
         RuntimeError: If the result is not symmetric, as happens where a derivative of an operation is wrong.
@@ -41,8 +41,7 @@ def hessian_matrix(
     if not loss.requires_grad:
         raise ValueError("the loss must be attached to the graph of the parameters, got one without a graph")
     gradient = flat_vector(torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True))
-    matrix = gradient_derivative(gradient, parameters, chunk_size=chunk_size, atol=atol)
-    return (matrix + matrix.mT) / 2
+    return gradient_derivative(gradient, parameters, chunk_size=chunk_size, atol=atol)
 
 
 def gradient_derivative(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_basin.functional.bracket import GaussNewtonEigenvalues, NullSpace
-from lightning_basin.functional.hessian import flat_vector, gradient_derivative
+from lightning_basin.functional.hessian import hessian_matrix
 from lightning_basin.functional.jacobian import weighted_rows
 from lightning_basin.functional.null_space import hessian_null_space
 from lightning_basin.functional.rank import EPSILON
@@ -112,9 +112,7 @@ def dense_hessian(
     # P by its closed form, of which autograd loses digits by cancellation; another one has lost them before.
     if residual is None or (limits.chunk_size is None and not loss.curvature.is_closed):
         loss_value = loss.loss_fn(trace.outputs)
-        parameters = network.parameters()
-        gradient = torch.autograd.grad(loss_value, parameters, create_graph=True, materialize_grads=True)
-        hessian = gradient_derivative(flat_vector(gradient), parameters, chunk_size=num_columns, atol=rounding)
+        hessian = hessian_matrix(loss_value, network.parameters(), chunk_size=num_columns, atol=rounding)
     else:
         hessian = residual + gauss_newton
     check_finite(hessian, network.layers)
