@@ -115,8 +115,8 @@ def open_evaluation(
         make_plan: A function that cuts the measurement to the memory that is free; ``None`` runs all inputs at once.
         gradient_dtype: The floating point type in which gradients are kept and multiplied.
         with_layout: Whether to find the rows of each input in what enters and leaves each layer.
-        cache: The structure that an evaluation of this kind has found before, which is checked by one forward pass
-            and a half instead of five; ``None`` finds it anew.
+        cache: The structure that an evaluation of this kind has found before, which two calls of the module check;
+            ``None`` finds it anew.
         clock: The clock of the stages; ``None`` starts one.
 
     Yields:

@@ -1,7 +1,7 @@
 """What one measurement finds out about the structure of a module, so that those after it need not.
 
 Whether evaluation mode cuts gradients off, whether inputs influence each other, which rows of an activation belong to
-which input, and what fits into memory: it takes five forward passes and several copies to find out. A later measurement
+which input, and what fits into memory: it takes several copies and forward passes to find out. A later measurement
 takes it over where its forward pass runs the same operations on tensors of the same shapes, and half of the inputs,
 run alone, have the same activations as among all.
 """

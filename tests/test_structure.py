@@ -172,30 +172,6 @@ def test_inputs_that_begin_to_influence_each_other_are_refused_later_too():
         measure(module, probe, Settings(), cache=cache)
 
 
-class GatedInside(nn.Module):
-    """Swaps positions and inputs in a layer that begins with zero weights: then its rows may be of anything."""
-
-    def __init__(self):
-        super().__init__()
-        self.inside, self.outside = nn.Linear(2, 2), nn.Linear(2, 2)
-
-    def forward(self, x):
-        return (x + self.inside(x.transpose(0, 1)).transpose(0, 1)).flatten(1)
-
-
-def test_rows_that_begin_to_belong_to_other_inputs_are_found_anew():
-    # As many positions as inputs: by shape alone, the rows that leave the layer could be those of the inputs.
-    cache, module, probe = StructureCache(), filled(GatedInside()), Probe(drawn(4, 4, 2))
-    with torch.no_grad():
-        for parameter in module.inside.parameters():
-            parameter.zero_()
-    measure(module, probe, Settings(), cache=cache)
-    filled(module)
-    assert without_time(measure(module, probe, Settings(), cache=cache)) == without_time(
-        measure(module, probe, Settings())
-    )
-
-
 def test_a_cut_that_zero_weights_hide_is_found_when_they_grow():
     # With a last layer of zeros, no gradient tells training, which passes a rounding by, from evaluation.
     cache, probe = StructureCache(), Probe(drawn(5, 3))
