@@ -18,9 +18,8 @@ from lightning_basin.settings import HessianMode, Precision
 class BasinMonitor(Arguments, BaseCallback):
     """Measure rank, null space and duplicated activations while a module trains, also after its loss reached zero.
 
-    Results go to every logger of the trainer, to ``trainer.callback_metrics`` (for ``EarlyStopping`` and
-    ``ModelCheckpoint``) and to ``records``. Training is not changed: a copy of the module is measured, in float64, and
-    every random state is put back. A measurement that fails costs one warning and nothing else.
+    Results go to every logger of the trainer, to ``trainer.callback_metrics`` and to ``records``. Training is not
+    changed: a copy of the module is measured, and every random state is put back. A failure costs one warning.
 
     A baseline is measured at the first training step. With a probe of more than one batch, the initial weights are kept
     until it is full, and whatever monitors a key passes over its checks until there is a value. A key that no
@@ -33,8 +32,8 @@ class BasinMonitor(Arguments, BaseCallback):
 
     Args:
         probe: The number of inputs to take from the first training batches; or a `Probe`, or inputs and targets.
-        loss_fn: The loss, from outputs and targets to a scalar, or ``"behavioral"``. ``None`` takes the module's
-            ``loss_fn`` or ``criterion``; without either, loss and Hessian are left out.
+        loss_fn: The loss, from outputs and targets to a scalar, or ``"behavioral"``. ``None`` takes the module's own;
+            without any, loss and Hessian are left out.
         behavior: The outputs whose gradients count, as a function of module and inputs, or ``"probabilities"``.
             ``None`` or ``"outputs"`` calls the module.
         batch_fn: A function from a training batch to a pair of inputs and targets (``None`` for no targets). ``None``
@@ -65,6 +64,7 @@ class BasinMonitor(Arguments, BaseCallback):
             ``"auto"`` measures ever more rarely instead, densely again around zero loss, at steps that no clock sets.
         max_failures: The number of failures in a row after which measuring stops; ``None`` tries again every time.
         history: The format, ``"csv"`` or ``"jsonl"``, of a table of all measurements in the log directory.
+        report: Whether a page with figures, ``report.html``, is written into a TensorBoard or CSV logger's directory.
         on_other_probe: What to do on resuming with another ``probe`` than before: ``"raise"`` or ``"replace"`` it.
         prefix: The first characters of every key, in which markup is percent-encoded; two monitors need two.
 
@@ -103,6 +103,7 @@ class BasinMonitor(Arguments, BaseCallback):
         max_overhead: float | Literal["auto"] | None = None,
         max_failures: int | None = 3,
         history: Literal["csv", "jsonl"] | None = None,
+        report: bool = True,
         on_other_probe: Literal["raise", "replace"] = "raise",
         prefix: str = "basin",
     ) -> None:

@@ -9,6 +9,7 @@ from lightning_basin.callback.advice import RankedSaves, advise_patience
 from lightning_basin.callback.history import HistoryFile, find_unused
 from lightning_basin.callback.lightnings import Trainer
 from lightning_basin.callback.loggers import log_scalars, set_callback_metrics
+from lightning_basin.callback.report_file import ReportFile
 from lightning_basin.callback.session import Session
 from lightning_basin.callback.watching import Lenience, check_watchers, find_watchers
 from lightning_basin.layer_names import tag
@@ -29,6 +30,7 @@ class Publisher:
         self._session = session
         self._arguments, self._notices = session.arguments, session.notices
         self._history_file: HistoryFile | None = None
+        self._report = ReportFile(trainer, session)
         self._lenience: Lenience | None = None  # While training goes on.
         self._ranked_saves = RankedSaves(())
 
@@ -48,6 +50,7 @@ class Publisher:
         values = self._newest_values({watcher.key for watcher in ours})
         set_callback_metrics(self._trainer, values, self._session.owns_key)
         self._start_history()
+        self._report.begin()
         problems = [
             *check_watchers(watchers, self._arguments, module, prefixes),
             *advise_patience(self._trainer, ours, self._arguments),
@@ -95,6 +98,8 @@ class Publisher:
         self._write_history(lambda file: file.append(self._session.table_row(record)))
         for note in record.notes:
             self._notices.inform(note)
+        if record.step is not None and record.step == self._session.results.zero_loss_step:
+            self._report.write()
         if record.saturated:
             self._notices.warn(
                 f"The probe is too small to see the network: the rank of the behavioral gradients is that of the "
@@ -102,7 +107,8 @@ class Publisher:
             )
 
     def end(self) -> None:
-        """Let all callbacks check as they did before the fit."""
+        """Let all callbacks check as they did before the fit, and write the report."""
+        self._report.write()
         if self._lenience is not None:
             self._lenience.end()
             self._lenience = None

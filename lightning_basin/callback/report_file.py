@@ -1,0 +1,89 @@
+"""The report of a fit in its log directory, written when the loss has reached zero and at the end."""
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from lightning_basin.callback.lightnings import Trainer, callbacks_of
+from lightning_basin.callback.session import Session
+from lightning_basin.history.page import page_name
+from lightning_basin.pages.report import report
+from lightning_basin.probe import Probe
+
+MAX_LABELS = 12
+"""The largest number of different targets that are labels of inputs: more cannot be told apart by colour."""
+
+
+class ReportFile:
+    """Writes the report of one fit.
+
+    A report needs a logger with a folder of the run: one without gets none, as a fit may be one of thousands.
+
+    Args:
+        trainer: The trainer.
+        session: The records of the run, with the monitor's arguments and notices.
+    """
+
+    def __init__(self, trainer: Trainer, session: Session) -> None:
+        self._trainer = trainer
+        self._session = session
+        self._path: Path | None = None
+        self._num_written = 0
+
+    def begin(self) -> None:
+        """Find the folder of the run; every process asks for it."""
+        folders = [folder for logger in self._trainer.loggers if (folder := getattr(logger, "log_dir", None))]
+        fast_dev_run: bool = self._trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+        is_wanted = self._session.arguments.report and folders and not fast_dev_run and "://" not in str(folders[0])
+        if is_wanted and self._trainer.is_global_zero:
+            self._path = Path(folders[0]) / page_name(self._session.arguments.prefix)
+            self._num_written = len(self._session.results.records)
+
+    def write(self) -> None:
+        """Write the page anew, if there are records that it does not have; a failure costs a message."""
+        results = self._session.results
+        if self._path is None or len(results.records) == self._num_written:
+            return
+        self._num_written = len(results.records)
+        folder = self._path.parent
+        try:
+            report(
+                results.records,
+                self._path,
+                name=f"{folder.parent.name}/{folder.name}",
+                zero_loss_step=results.zero_loss_step,
+                labels=labels_of(results.probe),
+                stopped=self._why_stopped(),
+            )
+        except Exception as error:  # A full disk, or matplotlib without the fonts that it looks for.
+            self._session.notices.inform(
+                f"BasinMonitor has written no report. {type(error).__name__}: {error}. HINT: "
+                f"BasinMonitor(report=False) asks for none"
+            )
+
+    def _why_stopped(self) -> str | None:
+        """The message of the callback that has stopped the fit."""
+        messages = [getattr(callback, "stopping_reason_message", None) for callback in callbacks_of(self._trainer)]
+        return next((message for message in messages if message), None)
+
+
+def labels_of(probe: Probe | None) -> Sequence[Hashable] | None:
+    """Return the target of each input as a label, where targets are few numbers; ``None`` elsewhere.
+
+    Args:
+        probe: The inputs and targets; ``None`` where there is no probe yet.
+
+    Example:
+        >>> import torch
+        >>> labels_of(Probe(torch.eye(3), torch.tensor([[1.0], [0.0], [1.0]])))
+        [1, 0, 1]
+        >>> labels_of(Probe(torch.eye(3), torch.eye(3)))
+    """
+    targets = None if probe is None else probe.targets
+    if not isinstance(targets, Tensor) or targets.numel() != targets.shape[0] or targets.is_complex():
+        return None
+    values = targets.detach().flatten().tolist()
+    if len(set(values)) > MAX_LABELS:
+        return None
+    return [int(value) if float(value).is_integer() else value for value in values]
