@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         help="class of the LightningModule, or a function that returns a module which takes the weights",
     )
     parser.add_argument(
-        "--log-dir", required=True, type=Path, help="where to write TensorBoard events, metrics.csv and <prefix>.jsonl"
+        "--log-dir", required=True, type=Path, help="where to write events, metrics.csv, <prefix>.jsonl and report.html"
     )
     parser.add_argument(
         "--probe",

@@ -25,10 +25,8 @@ class BasinMonitor(Arguments, BaseCallback):
     until it is full, and whatever monitors a key passes over its checks until there is a value. A key that no
     measurement can have is refused before the first step.
 
-    Logged keys, with ``basin`` for ``prefix``: ``basin/<quantity>`` for the network,
-    ``basin_layer_<quantity>/<layer>`` for each layer (``basin_block_<quantity>/<range>`` above 32 layers),
-    ``basin_stats/<quantity>_{p10,median,p90}`` over layers, and once ``basin/zero_loss_step``. `BasinRecord.quantities`
-    names the quantities; `measure_basin` says more of the arguments that it takes too.
+    Logged keys: those of `BasinRecord.scalars`, and once ``basin/zero_loss_step``. `BasinRecord.quantities` names the
+    quantities; `measure_basin` says more of the arguments that it takes too.
 
     Args:
         probe: The number of inputs to take from the first training batches; or a `Probe`, or inputs and targets.

@@ -41,31 +41,41 @@ class ReportFile:
             self._num_written = len(self._session.results.records)
 
     def write(self) -> None:
-        """Write the page anew, if there are records that it does not have; a failure costs a message."""
-        results = self._session.results
-        if self._path is None or len(results.records) == self._num_written:
-            return
-        self._num_written = len(results.records)
-        folder = self._path.parent
-        try:
-            report(
-                results.records,
-                self._path,
-                name=f"{folder.parent.name}/{folder.name}",
-                zero_loss_step=results.zero_loss_step,
-                labels=labels_of(results.probe),
-                stopped=self._why_stopped(),
-            )
-        except Exception as error:  # A full disk, or matplotlib without the fonts that it looks for.
-            self._session.notices.inform(
-                f"BasinMonitor has written no report. {type(error).__name__}: {error}. HINT: "
-                f"BasinMonitor(report=False) asks for none"
-            )
+        """Write the page anew, if there are records that it does not have."""
+        num_records = len(self._session.results.records)
+        if self._path is not None and num_records != self._num_written:
+            self._num_written = num_records
+            write_page(self._path, self._session, stopped=self._why_stopped())
 
     def _why_stopped(self) -> str | None:
         """The message of the callback that has stopped the fit."""
         messages = [getattr(callback, "stopping_reason_message", None) for callback in callbacks_of(self._trainer)]
         return next((message for message in messages if message), None)
+
+
+def write_page(path: Path, session: Session, *, stopped: str | None = None) -> None:
+    """Write the report of a session; a failure costs a message.
+
+    Args:
+        path: The path of the page.
+        session: The records of the run, of which there is at least one.
+        stopped: Why training was stopped; ``None`` where it ended by itself.
+    """
+    results, folder = session.results, path.resolve().parent
+    try:
+        report(
+            results.records,
+            path,
+            name=f"{folder.parent.name}/{folder.name}",
+            zero_loss_step=results.zero_loss_step,
+            labels=labels_of(results.probe),
+            stopped=stopped,
+        )
+    except Exception as error:  # A full disk, or a package of figures that is not there.
+        session.notices.inform(
+            f"BasinMonitor has written no report. {type(error).__name__}: {error}. HINT: BasinMonitor(report=False) "
+            f"asks for none"
+        )
 
 
 def labels_of(probe: Probe | None) -> Sequence[Hashable] | None:

@@ -27,6 +27,9 @@ from lightning_basin.history.sources import Source, read_histories, read_history
 _TOLERANCE_COLORS = ("#5c0616", "#8f1026", "#c8102e", "#e5808f", "#f0b3bd")
 """From the strictest tolerance to the loosest one, dark to light."""
 
+_LINE = 14.0
+"""The height of a line of text, in points."""
+
 
 def plot_history(sources: Source | Iterable[Source], ax: Axes | None = None) -> Axes:
     """Draw the rank of the behavioral gradients over the steps, of one run or of several.
@@ -72,8 +75,8 @@ def _draw_rank(ax: Axes, history: History) -> None:
 def _name_ends(ax: Axes, history: History, ends: dict[str, tuple[float, str]]) -> None:
     """Write the names of curves at their ends, on lines of their own where curves end at about the same place."""
     bottom, top = ax.get_ylim()
-    height = ax.get_figure().get_size_inches()[1] * 72 * ax.get_position().height  # type: ignore[union-attr]
-    line = 13.0 * (top - bottom) / max(height, 1.0)
+    points = ax.get_window_extent().height * 72 / ax.figure.dpi
+    line = _LINE * (top - bottom) / max(points, 1.0)
     taken: list[float] = []
     for name, (value, color) in ends.items():
         if np.isnan(value):
@@ -82,7 +85,7 @@ def _name_ends(ax: Axes, history: History, ends: dict[str, tuple[float, str]]) -
         while any(abs(place - other) < 0.99 * line for other in taken):
             place += line
         taken.append(place)
-        offset = (place - value) / line * 13.0
+        offset = (place - value) / line * _LINE
         name_end(ax, history, value, f"{name} {value:,.0f}", color=color, offset=offset)
 
 

@@ -54,6 +54,9 @@ def read_history(source: Source, *, name: str | None = None, prefix: str | None 
     pages = sorted(folder.glob(f"*{PAGE}")) if path.is_dir() else []
     if not pages:
         return _history_of_points(_points_of(path), name=name, prefix=prefix, source=path)
+    if prefix is None and len(pages) > 1:
+        names = [page.name for page in pages]
+        raise ValueError(f"{path} holds the reports {names} of several monitors: pass the prefix of one, or its report")
     history = read_page(pages[0] if prefix is None else folder / page_name(prefix))
     if not any(path.glob(_EVENTS)):
         return history

@@ -82,6 +82,14 @@ def test_one_of_several_monitors_must_be_chosen(tmp_path):
         read_history(tmp_path, prefix="other")
 
 
+def test_one_of_several_reports_must_be_chosen(tmp_path):
+    report(records(), tmp_path / "report.html")
+    report(records()[:1], tmp_path / "held_out_report.html")
+    with pytest.raises(ValueError, match=r"reports \['held_out_report.html', 'report.html'\] of several monitors"):
+        read_history(tmp_path)
+    assert read_history(tmp_path, prefix="held_out").steps.tolist() == [0]
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing at"):
         read_history(tmp_path / "missing")
