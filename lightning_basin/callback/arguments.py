@@ -42,6 +42,7 @@ class Arguments:
     max_failures: int | None
     history: Literal["csv", "jsonl"] | None
     report: bool
+    figures: bool
     on_other_probe: Literal["raise", "replace"]
     prefix: str
 

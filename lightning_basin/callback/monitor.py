@@ -39,8 +39,7 @@ class BasinMonitor(Arguments, BaseCallback):
         every_n_epochs: The number of epochs from one measurement to the next, each at the end of an epoch.
         every_n_train_steps: The number of optimizer steps from one measurement to the next, instead of epochs.
         every_n_epochs_after_zero_loss: The number of epochs after the loss has reached zero; ``None`` changes nothing.
-        every_n_spectra: The number of measurements from one with singular values to the next. At the others a full rank
-            is proved without them, several times as fast, and effective ranks are absent.
+        every_n_spectra: The number of measurements from one with singular values to the next; others are faster.
         layers: The layers to report: ``"auto"`` (blocks above 32 layers), ``"all"``, or names of layers.
         hessian: The way to the Hessian: ``"auto"`` brackets its nullity, and up to 500 parameters forms it; ``"dense"``
             always, ``"bracket"`` never; ``"gauss-newton"`` measures its Gauss-Newton part only, ``False`` nothing.
@@ -52,8 +51,7 @@ class BasinMonitor(Arguments, BaseCallback):
             ``"train"`` reads the data set of the run's loader anew, or a map-style data set or batches.
         max_outputs: The number of random combinations of outputs that are measured where a module has more outputs per
             input; ranks are then lower bounds. ``"auto"`` combines only too many outputs, ``None`` refuses them.
-        memory_budget: The bytes that a measurement may use beside what the process holds; ``None`` means half of what
-            is free then. What cannot be cut to it is not measured, and training goes on.
+        memory_budget: The bytes that a measurement may use; ``None`` means half of what is free at its beginning.
         dtype: The type in which the copy is run; ``"float32"`` resolves less, and leaves the Hessian out.
         verify_null_space: When to log ``surviving_fraction`` too, which is 1 where random null directions are really
             free: ``"zero_loss"`` once, where the loss reaches zero; a number n at every n-th measurement.
@@ -63,6 +61,7 @@ class BasinMonitor(Arguments, BaseCallback):
         max_failures: The number of failures in a row after which measuring stops; ``None`` tries again every time.
         history: The format, ``"csv"`` or ``"jsonl"``, of a table of all measurements in the log directory.
         report: Whether a page with figures, ``report.html``, is written into a TensorBoard or CSV logger's directory.
+        figures: Whether a TensorBoard logger gets a layout, a summary, figures and dots at zero loss.
         on_other_probe: What to do on resuming with another ``probe`` than before: ``"raise"`` or ``"replace"`` it.
         prefix: The first characters of every key, in which markup is percent-encoded; two monitors need two.
 
@@ -102,6 +101,7 @@ class BasinMonitor(Arguments, BaseCallback):
         max_failures: int | None = 3,
         history: Literal["csv", "jsonl"] | None = None,
         report: bool = True,
+        figures: bool = True,
         on_other_probe: Literal["raise", "replace"] = "raise",
         prefix: str = "basin",
     ) -> None:

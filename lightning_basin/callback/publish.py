@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from lightning_basin.callback.advice import RankedSaves, advise_patience
+from lightning_basin.callback.dashboard import Dashboard
 from lightning_basin.callback.history import HistoryFile, find_unused
 from lightning_basin.callback.lightnings import Trainer
 from lightning_basin.callback.loggers import log_scalars, set_callback_metrics
@@ -31,6 +32,7 @@ class Publisher:
         self._arguments, self._notices = session.arguments, session.notices
         self._history_file: HistoryFile | None = None
         self._report = ReportFile(trainer, session)
+        self._dashboard = Dashboard(trainer, session)
         self._lenience: Lenience | None = None  # While training goes on.
         self._ranked_saves = RankedSaves(())
 
@@ -51,6 +53,7 @@ class Publisher:
         set_callback_metrics(self._trainer, values, self._session.owns_key)
         self._start_history()
         self._report.begin()
+        self._dashboard.begin()
         problems = [
             *check_watchers(watchers, self._arguments, module, prefixes),
             *advise_patience(self._trainer, ours, self._arguments),
@@ -98,6 +101,7 @@ class Publisher:
         self._write_history(lambda file: file.append(self._session.table_row(record)))
         for note in record.notes:
             self._notices.inform(note)
+        self._dashboard.add(record, log_step)
         if record.step is not None and record.step == self._session.results.zero_loss_step:
             self._report.write()
         if record.saturated:
@@ -108,6 +112,7 @@ class Publisher:
 
     def end(self) -> None:
         """Let all callbacks check as they did before the fit, and write the report."""
+        self._dashboard.show()
         self._report.write()
         if self._lenience is not None:
             self._lenience.end()

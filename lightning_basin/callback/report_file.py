@@ -1,18 +1,12 @@
 """The report of a fit in its log directory, written when the loss has reached zero and at the end."""
 
-from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from lightning_basin.callback.lightnings import Trainer, callbacks_of
+from lightning_basin.callback.probe_labels import labels_of
 from lightning_basin.callback.session import Session
 from lightning_basin.history.page import page_name
 from lightning_basin.pages.report import report
-from lightning_basin.probe import Probe
-
-MAX_LABELS = 12
-"""The largest number of different targets that are labels of inputs: more cannot be told apart by colour."""
 
 
 class ReportFile:
@@ -76,24 +70,3 @@ def write_page(path: Path, session: Session, *, stopped: str | None = None) -> N
             f"BasinMonitor has written no report. {type(error).__name__}: {error}. HINT: BasinMonitor(report=False) "
             f"asks for none"
         )
-
-
-def labels_of(probe: Probe | None) -> Sequence[Hashable] | None:
-    """Return the target of each input as a label, where targets are few numbers; ``None`` elsewhere.
-
-    Args:
-        probe: The inputs and targets; ``None`` where there is no probe yet.
-
-    Example:
-        >>> import torch
-        >>> labels_of(Probe(torch.eye(3), torch.tensor([[1.0], [0.0], [1.0]])))
-        [1, 0, 1]
-        >>> labels_of(Probe(torch.eye(3), torch.eye(3)))
-    """
-    targets = None if probe is None else probe.targets
-    if not isinstance(targets, Tensor) or targets.numel() != targets.shape[0] or targets.is_complex():
-        return None
-    values = targets.detach().flatten().tolist()
-    if len(set(values)) > MAX_LABELS:
-        return None
-    return [int(value) if float(value).is_integer() else value for value in values]

@@ -167,6 +167,18 @@ def layers_table(history: History) -> Table:
     )
 
 
+def markdown_of(history: History) -> str:
+    """Return what happened as a bold sentence and a table in Markdown.
+
+    Args:
+        history: The run.
+    """
+    table = layers_table(history)
+    rows = [table.columns, ("---", *("--:",) * (len(table.columns) - 1)), *table.rows]
+    lines = [" | ".join(cell or " " for cell in row) for row in rows]
+    return f"**{sentence(history)}**\n\n" + "\n".join(f"| {line} |" for line in lines)
+
+
 def _bracket(history: History, layer: str) -> str:
     lower = history.column("hessian_nullity_lower", layer)[-1]
     upper = history.column("hessian_nullity_upper", layer)[-1]

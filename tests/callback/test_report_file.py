@@ -1,14 +1,12 @@
 from pathlib import Path
 
 import pytest
-import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_basin import BasinMonitor, Probe, RankEarlyStopping
-from lightning_basin.callback.report_file import labels_of
+from lightning_basin import BasinMonitor, RankEarlyStopping
 from lightning_basin.history.page import read_page
 from tests.lightning_packages import Callback
-from tests.training import Regressor, loader, make_trainer, regression_data, steps
+from tests.training import Regressor, loader, make_trainer, steps
 
 
 def fit(root, *callbacks, logger_class=CSVLogger, **options):
@@ -92,14 +90,3 @@ def test_a_report_that_cannot_be_written_ends_no_fit(tmp_path, caplog):
         make_trainer(tmp_path, BasinMonitor(probe=20), logger=logger, max_epochs=1).fit(Regressor(), loader())
     assert "BasinMonitor has written no report. IsADirectoryError" in caplog.text
     assert "BasinMonitor(report=False)" in caplog.text
-
-
-def test_labels_are_targets_that_are_few_numbers():
-    inputs = torch.eye(3)
-    assert labels_of(Probe(inputs, torch.tensor([2, 0, 2]))) == [2, 0, 2]
-    assert labels_of(Probe(inputs, torch.tensor([[0.5], [1.0], [0.5]]))) == [0.5, 1, 0.5]
-    assert labels_of(Probe(inputs)) is None
-    assert labels_of(Probe(inputs, {"label": torch.zeros(3)})) is None
-    assert labels_of(Probe(*regression_data(20).tensors)) is None
-    assert labels_of(Probe(torch.zeros(20, 1), torch.arange(20))) is None
-    assert labels_of(None) is None
