@@ -2,14 +2,13 @@
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning_basin.history.columns import History
 from lightning_basin.history.sources import read_histories, read_history
-from lightning_basin.pages.findings import layers_table, sentence
 from lightning_basin.pages.report import report
-from lightning_basin.printing import aligned
+from lightning_basin.pages.terminal import summary_of
 
 
 def report_command(arguments: Sequence[str]) -> None:
@@ -43,14 +42,10 @@ def show_command(arguments: Sequence[str]) -> None:
         histories = read_histories(options.run, prefix=options.prefix)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
+    width = shutil.get_terminal_size((100, 24)).columns
     for history in histories:
-        text = json.dumps(history.to_dict()) if options.json else _text_of(history)
+        text = json.dumps(history.to_dict()) if options.json else f"{history.name}\n{summary_of(history, width)}\n"
         print(text)  # noqa: T201 - this is what the command is for
-
-
-def _text_of(history: History) -> str:
-    table = layers_table(history)
-    return f"{history.name}\n{sentence(history)}\n{aligned([table.columns, *table.rows])}\n"
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:

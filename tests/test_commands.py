@@ -30,11 +30,15 @@ def test_run_is_printed_as_a_sentence_and_a_table(folder, capsys):
     name, said, head, *layers = capsys.readouterr().out.strip().splitlines()
     assert name == "run"
     assert said.startswith("The rank went from 8 to 2 of 8 directions.")
-    assert head.split()[:2] == ["layer", "parameters"]
+    assert head.split()[:5] == ["layer", "parameters", "start", "zero", "loss"] or head.split()[:2] == [
+        "layer",
+        "parameters",
+    ]
     assert [line.split()[:4] for line in layers] == [
         ["fc1", "12", "5", "0"],
         ["fc2", "12", "4", "1"],
         ["head", "12", "3", "1"],
+        ["network", "40", "8", "2"],
     ]
 
 

@@ -17,12 +17,15 @@ class ReportFile:
     Args:
         trainer: The trainer.
         session: The records of the run, with the monitor's arguments and notices.
+
+    Attributes:
+        path: The path of the page; ``None`` where there will be none.
     """
 
     def __init__(self, trainer: Trainer, session: Session) -> None:
         self._trainer = trainer
         self._session = session
-        self._path: Path | None = None
+        self.path: Path | None = None
         self._num_written = 0
 
     def begin(self) -> None:
@@ -31,15 +34,15 @@ class ReportFile:
         fast_dev_run: bool = self._trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
         is_wanted = self._session.arguments.report and folders and not fast_dev_run and "://" not in str(folders[0])
         if is_wanted and self._trainer.is_global_zero:
-            self._path = Path(folders[0]) / page_name(self._session.arguments.prefix)
+            self.path = Path(folders[0]) / page_name(self._session.arguments.prefix)
             self._num_written = len(self._session.results.records)
 
     def write(self) -> None:
         """Write the page anew, if there are records that it does not have."""
         num_records = len(self._session.results.records)
-        if self._path is not None and num_records != self._num_written:
+        if self.path is not None and num_records != self._num_written:
             self._num_written = num_records
-            write_page(self._path, self._session, stopped=self._why_stopped())
+            write_page(self.path, self._session, stopped=self._why_stopped())
 
     def _why_stopped(self) -> str | None:
         """The message of the callback that has stopped the fit."""

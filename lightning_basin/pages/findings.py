@@ -81,7 +81,7 @@ def headlines(history: History) -> list[Headline]:
     return [
         Headline(
             "rank of the behavioral gradients",
-            _integer(history.column("gradient_rank")[-1]),
+            number_text(history.column("gradient_rank")[-1]),
             _way(history, history.column("gradient_rank")),
             rank_knowledge(history)[-1],
             "rank",
@@ -89,7 +89,7 @@ def headlines(history: History) -> list[Headline]:
         _nullity(history),
         Headline(
             "duplicated activations, most at one layer",
-            _integer(history.column("duplicated_activations")[-1]),
+            number_text(history.column("duplicated_activations")[-1]),
             _way(history, history.column("duplicated_activations")),
             "proved",
             "information",
@@ -101,19 +101,19 @@ def _nullity(history: History) -> Headline:
     lower, upper = history.column("hessian_nullity_lower")[-1], history.column("hessian_nullity_upper")[-1]
     counted = history.column("hessian_nullity")
     name = "flat directions of the loss"
-    total = f"of {_integer(history.num_parameters()[-1])} parameters"
+    total = f"of {number_text(history.num_parameters()[-1])} parameters"
     if not np.isnan(lower) and lower == upper:
-        return Headline(name, _integer(lower), total, "proved", "nullity")
+        return Headline(name, number_text(lower), total, "proved", "nullity")
     if not np.isnan(lower):
-        return Headline(name, f"{_integer(lower)} to {_integer(upper)}", total, "bracketed", "nullity")
+        return Headline(name, f"{number_text(lower)} to {number_text(upper)}", total, "bracketed", "nullity")
     if not np.isnan(counted[-1]):
-        return Headline(name, _integer(counted[-1]), total, "ill-defined", "nullity")
-    free = _integer(history.column("gradient_nullity")[-1])
+        return Headline(name, number_text(counted[-1]), total, "ill-defined", "nullity")
+    free = number_text(history.column("gradient_nullity")[-1])
     return Headline("directions that leave the behavior as it is, at most", free, total, "proved", "nullity")
 
 
 def _way(history: History, column: Column) -> str:
-    parts = [f"{name} {_integer(column[index])}" for name, index in history.moments.items() if name != "end"]
+    parts = [f"{name} {number_text(column[index])}" for name, index in history.moments.items() if name != "end"]
     return ", ".join(parts)
 
 
@@ -131,9 +131,9 @@ def moments_table(history: History, rows: Mapping[str, Column]) -> Table:
         tuple(
             (
                 name,
-                *(_integer(column[index]) for index in moments.values()),
-                _integer(np.nanmin(column)),
-                _integer(np.nanmax(column)),
+                *(number_text(column[index]) for index in moments.values()),
+                number_text(np.nanmin(column)),
+                number_text(np.nanmax(column)),
             )
             for name, column in measured.items()
         ),
@@ -153,12 +153,12 @@ def layers_table(history: History) -> Table:
         rows.append(
             (
                 layer,
-                _integer(history.num_parameters(layer)[-1]),
-                *(_integer(rank[index]) for index in moments.values()),
-                _integer(history.column("gradient_rank_deficit", layer)[-1]),
-                _bracket(history, layer),
-                _integer(history.column("duplicated_activations", layer)[-1]),
-                _integer(history.column("dead_units", layer)[-1]),
+                number_text(history.num_parameters(layer)[-1]),
+                *(number_text(rank[index]) for index in moments.values()),
+                number_text(history.column("gradient_rank_deficit", layer)[-1]),
+                bracket_text(history, layer),
+                number_text(history.column("duplicated_activations", layer)[-1]),
+                number_text(history.column("dead_units", layer)[-1]),
             )
         )
     ranks = (f"rank, {moment}" for moment in moments)
@@ -179,17 +179,31 @@ def markdown_of(history: History) -> str:
     return f"**{sentence(history)}**\n\n" + "\n".join(f"| {line} |" for line in lines)
 
 
-def _bracket(history: History, layer: str) -> str:
+def bracket_text(history: History, layer: str | None = None) -> str:
+    """Return what is known at the end of the dimension of a Hessian's null space: a number, or two with "to".
+
+    Args:
+        history: The run.
+        layer: The layer's name in logged keys; ``None`` for the network.
+    """
     lower = history.column("hessian_nullity_lower", layer)[-1]
     upper = history.column("hessian_nullity_upper", layer)[-1]
     if np.isnan(lower) or lower == upper:
         counted = history.column("hessian_nullity", layer)[-1]
-        return _integer(counted if np.isnan(lower) else lower)
-    return f"{_integer(lower)} to {_integer(upper)}"
+        return number_text(counted if np.isnan(lower) else lower)
+    return f"{number_text(lower)} to {number_text(upper)}"
 
 
-def _integer(value: float) -> str:
-    """A number for a table: integers whole, others to three digits; a dash for what was not measured."""
+def number_text(value: float) -> str:
+    """Write a number for a table: integers whole, others to three digits, a dash for what was not measured.
+
+    Args:
+        value: The number.
+
+    Example:
+        >>> number_text(1234.0), number_text(0.12345), number_text(float("nan"))
+        ('1,234', '0.123', '–')
+    """
     if np.isnan(value):
         return "–"
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
