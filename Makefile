@@ -9,7 +9,7 @@ SECONDS ?= 60
 .PHONY: demo test quick slow test-pytorch-lightning fuzz bench check examples install third-party clean
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/digits.py
+	$(BIN)/python examples/threes.py
 
 # One worker a core, each of one thread: most matrices here are tiny.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
@@ -44,6 +44,7 @@ check: $(INSTALLED)
 examples: $(INSTALLED)
 	$(BIN)/python examples/merged_categories.py
 	$(BIN)/python examples/digits.py
+	$(BIN)/python examples/threes.py
 
 install: $(INSTALLED)
 

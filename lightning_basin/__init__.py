@@ -5,6 +5,7 @@ from lightning_basin.callback.monitor import BasinMonitor
 from lightning_basin.measure import measure_basin
 from lightning_basin.null_space import NullSpaceVerification, verify_null_space
 from lightning_basin.offline import measure_checkpoints
+from lightning_basin.pages.report import report
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord, LayerRecord, MergedInput
 from lightning_basin.tangent_kernel import neural_tangent_kernel
@@ -20,5 +21,6 @@ __all__ = [
     "measure_basin",
     "measure_checkpoints",
     "neural_tangent_kernel",
+    "report",
     "verify_null_space",
 ]

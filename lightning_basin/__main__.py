@@ -1,9 +1,10 @@
-"""``python -m lightning_basin``: the curves of a run from its checkpoints."""
+"""``python -m lightning_basin``: the curves of a run from its checkpoints, and what a run has shown."""
 
 import argparse
 import ast
 import importlib
 import inspect
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,25 @@ import torch
 
 from lightning_basin.callback.lightnings import MisconfigurationException
 from lightning_basin.callback.monitor import BasinMonitor
+from lightning_basin.commands import COMMANDS
 from lightning_basin.offline import measure_checkpoints
 from lightning_basin.probe import Probe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure checkpoints as a command line says.
+    """Measure checkpoints as a command line says, or run the command that it begins with.
 
     Args:
         arguments: The arguments of the command line; ``None`` takes the arguments of the process.
     """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given and given[0] in COMMANDS:
+        COMMANDS[given[0]](given[1:])
+    else:
+        _measure(given)
+
+
+def _measure(arguments: Sequence[str]) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     functions = {"loss_fn": options.loss_fn, "behavior": options.behavior, "probe": options.probe}
@@ -47,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lightning_basin",
-        description="Measure checkpoints of a run, and write the curves that a BasinMonitor in it would have written.",
+        description="Measure checkpoints of a run, and write the curves that a BasinMonitor in it would have written. "
+        "Other commands: report (writes a page on a run), show (prints a run). Each has a --help of its own.",
     )
     name = "PACKAGE.MODULE:NAME"
     parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoints of Lightning, or directories of them")
@@ -59,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         help="class of the LightningModule, or a function that returns a module which takes the weights",
     )
     parser.add_argument(
-        "--log-dir", required=True, type=Path, help="where to write TensorBoard events, metrics.csv and <prefix>.jsonl"
+        "--log-dir", required=True, type=Path, help="where to write events, metrics.csv, <prefix>.jsonl and report.html"
     )
     parser.add_argument(
         "--probe",

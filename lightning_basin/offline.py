@@ -16,7 +16,9 @@ from lightning_basin.callback.history import HistoryFile
 from lightning_basin.callback.lightnings import CSVLogger, LightningModule, Logger, TensorBoardLogger
 from lightning_basin.callback.loggers import log_scalars
 from lightning_basin.callback.monitor import BasinMonitor
+from lightning_basin.callback.report_file import write_page
 from lightning_basin.callback.resuming import read_probe
+from lightning_basin.history.page import page_name
 from lightning_basin.layer_names import tag
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
@@ -48,7 +50,7 @@ def measure_checkpoints(
             Without a probe in it, the probe is measured that a monitor of its prefix has left in the checkpoints.
             ``None`` means ``BasinMonitor()``.
         log_dir: The directory for TensorBoard's events, ``metrics.csv`` of Lightning's ``CSVLogger`` and
-            ``<prefix>.jsonl``, with the keys and steps of a run.
+            ``<prefix>.jsonl``, with the keys and steps of a run, and a report.
         loggers: Further loggers.
         device: The device to measure on.
         weights_only: Whether ``torch.load`` refuses all but tensors and builtins. ``False`` runs code that a checkpoint
@@ -85,6 +87,8 @@ def measure_checkpoints(
             history.append(session.table_row(record))
     for logger in outputs:
         logger.finalize("success")
+    if log_dir is not None and monitor.report and session.results.records:
+        write_page(Path(log_dir) / page_name(monitor.prefix), session)
     return session.results.records
 
 

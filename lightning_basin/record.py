@@ -9,7 +9,7 @@ from typing import Any
 from lightning_basin.functional import RANK_TOLERANCES
 from lightning_basin.layer_names import tags_of
 from lightning_basin.naming import escaped
-from lightning_basin.report import heading, table
+from lightning_basin.printing import heading, table
 
 ILL_DEFINED_GAP = 3.0
 """Digits of the gap: a rank with a smaller gap depends on the tolerance."""

@@ -41,6 +41,8 @@ class Arguments:
     max_overhead: float | Literal["auto"] | None
     max_failures: int | None
     history: Literal["csv", "jsonl"] | None
+    report: bool
+    figures: bool
     on_other_probe: Literal["raise", "replace"]
     prefix: str
 

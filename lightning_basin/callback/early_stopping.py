@@ -8,7 +8,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_basin.callback.arguments import as_builtin
-from lightning_basin.callback.keys import did_you_mean
 from lightning_basin.callback.lightnings import (
     BaseEarlyStopping,
     EarlyStoppingReason,
@@ -24,6 +23,7 @@ from lightning_basin.callback.notices import Notices, warn
 from lightning_basin.callback.reliability import passed_over_because
 from lightning_basin.callback.session import Session
 from lightning_basin.callback.watching import keys_of
+from lightning_basin.keys import did_you_mean
 from lightning_basin.naming import printable
 from lightning_basin.record import BasinRecord
 

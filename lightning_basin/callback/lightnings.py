@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "EARLY_STOPPINGS",
+    "TENSORBOARD_LOGGERS",
     "BaseCallback",
     "BaseEarlyStopping",
     "CSVLogger",
@@ -121,6 +122,10 @@ else:
 
 EARLY_STOPPINGS: tuple[type[EarlyStopping], ...] = _each("callbacks", "EarlyStopping")
 """One class of each package."""
+
+
+TENSORBOARD_LOGGERS: tuple[type[TensorBoardLogger], ...] = _each("loggers", "TensorBoardLogger")
+"""The same of the loggers for TensorBoard."""
 
 
 def early_stopping_reasons(trainer: Any = None) -> type[EarlyStoppingReason]:

@@ -18,23 +18,20 @@ from lightning_basin.settings import HessianMode, Precision
 class BasinMonitor(Arguments, BaseCallback):
     """Measure rank, null space and duplicated activations while a module trains, also after its loss reached zero.
 
-    Results go to every logger of the trainer, to ``trainer.callback_metrics`` (for ``EarlyStopping`` and
-    ``ModelCheckpoint``) and to ``records``. Training is not changed: a copy of the module is measured, in float64, and
-    every random state is put back. A measurement that fails costs one warning and nothing else.
+    Results go to every logger of the trainer, to ``trainer.callback_metrics`` and to ``records``. Training is not
+    changed: a copy of the module is measured, and every random state is put back. A failure costs one warning.
 
     A baseline is measured at the first training step. With a probe of more than one batch, the initial weights are kept
     until it is full, and whatever monitors a key passes over its checks until there is a value. A key that no
     measurement can have is refused before the first step.
 
-    Logged keys, with ``basin`` for ``prefix``: ``basin/<quantity>`` for the network,
-    ``basin_layer_<quantity>/<layer>`` for each layer (``basin_block_<quantity>/<range>`` above 32 layers),
-    ``basin_stats/<quantity>_{p10,median,p90}`` over layers, and once ``basin/zero_loss_step``. `BasinRecord.quantities`
-    names the quantities; `measure_basin` says more of the arguments that it takes too.
+    Logged keys: those of `BasinRecord.scalars`, and once ``basin/zero_loss_step``. `BasinRecord.quantities` names the
+    quantities; `measure_basin` says more of the arguments that it takes too.
 
     Args:
         probe: The number of inputs to take from the first training batches; or a `Probe`, or inputs and targets.
-        loss_fn: The loss, from outputs and targets to a scalar, or ``"behavioral"``. ``None`` takes the module's
-            ``loss_fn`` or ``criterion``; without either, loss and Hessian are left out.
+        loss_fn: The loss, from outputs and targets to a scalar, or ``"behavioral"``. ``None`` takes the module's own;
+            without any, loss and Hessian are left out.
         behavior: The outputs whose gradients count, as a function of module and inputs, or ``"probabilities"``.
             ``None`` or ``"outputs"`` calls the module.
         batch_fn: A function from a training batch to a pair of inputs and targets (``None`` for no targets). ``None``
@@ -42,8 +39,7 @@ class BasinMonitor(Arguments, BaseCallback):
         every_n_epochs: The number of epochs from one measurement to the next, each at the end of an epoch.
         every_n_train_steps: The number of optimizer steps from one measurement to the next, instead of epochs.
         every_n_epochs_after_zero_loss: The number of epochs after the loss has reached zero; ``None`` changes nothing.
-        every_n_spectra: The number of measurements from one with singular values to the next. At the others a full rank
-            is proved without them, several times as fast, and effective ranks are absent.
+        every_n_spectra: The number of measurements from one with singular values to the next; others are faster.
         layers: The layers to report: ``"auto"`` (blocks above 32 layers), ``"all"``, or names of layers.
         hessian: The way to the Hessian: ``"auto"`` brackets its nullity, and up to 500 parameters forms it; ``"dense"``
             always, ``"bracket"`` never; ``"gauss-newton"`` measures its Gauss-Newton part only, ``False`` nothing.
@@ -55,8 +51,7 @@ class BasinMonitor(Arguments, BaseCallback):
             ``"train"`` reads the data set of the run's loader anew, or a map-style data set or batches.
         max_outputs: The number of random combinations of outputs that are measured where a module has more outputs per
             input; ranks are then lower bounds. ``"auto"`` combines only too many outputs, ``None`` refuses them.
-        memory_budget: The bytes that a measurement may use beside what the process holds; ``None`` means half of what
-            is free then. What cannot be cut to it is not measured, and training goes on.
+        memory_budget: The bytes that a measurement may use; ``None`` means half of what is free at its beginning.
         dtype: The type in which the copy is run; ``"float32"`` resolves less, and leaves the Hessian out.
         verify_null_space: When to log ``surviving_fraction`` too, which is 1 where random null directions are really
             free: ``"zero_loss"`` once, where the loss reaches zero; a number n at every n-th measurement.
@@ -65,6 +60,8 @@ class BasinMonitor(Arguments, BaseCallback):
             ``"auto"`` measures ever more rarely instead, densely again around zero loss, at steps that no clock sets.
         max_failures: The number of failures in a row after which measuring stops; ``None`` tries again every time.
         history: The format, ``"csv"`` or ``"jsonl"``, of a table of all measurements in the log directory.
+        report: Whether a page with figures, ``report.html``, is written into a TensorBoard or CSV logger's directory.
+        figures: Whether a TensorBoard logger gets a layout, a summary, figures and dots at zero loss.
         on_other_probe: What to do on resuming with another ``probe`` than before: ``"raise"`` or ``"replace"`` it.
         prefix: The first characters of every key, in which markup is percent-encoded; two monitors need two.
 
@@ -103,6 +100,8 @@ class BasinMonitor(Arguments, BaseCallback):
         max_overhead: float | Literal["auto"] | None = None,
         max_failures: int | None = 3,
         history: Literal["csv", "jsonl"] | None = None,
+        report: bool = True,
+        figures: bool = True,
         on_other_probe: Literal["raise", "replace"] = "raise",
         prefix: str = "basin",
     ) -> None:

@@ -6,9 +6,14 @@ from pathlib import Path
 from torch import nn
 
 from lightning_basin.callback.advice import RankedSaves, advise_patience
+from lightning_basin.callback.closing import closing_words
+from lightning_basin.callback.dashboard import Dashboard
 from lightning_basin.callback.history import HistoryFile, find_unused
 from lightning_basin.callback.lightnings import Trainer
 from lightning_basin.callback.loggers import log_scalars, set_callback_metrics
+from lightning_basin.callback.news import news
+from lightning_basin.callback.notices import inform
+from lightning_basin.callback.report_file import ReportFile
 from lightning_basin.callback.session import Session
 from lightning_basin.callback.watching import Lenience, check_watchers, find_watchers
 from lightning_basin.layer_names import tag
@@ -29,6 +34,9 @@ class Publisher:
         self._session = session
         self._arguments, self._notices = session.arguments, session.notices
         self._history_file: HistoryFile | None = None
+        self._report = ReportFile(trainer, session)
+        self._dashboard = Dashboard(trainer, session)
+        self._num_before = 0  # Records of the run before this fit.
         self._lenience: Lenience | None = None  # While training goes on.
         self._ranked_saves = RankedSaves(())
 
@@ -48,6 +56,9 @@ class Publisher:
         values = self._newest_values({watcher.key for watcher in ours})
         set_callback_metrics(self._trainer, values, self._session.owns_key)
         self._start_history()
+        self._num_before = len(self._session.results.records)
+        self._report.begin()
+        self._dashboard.begin()
         problems = [
             *check_watchers(watchers, self._arguments, module, prefixes),
             *advise_patience(self._trainer, ours, self._arguments),
@@ -93,8 +104,14 @@ class Publisher:
         for problem in log_scalars(self._trainer.loggers, self._session.log_values(record) | skipped, step=log_step):
             self._notices.warn(problem)
         self._write_history(lambda file: file.append(self._session.table_row(record)))
+        results = self._session.results
+        for sentence in news(record, results.records[:-1], results.zero_loss_step):
+            self._notices.inform(sentence)
         for note in record.notes:
             self._notices.inform(note)
+        self._dashboard.add(record, log_step)
+        if record.step is not None and record.step == self._session.results.zero_loss_step:
+            self._report.write()
         if record.saturated:
             self._notices.warn(
                 f"The probe is too small to see the network: the rank of the behavioral gradients is that of the "
@@ -102,7 +119,12 @@ class Publisher:
             )
 
     def end(self) -> None:
-        """Let all callbacks check as they did before the fit."""
+        """Let all callbacks check as they did before the fit; write and say what it has shown."""
+        if len(self._session.results.records) > self._num_before:
+            self._num_before = len(self._session.results.records)
+            self._dashboard.show()
+            self._report.write()
+            inform(closing_words(self._trainer, self._session, self._report))
         if self._lenience is not None:
             self._lenience.end()
             self._lenience = None

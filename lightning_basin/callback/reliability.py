@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from lightning_basin.callback.keys import Key
 from lightning_basin.callback.session import Session
+from lightning_basin.keys import Key
 from lightning_basin.record import ILL_DEFINED_GAP, BasinRecord, LayerRecord
 
 

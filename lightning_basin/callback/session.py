@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_basin.callback.arguments import Arguments
-from lightning_basin.callback.keys import Key
 from lightning_basin.callback.notices import Notices, inform, memory_hint, warn
 from lightning_basin.callback.request import Request
 from lightning_basin.callback.results import Results
+from lightning_basin.keys import Key
 from lightning_basin.measure import measure
 from lightning_basin.naming import escaped
 from lightning_basin.null_space import verify_null_space

@@ -8,10 +8,14 @@ from typing import Any
 from torch import nn
 
 from lightning_basin.callback.arguments import Arguments
-from lightning_basin.callback.keys import Key, did_you_mean, left_out, mistaken_for, possible_keys
 from lightning_basin.callback.lightnings import MisconfigurationException, Trainer, callbacks_of
+from lightning_basin.keys import Key, did_you_mean, mistaken_for, possible_keys
 from lightning_basin.naming import escaped, printable
 from lightning_basin.network.layers import find_layers
+from lightning_basin.record import NETWORK_QUANTITIES
+
+_OF_HESSIAN = ("hessian_", "residual_curvature", "smallest_curvature", "gauss_newton_nullity")
+"""The first characters of the names of all that is measured of a Hessian."""
 
 
 @dataclass(frozen=True)
@@ -194,3 +198,28 @@ def _lenient(watcher: Watcher) -> dict[str, Any]:
 def _set(owner: Any, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         setattr(owner, name, value)
+
+
+def left_out(arguments: Arguments) -> dict[str, str]:
+    """Return the quantities that no measurement has with some arguments, each with the argument that leaves it out.
+
+    Args:
+        arguments: The monitor's arguments.
+
+    Example:
+        >>> from lightning_basin import BasinMonitor
+        >>> left_out(BasinMonitor(hessian=False))["gauss_newton_nullity"]
+        'hessian=False'
+    """
+    training_set = [name for name in NETWORK_QUANTITIES if name.startswith("train_")]
+    hessian = [name for name in NETWORK_QUANTITIES if name.startswith(_OF_HESSIAN)]
+    missing: dict[str, str] = {}
+    for name, is_left_out, quantities in (
+        ("hessian", arguments.hessian is False, hessian),
+        ("dtype", arguments.dtype == "float32", hessian),
+        ("verify_null_space", arguments.verify_null_space is None, ["surviving_fraction"]),
+        ("duplicates_over", arguments.duplicates_over is None, training_set),
+    ):
+        if is_left_out:
+            missing |= dict.fromkeys(quantities, f"{name}={getattr(arguments, name)!r}")
+    return missing

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from lightning_basin import BasinMonitor, RankEarlyStopping
-from lightning_basin.callback.keys import possible_keys
+from lightning_basin.keys import possible_keys
 from tests.callback.watchers import Scheduled, fit
 from tests.lightning_packages import EarlyStopping, MisconfigurationException, ModelCheckpoint
 from tests.training import Regressor

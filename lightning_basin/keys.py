@@ -6,7 +6,6 @@ from difflib import get_close_matches
 from itertools import chain
 from typing import Literal
 
-from lightning_basin.callback.arguments import Arguments
 from lightning_basin.layer_names import layer_blocks, tags_of
 from lightning_basin.naming import escaped
 from lightning_basin.record import (
@@ -128,31 +127,3 @@ def mistaken_for(key: str, keys: Collection[str], prefixes: Sequence[str]) -> st
         candidates, keys = [key], [other for other in keys if not other.endswith("loss")]
     matches = (get_close_matches(candidate, keys, n=1, cutoff=_SIMILARITY) for candidate in candidates)
     return next(chain.from_iterable(matches), None)
-
-
-def left_out(arguments: Arguments) -> dict[str, str]:
-    """Return the quantities that no measurement has with some arguments, each with the argument that leaves it out.
-
-    Args:
-        arguments: The monitor's arguments.
-
-    Example:
-        >>> from lightning_basin import BasinMonitor
-        >>> left_out(BasinMonitor(hessian=False))["gauss_newton_nullity"]
-        'hessian=False'
-    """
-    training_set = [name for name in NETWORK_QUANTITIES if name.startswith("train_")]
-    hessian = [name for name in NETWORK_QUANTITIES if name.startswith(_OF_HESSIAN)]
-    missing: dict[str, str] = {}
-    for name, is_left_out, quantities in (
-        ("hessian", arguments.hessian is False, hessian),
-        ("dtype", arguments.dtype == "float32", hessian),
-        ("verify_null_space", arguments.verify_null_space is None, ["surviving_fraction"]),
-        ("duplicates_over", arguments.duplicates_over is None, training_set),
-    ):
-        if is_left_out:
-            missing |= dict.fromkeys(quantities, f"{name}={getattr(arguments, name)!r}")
-    return missing
-
-
-_OF_HESSIAN = ("hessian_", "residual_curvature", "smallest_curvature", "gauss_newton_nullity")

@@ -103,6 +103,20 @@ def table(record: "BasinRecord") -> str:
     if record.output_duplicated_activations is not None:
         cells = {"layer": "output", "duplicates": f"{record.output_duplicated_activations:,}"}
         rows.insert(-1, [cells.get(column, "") for column in rows[0]])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Write rows of cells below each other, the first cell to the left and all others to the right.
+
+    Args:
+        rows: The rows, each with the same number of cells.
+
+    Example:
+        >>> print(aligned([["layer", "rank"], ["fc1", "12"]]))
+        layer  rank
+        fc1      12
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

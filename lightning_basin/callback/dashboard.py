@@ -1,0 +1,151 @@
+"""What TensorBoard shows beside the curves: a layout of them, the run in words, figures, and a dot at zero loss."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_basin.callback.lightnings import TENSORBOARD_LOGGERS, Logger, Trainer
+from lightning_basin.callback.probe_labels import labels_of
+from lightning_basin.callback.session import Session
+from lightning_basin.history.columns import History, history_of
+from lightning_basin.naming import escaped
+from lightning_basin.pages.findings import markdown_of
+from lightning_basin.record import BasinRecord
+
+ZERO_LOSS_RUN = "zero_loss"
+"""The folder below that of a run with one point of each curve: TensorBoard has no other way to mark a step."""
+
+_LAYOUT = "custom_scalars__config__"
+"""The tag under which the layout of custom scalars stands."""
+
+
+class Dashboard:
+    """Writes to the TensorBoard loggers of one fit at its first record, at zero loss and at the end.
+
+    Args:
+        trainer: The trainer.
+        session: The records of the run, with the monitor's arguments and notices.
+    """
+
+    def __init__(self, trainer: Trainer, session: Session) -> None:
+        self._trainer = trainer
+        self._session = session
+        self._log_step = 0
+        self._num_shown = 0
+        self._has_layout = False
+
+    def begin(self) -> None:
+        """Take the records of the run that is resumed for shown."""
+        self._num_shown = len(self._session.results.records)
+
+    def add(self, record: BasinRecord, log_step: int) -> None:
+        """Take note of a record, and show what it changes.
+
+        Args:
+            record: The newest record.
+            log_step: The place on the x axis of the curves.
+        """
+        self._log_step = log_step
+        if not self._has_layout:
+            self._has_layout = True
+            self._each(lambda logger: _add_layout(logger, self._session.arguments.prefix, record.quantities()))
+        if record.step is not None and record.step == self._session.results.zero_loss_step:
+            self._each(lambda logger: _mark(logger, self._session.log_values(record), log_step))
+            self.show()
+
+    def show(self) -> None:
+        """Write the summary and the figures, if there are records that they do not have."""
+        results = self._session.results
+        if not results.records or len(results.records) == self._num_shown:
+            return
+        self._num_shown = len(results.records)
+        history = history_of(results.records, name="run", zero_loss_step=results.zero_loss_step)
+        prefix = escaped(self._session.arguments.prefix)
+        self._each(lambda logger: logger.experiment.add_text(f"{prefix}/summary", markdown_of(history), self._log_step))
+        self._each(lambda logger: self._draw(logger, history, prefix))
+
+    def _draw(self, logger: Any, history: History, prefix: str) -> None:
+        from lightning_basin.figures.images import images_of  # Loading matplotlib takes half a second.
+
+        for name, image in images_of(history, labels_of(self._session.results.probe)).items():
+            logger.experiment.add_image(f"{prefix}_figures/{name}", image, self._log_step, dataformats="HWC")
+
+    def _each(self, write: Callable[[Any], None]) -> None:
+        """Write to each TensorBoard logger."""
+        if self._session.arguments.figures and self._trainer.is_global_zero:
+            for logger in tensorboard_loggers(self._trainer.loggers):
+                self._try(write, logger)
+
+    def _try(self, write: Callable[[Any], None], logger: Any) -> None:
+        """Write to a logger; a failure costs a message."""
+        try:
+            write(logger)
+        except Exception as error:  # A full disk, or matplotlib that is not there.
+            self._session.notices.inform(
+                f"TensorBoard has no figures of BasinMonitor. {type(error).__name__}: {error}. HINT: "
+                f"BasinMonitor(figures=False) asks for none"
+            )
+
+
+def tensorboard_loggers(loggers: Iterable[Logger]) -> list[Any]:
+    """Return the loggers that write event files by torch's own writer into a local folder."""
+    return [
+        logger
+        for logger in loggers
+        if isinstance(logger, TENSORBOARD_LOGGERS)
+        and "://" not in logger.log_dir
+        and isinstance(logger.experiment, SummaryWriter)
+    ]
+
+
+def layout_of(prefix: str, measured: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """Return the charts of TensorBoard's custom scalars, by category and title.
+
+    Tags are expressions that match the curves of every run, so that the layouts of several runs are one.
+
+    Args:
+        prefix: The prefix of the monitor's keys.
+        measured: The names of the quantities of the network that are measured.
+
+    Example:
+        >>> list(layout_of("basin", ["gradient_rank"]))
+        ['basin: what happened', 'basin: layer by layer']
+    """
+    start = rf"^(?:.*-)?{escaped(prefix)}"  # A logger's own prefix may stand before it.
+    happened: dict[str, list[Any]] = {
+        "rank, and what merged inputs allow": ["Multiline", [rf"{start}/gradient_rank(_bound)?$"]],
+        "log10 of the loss": ["Multiline", [rf"{start}/log10_loss$"]],
+        "inputs that a layer no longer distinguishes": [
+            "Multiline",
+            [rf"{start}_(layer|block)_duplicated_activations/.*"],
+        ],
+    }
+    if {"hessian_nullity_lower", "hessian_nullity_upper"} <= set(measured):
+        ends = [f"{escaped(prefix)}/{name}" for name in ("gradient_nullity", "hessian_nullity_lower")]
+        happened["null space: N - rank in the bracket of the Hessian's nullity"] = [
+            "Margin",
+            [*ends, f"{escaped(prefix)}/hessian_nullity_upper"],
+        ]
+    layers = {
+        "rank of each layer": ["Multiline", [rf"{start}_(layer|block)_gradient_rank/.*"]],
+        "lost directions of each layer": ["Multiline", [rf"{start}_(layer|block)_gradient_rank_deficit/.*"]],
+    }
+    return {f"{escaped(prefix)}: what happened": happened, f"{escaped(prefix)}: layer by layer": layers}
+
+
+def _add_layout(logger: Any, prefix: str, measured: Iterable[str]) -> None:
+    """Add the layout, unless there is one in the folder: a second one would take its place."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # Loading it takes a second.
+
+    logger.experiment.flush()
+    if _LAYOUT not in EventAccumulator(logger.log_dir).Reload().Tags()["tensors"]:
+        logger.experiment.add_custom_scalars(layout_of(prefix, measured))
+
+
+def _mark(logger: Any, values: Mapping[str, float], step: int) -> None:
+    """Write one point of each curve into a run of its own, whose dots lie on the curves."""
+    with SummaryWriter(str(Path(logger.log_dir) / ZERO_LOSS_RUN)) as writer:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)

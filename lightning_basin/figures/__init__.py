@@ -1,0 +1,10 @@
+"""Figures of runs, drawn with matplotlib on axes of the caller's.
+
+They need matplotlib, which ``pip install 'lightning-basin[figures]'`` installs.
+"""
+
+from lightning_basin.figures.curves import plot_history, plot_loss, plot_nullity, plot_tolerances
+from lightning_basin.figures.layers import plot_layers
+from lightning_basin.figures.merges import plot_merges
+
+__all__ = ["plot_history", "plot_layers", "plot_loss", "plot_merges", "plot_nullity", "plot_tolerances"]

@@ -1,0 +1,51 @@
+"""Figures as images: small ones with large letters, which can be read as thumbnails."""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from lightning_basin.figures.curves import plot_history, plot_nullity
+from lightning_basin.figures.layers import plot_layers
+from lightning_basin.figures.merges import plot_merges
+from lightning_basin.history.columns import History
+
+_SIZE, _DPI = (7.0, 4.2), 100
+"""Inches, and pixels for each of them."""
+
+
+def images_of(history: History, labels: Sequence[Hashable] | None = None) -> dict[str, NDArray[np.uint8]]:
+    """Draw the figures for which a run has values, as images by name.
+
+    Args:
+        history: The run.
+        labels: A label for each input of the probe, by which the merge tree is sorted and coloured.
+
+    Returns:
+        Images of red, green and blue, shape ``(height, width, 3)``; names sort in the order of reading.
+    """
+    draw: dict[str, Callable[[Axes], Axes]] = {"1_rank": lambda ax: plot_history(history, ax)}
+    if not np.isnan(history.column("hessian_nullity_lower")).all():
+        draw["2_null_space"] = lambda ax: plot_nullity(history, ax)
+    if history.layers:
+        draw["3_lost_rank_by_layer"] = lambda ax: plot_layers(history, ax)
+        draw["4_duplicates_by_layer"] = lambda ax: plot_layers(history, ax, quantity="duplicated_activations")
+    if history.merged_inputs and history.merged_inputs[-1]:
+        draw["5_merges"] = lambda ax: plot_merges(history, ax, labels=labels)
+    return {name: image_of(function) for name, function in draw.items()}
+
+
+def image_of(draw: Callable[[Axes], Axes]) -> NDArray[np.uint8]:
+    """Return what a function draws on axes as an image, shape ``(height, width, 3)``.
+
+    Args:
+        draw: A function that draws on axes.
+    """
+    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    draw(figure.add_subplot())
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.asarray(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]

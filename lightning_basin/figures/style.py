@@ -1,0 +1,152 @@
+"""How all figures look: one colour for each quantity, one line style for each kind of knowledge, names at line ends."""
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_basin.history.columns import Column, History
+from lightning_basin.history.knowledge import Knowledge
+
+INK, QUIET, PALE = "#222222", "#767676", "#f1f1ef"
+RANK, NULLITY, INFORMATION, BOUND, ZERO_LOSS = "#c8102e", "#1f6f8b", "#0b5d7a", "#444444", "#b26a00"
+"""Colours that colour-blind readers can tell apart by their lightness too; the report exchanges them in the dark."""
+
+LINE_STYLES: dict[Knowledge, Any] = {
+    "proved": "-",
+    "bracketed": (0, (1, 1)),
+    "lower bound": (0, (7, 2)),
+    "ill-defined": (0, (1, 3)),
+}
+"""How a curve is drawn by what is known of its values, the same in every figure."""
+
+FIGURE_SIZE = (6.4, 3.2)
+"""Inches; large letters on a small figure stay legible as a thumbnail."""
+
+
+def axes_or_new(ax: Axes | None, size: tuple[float, float] = FIGURE_SIZE) -> Axes:
+    """Return the axes of the caller, or those of a new figure, which pyplot does not know.
+
+    Args:
+        ax: The axes of the caller; ``None`` makes new ones.
+        size: Width and height of a new figure, in inches.
+    """
+    if ax is None:
+        ax = Figure(figsize=size, layout="constrained").add_subplot()
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(QUIET)
+    ax.tick_params(colors=QUIET)
+    for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
+        text.set_color(INK)
+    return ax
+
+
+def draw_steps(ax: Axes, steps: Any, values: Column, **style: Any) -> None:
+    """Draw a quantity that is known at some steps and stays as it is until the next one.
+
+    Args:
+        ax: The axes.
+        steps: The steps, ascending, shape ``(n,)``.
+        values: The values, shape ``(n,)``; where they are NaN nothing is drawn.
+        **style: What `matplotlib.axes.Axes.plot` takes.
+    """
+    is_known = ~np.isnan(values)
+    marker = {"marker": "o", "markersize": 4} if is_known.sum() == 1 else {}  # One point has no line.
+    ax.plot(steps[is_known], values[is_known], drawstyle="steps-post", **{**marker, **style})
+
+
+def draw_known(ax: Axes, steps: Any, values: Column, knowledge: Iterable[Knowledge], **style: Any) -> None:
+    """Draw a curve whose line style says at each step what is known of it.
+
+    Args:
+        ax: The axes.
+        steps: The steps, ascending, shape ``(n,)``.
+        values: The values, shape ``(n,)``.
+        knowledge: What is known of each value.
+        **style: What `matplotlib.axes.Axes.plot` takes.
+    """
+    kinds = list(knowledge)
+    changes = [i for i, (before, after) in enumerate(pairwise(kinds), start=1) if before != after]
+    edges = [0, *changes, len(kinds)]
+    for start, end in pairwise(edges):
+        piece = slice(start, min(end + 1, len(kinds)))  # Up to the first value of the next kind.
+        draw_steps(ax, steps[piece], values[piece], linestyle=LINE_STYLES[kinds[start]], **style)
+
+
+def mark_zero_loss(ax: Axes, history: History, *, named: bool = True) -> None:
+    """Draw the line at which the loss had reached zero, if it has.
+
+    Args:
+        ax: The axes, whose horizontal axis are steps.
+        history: The run.
+        named: Whether the line's name is written beside it.
+    """
+    step = history.zero_loss_step
+    if step is None:
+        return
+    ax.axvline(step, color=ZERO_LOSS, linewidth=1.4, zorder=5)
+    if named:
+        is_late = step > 0.85 * history.steps[-1]
+        ax.annotate(
+            "zero loss",
+            (step, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4 if is_late else 4, -2),
+            textcoords="offset points",
+            color=ZERO_LOSS,
+            ha="right" if is_late else "left",
+            va="top",
+            fontsize="small",
+        )
+
+
+def name_end(ax: Axes, history: History, value: float, text: str, *, color: str, offset: float = 0.0) -> None:
+    """Write the name of a curve at its right end.
+
+    Args:
+        ax: The axes.
+        history: The run.
+        value: The last value of the curve; where it is NaN nothing is written.
+        text: The name, with the value.
+        color: The colour of the curve.
+        offset: Points by which the name stands above the end.
+    """
+    if not np.isnan(value):
+        ax.annotate(
+            text,
+            (history.steps[-1], value),
+            xytext=(6, offset),
+            textcoords="offset points",
+            color=color,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def label_steps(ax: Axes, history: History) -> None:
+    """Let the horizontal axis be the optimizer steps of a run."""
+    first, last = int(history.steps[0]), int(history.steps[-1])
+    ax.set_xlim(first, last if last > first else first + 1)
+    ax.set_xlabel("optimizer steps")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def last_known(values: Column) -> float:
+    """Return the last value that was measured; NaN for none."""
+    known = values[~np.isnan(values)]
+    return float(known[-1]) if known.size else float("nan")
+
+
+def at_least(ax: Axes, top: float) -> None:
+    """Let the vertical axis begin at zero and leave room above the largest value.
+
+    Args:
+        ax: The axes.
+        top: The largest value.
+    """
+    ax.set_ylim(0, max(1.0, 1.12 * top))

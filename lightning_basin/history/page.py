@@ -1,0 +1,62 @@
+"""The history that a report holds: a page is what people look at, and what programs read."""
+
+import json
+import re
+from pathlib import Path
+
+from lightning_basin.history.columns import History
+from lightning_basin.layer_names import tag
+
+PAGE = "report.html"
+"""The end of the name of every report."""
+
+DATA_ID = "lightning-basin-history"
+"""The id of the element of a page that holds its history as JSON."""
+
+_DATA = re.compile(rf'<script type="application/json" id="{DATA_ID}">(.*?)</script>', re.DOTALL)
+
+
+def page_name(prefix: str) -> str:
+    """Return the name of the report of a monitor.
+
+    Args:
+        prefix: The prefix of the monitor's keys.
+
+    Example:
+        >>> page_name("basin"), page_name("held_out")
+        ('report.html', 'held_out_report.html')
+    """
+    return PAGE if prefix == "basin" else f"{tag(prefix)}_{PAGE}"
+
+
+def write_data(history: History) -> str:
+    r"""Write a history as JSON that may stand inside of a page.
+
+    Args:
+        history: The run.
+
+    Example:
+        >>> import numpy as np
+        >>> write_data(History(name="</script>", steps=np.array([0]), network={}))[:35]
+        '{"schema":1,"name":"\\u003c/script>"'
+    """
+    # No element of a page can end inside of the data.
+    return json.dumps(history.to_dict(), separators=(",", ":")).replace("<", "\\u003c")
+
+
+def read_page(path: Path) -> History:
+    """Read the history that a report holds.
+
+    Args:
+        path: The path of the report.
+
+    Raises:
+        FileNotFoundError: If there is no report.
+        ValueError: If the page is no report of this package.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"source must be a report, but there is none at {path}")
+    found = _DATA.search(path.read_text(encoding="utf-8"))
+    if found is None:
+        raise ValueError(f"{path} must be a report of lightning_basin, but holds no history")
+    return History.from_dict(json.loads(found[1]))

@@ -1,0 +1,216 @@
+"""Where the history of a run is read from: records, tables, and the folders that loggers leave."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_basin.history.columns import History, Logged, columns_of, history_of
+from lightning_basin.history.page import PAGE, page_name, read_page
+from lightning_basin.keys import Key
+from lightning_basin.record import BasinRecord
+
+Source = History | str | Path | Iterable[BasinRecord]
+"""A history, records of one run, or the path of a table or a folder."""
+
+_TABLES = (".csv", ".jsonl")
+_EVENTS = "events.out.tfevents.*"
+_RANK = "/gradient_rank"
+"""The end of a key that every measurement has: what is before it is the prefix of a monitor."""
+
+Points = Mapping[str, Mapping[int, float]]
+"""Values by key and by step."""
+
+
+def read_history(source: Source, *, name: str | None = None, prefix: str | None = None) -> History:
+    """Read the history of one run.
+
+    Args:
+        source: Records; or a table, ``*.csv`` or ``*.jsonl``; or a folder with a table or TensorBoard events. Of a
+            folder that has several, the newest table is read, else the events.
+        name: The name of the run; ``None`` takes that of the folder.
+        prefix: The prefix of the monitor's keys; ``None`` takes the only one.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the path.
+        ValueError: If nothing of a monitor is in it, or if it holds several monitors and ``prefix`` chooses none.
+    """
+    if isinstance(source, History):
+        return source
+    if not isinstance(source, str | Path):
+        records = list(source)
+        return history_of(records, name=name or "run")
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"source must be a table or a folder, but there is nothing at {path}")
+    if path.suffix == ".html":
+        return read_page(path)
+    folder = path.parent if path.is_file() else path
+    name = name or folder.resolve().name
+    pages = sorted(folder.glob(f"*{PAGE}")) if path.is_dir() else []
+    if not pages:
+        return _history_of_points(_points_of(path), name=name, prefix=prefix, source=path)
+    if prefix is None and len(pages) > 1:
+        names = [page.name for page in pages]
+        raise ValueError(f"{path} holds the reports {names} of several monitors: pass the prefix of one, or its report")
+    history = read_page(pages[0] if prefix is None else folder / page_name(prefix))
+    if not any(path.glob(_EVENTS)):
+        return history
+    events = _history_of_points(_points_of_events(path), name=name, prefix=prefix, source=path)
+    return replace(history, logged=events.logged)
+
+
+def run_folders(folder: str | Path) -> list[Path]:
+    """Return all folders below one, and itself, in which there is something of a run to read, sorted.
+
+    Args:
+        folder: The folder to search.
+    """
+    found = {
+        path.parent
+        for pattern in (*(f"**/*{ending}" for ending in _TABLES), f"**/{_EVENTS}")
+        for path in Path(folder).glob(pattern)
+    }
+    return sorted(found)
+
+
+def _points_of(path: Path) -> Points:
+    """All values at a path. What a table says is exact; events hold float32."""
+    if path.is_file():
+        return _points_of_rows(_rows_of(path))
+    tables = sorted((table for ending in _TABLES for table in path.glob(f"*{ending}")), key=lambda p: p.stat().st_mtime)
+    points: dict[str, Mapping[int, float]] = dict(_points_of_events(path)) if any(path.glob(_EVENTS)) else {}
+    for table in tables:
+        points |= _points_of_rows(_rows_of(table))
+    if not points:
+        raise ValueError(f"{path} must hold TensorBoard events or a table ({' or '.join(_TABLES)}), but holds neither")
+    return points
+
+
+def _rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
+    if path.suffix not in _TABLES:
+        raise ValueError(f"a table must end in {' or '.join(_TABLES)}, got {path.name}")
+    with path.open(newline="", encoding="utf-8") as file:
+        if path.suffix == ".csv":
+            yield from csv.DictReader(file)
+        else:
+            yield from (json.loads(line) for line in file if line.strip())
+
+
+def _points_of_rows(rows: Iterable[Mapping[str, Any]]) -> Points:
+    points: dict[str, dict[int, float]] = {}
+    for index, row in enumerate(rows):
+        step = int(float(row.get("step") or index))
+        for key, value in row.items():
+            if key != "step" and (number := _number(value)) is not None:
+                points.setdefault(key, {})[step] = number
+    return points
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):  # An empty cell, or text of another logger.
+        return None
+
+
+def _points_of_events(folder: Path) -> Points:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # Loading it takes a second.
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    # In the order of their first values, which is that of the layers.
+    return {key: {event.step: event.value for event in events.Scalars(key)} for key in events.Tags()["scalars"]}
+
+
+def _history_of_points(points: Points, *, name: str, prefix: str | None, source: Path) -> History:
+    prefixes = sorted(key.removesuffix(_RANK) for key in points if key.endswith(_RANK))
+    if not prefixes:
+        raise ValueError(f"{source} must hold values of a BasinMonitor, but no key ends in {_RANK!r}")
+    if prefix is None and len(prefixes) > 1:
+        raise ValueError(f"{source} holds values of several monitors, with the prefixes {prefixes}: pass one as prefix")
+    chosen = prefixes[0] if prefix is None else prefix
+    if chosen not in prefixes:
+        raise ValueError(f"prefix must be among {prefixes}, got {chosen!r}")
+    steps = sorted(points[f"{chosen}{_RANK}"])
+    network: dict[str, Mapping[int, float]] = {}
+    layers: dict[str, dict[str, Mapping[int, float]]] = {}
+    logged: dict[str, Logged] = {}
+    for key_name, values in points.items():
+        key = Key.of(key_name, chosen)
+        if key is None:
+            logged[key_name] = _logged(values)
+        elif key.group == "network":
+            network[key.quantity] = values
+        elif key.scope:
+            layers.setdefault(key.scope, {})[key.quantity] = values
+    zero_loss = network.pop("zero_loss_step", {})
+    return History(
+        name=name,
+        steps=np.array(steps),
+        network=_aligned(network, steps),
+        layers={layer: _aligned(columns, steps) for layer, columns in layers.items() if _is_layer(columns)},
+        zero_loss_step=next((int(value) for value in zero_loss.values()), None),
+        logged=logged,
+    )
+
+
+def _is_layer(quantities: Iterable[str]) -> bool:
+    """Whether these are of a layer, and not of the outputs, of which only duplicates are counted."""
+    return "gradient_rank" in quantities
+
+
+def _aligned(columns: Mapping[str, Mapping[int, float]], steps: Sequence[int]) -> Mapping[str, Any]:
+    return columns_of([{name: values[step] for name, values in columns.items() if step in values} for step in steps])
+
+
+def _logged(values: Mapping[int, float]) -> Logged:
+    steps = sorted(values)
+    return Logged(np.array(steps), np.array([values[step] for step in steps]))
+
+
+def read_histories(sources: Source | Iterable[Source], *, prefix: str | None = None) -> list[History]:
+    """Read the histories of one run or of several.
+
+    Args:
+        sources: A source as `read_history` takes it, or several; of a folder without values of its own, all runs below.
+        prefix: The prefix of the monitors' keys; ``None`` takes the only one of each run.
+
+    Returns:
+        The histories; runs of the same name are numbered.
+
+    Raises:
+        FileNotFoundError: If there is nothing at a path.
+        ValueError: If a source holds nothing of a monitor.
+    """
+    if isinstance(sources, History | str | Path):
+        sources = [sources]
+    items: list[Any] = list(sources)
+    if items and all(isinstance(item, BasinRecord) for item in items):
+        items = [items]
+    histories = [history for item in items for history in _histories_of(item, prefix)]
+    if not histories:
+        raise ValueError("sources must be records, tables or folders of runs, got none")
+    seen: dict[str, int] = {}
+    named = []
+    for history in histories:
+        seen[history.name] = seen.get(history.name, 0) + 1
+        number = seen[history.name]
+        named.append(history if number == 1 else replace(history, name=f"{history.name} ({number})"))
+    return named
+
+
+def _histories_of(source: Source, prefix: str | None) -> Iterator[History]:
+    is_folder = isinstance(source, str | Path) and Path(source).is_dir()
+    folders = run_folders(str(source)) if is_folder else []
+    if folders and folders != [Path(str(source))]:
+        for folder in folders:
+            points = _points_of(folder)
+            if any(key.endswith(_RANK) for key in points):  # Not a sub-run of single points, or of another tool.
+                yield read_history(folder, prefix=prefix)
+    else:
+        yield read_history(source, prefix=prefix)

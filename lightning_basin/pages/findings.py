@@ -1,0 +1,209 @@
+"""What a run has shown, in words and integers: headlines, what is known of each, and tables."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_basin.history.columns import Column, History
+from lightning_basin.history.knowledge import rank_knowledge
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A number at the top of a report.
+
+    Attributes:
+        name: What the number is.
+        value: The number at the end of the run.
+        change: How it came there.
+        knowledge: What is known of it: ``"proved"``, ``"bracketed"``, ``"lower bound"`` or ``"ill-defined"``.
+        quantity: The word by which the page colours it.
+    """
+
+    name: str
+    value: str
+    change: str
+    knowledge: str
+    quantity: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table under a figure.
+
+    Attributes:
+        columns: The heads of the columns; the first one is of the names of the rows.
+        rows: The cells of each row.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def sentence(history: History) -> str:
+    """Say in one or two sentences what happened to the rank, when the loss was zero, and which layer merged inputs.
+
+    Args:
+        history: The run.
+    """
+    rank = history.column("gradient_rank")
+    first, last = rank[0], rank[-1]
+    change = f"stayed at {last:,.0f}" if first == last else f"went from {first:,.0f} to {last:,.0f}"
+    at_zero = history.moments.get("zero loss")
+    if at_zero is None:
+        when = f"The loss did not reach zero in {history.steps[-1]:,} steps."
+    else:
+        when = f"The loss reached zero at step {history.zero_loss_step:,}, at rank {rank[at_zero]:,.0f}."
+    return " ".join([f"The rank {change} of {history.largest_rank()[-1]:,.0f} directions.", when, *_merged(history)])
+
+
+def _merged(history: History) -> Iterator[str]:
+    duplicates = {layer: history.column("duplicated_activations", layer)[-1] for layer in list(history.layers)[1:]}
+    merging = {layer: count for layer, count in duplicates.items() if count > 0}
+    if merging:
+        layer, count = next(iter(merging.items()))
+        largest = max(merging, key=lambda name: merging[name])
+        most = "" if largest == layer else f", and {merging[largest]:,.0f} at {largest!r}"
+        yield (
+            f"The first layer that no longer distinguishes all inputs is {layer!r}: {count:,.0f} are duplicates{most}."
+        )
+    elif duplicates:
+        yield "Every layer still distinguishes all inputs."
+
+
+def headlines(history: History) -> list[Headline]:
+    """Return the numbers at the top of a report.
+
+    Args:
+        history: The run.
+    """
+    return [
+        Headline(
+            "rank of the behavioral gradients",
+            number_text(history.column("gradient_rank")[-1]),
+            _way(history, history.column("gradient_rank")),
+            rank_knowledge(history)[-1],
+            "rank",
+        ),
+        _nullity(history),
+        Headline(
+            "duplicated activations, most at one layer",
+            number_text(history.column("duplicated_activations")[-1]),
+            _way(history, history.column("duplicated_activations")),
+            "proved",
+            "information",
+        ),
+    ]
+
+
+def _nullity(history: History) -> Headline:
+    lower, upper = history.column("hessian_nullity_lower")[-1], history.column("hessian_nullity_upper")[-1]
+    counted = history.column("hessian_nullity")
+    name = "flat directions of the loss"
+    total = f"of {number_text(history.num_parameters()[-1])} parameters"
+    if not np.isnan(lower) and lower == upper:
+        return Headline(name, number_text(lower), total, "proved", "nullity")
+    if not np.isnan(lower):
+        return Headline(name, f"{number_text(lower)} to {number_text(upper)}", total, "bracketed", "nullity")
+    if not np.isnan(counted[-1]):
+        return Headline(name, number_text(counted[-1]), total, "ill-defined", "nullity")
+    free = number_text(history.column("gradient_nullity")[-1])
+    return Headline("directions that leave the behavior as it is, at most", free, total, "proved", "nullity")
+
+
+def _way(history: History, column: Column) -> str:
+    parts = [f"{name} {number_text(column[index])}" for name, index in history.moments.items() if name != "end"]
+    return ", ".join(parts)
+
+
+def moments_table(history: History, rows: Mapping[str, Column]) -> Table:
+    """Return quantities at the start, at zero loss and at the end, with their least and their largest value.
+
+    Args:
+        history: The run.
+        rows: The columns by the names of the rows; a quantity that was never measured is left out.
+    """
+    moments = history.moments
+    measured = {name: column for name, column in rows.items() if not np.isnan(column).all()}
+    return Table(
+        ("", *moments, "least", "largest"),
+        tuple(
+            (
+                name,
+                *(number_text(column[index]) for index in moments.values()),
+                number_text(np.nanmin(column)),
+                number_text(np.nanmax(column)),
+            )
+            for name, column in measured.items()
+        ),
+    )
+
+
+def layers_table(history: History) -> Table:
+    """Return what each layer had at the start, at zero loss and at the end.
+
+    Args:
+        history: The run.
+    """
+    moments = history.moments
+    rows = []
+    for layer in history.layers:
+        rank = history.column("gradient_rank", layer)
+        rows.append(
+            (
+                layer,
+                number_text(history.num_parameters(layer)[-1]),
+                *(number_text(rank[index]) for index in moments.values()),
+                number_text(history.column("gradient_rank_deficit", layer)[-1]),
+                bracket_text(history, layer),
+                number_text(history.column("duplicated_activations", layer)[-1]),
+                number_text(history.column("dead_units", layer)[-1]),
+            )
+        )
+    ranks = (f"rank, {moment}" for moment in moments)
+    return Table(
+        ("layer", "parameters", *ranks, "lost directions", "Hessian nullity", "duplicates", "dead units"), tuple(rows)
+    )
+
+
+def markdown_of(history: History) -> str:
+    """Return what happened as a bold sentence and a table in Markdown.
+
+    Args:
+        history: The run.
+    """
+    table = layers_table(history)
+    rows = [table.columns, ("---", *("--:",) * (len(table.columns) - 1)), *table.rows]
+    lines = [" | ".join(cell or " " for cell in row) for row in rows]
+    return f"**{sentence(history)}**\n\n" + "\n".join(f"| {line} |" for line in lines)
+
+
+def bracket_text(history: History, layer: str | None = None) -> str:
+    """Return what is known at the end of the dimension of a Hessian's null space: a number, or two with "to".
+
+    Args:
+        history: The run.
+        layer: The layer's name in logged keys; ``None`` for the network.
+    """
+    lower = history.column("hessian_nullity_lower", layer)[-1]
+    upper = history.column("hessian_nullity_upper", layer)[-1]
+    if np.isnan(lower) or lower == upper:
+        counted = history.column("hessian_nullity", layer)[-1]
+        return number_text(counted if np.isnan(lower) else lower)
+    return f"{number_text(lower)} to {number_text(upper)}"
+
+
+def number_text(value: float) -> str:
+    """Write a number for a table: integers whole, others to three digits, a dash for what was not measured.
+
+    Args:
+        value: The number.
+
+    Example:
+        >>> number_text(1234.0), number_text(0.12345), number_text(float("nan"))
+        ('1,234', '0.123', '–')
+    """
+    if np.isnan(value):
+        return "–"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"

@@ -1,0 +1,85 @@
+"""``report.html``: a run on one page, which needs no server and nothing from elsewhere."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+from jinja2 import Environment
+
+from lightning_basin.history.columns import History
+from lightning_basin.history.page import DATA_ID, PAGE, write_data
+from lightning_basin.history.sources import Source, read_history
+from lightning_basin.pages.findings import headlines, layers_table, sentence
+
+
+def report(
+    source: Source,
+    path: str | Path | None = None,
+    *,
+    name: str | None = None,
+    zero_loss_step: int | None = None,
+    labels: Sequence[Hashable] | None = None,
+    stopped: str | None = None,
+) -> Path:
+    """Write the report of a run.
+
+    Args:
+        source: Records, or the path of a table or of a log directory.
+        path: The path of the page; ``None`` writes ``report.html`` into the log directory, or the working directory.
+        name: The name of the run; ``None`` takes that of the log directory.
+        zero_loss_step: The step at which the loss had reached zero, which records do not say; ``None`` leaves it as the
+            source says.
+        labels: A label for each input of the probe, by which the merge tree is sorted and coloured.
+        stopped: Why training was stopped; ``None`` where it ended by itself.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the source's path.
+        ImportError: If matplotlib is not installed.
+        ValueError: If the source holds nothing of a monitor.
+    """
+    history = read_history(source, name=name)
+    if zero_loss_step is not None:
+        history = replace(history, zero_loss_step=zero_loss_step)
+    if path is None:
+        folder = Path(source) if isinstance(source, str | Path) else Path()
+        path = (folder if folder.is_dir() else folder.parent) / PAGE
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page_of(history, labels=labels, stopped=stopped), encoding="utf-8")
+    return path
+
+
+def page_of(history: History, *, labels: Sequence[Hashable] | None = None, stopped: str | None = None) -> str:
+    """Return the page of a run as HTML.
+
+    Args:
+        history: The run.
+        labels: A label for each input of the probe, as in `report`.
+        stopped: Why training was stopped; ``None`` where it ended by itself.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError("figures need matplotlib: pip install 'lightning-basin[figures]'")
+    from lightning_basin.pages.sections import sections_of  # Loading matplotlib takes half a second.
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("lightning_basin.pages").joinpath("report.html.jinja").read_text("utf-8"))
+    return template.render(
+        history=history,
+        sentence=sentence(history),
+        stopped=stopped,
+        headlines=headlines(history),
+        sections=sections_of(history, labels),
+        layers=layers_table(history) if history.layers else None,
+        data_id=DATA_ID,
+        data=write_data(history),
+        version=version("lightning-basin"),
+    )

@@ -1,0 +1,79 @@
+"""A run as a table for a terminal: whole columns are left out where it is narrow, and never a digit."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lightning_basin.history.columns import Column, History
+from lightning_basin.layer_names import MAX_LAYER_CURVES
+from lightning_basin.pages.findings import bracket_text, number_text, sentence
+from lightning_basin.printing import aligned
+
+_BARS = "▁▂▃▄▅▆▇█"
+_SPARKS = 12
+"""The number of characters of a small curve."""
+
+_OPTIONAL = ("trend", "parameters", "dead units", "zero loss", "duplicates", "Hessian nullity", "start")
+"""Columns in the order in which they are left out; the layer's name and its last rank always stay."""
+
+_LONGEST_NAME = 36
+
+
+def summary_of(history: History, width: int = 100) -> str:
+    """Return what happened as a sentence and a table with one row for each layer and the network.
+
+    Args:
+        history: The run.
+        width: The number of characters of a line.
+    """
+    columns = _columns(history)
+    for left_out in ("", *_OPTIONAL):
+        columns.pop(left_out, None)
+        rows = [["layer", *columns], *map(list, zip(_names(history), *columns.values(), strict=True))]
+        table = aligned(rows)
+        if max(map(len, table.splitlines())) <= width:
+            break
+    more = len(history.layers) - MAX_LAYER_CURVES
+    note = f"\n(the last {more:,} of {len(history.layers):,} layers are left out)" if more > 0 else ""
+    return f"{sentence(history)}\n{table}{note}"
+
+
+def spark(values: Column, largest: float) -> str:
+    """Draw a curve with letters, from 0 to the largest value.
+
+    Args:
+        values: The values over the steps; NaN draws nothing.
+        largest: The value of the highest letter.
+
+    Example:
+        >>> spark(np.array([0.0, 4.0, 8.0]), 8.0)
+        '▁▅█'
+    """
+    places = np.unique(np.linspace(0, len(values) - 1, min(len(values), _SPARKS)).round().astype(int))
+    heights = values[places] / max(largest, 1.0) * (len(_BARS) - 1)
+    return "".join(" " if np.isnan(height) else _BARS[min(round(height), len(_BARS) - 1)] for height in heights)
+
+
+def _scopes(history: History) -> list[str | None]:
+    return [*list(history.layers)[:MAX_LAYER_CURVES], None]
+
+
+def _names(history: History) -> list[str]:
+    names = ["network" if scope is None else scope for scope in _scopes(history)]
+    return [name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}" for name in names]
+
+
+def _columns(history: History) -> dict[str, Sequence[str]]:
+    scopes, moments = _scopes(history), history.moments
+    ranks = {scope: history.column("gradient_rank", scope) for scope in scopes}
+    columns: dict[str, Sequence[str]] = {
+        "parameters": [number_text(history.num_parameters(scope)[-1]) for scope in scopes]
+    }
+    for moment, index in moments.items():
+        name = "rank" if moment == "end" else moment
+        columns[name] = [number_text(ranks[scope][index]) for scope in scopes]
+    columns["trend"] = [spark(ranks[scope], float(np.nanmax(history.largest_rank(scope)))) for scope in scopes]
+    columns["Hessian nullity"] = [bracket_text(history, scope) for scope in scopes]
+    for name, quantity in (("duplicates", "duplicated_activations"), ("dead units", "dead_units")):
+        columns[name] = [number_text(history.column(quantity, scope)[-1]) for scope in scopes]
+    return columns

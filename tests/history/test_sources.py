@@ -1,0 +1,128 @@
+import json
+
+import numpy as np
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_basin import report
+from lightning_basin.callback.history import HistoryFile
+from lightning_basin.history.columns import history_of
+from lightning_basin.history.sources import read_histories, read_history, run_folders
+from tests.runs import RANKS, STEPS, records
+
+
+def rows(prefix="basin"):
+    """What a monitor writes into a table: the step and the keys of a record, and once the step of zero loss."""
+    return [
+        {
+            "step": record.step,
+            **record.scalars(prefix),
+            **({f"{prefix}/zero_loss_step": 10.0} if record.step == 10 else {}),
+        }
+        for record in records()
+    ]
+
+
+def write_events(folder, prefix="basin"):
+    with SummaryWriter(str(folder)) as writer:
+        for row in rows(prefix):
+            for key, value in row.items():
+                if key != "step":
+                    writer.add_scalar(key, value, row["step"])
+            writer.add_scalar("val_loss", row["step"] / 10, row["step"])
+
+
+def assert_is_the_run(history):
+    assert history.steps.tolist() == list(STEPS)
+    assert history.column("gradient_rank").tolist() == list(RANKS)
+    assert list(history.layers) == ["fc1", "fc2", "head"]
+    assert history.column("gradient_rank", "head").tolist() == [3, 3, 2, 1]
+    assert history.num_parameters().tolist() == [40] * 4
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+@pytest.mark.parametrize("by_folder", [False, True])
+def test_tables_are_read(tmp_path, ending, by_folder):
+    table = HistoryFile(tmp_path / f"basin.{ending}")
+    table.write(rows())
+    history = read_history(tmp_path if by_folder else table.path)
+    assert_is_the_run(history)
+    assert (history.zero_loss_step, history.name) == (10, tmp_path.name)
+
+
+def test_events_of_tensorboard_are_read_with_what_else_was_logged(tmp_path):
+    write_events(tmp_path / "version_0")
+    history = read_history(tmp_path / "version_0")
+    assert_is_the_run(history)
+    assert history.zero_loss_step == 10
+    assert history.logged["val_loss"].values.tolist() == [0, 1, 2, 3]
+
+
+def test_report_is_read_with_its_merged_inputs(tmp_path):
+    report(records(), tmp_path / "report.html", name="a run", zero_loss_step=10)
+    for source in (tmp_path, tmp_path / "report.html"):
+        history = read_history(source)
+        assert_is_the_run(history)
+        assert history.merged_inputs == history_of(records()).merged_inputs
+
+
+def test_records_and_histories_are_sources(tmp_path):
+    history = read_history(records(), name="a run")
+    assert_is_the_run(history)
+    assert read_history(history) is history
+
+
+def test_one_of_several_monitors_must_be_chosen(tmp_path):
+    HistoryFile(tmp_path / "basin.jsonl").write(rows())
+    HistoryFile(tmp_path / "held_out.jsonl").write(rows("held_out"))
+    with pytest.raises(ValueError, match=r"several monitors, with the prefixes \['basin', 'held_out'\]"):
+        read_history(tmp_path)
+    assert_is_the_run(read_history(tmp_path, prefix="held_out"))
+    with pytest.raises(ValueError, match="prefix must be among"):
+        read_history(tmp_path, prefix="other")
+
+
+def test_one_of_several_reports_must_be_chosen(tmp_path):
+    report(records(), tmp_path / "report.html")
+    report(records()[:1], tmp_path / "held_out_report.html")
+    with pytest.raises(ValueError, match=r"reports \['held_out_report.html', 'report.html'\] of several monitors"):
+        read_history(tmp_path)
+    assert read_history(tmp_path, prefix="held_out").steps.tolist() == [0]
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing at"):
+        read_history(tmp_path / "missing")
+    with pytest.raises(ValueError, match="holds neither"):
+        read_history(tmp_path)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}))
+    with pytest.raises(ValueError, match="no key ends in '/gradient_rank'"):
+        read_history(tmp_path)
+    (tmp_path / "page.html").write_text("<p>hello</p>")
+    with pytest.raises(ValueError, match="holds no history"):
+        read_history(tmp_path / "page.html")
+    with pytest.raises(ValueError, match=r"must end in \.csv or \.jsonl"):
+        read_history(__file__)
+
+
+def test_text_and_empty_cells_of_other_loggers_are_left_out(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,basin/gradient_rank,basin/gradient_nullity,note\n0,3,,hello\n,4,2,\n")
+    history = read_history(tmp_path)
+    assert history.steps.tolist() == [0, 1]
+    assert np.isnan(history.column("gradient_nullity")).tolist() == [True, False]
+
+
+def test_several_runs_are_read_from_a_folder_above_them(tmp_path):
+    for seed in range(3):
+        HistoryFile(tmp_path / f"seed_{seed}" / "basin.csv").write(rows())
+    write_events(tmp_path / "other" / "version_0")
+    histories = read_histories(tmp_path)
+    assert [history.name for history in histories] == ["version_0", "seed_0", "seed_1", "seed_2"]
+    assert run_folders(tmp_path)[0] == tmp_path / "other" / "version_0"
+
+
+def test_runs_of_one_name_are_numbered():
+    assert [history.name for history in read_histories([records(), records()])] == ["run", "run (2)"]
+    assert [history.name for history in read_histories(records())] == ["run"]
+    with pytest.raises(ValueError, match="got none"):
+        read_histories([])

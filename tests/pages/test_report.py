@@ -1,0 +1,87 @@
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pytest
+
+from lightning_basin import report
+from lightning_basin.history.columns import history_of
+from lightning_basin.pages.report import page_of
+from tests.runs import records
+from tests.whole_records import basin_record, layer_record
+
+
+class Page(HTMLParser):
+    """The texts of a page, its elements, and the addresses that it would load."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.texts, self.tags, self.ids, self.addresses, self.open = [], [], [], [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        named = dict(attributes)
+        self.ids += [named["id"]] if "id" in named else []
+        self.addresses += [named[name] for name in ("src", "href", "xlink:href") if name in named]
+
+    def handle_data(self, data):
+        self.texts += [" ".join(data.split())] if data.strip() else []
+
+
+def test_page_says_what_happened_in_words_and_integers(tmp_path):
+    path = report(records(), tmp_path / "report.html", name="a run", zero_loss_step=10)
+    page = Page(path.read_text(encoding="utf-8"))
+    text = " ".join(page.texts)
+    assert "The rank went from 8 to 2 of 8 directions. The loss reached zero at step 10, at rank 8." in text
+    assert "no longer distinguishes all inputs is 'fc2': 1 are duplicates, and 2 at 'head'." in text
+    assert page.tags.count("svg") == 7
+    headlines = text[text.index("rank of the behavioral gradients") :]
+    assert headlines.startswith("rank of the behavioral gradients 2 proved; start 8, zero loss 8")
+    assert "flat directions of the loss 38 proved; of 40 parameters" in headlines
+
+
+def test_page_loads_nothing_and_no_id_is_there_twice():
+    page = Page(page_of(history_of(records())))
+    assert [address for address in page.addresses if not address.startswith(("#", "data:"))] == []
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_figures_are_valid_and_follow_the_colours_of_the_page():
+    page = page_of(history_of(records()))
+    figures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    for figure in figures:
+        ET.fromstring(figure)
+    assert "var(--rank)" in page
+    assert not re.search(r"(?:stroke|fill): #222222", page)
+
+
+@pytest.mark.parametrize("num_layers", [1, 8, 50, 300])
+def test_pages_of_deep_networks_stay_below_two_mebibytes(num_layers):
+    layers = {f"encoder.{i}.attention": layer_record(duplicated_activations=i % 5) for i in range(num_layers)}
+    page = page_of(history_of([basin_record(layers, step=100 * i) for i in range(60)]))
+    assert len(page.encode()) < 2 * 2**20
+
+
+def test_names_with_markup_stay_names():
+    name = "<script>alert(1)</script>"
+    layers = {name: layer_record(duplicated_activations=1), "a\x1b[31m": layer_record(), "Ü ber/x": layer_record()}
+    page = page_of(history_of([basin_record(layers, step=0)], name=name))
+    assert Page(page).tags.count("script") == 1
+    assert "\x1b" not in page
+
+
+def test_runs_that_measured_little_have_a_page():
+    page = Page(page_of(history_of([basin_record()])))
+    assert "The loss did not reach zero in 0 steps." in " ".join(page.texts)
+
+
+def test_page_says_why_training_stopped():
+    assert "Training was stopped: rank 5 &lt; 8" in page_of(history_of(records()), stopped="rank 5 < 8")
+
+
+def test_page_goes_to_the_log_directory(tmp_path):
+    first = report(records(), tmp_path / "logs" / "report.html")
+    assert first == tmp_path / "logs" / "report.html"
+    assert report(tmp_path / "logs") == first

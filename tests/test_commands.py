@@ -1,0 +1,55 @@
+import json
+
+import pytest
+
+from lightning_basin.__main__ import main
+from lightning_basin.callback.history import HistoryFile
+from lightning_basin.history.columns import History
+from tests.runs import records
+
+
+@pytest.fixture
+def folder(tmp_path):
+    HistoryFile(tmp_path / "run" / "basin.csv").write([{"step": r.step, **r.scalars()} for r in records()])
+    return tmp_path / "run"
+
+
+def test_report_is_written_into_the_log_directory(folder, capsys):
+    main(["report", str(folder)])
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    assert "The rank went from 8 to 2" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_report_of_a_table_goes_where_it_is_told_to(folder, tmp_path):
+    main(["report", str(folder / "basin.csv"), "--output", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").is_file()
+
+
+def test_run_is_printed_as_a_sentence_and_a_table(folder, capsys):
+    main(["show", str(folder)])
+    name, said, head, *layers = capsys.readouterr().out.strip().splitlines()
+    assert name == "run"
+    assert said.startswith("The rank went from 8 to 2 of 8 directions.")
+    assert head.split()[:5] == ["layer", "parameters", "start", "zero", "loss"] or head.split()[:2] == [
+        "layer",
+        "parameters",
+    ]
+    assert [line.split()[:4] for line in layers] == [
+        ["fc1", "12", "5", "0"],
+        ["fc2", "12", "4", "1"],
+        ["head", "12", "3", "1"],
+        ["network", "40", "8", "2"],
+    ]
+
+
+def test_run_is_printed_for_programs(folder, capsys):
+    main(["show", str(folder), "--json"])
+    history = History.from_dict(json.loads(capsys.readouterr().out))
+    assert history.column("gradient_rank").tolist() == [8, 8, 5, 2]
+
+
+@pytest.mark.parametrize("command", ["report", "show"])
+def test_mistakes_are_one_sentence(command, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([command, str(tmp_path / "missing")])
+    assert "there is nothing at" in capsys.readouterr().err
