@@ -10,6 +10,7 @@ from lightning_basin.quantities.ranks import measure_ranks
 from lightning_basin.quantities.scopes import select_scopes
 from lightning_basin.settings import Settings
 from lightning_basin.stages import StageClock
+from lightning_basin.structure import StructureCache
 from tests.networks import drawn
 
 
@@ -101,6 +102,17 @@ class Slow(nn.Module):
         duplicate = Slow()
         duplicate.load_state_dict(self.state_dict())
         return duplicate
+
+
+def test_the_copy_of_a_later_measurement_is_a_copy():
+    settings, cache = Settings(hessian=False), StructureCache()
+    copies = []
+    for _ in range(2):
+        clock = StageClock(now=TIME)
+        with open_evaluation(Slow(), Probe(drawn(4, 3)), settings, cache=cache, clock=clock):
+            copies.append(clock.seconds())
+    assert copies[0]["copy"] == 60.0
+    assert copies[1] == {"trace": 0.0, "copy": 60.0}
 
 
 @pytest.mark.parametrize("spectrum", [True, False])

@@ -92,9 +92,12 @@ class JointMeasurement:
         Args:
             cadence: The argument that sets the cadence, and its value.
         """
-        arguments, records = self._session.arguments, self._session.results.records
-        if self._overhead.num_measurements != _NUM_BEFORE_ADVICE or arguments.max_overhead is not None:
+        session, arguments = self._session, self._session.arguments
+        is_early = self._overhead.num_measurements < _NUM_BEFORE_ADVICE
+        if is_early or session.is_cost_judged or arguments.max_overhead is not None:
             return
+        session.is_cost_judged = True
+        records = session.results.records
         advice = advise(self._overhead.cost(records[1 - _NUM_BEFORE_ADVICE :]), cadence, arguments)
         if advice is not None:
             inform(advice)

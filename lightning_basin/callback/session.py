@@ -42,6 +42,7 @@ class Session:
         history_path: The path of the table of the run, which a resumed run goes on with.
         turning_step: The step of the newest record of three: the first one, the first with a loss near zero, and the
             first at zero loss; ``None`` before the first.
+        is_cost_judged: Whether it was seen what measuring costs the run.
     """
 
     def __init__(self, arguments: Arguments, notices: Notices) -> None:
@@ -51,6 +52,7 @@ class Session:
         self.num_failures = 0
         self.history_path: str | None = None
         self.turning_step: int | None = None
+        self.is_cost_judged = False
         self.notices = notices
         self._cache = StructureCache()
 
@@ -59,6 +61,7 @@ class Session:
         self.results.clear()
         self.num_zero_losses = 0
         self.history_path = self.turning_step = None
+        self.is_cost_judged = False
 
     @property
     def sparse_since(self) -> int | None:

@@ -36,10 +36,15 @@ class Ticking(PassThroughProfiler):
         return self.now
 
 
-def ticking_run(root, monkeypatch, monitor, seconds_a_batch=1.0, **options):
+def ticking_trainer(root, monkeypatch, monitor, seconds_a_batch=1.0, **options):
     clock = Ticking(seconds_a_batch)
     monkeypatch.setattr(time, "monotonic", clock)
-    make_trainer(root, monitor, profiler=clock, max_epochs=12, **options).fit(Regressor(), loader())
+    return make_trainer(root, monitor, profiler=clock, max_epochs=12, **options)
+
+
+def ticking_run(root, monkeypatch, monitor, seconds_a_batch=1.0, module=None, **options):
+    trainer = ticking_trainer(root, monkeypatch, monitor, seconds_a_batch, **options)
+    trainer.fit(module or Regressor(), loader())
 
 
 def test_measurements_take_at_most_their_share_of_the_time(tmp_path, monkeypatch, caplog):
@@ -69,9 +74,9 @@ def test_a_run_with_time_to_spare_skips_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "seconds_a_batch", "expected"),
     [
-        # Three seconds beside the three of an epoch; each ninth measurement takes 3 of 30.
+        # Three seconds beside the three of an epoch; each twelfth measurement takes 3 of 39.
         pytest.param(
-            {}, 1.0, ["Measuring takes 50% of the wall time", "every_n_epochs=9) brings it to 10%"], id="much"
+            {}, 1.0, ["Measuring takes 50% of the wall time", "every_n_epochs=12) brings it to 8%"], id="much"
         ),
         pytest.param({}, 9.0, [], id="a tenth"),
         pytest.param({"max_overhead": 0.9}, 1.0, [], id="limited"),
@@ -84,6 +89,36 @@ def test_what_measuring_costs_is_said_once(tmp_path, monkeypatch, caplog, argume
     said = [message for message in caplog.messages if "of the wall time" in message]
     assert len(said) == (1 if expected else 0)
     assert all(part in said[0] for part in expected)
+
+
+class FailsAtSix(Regressor):
+    """Cannot be measured after six optimizer steps."""
+
+    def forward(self, inputs):
+        if not self.training and self._trainer is not None and self.trainer.global_step == 6:
+            raise RuntimeError("evaluation is out of order")
+        return super().forward(inputs)
+
+
+def test_what_measuring_costs_is_said_after_the_fourth_measurement_where_the_third_has_failed(
+    tmp_path, monkeypatch, caplog
+):
+    monitor = BasinMonitor(probe=20)
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="could not measure at step 6"):
+        ticking_run(tmp_path, monkeypatch, monitor, module=FailsAtSix())
+    assert steps(monitor)[:3] == [0, 3, 9]
+    assert len([message for message in caplog.messages if "takes 50% of the wall time" in message]) == 1
+
+
+def test_what_measuring_costs_is_said_once_in_two_fits_of_a_run_and_again_in_another_run(tmp_path, monkeypatch, caplog):
+    module, trainer = Regressor(), ticking_trainer(tmp_path, monkeypatch, BasinMonitor(probe=20))
+    num_said = []
+    for fitted in (module, module, Regressor()):
+        with caplog.at_level("INFO"):
+            trainer.fit(fitted, loader())
+        num_said.append(len([message for message in caplog.messages if "of the wall time" in message]))
+        trainer.fit_loop.max_epochs += 12
+    assert num_said == [1, 1, 2]
 
 
 def test_skipped_steps_survive_resuming(tmp_path):
