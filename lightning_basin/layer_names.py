@@ -70,3 +70,17 @@ def tags_of(layers: Iterable[str]) -> dict[str, str]:
         while tags[layer] in list(tags.values())[:-1]:
             tags[layer] += "'"
     return tags
+
+
+def shortened(name: str, length: int) -> str:
+    """Leave out the beginning of a long name, whose end says more.
+
+    Args:
+        name: The name of a layer.
+        length: The largest number of characters.
+
+    Example:
+        >>> shortened("encoder.layers.11.attention.output.dense", 23)
+        '…attention.output.dense'
+    """
+    return name if len(name) <= length else f"…{name[1 - length :]}"

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from lightning_basin.figures.style import INK, QUIET, axes_or_new, label_steps, mark_zero_loss
 from lightning_basin.history.columns import History
 from lightning_basin.history.sources import Source, read_history
+from lightning_basin.layer_names import shortened
 
 LayerQuantity = Literal["lost_rank", "duplicated_activations", "dead_units"]
 
@@ -25,6 +26,12 @@ _COLORS: dict[LayerQuantity, list[str]] = {
 }
 _NAMED = 40
 """The largest number of layers whose names stand at the axis; of more, a part is named."""
+
+_ROW, _HIGHEST = 0.27, 6.5
+"""The height of a layer, and the largest height of all of them, in inches."""
+
+NAME_LENGTH = 28
+"""The largest number of characters of a layer's name in a figure."""
 
 
 def plot_layers(source: Source, ax: Axes | None = None, *, quantity: LayerQuantity = "lost_rank") -> Axes:
@@ -46,7 +53,7 @@ def plot_layers(source: Source, ax: Axes | None = None, *, quantity: LayerQuanti
     if not history.layers:
         raise ValueError(f"the run {history.name!r} has no values of layers: measure with layers='auto'")
     values = np.stack([_row(history, layer, quantity) for layer in history.layers])
-    ax = axes_or_new(ax, (6.4, 1.2 + 0.28 * min(len(values), _NAMED)))
+    ax = axes_or_new(ax, (6.4, 1.2 + map_height(len(values))))
     colors = LinearSegmentedColormap.from_list(quantity, _COLORS[quantity])
     highest = 100.0 if quantity == "lost_rank" else max(1.0, float(np.nanmax(values, initial=0.0)))
     edges = np.append(history.steps, _end_of_last(history))
@@ -57,6 +64,15 @@ def plot_layers(source: Source, ax: Axes | None = None, *, quantity: LayerQuanti
     mark_zero_loss(ax, history, named=False)
     ax.set_title(_TITLES[quantity], fontsize="medium")
     return ax
+
+
+def map_height(num_layers: int) -> float:
+    """Return the height of a map, in inches.
+
+    Args:
+        num_layers: The number of layers.
+    """
+    return min(_ROW * num_layers, _HIGHEST)
 
 
 def _row(history: History, layer: str, quantity: LayerQuantity) -> NDArray[np.float64]:
@@ -76,7 +92,9 @@ def _name_rows(ax: Axes, names: list[str], last: NDArray[np.float64], right: flo
     every = -(-len(names) // _NAMED)
     shown = range(0, len(names), every)
     ax.set_ylim(len(names), 0)
-    ax.set_yticks([row + 0.5 for row in shown], [shortened(names[row]) for row in shown], fontsize="small", color=INK)
+    ax.set_yticks(
+        [row + 0.5 for row in shown], [shortened(names[row], NAME_LENGTH) for row in shown], fontsize="small", color=INK
+    )
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
@@ -95,16 +113,3 @@ def _name_rows(ax: Axes, names: list[str], last: NDArray[np.float64], right: flo
                 color=INK if last[row] > 0 else QUIET,
                 annotation_clip=False,
             )
-
-
-def shortened(name: str, length: int = 28) -> str:
-    """Leave out the middle of a long name.
-
-    Example:
-        >>> shortened("encoder.layers.11.attention.output.dense", 20)
-        'encoder.l…tput.dense'
-    """
-    if len(name) <= length:
-        return name
-    tail = length // 2
-    return f"{name[: length - tail - 1]}…{name[-tail:]}"

@@ -11,9 +11,9 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
 from numpy.typing import NDArray
 
-from lightning_basin.figures.layers import shortened
 from lightning_basin.figures.style import INFORMATION, INK, QUIET, axes_or_new
 from lightning_basin.history.sources import Source, read_history
+from lightning_basin.layer_names import shortened
 from lightning_basin.record import MergedInput
 
 _LABEL_COLORS = (
@@ -26,6 +26,9 @@ _GROUP_GAP = 2.0
 
 _MANY = 3
 """The number of inputs from which on a node is counted in words."""
+
+_LINE_HEIGHT = 4.0
+"""The height of a line of text, in percent of all inputs."""
 
 _MAX_STAGES = 12
 """The largest number of layers that are drawn; of more, those where inputs merge and the ends."""
@@ -179,11 +182,20 @@ def _draw_nodes(
         zorder=5,
     )
     dots.set_clip_on(False)
-    for first, count in zip(firsts[several], counts[several], strict=True):
-        if is_last and count >= _MANY:
+    if is_last:
+        _count_classes(ax, place, heights[firsts], counts)
+
+
+def _count_classes(ax: Axes, place: int, heights: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
+    """Write how many inputs are one beside the large classes, the largest first, as long as there is room."""
+    taken: list[float] = []
+    for index in np.argsort(-counts, kind="stable").tolist():
+        height, count = float(heights[index]), int(counts[index])
+        if count >= _MANY and all(abs(height - other) >= _LINE_HEIGHT * counts.sum() / 100 for other in taken):
+            taken.append(height)
             ax.annotate(
                 f"{count} are one",
-                (place, heights[first]),
+                (place, height),
                 xytext=(10, 0),
                 textcoords="offset points",
                 va="center",

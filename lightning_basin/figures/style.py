@@ -41,6 +41,7 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float] = FIGURE_SIZE) -> Axe
     for side in ("left", "bottom"):
         ax.spines[side].set_color(QUIET)
     ax.tick_params(colors=QUIET)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
         text.set_color(INK)
     return ax

@@ -22,8 +22,11 @@ VARIABLES = {
 }
 """Variables of the page's style sheet by the colours of the figures."""
 
-_LEFT, _RIGHT, _BOTTOM, _TOP = 1.0, 2.2, 0.5, 0.1
-"""Inches around axes over steps: for names of layers, names of curves, the steps, and nothing."""
+WIDTH = 9.2
+"""The width of a figure, in inches; the page scales it."""
+
+_RIGHT, _BOTTOM, _TOP = 2.2, 0.5, 0.1
+"""Inches around axes over steps: for names of curves, for the steps, and for nothing."""
 
 _HEADER = re.compile(r"^.*?(?=<svg)", re.DOTALL)
 _SIZE = re.compile(r'(<svg[^>]*?) width="[\d.]+pt" height="[\d.]+pt"')
@@ -32,24 +35,24 @@ _METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
 
 
 def svg_of(
-    draw: Callable[[Axes], Axes], *, name: str, size: tuple[float, float], description: str, is_over_steps: bool = True
+    draw: Callable[[Axes], Axes], *, name: str, height: float, description: str, left: float | None = None
 ) -> str:
     """Draw a figure as SVG that can stand inside of a page.
 
     Args:
         draw: A function that draws on axes.
         name: A name of the figure that no other figure of the page has.
-        size: Width and height, in inches.
+        height: The height of the figure, in inches.
         description: What the figure shows, for those who cannot see it.
-        is_over_steps: Whether the horizontal axis are steps: these axes then begin and end at the same places.
+        left: The inches left of the axes, so that those over steps begin and end at the same places; ``None`` takes
+            what the figure needs.
     """
     # Text stays text, and ids of clip paths differ from figure to figure.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "font.family": "sans-serif"}):
-        figure = Figure(figsize=size, layout=None if is_over_steps else "constrained")
-        if is_over_steps:
-            width, height = size
-            margins = {"left": _LEFT / width, "right": 1 - _RIGHT / width, "bottom": _BOTTOM / height}
-            figure.subplots_adjust(**margins, top=1 - _TOP / height)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained" if left is None else None)
+        if left is not None:
+            margins = {"left": left / WIDTH, "right": 1 - _RIGHT / WIDTH}
+            figure.subplots_adjust(**margins, bottom=_BOTTOM / height, top=1 - _TOP / height)
         draw(figure.add_subplot()).set_title("")  # The page has titles of its own.
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

@@ -1,17 +1,20 @@
 """The figures of a report: what each one shows, how to read it, and the integers under it."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from lightning_basin.figures import plot_history, plot_layers, plot_loss, plot_merges, plot_nullity, plot_tolerances
+from lightning_basin.figures.layers import NAME_LENGTH, LayerQuantity, map_height
 from lightning_basin.history.columns import History
 from lightning_basin.pages.drawing import svg_of
 from lightning_basin.pages.findings import Table, moments_table
 
-_WIDTH = 9.2
-"""The width of a figure, in inches; the page scales it."""
+_INCHES_PER_LETTER = 0.066
+"""The width of a letter of a layer's name."""
 
 
 @dataclass(frozen=True)
@@ -31,44 +34,30 @@ class Section:
     table: Table | None = None
 
 
-def sections_of(history: History, labels: Sequence[Hashable] | None = None) -> list[Section]:
+def sections_of(history: History, labels: Sequence[Hashable] | None = None) -> Iterator[Section]:
     """Draw all figures for which a run has values.
 
     Args:
         history: The run.
         labels: A label for each input of the probe, by which the merge tree is sorted and coloured.
     """
-    sections = [_rank_section(history)]
+    yield _rank(history)
     if not np.isnan(history.column("log10_loss")).all():
-        figure = svg_of(
-            lambda ax: plot_loss(history, ax),
-            name="loss",
-            size=(_WIDTH, 1.7),
-            description="Logarithm of the loss over optimizer steps",
-        )
-        sections.append(Section("The loss on the probe", "", figure))
+        yield _loss(history)
     if not np.isnan(history.column("hessian_nullity_lower")).all():
-        sections.append(_nullity_section(history))
+        yield _nullity(history)
     if history.layers:
-        sections += _layer_sections(history)
-    if _has_merges(history):
-        sections.append(_merge_section(history, labels))
+        text = "Layers from the inputs (top) to the outputs (bottom). At the right end the value at the end."
+        yield _map(history, "Which layer lost it: the share of its directions, in percent", text, "lost_rank")
+        text = "Inputs whose activation in front of the layer is that of another input."
+        yield _map(history, "Where inputs become one", text, "duplicated_activations")
+    if history.merged_inputs and history.merged_inputs[-1]:
+        yield _merges(history, labels)
     if not np.isnan(history.column("gradient_rank_at_1e-06")).all():
-        sections.append(_tolerance_section(history))
-    return sections
+        yield _tolerances(history)
 
 
-def _has_merges(history: History) -> bool:
-    return bool(history.merged_inputs) and bool(history.merged_inputs[-1])
-
-
-def _rank_section(history: History) -> Section:
-    figure = svg_of(
-        lambda ax: plot_history(history, ax),
-        name="rank",
-        size=(_WIDTH, 3.2),
-        description="Rank of the behavioral gradients over optimizer steps",
-    )
+def _rank(history: History) -> Section:
     text = (
         "How many independent directions in parameter space the outputs on the probe respond to. Where the rank meets "
         "the dashed line, the merged inputs explain all that was lost."
@@ -79,16 +68,16 @@ def _rank_section(history: History) -> Section:
         "lost directions": history.column("gradient_rank_deficit"),
         "digits of the gap": history.column("gradient_rank_gap"),
     }
+    figure = _over_steps(history, partial(plot_history, history), "rank", 3.2, "Rank of the behavioral gradients")
     return Section("What can still change: the rank", text, figure, moments_table(history, rows))
 
 
-def _nullity_section(history: History) -> Section:
-    figure = svg_of(
-        lambda ax: plot_nullity(history, ax),
-        name="nullity",
-        size=(_WIDTH, 2.8),
-        description="Bracket of the dimension of the null space of the Hessian over optimizer steps",
-    )
+def _loss(history: History) -> Section:
+    figure = _over_steps(history, partial(plot_loss, history), "loss", 1.7, "Logarithm of the loss")
+    return Section("The loss on the probe", "", figure)
+
+
+def _nullity(history: History) -> Section:
     text = (
         "Directions that leave the loss flat. The band is proved: the nullity is inside of it. At a perfect fit of a "
         "regression it closes at N − rank."
@@ -98,36 +87,21 @@ def _nullity_section(history: History) -> Section:
         "at most": history.column("hessian_nullity_upper"),
         "N − rank": history.column("gradient_nullity"),
     }
+    figure = _over_steps(history, partial(plot_nullity, history), "nullity", 2.8, "Bracket of the Hessian's nullity")
     return Section("How flat the basin is: the null space", text, figure, moments_table(history, rows))
 
 
-def _layer_sections(history: History) -> list[Section]:
-    height = 0.7 + 0.26 * min(len(history.layers), 40)
-    lost = svg_of(
-        lambda ax: plot_layers(history, ax, quantity="lost_rank"),
-        name="lost-rank",
-        size=(_WIDTH, height),
-        description="Lost directions of each layer over optimizer steps",
-    )
-    merged = svg_of(
-        lambda ax: plot_layers(history, ax, quantity="duplicated_activations"),
-        name="duplicates",
-        size=(_WIDTH, height),
-        description="Duplicated activations in front of each layer over optimizer steps",
-    )
-    return [
-        Section("Which layer lost it", "Layers from the inputs (top) to the outputs (bottom).", lost),
-        Section("Where inputs become one", "Counted on the activations that enter each layer.", merged),
-    ]
+def _map(history: History, title: str, text: str, quantity: LayerQuantity) -> Section:
+    draw = partial(plot_layers, history, quantity=quantity)
+    return Section(title, text, _over_steps(history, draw, quantity, 0.65 + map_height(len(history.layers)), title))
 
 
-def _merge_section(history: History, labels: Sequence[Hashable] | None) -> Section:
+def _merges(history: History, labels: Sequence[Hashable] | None) -> Section:
     figure = svg_of(
-        lambda ax: plot_merges(history, ax, labels=labels),
+        partial(plot_merges, history, labels=labels),
         name="merges",
-        size=(_WIDTH, 5.2),
+        height=5.2,
         description="Tree of the inputs that become one from layer to layer",
-        is_over_steps=False,
     )
     text = (
         f"Each line is an input of the probe, as it was at step {history.steps[-1]:,}. Lines meet in front of the "
@@ -136,15 +110,17 @@ def _merge_section(history: History, labels: Sequence[Hashable] | None) -> Secti
     return Section("Which inputs became one: the merge tree", text, figure)
 
 
-def _tolerance_section(history: History) -> Section:
-    figure = svg_of(
-        lambda ax: plot_tolerances(history, ax),
-        name="tolerances",
-        size=(_WIDTH, 2.8),
-        description="Ranks at five tolerances over optimizer steps",
-    )
+def _tolerances(history: History) -> Section:
     text = (
         "The number of singular values σ above five fractions of the largest. Where the steps lie on each other the "
         "rank is a fact; where they spread it depends on the tolerance."
     )
+    figure = _over_steps(history, partial(plot_tolerances, history), "tolerances", 2.8, "Ranks at five tolerances")
     return Section("How sharp the rank is", text, figure)
+
+
+def _over_steps(history: History, draw: Callable[..., Axes], name: str, height: float, what: str) -> str:
+    """A figure whose axes begin and end where those of all others over steps do."""
+    longest = min(NAME_LENGTH, max((len(layer) for layer in history.layers), default=0))
+    left = max(1.0, 0.15 + _INCHES_PER_LETTER * longest)
+    return svg_of(lambda ax: draw(ax=ax), name=name, height=height, description=f"{what} over steps", left=left)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lightning_basin.history.columns import Column, History
-from lightning_basin.layer_names import MAX_LAYER_CURVES
+from lightning_basin.layer_names import MAX_LAYER_CURVES, shortened
 from lightning_basin.pages.findings import bracket_text, number_text, sentence
 from lightning_basin.printing import aligned
 
@@ -59,8 +59,7 @@ def _scopes(history: History) -> list[str | None]:
 
 
 def _names(history: History) -> list[str]:
-    names = ["network" if scope is None else scope for scope in _scopes(history)]
-    return [name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}" for name in names]
+    return ["network" if scope is None else shortened(scope, _LONGEST_NAME) for scope in _scopes(history)]
 
 
 def _columns(history: History) -> dict[str, Sequence[str]]:
