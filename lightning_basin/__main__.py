@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lightning_basin",
         description="Measure checkpoints of a run, and write the curves that a BasinMonitor in it would have written. "
-        "Other commands: report (writes a page on a run), show (prints a run). Each has a --help of its own.",
+        "Other commands: report (writes a page on a run), show (prints a run), compare (prints several). Each has a "
+        "--help of its own.",
     )
     name = "PACKAGE.MODULE:NAME"
     parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoints of Lightning, or directories of them")

@@ -1,14 +1,18 @@
-"""The commands for runs that were measured: a report of one, and its integers in a terminal or for a program."""
+"""The commands for runs that were measured: a report of one, its integers for people or programs, a comparison."""
 
 import argparse
+import csv
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lightning_basin.history.comparison import QUANTITIES, final_values
 from lightning_basin.history.sources import read_histories, read_history
+from lightning_basin.pages.findings import number_text
 from lightning_basin.pages.report import report
 from lightning_basin.pages.terminal import summary_of
+from lightning_basin.printing import aligned
 
 
 def report_command(arguments: Sequence[str]) -> None:
@@ -48,6 +52,41 @@ def show_command(arguments: Sequence[str]) -> None:
         print(text)  # noqa: T201 - this is what the command is for
 
 
+def compare_command(arguments: Sequence[str]) -> None:
+    """Print what several runs ended with, and write it as a table or a figure.
+
+    Args:
+        arguments: The arguments behind the name of the command.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_basin compare", description="Compare what runs ended with, seeds for example."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="log directories, folders above them, tables or reports")
+    parser.add_argument("--prefix", help="the prefix of the monitors' keys, where runs have several monitors")
+    parser.add_argument("--against", metavar="KEY", help="another logged value, a validation error for example")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table to a file")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the rank of all runs, and it against KEY")
+    options = parser.parse_args(arguments)
+    names = [*QUANTITIES, *([] if options.against is None else [options.against])]
+    try:
+        histories = read_histories(options.runs, prefix=options.prefix)
+        values = [final_values(history, names) for history in histories]
+        if options.figure is not None:
+            from lightning_basin.figures.runs import comparison_figure  # Loading matplotlib takes half a second.
+
+            comparison_figure(histories, options.against).savefig(options.figure)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        parser.error(str(error))
+    rows = [[history.name, *map(number_text, row.values())] for history, row in zip(histories, values, strict=True)]
+    print(aligned([["run", *names], *rows]))  # noqa: T201 - this is what the command is for
+    if options.csv is not None:
+        with options.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["run", "zero_loss_step", *names])
+            writer.writeheader()
+            for history, row in zip(histories, values, strict=True):
+                writer.writerow({"run": history.name, "zero_loss_step": history.zero_loss_step, **row})
+
+
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m lightning_basin {command}", description=description)
     parser.add_argument("run", type=Path, help="a log directory, a table (CSV or JSON lines) or a report")
@@ -55,5 +94,9 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"report": report_command, "show": show_command}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "compare": compare_command,
+    "report": report_command,
+    "show": show_command,
+}
 """What each command does, by its name."""

@@ -53,3 +53,25 @@ def test_mistakes_are_one_sentence(command, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([command, str(tmp_path / "missing")])
     assert "there is nothing at" in capsys.readouterr().err
+
+
+def test_runs_are_compared_in_a_table_a_file_and_a_figure(folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    HistoryFile(other / "basin.csv").write(
+        [{"step": r.step, **r.scalars(), "val_loss": r.step / 10} for r in records()[:3]]
+    )
+    HistoryFile(folder / "basin.csv").write([{"step": r.step, **r.scalars(), "val_loss": 7} for r in records()])
+    files = ["--csv", str(tmp_path / "runs.csv"), "--figure", str(tmp_path / "runs.svg")]
+    main(["compare", str(folder), str(other), "--against", "val_loss", *files])
+    head, first, second = capsys.readouterr().out.strip().splitlines()
+    assert head.split()[:2] == ["run", "gradient_rank"]
+    assert (first.split()[:2], first.split()[-1]) == (["run", "2"], "7")
+    assert (second.split()[:2], second.split()[-1]) == (["other", "5"], "2")
+    assert (tmp_path / "runs.csv").read_text().splitlines()[1].startswith("run,,2.0,")
+    assert "<svg" in (tmp_path / "runs.svg").read_text()
+
+
+def test_a_value_that_no_run_has_is_refused(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", str(folder), "--against", "val_loss"])
+    assert "has no values of 'val_loss'" in capsys.readouterr().err

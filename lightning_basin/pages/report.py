@@ -4,7 +4,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 
 from jinja2 import Environment
@@ -66,8 +65,6 @@ def page_of(history: History, *, labels: Sequence[Hashable] | None = None, stopp
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
-        raise ImportError("figures need matplotlib: pip install 'lightning-basin[figures]'")
     from lightning_basin.pages.sections import sections_of  # Loading matplotlib takes half a second.
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
