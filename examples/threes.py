@@ -122,14 +122,11 @@ def main() -> None:
     trainer.fit(IsItAThree(), DataLoader(TensorDataset(images, is_three), batch_size=NUM_IMAGES))
     seconds = time.perf_counter() - started
 
-    print(story(monitor.records[::5]))
-    print(f"\n{monitor.records[-1]}\n")
+    print(f"\n{story(monitor.records[::5])}\n")
     measuring = sum(record.measure_seconds for record in monitor.records)
     print(f"{len(monitor.records)} measurements took {measuring:.0f} of {seconds:.0f} seconds.")
     if options.picture:
         picture(logger.log_dir, (FIT, FIT + 4800, options.max_steps)).savefig(options.picture, dpi=90)
-    print(f"The report: {logger.log_dir}/report.html\nThe curves: tensorboard --logdir {options.log_dir}/threes")
-    print("  http://localhost:6006/?smoothing=0&tagFilter=^basin/#timeseries")
 
 
 if __name__ == "__main__":

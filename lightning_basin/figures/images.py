@@ -13,7 +13,7 @@ from lightning_basin.figures.layers import plot_layers
 from lightning_basin.figures.merges import plot_merges
 from lightning_basin.history.columns import History
 
-_SIZE, _DPI = (7.0, 4.2), 100
+_SIZE, _DPI = (5.6, 3.6), 110
 """Inches, and pixels for each of them."""
 
 

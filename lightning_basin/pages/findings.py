@@ -141,18 +141,18 @@ def moments_table(history: History, rows: Mapping[str, Column]) -> Table:
 
 
 def layers_table(history: History) -> Table:
-    """Return what each layer had at the start, at zero loss and at the end.
+    """Return what each layer and the network had at the start, at zero loss and at the end.
 
     Args:
         history: The run.
     """
     moments = history.moments
     rows = []
-    for layer in history.layers:
+    for layer in [*history.layers, None]:
         rank = history.column("gradient_rank", layer)
         rows.append(
             (
-                layer,
+                "network" if layer is None else layer,
                 number_text(history.num_parameters(layer)[-1]),
                 *(number_text(rank[index]) for index in moments.values()),
                 number_text(history.column("gradient_rank_deficit", layer)[-1]),
