@@ -30,6 +30,7 @@ class NormBound:
         value: The largest magnitude of a Ritz value: never above the norm, except by rounding.
         residual: The norm of the Ritz vector's residual: an eigenvalue lies within it of the Ritz value.
         gap: The distance of the Ritz value from the nearest other one; 0 where there is none.
+        rival: The largest magnitude that an eigenvalue within the residual of another Ritz value may have.
         upper: The norm is at most this, except with the failure probability; exact where the Krylov space is
             exhausted.
         forecast: What ``upper`` may become within the largest number of products, if these show nothing new.
@@ -39,6 +40,7 @@ class NormBound:
     value: float
     residual: float
     gap: float
+    rival: float
     upper: float
     forecast: float
     num_products: int
@@ -139,8 +141,11 @@ class NormIteration:
         tridiagonal = np.diag(self._alphas) + np.diag(self._betas, 1) + np.diag(self._betas, -1)
         ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal)
         largest = int(np.abs(ritz_values).argmax())
-        value, residual = abs(float(ritz_values[largest])), residual_norm * abs(float(ritz_vectors[-1, largest]))
-        gap = float(np.abs(np.delete(ritz_values, largest) - ritz_values[largest]).min()) if count > 1 else 0.0
+        residuals = residual_norm * np.abs(ritz_vectors[-1])
+        value, residual = abs(float(ritz_values[largest])), float(residuals[largest])
+        others = np.arange(count) != largest
+        gap = float(np.abs(ritz_values - ritz_values[largest])[others].min()) if count > 1 else 0.0
+        rival = float((np.abs(ritz_values) + residuals)[others].max(initial=0.0))
         self._weights = ritz_vectors[:, largest]
         is_exhausted = count == self._num_rows or residual_norm <= _EXHAUSTED_RTOL * max(value, *self._betas, 0.0)
         self.is_finished = is_exhausted or count == self._max_products
@@ -153,7 +158,9 @@ class NormIteration:
             growth = math.exp(self._log_limit * (1 / self._max_products - 1 / count))
             forecast = max(value, growth * upper)
             self.vector = self._remainder / residual_norm
-        return NormBound(value=value, residual=residual, gap=gap, upper=upper, forecast=forecast, num_products=count)
+        return NormBound(
+            value=value, residual=residual, gap=gap, rival=rival, upper=upper, forecast=forecast, num_products=count
+        )
 
     def ritz_vector(self) -> Tensor:
         """Return the Ritz vector of the largest Ritz value, of unit length, shape ``(n,)``."""

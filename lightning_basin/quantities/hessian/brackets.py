@@ -217,7 +217,8 @@ def _judge_of_largest(others: float, *, is_near: bool) -> _Judge:
     An eigenvalue lies within the residual r of a Ritz value :math:`\theta`. Where all other eigenvalues are at most
     :math:`\mu < \theta` in magnitude, it is the largest, and no further than :math:`r^2 / (\theta - \mu)` (Temple's
     bound; Parlett, 1998, chapter 10). Elsewhere the other Ritz values stand for the other eigenvalues, after so many
-    products that these have hardly found the mean of several eigenvalues.
+    products that these have hardly found the mean of several eigenvalues, and where none of them may become the
+    largest.
 
     Args:
         others: A bound on the other eigenvalues: the second of P, moved by the norm of R.
@@ -228,7 +229,8 @@ def _judge_of_largest(others: float, *, is_near: bool) -> _Judge:
     def judge(bound: NormBound) -> bool:
         tolerance = _LARGEST_RTOL * bound.value
         error = min(bound.residual, _GAP_SAFETY * bound.residual**2 / bound.gap if bound.gap > 0 else float("inf"))
-        is_converged = error <= tolerance and bound.num_products >= least_products
+        is_alone = bound.rival <= bound.value + tolerance
+        is_converged = error <= tolerance and is_alone and bound.num_products >= least_products
         is_proved = bound.upper <= bound.value + tolerance or bound.residual**2 <= tolerance * (bound.value - others)
         return is_converged or is_proved
 
