@@ -77,7 +77,7 @@ def measure_basin(
             the classes, while ``loss_fn`` still gets the outputs before the softmax.
         layers: The layers to report: ``"all"``, ``"auto"`` (blocks beside the layers where these are more than 32), or
             names of layers.
-        hessian: The way to the Hessian. ``"auto"`` brackets its nullity by 10 to 40 products at any size, and up to 500
+        hessian: The way to the Hessian. ``"auto"`` brackets its nullity by 10 to 25 products at any size, and up to 500
             parameters forms it too; ``"dense"`` forms it always, ``"bracket"`` never; ``"gauss-newton"`` takes no
             product and measures ``gauss_newton_nullity`` only; ``False`` measures nothing of it.
         rtol: The relative tolerance of ranks; ``None`` means ``max(shape) * eps`` of the matrix that is decomposed, eps

@@ -107,8 +107,8 @@ class LayerRecord:
         hessian_negative: The number of eigenvalues that are negative beyond rounding.
         hessian_largest: The largest magnitude of an eigenvalue of the Hessian.
         residual_curvature: The norm of the residual part of the Hessian, relative to the largest eigenvalue. Where the
-            Hessian was not formed: a bound from above, for the network within a factor of two, or of ten where the
-            nullity is certified.
+            Hessian was not formed: a bound from above, for the network within a factor of two, or of ten where a better
+            one would not change the bracket.
         smallest_curvature: A bound from below on the smallest nonzero eigenvalue of the Gauss-Newton part, relative to
             the largest eigenvalue of the Hessian.
         gauss_newton_nullity: N minus the rank of the Gauss-Newton part.

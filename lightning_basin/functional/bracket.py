@@ -36,6 +36,7 @@ class NullSpace:
         negative: The number of eigenvalues below :math:`-rtol\,\lambda_{max}`.
         gauss_newton_nullity: The nullity of P, N - rank(P).
         residual: :math:`\|R\|_2`, or a bound from above.
+        residual_estimate: :math:`\|R\|_2` within a factor of two, where the bound may be further away.
         smallest: The smallest nonzero eigenvalue of P, or a bound from below.
         largest: The largest magnitude of an eigenvalue of H.
         rtol: The relative tolerance on eigenvalues of H, or, where H is not formed, on the eigenvalues of P.
@@ -52,6 +53,7 @@ class NullSpace:
     negative: int | None = None
     gauss_newton_nullity: int | None = None
     residual: float | None = None
+    residual_estimate: float | None = None
     smallest: float | None = None
     largest: float | None = None
     rtol: float
@@ -60,7 +62,7 @@ class NullSpace:
 
     def scaled(self, scale: float) -> "NullSpace":
         """Return the null space of the loss times a number."""
-        sizes = {name: getattr(self, name) for name in ("residual", "smallest", "largest")}
+        sizes = {name: getattr(self, name) for name in ("residual", "residual_estimate", "smallest", "largest")}
         return replace(self, **{name: size * scale for name, size in sizes.items() if size is not None})
 
     @property
@@ -119,11 +121,14 @@ class GaussNewtonEigenvalues:
         tolerance = residual if self.rtol is None else max(residual, self.rtol * (self.largest + residual))
         return int((self.least > tolerance + residual).sum())
 
-    def bracket(self, residual: float | None, *, largest: float | None = None) -> NullSpace:
+    def bracket(
+        self, residual: float | None, *, estimate: float | None = None, largest: float | None = None
+    ) -> NullSpace:
         """Bracket the nullity of H.
 
         Args:
             residual: An upper bound on the norm of R = H - P; ``None`` where nothing is known of it.
+            estimate: The norm within a factor of two; ``None`` where the bound is as near.
             largest: The largest magnitude of an eigenvalue of H; ``None`` where it is not known.
         """
         num_above = self.rank if self.rtol is None else int((self.values > self.rtol * self.largest).sum())
@@ -139,7 +144,9 @@ class GaussNewtonEigenvalues:
         if residual == 0:  # H = P: what counts as zero in it is known, however uncertain the last values are.
             smallest = float(self.least[min(num_above, self.rank) - 1]) if num_above and self.rank else None
             return _without_residual(replace(gauss_newton, smallest=smallest, largest=self.largest))
-        bracket = replace(gauss_newton, residual=residual, largest=largest, method="bracket")
+        bracket = replace(
+            gauss_newton, residual=residual, residual_estimate=estimate, largest=largest, method="bracket"
+        )
         if self.rank == 0:  # All of H is residual: its norm resolves nothing.
             return bracket
         lower, upper = self.num_parameters - self.rank, self.num_parameters - self.num_curved(residual)

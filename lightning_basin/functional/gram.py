@@ -199,6 +199,25 @@ def largest_eigenvalues(gram: GramMatrix, *products: Callable[[Tensor], Tensor])
     return [_largest_eigenvalue(start, product) for product in products]
 
 
+def leading_eigenvector(gram: GramMatrix) -> Tensor:
+    """Find a unit vector near the eigenvector of the largest eigenvalue, by power steps of a subspace, shape ``(m,)``.
+
+    Where the largest eigenvalues all but coincide it is near their eigenvectors' span.
+
+    Example:
+        >>> gram = GramMatrix(2)
+        >>> gram.add_products(torch.tensor([[3.0], [4.0]], dtype=torch.float64))
+        >>> (leading_eigenvector(gram).abs() * 5).round()
+        tensor([3., 4.], dtype=torch.float64)
+    """
+    vectors = random_vectors(gram, _POWER_VECTORS)
+    for _ in range(_POWER_STEPS):
+        vectors = torch.linalg.qr(gram.times(vectors)).Q
+    inside = torch.linalg.eigh(vectors.mT @ gram.times(vectors)).eigenvectors
+    leading: Tensor = vectors @ inside[:, -1]
+    return leading
+
+
 def _largest_eigenvalue(vectors: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
     for _ in range(_POWER_STEPS - 1):
         vectors = product(vectors)

@@ -40,12 +40,15 @@ class Spectrum:
         method: ``"svd"`` of the matrix itself; ``"gram"`` where the Gram matrix resolves all singular values, or all
             above ``epsilon``; ``"gram+sketch"`` where those below ``GRAM_RESOLUTION`` come from the unsquared sketch.
         epsilon: The rounding of the elements of the matrix, relative to the largest.
+        leading: A unit vector near the left singular vector of the largest singular value, shape ``(num_rows,)``;
+            ``None`` where it was not looked for.
     """
 
     singular_values: Tensor
     rtol: float
     method: RankMethod
     epsilon: float = EPSILON
+    leading: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ its product with a few random vectors, the sketch, gives those below. Both are s
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
@@ -12,7 +13,7 @@ from torch import Generator, Tensor
 from lightning_basin.functional.certificates import independent_rows
 from lightning_basin.functional.factored import DenseGradients
 from lightning_basin.functional.gradients import LayerGradients, kronecker_spectrum, sum_of_sketches
-from lightning_basin.functional.gram import GramMatrix
+from lightning_basin.functional.gram import GramMatrix, leading_eigenvector
 from lightning_basin.functional.projections import WAITING_ELEMENTS
 from lightning_basin.functional.rank import (
     EPSILON,
@@ -41,6 +42,7 @@ class SpectrumAccumulator:
         generator: A generator on the CPU, the source of the sketch's random vectors.
         max_waiting: The number of elements that may be held of matrices that wait for their sketch.
         epsilon: The rounding of the matrices, where they were evaluated in a lower precision than float64.
+        finds_leading: Whether the leading left singular vector is found, too, where there is a Gram matrix.
 
     Attributes:
         is_tiny: Whether the spectrum takes milliseconds.
@@ -63,9 +65,11 @@ class SpectrumAccumulator:
         *,
         max_waiting: int = WAITING_ELEMENTS,
         epsilon: float = EPSILON,
+        finds_leading: bool = False,
     ) -> None:
         self._num_rows, self._num_columns = num_rows, num_columns
         self._generator, self._max_waiting, self._epsilon = generator, max_waiting, epsilon
+        self._finds_leading = finds_leading
         fewer, more = sorted((num_rows, num_columns))
         work = fewer**2 * more
         is_narrow, fits = num_columns <= 2 * num_rows, fewer * more <= min(max_waiting, _DENSE_ELEMENTS)
@@ -139,6 +143,13 @@ class SpectrumAccumulator:
             rtol = default_rtol(self._num_rows, self._num_columns, self._epsilon)
             return Spectrum(singular_values=values, rtol=rtol, method="svd", epsilon=self._epsilon)
         gram = self.gram()
+        spectrum = self._spectrum(gram)
+        if gram is None or not self._finds_leading:
+            return spectrum
+        return replace(spectrum, leading=leading_eigenvector(gram))
+
+    def _spectrum(self, gram: GramMatrix | None) -> Spectrum:
+        """The singular values, by the Gram matrix of everything where there is one."""
         if gram is not None and not self._is_small:
             return sketched_spectrum(
                 gram.lower, self._add_sketches, num_columns=2 * self._num_rows, epsilon=self._epsilon
@@ -147,6 +158,7 @@ class SpectrumAccumulator:
         if gram is not None and (self._epsilon >= GRAM_RESOLUTION or independent_rows(gram) is not None):
             values = _singular_values_of_gram(gram.lower)[0]
             return Spectrum(singular_values=values, rtol=self.default_rtol, method="gram", epsilon=self._epsilon)
+        matrices = self.matrices()
         assert matrices is not None, "a matrix of which some part is a sketch is not decomposed as it stands"
         values = singular_values(torch.cat([gradients.rows() for gradients in matrices], dim=1)).cpu()
         return Spectrum(singular_values=values, rtol=self.default_rtol, method="svd", epsilon=self._epsilon)

@@ -44,6 +44,7 @@ class RankMeasurement:
         max_waiting: The number of elements that may be held of the gradients of a scope.
         needs_spectra: Whether singular values are needed also where the rank can be proved without them.
         behavior_is_outputs: Whether the gradients that are added are those of the outputs.
+        finds_leading: Whether the leading left singular vector of the network's gradients is looked for.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class RankMeasurement:
         max_waiting: int,
         needs_spectra: bool,
         behavior_is_outputs: bool,
+        finds_leading: bool = False,
     ) -> None:
         self._scopes, self._runs, self._check = scopes, runs, check
         self._rtol, self._generator, self._needs_spectra = rtol, generator, needs_spectra
@@ -65,7 +67,12 @@ class RankMeasurement:
         self._spectra: dict[Scope, Spectrum] = {}
         self._open = {
             scope: SpectrumAccumulator(
-                check.num_rows, scope.num_parameters, generator, max_waiting=max_waiting, epsilon=self._epsilon
+                check.num_rows,
+                scope.num_parameters,
+                generator,
+                max_waiting=max_waiting,
+                epsilon=self._epsilon,
+                finds_leading=finds_leading and scope == scopes[-1],
             )
             for scope in scopes
         }
@@ -250,6 +257,7 @@ def measure_ranks(
         max_waiting=min(GROUP_ELEMENTS, evaluation.max_elements) // 2,
         needs_spectra=settings.spectrum or hessian is not None,
         behavior_is_outputs=jacobian is None,
+        finds_leading=hessian is not None and hessian.needs_leading,
     )
     measurement.try_last_layers(max_elements=evaluation.max_elements, clock=clock)
     if measurement.is_complete:

@@ -4,7 +4,7 @@ import torch
 
 from lightning_basin.functional import gram as gram_module
 from lightning_basin.functional.certificates import independent_rows
-from lightning_basin.functional.gram import GramMatrix
+from lightning_basin.functional.gram import GramMatrix, leading_eigenvector
 
 SIZES = [1, 2, 63, 64, 65, 127, 128, 129, 513, 700]
 
@@ -117,3 +117,19 @@ def test_rows_that_depend_on_each_other_are_not_proved_independent_on_any_device
         gram = GramMatrix(40)
         gram.add_products(as_tensor(matrix))
         assert (independent_rows(gram) is not None) == is_independent
+
+
+@pytest.mark.parametrize("size", [1, 3, 40, 300])
+@pytest.mark.parametrize("scale", [1e-150, 1.0, 1e150])
+def test_the_leading_eigenvector_has_the_largest_product(size, scale):
+    rows = np.random.default_rng(size).normal(size=(size, size + 5)) / np.arange(1, size + 1)[:, None]
+    gram = GramMatrix(size)
+    gram.add_products(as_tensor(np.sqrt(scale) * rows))
+    vector = leading_eigenvector(gram).numpy()
+    largest = np.linalg.svd(rows, compute_uv=False)[0]
+    assert np.linalg.norm(vector) == pytest.approx(1.0)
+    assert np.linalg.norm(vector @ rows) == pytest.approx(largest, rel=1e-4)
+
+
+def test_a_gram_matrix_of_zeros_has_some_leading_vector():
+    assert float(leading_eigenvector(GramMatrix(30)).norm()) == pytest.approx(1.0)

@@ -106,6 +106,44 @@ def test_the_bound_fails_at_most_with_its_probability(probability):
     assert failures / 600 <= probability + 3 * math.sqrt(probability / 600)
 
 
+@pytest.mark.parametrize("probability", [0.5, 0.2])
+def test_the_bound_from_a_vector_that_is_near_fails_at_most_with_its_probability(probability):
+    # The vector that is near has no part along the eigenvector, or takes some of the random one away.
+    diagonal, failures = torch.tensor([1.0] + [0.0] * 29, dtype=torch.float64), 0
+    for seed in range(600):
+        near = torch.zeros(30, dtype=torch.float64)
+        near[1], near[0] = 1.0, 0.05 * (seed % 2)
+        iteration = NormIteration(
+            30, generator=generator(seed), max_products=1, failure_probability=probability, near=near
+        )
+        (only,) = next_bounds([iteration], [diagonal * iteration.vector])
+        failures += only.upper < 1
+    assert failures / 600 <= probability + 3 * math.sqrt(probability / 600)
+
+
+def test_a_vector_that_is_near_brings_the_ritz_value_sooner():
+    diagonal = torch.linspace(0, 1, 1000, dtype=torch.float64)
+    near = torch.zeros(1000, dtype=torch.float64)
+    near[-1] = -7.0
+
+    def last(**settings):
+        return list(norm_bounds(lambda v: diagonal * v, 1000, generator=generator(), max_products=5, **settings))[-1]
+
+    assert 1 - last(near=near).value < 0.02 < 1 - last().value
+    assert last(near=near).upper >= 1
+
+
+def test_the_ritz_vector_is_an_eigenvector_once_lanczos_has_converged():
+    spectrum = torch.cat([torch.tensor([-1.0]), 0.1 * torch.linspace(-1, 1, 500)]).double()
+    iteration = NormIteration(501, generator=generator(), max_products=25)
+    while not iteration.is_finished:
+        (bound,) = next_bounds([iteration], [spectrum * iteration.vector])
+    vector = iteration.ritz_vector()
+    assert abs(float(vector[0])) == pytest.approx(1.0, abs=1e-9)
+    assert float((spectrum * vector + vector).norm()) == pytest.approx(bound.residual, abs=1e-12)
+    assert bound.gap == pytest.approx(0.9, rel=0.02)  # To the end of the others, at -0.1.
+
+
 def test_a_smaller_failure_probability_gives_a_larger_bound():
     safe, risky = (
         bounds_of(torch.linspace(-1, 1, 200), max_products=10, failure_probability=p)[-1] for p in (1e-12, 1e-2)

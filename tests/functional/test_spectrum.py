@@ -162,6 +162,19 @@ def test_accumulating_leaves_the_gram_matrices_of_the_parts_as_they_were():
     assert torch.equal(gram_of(blocks[0]).whole(), before)
 
 
+def test_the_leading_vector_is_found_where_it_is_asked_for_and_there_is_a_gram_matrix():
+    def leading(rows, *, finds_leading):
+        accumulator = SpectrumAccumulator(*rows.shape, generator_of(0), finds_leading=finds_leading)
+        accumulator.add(DenseGradients(rows))
+        return accumulator.spectrum().leading
+
+    rows = drawn(120, 3000) / torch.arange(1, 121).view(-1, 1)
+    vector = leading(rows, finds_leading=True)
+    assert float((vector @ rows).norm()) == pytest.approx(np.linalg.svd(rows.numpy(), compute_uv=False)[0], rel=1e-4)
+    assert leading(rows, finds_leading=False) is None
+    assert leading(rows[:5], finds_leading=True) is None  # Decomposed as it stands.
+
+
 def test_spectra_are_float64():
     assert spectrum_of(wide_blocks(rank=90)).singular_values.dtype == torch.float64
 

@@ -3,24 +3,47 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import Generator
+from torch import Generator, Tensor
 
 from lightning_basin.functional.bracket import GaussNewtonEigenvalues, NullSpace
 from lightning_basin.functional.lanczos import NormBound, NormIteration, next_bounds
 from lightning_basin.functional.rank import EPSILON
 from lightning_basin.limits import LAYER_PRODUCTS, NETWORK_PRODUCTS, HessianLimits
-from lightning_basin.quantities.hessian.products import ROUNDING_FACTOR, check_finite, hessian_operator
+from lightning_basin.quantities.hessian.products import (
+    ROUNDING_FACTOR,
+    check_finite,
+    hessian_operator,
+    pulled_back,
+)
 from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel
 from lightning_basin.quantities.scopes import Scope
 
 _SLACK = 2.0  # factor within which the norm of R is bounded
-_CERTIFIED_SLACK = 10.0  # the same where every count is decided: the norm is then a point on a logarithmic axis
+_DECIDED_SLACK = 10.0  # the same where no product can change a count: the norm is then a point on a logarithmic axis
+_NEAREST = 1.9  # multiple of the norm below which a search for a factor of two hardly ends
 _LARGEST_PRODUCTS = 30  # most products for the largest eigenvalue of H
-_LEAST_PRODUCTS = 8  # fewer hardly ever find it
+_LEAST_PRODUCTS = 8  # fewer hardly ever find it from a random vector
+_LEAST_PRODUCTS_NEAR = 5  # nor so few from a vector that is near
 _LARGEST_RTOL = 1e-3  # error of the largest eigenvalue of H: it is a scale, of which three digits are enough
+_GAP_SAFETY = 3.0  # factor by which the next eigenvalue may be nearer than the next Ritz value is
 
-_Judge = Callable[[NormBound], tuple[float | None, bool]]
-"""From bounds on the norm of a block to what is known of it, and whether no further product is needed."""
+_Judge = Callable[[NormBound], bool]
+"""From bounds on the norm of a block to whether no further product is needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualNorm:
+    """What is known of the norm of a block of R.
+
+    Attributes:
+        bound: An upper bound.
+        estimate: The norm of the network's R within a factor of two; of a layer's block no more than this.
+        vector: A vector near the eigenvector of its largest eigenvalue; ``None`` where there was no product.
+    """
+
+    bound: float = float("inf")
+    estimate: float = float("inf")
+    vector: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,37 +54,40 @@ class BlockNorms:
         model: The quadratic model of the loss.
         generator: A generator on the CPU, for start vectors.
         limits: The limits of memory.
+        leading: The weights of the outputs whose gradient is near the eigenvector of the largest eigenvalue of P, in
+            the network; ``None`` where they are not known.
     """
 
     model: QuadraticModel
     generator: Generator
     limits: HessianLimits
+    leading: Tensor | None = None
 
     def residuals(
-        self, eigenvalues: Mapping[Scope, GaussNewtonEigenvalues], *, known: float, max_products: int
-    ) -> dict[Scope, float]:
+        self, eigenvalues: Mapping[Scope, GaussNewtonEigenvalues], *, known: ResidualNorm, max_products: int
+    ) -> dict[Scope, ResidualNorm]:
         """Bound the norms of blocks of R from above.
 
         Args:
             eigenvalues: The eigenvalues of P for each scope whose block it is.
-            known: A bound that is known already; infinite for none.
+            known: What is known already of a larger block.
             max_products: The largest number of products with each block.
         """
-        if known == 0:
-            return dict.fromkeys(eigenvalues, 0.0)
+        if known.bound == 0:
+            return dict.fromkeys(eigenvalues, known)
         uncertainty = self.model.slope_uncertainty
-        judges = {scope: _judge_of_residual(values, known, uncertainty) for scope, values in eigenvalues.items()}
+        judges = {scope: _judge_of_residual(values, known.bound, uncertainty) for scope, values in eigenvalues.items()}
         scales = {
-            scope: values.largest if known == float("inf") else max(values.largest, known)
+            scope: values.largest if known.bound == float("inf") else max(values.largest, known.bound)
             for scope, values in eigenvalues.items()
         }
         found = self._search(self.model.linear_part, judges, scales, max_products)
-        return {scope: known if bound is None else bound for scope, bound in found.items()}
+        return {scope: _residual_norm(*found[scope], known, uncertainty) for scope in eigenvalues}
 
     def largest(
         self,
         eigenvalues: Mapping[Scope, GaussNewtonEigenvalues],
-        residuals: Mapping[Scope, float],
+        residuals: Mapping[Scope, ResidualNorm],
         *,
         max_products: int,
     ) -> dict[Scope, float | None]:
@@ -69,22 +95,46 @@ class BlockNorms:
 
         Args:
             eigenvalues: The eigenvalues of P for each scope.
-            residuals: An upper bound on the norm of R for each scope.
+            residuals: What is known of the norm of R for each scope.
             max_products: The largest number of products with each block.
         """
         # Elsewhere R moves the largest eigenvalue of P in no digit that counts.
-        moved = {scope: own for scope, own in eigenvalues.items() if residuals[scope] > _LARGEST_RTOL * own.largest}
-        found = {scope: None if scope in moved else own.largest for scope, own in eigenvalues.items()}
+        moved = {
+            scope: own for scope, own in eigenvalues.items() if residuals[scope].bound > _LARGEST_RTOL * own.largest
+        }
+        largest = {scope: None if scope in moved else own.largest for scope, own in eigenvalues.items()}
         if max_products < _LEAST_PRODUCTS:
-            return found
-        judges = {scope: _judge_of_largest(own.second + residuals[scope]) for scope, own in moved.items()}
+            return largest
+        near = {scope: self._start(scope, own, residuals[scope]) for scope, own in moved.items()}
+        judges = {
+            scope: _judge_of_largest(own.second + residuals[scope].bound, is_near=near[scope] is not None)
+            for scope, own in moved.items()
+        }
         scales = {scope: own.largest * max(1.0, self.model.cancellation) for scope, own in moved.items()}
-        max_products = min(max_products, _LARGEST_PRODUCTS)
-        return found | self._search(self.model, judges, scales, max_products)
+        found = self._search(self.model, judges, scales, min(max_products, _LARGEST_PRODUCTS), near=near)
+        return largest | {scope: bound.value if judges[scope](bound) else None for scope, (bound, _) in found.items()}
+
+    def _start(self, scope: Scope, eigenvalues: GaussNewtonEigenvalues, residual: ResidualNorm) -> Tensor | None:
+        """A vector near the eigenvectors of the largest eigenvalues of P and R, of which H is the sum."""
+        parameters = self.model.parameters
+        is_network = scope.num_parameters == sum(parameter.numel() for parameter in parameters)
+        if self.leading is None or residual.vector is None or not is_network:
+            return None
+        of_curvature = pulled_back(self.model, parameters, self.leading)
+        norm = residual.estimate / _SLACK
+        share = norm / max(eigenvalues.largest, norm)
+        start: Tensor = of_curvature / of_curvature.norm() + share * residual.vector
+        return start
 
     def _search(
-        self, model: QuadraticModel, judges: Mapping[Scope, _Judge], scales: Mapping[Scope, float], max_products: int
-    ) -> dict[Scope, float | None]:
+        self,
+        model: QuadraticModel,
+        judges: Mapping[Scope, _Judge],
+        scales: Mapping[Scope, float],
+        max_products: int,
+        *,
+        near: Mapping[Scope, Tensor | None] | None = None,
+    ) -> dict[Scope, tuple[NormBound, Tensor]]:
         """Advance Lanczos iterations of several blocks side by side, until each has what it looks for.
 
         Args:
@@ -92,6 +142,10 @@ class BlockNorms:
             judges: What ends the iteration of each block.
             scales: The size of the terms that a block is made of, of which rounding is a fraction.
             max_products: The largest number of products with each block.
+            near: For each block a vector near the eigenvector that is looked for.
+
+        Returns:
+            The last bounds for each block, and the Ritz vector.
         """
         max_vectors = self.limits.basis_elements // max(1, sum(scope.num_parameters for scope in judges))
         iterations = {
@@ -101,11 +155,12 @@ class BlockNorms:
                 max_products=max(1, min(max_products, max_vectors)),
                 like=model.outputs,
                 atol=ROUNDING_FACTOR * EPSILON * scales[scope],
+                near=near[scope] if near else None,
             )
             for scope in judges
         }
         operators = {scope: hessian_operator(model, scope.layers) for scope in judges}
-        found: dict[Scope, float | None] = {}
+        found: dict[Scope, tuple[NormBound, Tensor]] = {}
         while iterations:
             products = {scope: operators[scope](iteration.vector) for scope, iteration in iterations.items()}
             try:
@@ -115,9 +170,8 @@ class BlockNorms:
                     check_finite(product, scope.layers)
                 raise
             for scope, bound in zip(products, bounds, strict=True):
-                found[scope], is_settled = judges[scope](bound)
-                if is_settled or iterations[scope].is_finished:
-                    del iterations[scope]
+                if judges[scope](bound) or iterations[scope].is_finished:
+                    found[scope] = bound, iterations.pop(scope).ritz_vector()
         return found
 
 
@@ -131,39 +185,54 @@ def _judge_of_residual(eigenvalues: GaussNewtonEigenvalues, known: float, uncert
     """
     smallest = eigenvalues.smallest
 
-    def judge(bound: NormBound) -> tuple[float, bool]:
+    def judge(bound: NormBound) -> bool:
         residual = min(known, bound.upper * (1 + uncertainty))
         # The norm is at least the value: no product can change a count that is the same for both.
         num_curved = eigenvalues.num_curved(residual)
         is_decided = num_curved == eigenvalues.num_curved(bound.value)
         is_hopeless = smallest is None or 2 * bound.value >= smallest
-        slack = _CERTIFIED_SLACK if 0 < num_curved == eigenvalues.rank else _SLACK
+        # A bound within a factor of two would count no eigenvalue, nor one of a layer's block: these are no larger.
+        counts_none = is_hopeless and eigenvalues.num_curved(_NEAREST * bound.value) == 0
+        counts_all = is_decided and num_curved == eigenvalues.rank
+        slack = _DECIDED_SLACK if eigenvalues.rank > 0 and (counts_none or counts_all) else _SLACK
         is_tight = residual <= slack * bound.value
         is_settled = is_tight and (is_decided or is_hopeless)
         if known < float("inf"):  # Only the counts matter, and only where the own bound may become the smaller one.
             is_settled |= num_curved == eigenvalues.num_curved(min(known, bound.forecast))
-        return residual, is_settled
+        return is_settled
 
     return judge
 
 
-def _judge_of_largest(others: float) -> _Judge:
+def _residual_norm(bound: NormBound, vector: Tensor, known: ResidualNorm, uncertainty: float) -> ResidualNorm:
+    """What the last bounds on the norm of a block of R say of it, beside what is known of a larger block."""
+    upper = bound.upper * (1 + uncertainty)
+    estimate = min(upper, _SLACK * bound.value) if known.vector is None else upper
+    return ResidualNorm(bound=min(known.bound, upper), estimate=min(known.estimate, estimate), vector=vector)
+
+
+def _judge_of_largest(others: float, *, is_near: bool) -> _Judge:
     r"""Judge Ritz values of a block of H.
 
     An eigenvalue lies within the residual r of a Ritz value :math:`\theta`. Where all other eigenvalues are at most
     :math:`\mu < \theta` in magnitude, it is the largest, and no further than :math:`r^2 / (\theta - \mu)` (Temple's
-    bound; Parlett, 1998, chapter 10). Elsewhere a few products may have found the mean of several eigenvalues.
+    bound; Parlett, 1998, chapter 10). Elsewhere the other Ritz values stand for the other eigenvalues, after so many
+    products that these have hardly found the mean of several eigenvalues, and where none of them may become the
+    largest.
 
     Args:
         others: A bound on the other eigenvalues: the second of P, moved by the norm of R.
+        is_near: Whether the iteration began near the eigenvector.
     """
+    least_products = _LEAST_PRODUCTS_NEAR if is_near else _LEAST_PRODUCTS
 
-    def judge(bound: NormBound) -> tuple[float | None, bool]:
-        tolerance, gap = _LARGEST_RTOL * bound.value, bound.value - others
-        is_near = bound.residual <= tolerance and bound.num_products >= _LEAST_PRODUCTS
-        is_proved = bound.upper <= bound.value + tolerance or bound.residual**2 <= tolerance * gap
-        is_found = is_near or is_proved
-        return (bound.value if is_found else None), is_found
+    def judge(bound: NormBound) -> bool:
+        tolerance = _LARGEST_RTOL * bound.value
+        error = min(bound.residual, _GAP_SAFETY * bound.residual**2 / bound.gap if bound.gap > 0 else float("inf"))
+        is_alone = bound.rival <= bound.value + tolerance
+        is_converged = error <= tolerance and is_alone and bound.num_products >= least_products
+        is_proved = bound.upper <= bound.value + tolerance or bound.residual**2 <= tolerance * (bound.value - others)
+        return is_converged or is_proved
 
     return judge
 
@@ -182,12 +251,15 @@ def bracket_null_spaces(
     """
     found: dict[Scope, NullSpace] = {}
     *inner, network = eigenvalues
-    known = float("inf")
+    known = ResidualNorm()
     for scopes, num_products in (([network], NETWORK_PRODUCTS), (inner, LAYER_PRODUCTS)):
         group = {scope: eigenvalues[scope] for scope in scopes}
         max_products = max(1, num_products // max(1, len(group)))
         residuals = norms.residuals(group, known=known, max_products=max_products)
         largest = norms.largest(group, residuals, max_products=max_products)
-        found |= {scope: own.bracket(residuals[scope], largest=largest[scope]) for scope, own in group.items()}
+        found |= {
+            scope: own.bracket(residuals[scope].bound, estimate=residuals[scope].estimate, largest=largest[scope])
+            for scope, own in group.items()
+        }
         known = residuals.get(network, known)  # A block of R is not larger than R.
     return found

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_basin.functional.gradients import LayerGradients
+from lightning_basin.functional.jacobian import weighted_rows
 from lightning_basin.functional.rank import Spectrum
 from lightning_basin.functional.spectrum import SpectrumAccumulator
 from lightning_basin.network.layers import Layer
@@ -46,7 +47,13 @@ class GaussNewtonAccumulator:
         self._accumulators: dict[Scope, SpectrumAccumulator] = {}
         if loss.gradient_scale is None and loss.is_convex:
             self._accumulators = {
-                scope: SpectrumAccumulator(self._num_rows, scope.num_parameters, generator, max_waiting=max_waiting)
+                scope: SpectrumAccumulator(
+                    self._num_rows,
+                    scope.num_parameters,
+                    generator,
+                    max_waiting=max_waiting,
+                    finds_leading=scope == scopes[-1],
+                )
                 for scope in scopes
             }
 
@@ -84,6 +91,13 @@ class GaussNewtonAccumulator:
         self._spectra |= {scope: accumulator.spectrum() for scope, accumulator in self._accumulators.items()}
         self._accumulators.clear()
         return {scope: self._without_noise(scope, spectrum) for scope, spectrum in self._spectra.items()}
+
+    def weights_of_outputs(self, weights: Tensor | None) -> Tensor | None:
+        """Return a weighted sum of the rows of P as one of the gradients of the canonical outputs."""
+        factors = self._loss.curvature.factors
+        if weights is None or self._loss.gradient_scale is not None or factors is None:
+            return weights
+        return weighted_rows(weights.unsqueeze(1), factors.mT)
 
     def _square_norm(self, gradients: LayerGradients) -> float:
         """The sum of all squares, from random combinations of the rows: the square of each has it as its mean."""

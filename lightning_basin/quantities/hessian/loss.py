@@ -83,9 +83,10 @@ class LossCurvature:
         smallest = null_space.smallest or 0.0
         if smallest <= null_space.rtol * (null_space.largest or 0.0):  # The tolerance keeps them apart.
             return None
-        if not is_open or not null_space.residual or not self._is_squared_error:
+        residual = null_space.residual_estimate or null_space.residual
+        if not is_open or not residual or not self._is_squared_error:
             return None
-        loss = self._value * (smallest / (2 * null_space.residual)) ** 2
+        loss = self._value * (smallest / (2 * residual)) ** 2
         return loss * self.scale if loss > self._rounding else 0.0
 
     @cached_property

@@ -64,6 +64,12 @@ class HessianMeasurement:
             runs.network, loss, scopes, generator, max_waiting=limits.waiting_elements
         )
 
+    @property
+    def needs_leading(self) -> bool:
+        """Whether the leading left singular vector of the network's behavioral gradients is of use."""
+        takes_products = self._route.takes_products and not (self._route.is_dense or self._loss.is_exact)
+        return takes_products and self._loss.gradient_scale is not None
+
     def add(self, layer: Layer, gradients: LayerGradients) -> None:
         """Take the gradients of the outputs with respect to the next layer into account."""
         if self._forms_hessian:
@@ -79,19 +85,21 @@ class HessianMeasurement:
         Raises:
             RuntimeError: If the network or the loss cannot be differentiated twice.
         """
-        model, eigenvalues = None, {}
+        model, eigenvalues, leading = None, {}, None
         # Where H = P no second derivative of the network is taken, so that none can be wrong or missing.
         if self._route.takes_products and not self._loss.is_exact:
             model = self._checked_model()
         if self._loss.is_provable:
-            eigenvalues = self._eigenvalues(self._gauss_newton.spectra(spectra))
+            spectra = self._gauss_newton.spectra(spectra)
+            eigenvalues = self._eigenvalues(spectra)
+            leading = self._gauss_newton.weights_of_outputs(spectra[self._scopes[-1]].leading)
         if self._loss.is_exact or model is None:
             residual = 0.0 if self._loss.is_exact else None
             null_spaces = {scope: own.bracket(residual) for scope, own in eigenvalues.items()}
         elif self._route.is_dense:
             null_spaces = self._dense(model, eigenvalues)
         else:
-            norms = BlockNorms(model=model, generator=self._generator, limits=self._limits)
+            norms = BlockNorms(model=model, generator=self._generator, limits=self._limits, leading=leading)
             null_spaces = bracket_null_spaces(eigenvalues, norms)
         return {scope: self._loss.rescaled(null_space) for scope, null_space in null_spaces.items()}
 

@@ -60,12 +60,26 @@ def _gauss_newton_product(model: QuadraticModel, indices: Sequence[int], directi
     """GᵀAG times a direction: G moves all outputs, A pulls them back, and Gᵀ takes the pull to the parameters."""
     variables = [model.parameters[index] for index in indices]
     moved = torch.cat([output_derivative(model.outputs_of(chunk), variables, direction) for chunk in model.chunks])
-    pulled = weighted_rows(moved.reshape(-1, 1), model.curvature.matrices).view(moved.shape)
-    total = torch.zeros_like(direction)
+    return pulled_back(model, variables, weighted_rows(moved.reshape(-1, 1), model.curvature.matrices))
+
+
+def pulled_back(model: QuadraticModel, variables: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Differentiate a weighted sum of all canonical outputs.
+
+    Args:
+        model: The quadratic model of the loss.
+        variables: The parameters by which to differentiate.
+        weights: The weights, with one element for each output.
+
+    Returns:
+        The gradient, flat.
+    """
+    weights = weights.view(model.outputs.shape)
+    total = model.outputs.new_zeros(sum(variable.numel() for variable in variables))
     for chunk in model.chunks:
         outputs = model.outputs_of(chunk)
         if outputs.requires_grad:
-            total += flat_vector(torch.autograd.grad(outputs, variables, pulled[chunk], materialize_grads=True))
+            total += flat_vector(torch.autograd.grad(outputs, variables, weights[chunk], materialize_grads=True))
     return total
 
 

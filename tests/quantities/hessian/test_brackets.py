@@ -237,3 +237,69 @@ def test_layers_take_no_product_that_may_change_no_count(sizes_of_products):
     assert all(layer.hessian_nullity_upper == layer.num_parameters for layer in inner)
     # The layers may take six each.
     assert len([size for size in sizes_of_products if size <= 90]) <= 2 * 15
+
+
+class Sum(nn.Module):
+    """Outputs x . a, and the same quadratic form of b for each input; with P = 1 for a alone, and R = D for b alone."""
+
+    def __init__(self, num_inputs, curvatures):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(2000)), nn.Parameter(torch.zeros(len(curvatures)))
+        self.register_buffer("curvatures", curvatures)
+        # Rows with products of 1, 1/2, 1/3, ... each with itself, and 0 with each other.
+        self.register_buffer("rows", torch.eye(num_inputs, 2000) / torch.arange(1, num_inputs + 1).sqrt()[:, None])
+
+    def forward(self, numbers):
+        form = 0.5 * (self.curvatures * self.b.square()).sum()
+        return torch.stack([self.rows[numbers] @ self.a, form.expand(len(numbers))], dim=1)
+
+
+@pytest.mark.parametrize("extreme", [1e-2, 0.5, 0.9, 1.01, 1.5, 40.0, -0.5, -1.01, -3.0])
+def test_the_largest_eigenvalue_may_be_that_of_either_part(extreme):
+    module = Sum(110, extreme * 0.9 ** torch.arange(300)).double()
+    # The slopes at the second output add up to 1, so that R is the diagonal of curvatures.
+    targets = torch.tensor([0.0, -1 / 110], dtype=torch.float64).expand(110, 2)
+    record = measure_basin(
+        module,
+        torch.arange(110),
+        targets,
+        loss_fn=lambda f, y: 0.5 * (f - y).square().sum(),
+        hessian="bracket",
+        layers=[],
+    )
+    assert record.hessian_largest == pytest.approx(max(1, abs(extreme)), rel=1e-3)
+    norm = record.residual_curvature * record.hessian_largest
+    num_above = sum(1 / number > 2 * abs(extreme) for number in range(1, 111))
+    # Within a factor of two where this may show eigenvalues of P that are above twice the norm.
+    assert abs(extreme) <= norm <= (2 if num_above else 10) * abs(extreme)
+    assert record.hessian_nullity_lower == 2300 - 110
+    assert (
+        2300 - num_above <= record.hessian_nullity_upper <= 2300 - sum(n * 4 * abs(extreme) < 1 for n in range(1, 111))
+    )
+
+
+@pytest.mark.parametrize("loss", ["mean squares", "soft labels", "hard labels", "huber", "coupled"])
+def test_some_fifteen_products_bound_both_norms_far_from_a_fit(loss, sizes_of_products):
+    module = filled(nn.Sequential(nn.Linear(20, 45), nn.Tanh(), nn.Linear(45, 10)))
+    inputs, targets = drawn(13, 20), 10 * drawn(13, 10, seed=1)
+    record = measure_basin(module, inputs, targets, loss_fn=LOSSES[loss], hessian="bracket", layers=[])
+    eigenvalues, residual = true_eigenvalues(module, inputs, targets, LOSSES[loss])
+    assert record.hessian_largest == pytest.approx(eigenvalues.max(), rel=1e-3)
+    assert 1 <= record.residual_curvature * record.hessian_largest / residual <= 10
+    # One more compares derivatives with differences. From random vectors both would take 30.
+    assert len(sizes_of_products) <= 18
+
+
+def test_a_resolving_loss_is_as_near_where_the_bound_is_not():
+    module = filled(nn.Sequential(nn.Linear(20, 45), nn.Tanh(), nn.Linear(45, 10)))
+    inputs, away = drawn(13, 20), drawn(13, 10, seed=1)
+
+    def measured(distance):
+        targets = module(inputs).detach() + distance * away
+        return measure_basin(module, inputs, targets, loss_fn=nn.MSELoss(), hessian="bracket", layers=[])
+
+    far = measured(100.0)
+    assert not far.hessian_certified
+    below = 100 * (far.hessian_resolving_loss / far.loss) ** 0.5
+    assert measured(0.5 * below).hessian_certified
+    assert not measured(4 * below).hessian_certified
