@@ -85,20 +85,34 @@ class RankMeasurement:
         """Whether all ranks are known."""
         return not self._open
 
-    def try_last_layers(self, *, max_elements: int, clock: StageClock) -> None:
+    def first_layers(self) -> list[Layer]:
+        """The layers to look at before all others, as they may prove the rank of the network, too; none for all."""
+        *asked, network = self._scopes
+        layers = {layer for scope in asked for layer in scope.layers}
+        is_whole = layers.issuperset(network.layers) or not self._large([network])
+        return [] if is_whole else [layer for layer in network.layers if layer in layers]
+
+    def close(self, layers: Sequence[Layer]) -> None:
+        """Judge the blocks of some layers, of which all have been added."""
+        for scope in [scope for scope in self._open if scope.kind == "block" and set(layers).issuperset(scope.layers)]:
+            self._judge(scope)
+
+    def try_last_layers(self, *, max_elements: int, clock: StageClock, layers: Sequence[Layer] | None = None) -> None:
         """Look first at the last large layers, whose backward passes are short: they may prove the network's rank.
 
         Args:
             max_elements: The number of elements that the gradients of one layer may have.
             clock: The clock of the stages, in which gradients are one of their own.
+            layers: The layers among which to look; ``None`` means all.
         """
-        if not self._may_be_independent or len(self._scopes) > 1 or self._open[self._scopes[0]].is_tiny:
+        if not self._large(self._open) or any(scope.kind != "network" for scope in self._open):
             return
-        large = [layer for layer in self._runs.network.layers if layer.num_parameters >= self._check.num_rows]
+        layers = self._runs.network.layers if layers is None else layers
+        large = [layer for layer in layers if layer.num_parameters >= self._check.num_rows]
         for layer in large[: -_NUM_TRIED - 1 : -1]:
             gradients = layer_gradients(self._runs, self._check, layers=[layer], max_elements=max_elements)
             for measured in clock.each("gradients", gradients):
-                self._try_few_columns(self._scopes, measured.gradients)
+                self._try_few_columns(self._open, measured.gradients)
             if self.is_complete:
                 return
 
@@ -251,20 +265,47 @@ def measure_ranks(
         needs_spectra=settings.spectrum or hessian is not None,
         behavior_is_outputs=jacobian is None,
     )
-    measurement.try_last_layers(max_elements=evaluation.max_elements, clock=clock)
+    first = measurement.first_layers()
+    others = [layer for layer in evaluation.network.layers if layer not in first]
+    _add_layers(evaluation, measurement, check, first, jacobian, hessian)
+    measurement.close(first)
+    measurement.try_last_layers(max_elements=evaluation.max_elements, clock=clock, layers=others)
+    _add_layers(evaluation, measurement, check, others, jacobian, hessian)
+    return measurement.results()
+
+
+def _add_layers(
+    evaluation: Evaluation,
+    measurement: RankMeasurement,
+    check: AutogradCheck,
+    layers: Sequence[Layer],
+    jacobian: Tensor | None,
+    hessian: HessianMeasurement | None,
+) -> None:
+    """Add the gradients of some layers until all ranks are known.
+
+    Args:
+        evaluation: The network on the probe.
+        measurement: The ranks.
+        check: The check of the gradients of the outputs.
+        layers: The layers.
+        jacobian: The behavior's derivative by the outputs; ``None`` where they are the same.
+        hessian: Is shown the gradients of the outputs; ``None`` where the Hessian is not measured.
+    """
     if measurement.is_complete:
-        return measurement.results()
-    gradients = layer_gradients(evaluation.runs, check, max_elements=evaluation.max_elements)
-    for measured in clock.each("gradients", gradients):
+        return
+    gradients = layer_gradients(evaluation.runs, check, layers=layers, max_elements=evaluation.max_elements)
+    for measured in evaluation.clock.each("gradients", gradients, num_items=len(layers)):
         measurement.add(
             measured.layer, measured.gradients if jacobian is None else measured.gradients.weighted(jacobian)
         )
         if hessian is not None:
-            with clock("hessian"):
+            with evaluation.clock("hessian"):
                 hessian.add(measured.layer, measured.gradients)
         if measured.note is not None:
             evaluation.notes.append(measured.note)
-    return measurement.results()
+        if measurement.is_complete and hessian is None:
+            return
 
 
 def rank_fields(rank: GradientRank, spectrum: Spectrum | None) -> dict[str, Any]:
