@@ -15,6 +15,7 @@ from lightning_basin.network.trace import Trace, layers_run_by
 from lightning_basin.probe import Probe
 from lightning_basin.progress_bar import progress_bar
 from lightning_basin.quantities.activations import measure_activation_ranks, measure_activations
+from lightning_basin.quantities.behavior import behavior_jacobian, project_outputs
 from lightning_basin.quantities.duplicates import (
     DuplicateCounts,
     block_duplicates,
@@ -23,7 +24,7 @@ from lightning_basin.quantities.duplicates import (
 )
 from lightning_basin.quantities.hessian.measurement import hessian_measurement, measure_null_spaces, null_space_fields
 from lightning_basin.quantities.rank_bound import measure_rank_bound
-from lightning_basin.quantities.ranks import behavior_jacobian, measure_ranks, project_outputs, rank_fields
+from lightning_basin.quantities.ranks import measure_ranks, rank_fields
 from lightning_basin.quantities.scopes import Scope, select_scopes
 from lightning_basin.record import BasinRecord, LayerRecord
 from lightning_basin.settings import (

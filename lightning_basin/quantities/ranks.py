@@ -18,13 +18,13 @@ from lightning_basin.functional.duplicates import duplicated_activations
 from lightning_basin.functional.gradients import LayerGradients, gram_of
 from lightning_basin.functional.gram import GramMatrix
 from lightning_basin.functional.rank import EPSILON, GradientRank, Spectrum, gradient_rank, log_det_gram
-from lightning_basin.functional.softmax import softmax_jacobian
 from lightning_basin.functional.spectrum import SpectrumAccumulator
 from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
 from lightning_basin.limits import GROUP_ELEMENTS
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.runs import ProbeRuns
+from lightning_basin.quantities.behavior import behavior_jacobian
 from lightning_basin.quantities.hessian.measurement import HessianMeasurement
 from lightning_basin.quantities.scopes import Scope
 from lightning_basin.stages import StageClock
@@ -197,45 +197,6 @@ class RankMeasurement:
 def _are_distinct(outputs: Tensor) -> bool:
     """Whether no two inputs have equal outputs."""
     return duplicated_activations(outputs, rtol=0.0) == 0
-
-
-def behavior_jacobian(evaluation: Evaluation) -> Tensor | None:
-    """Return the behavior's derivative by the outputs, as blocks for `weighted_rows`; ``None`` where they are the same.
-
-    Raises:
-        ValueError: If the behavior is probabilities and the outputs have no axis of classes.
-    """
-    if not evaluation.settings.counts_probabilities:
-        return None
-    shape = evaluation.trace.outputs.shape
-    if len(shape) == 1 or shape[1] < 2:  # noqa: PLR2004 - classes
-        raise ValueError(
-            f"behavior='probabilities' needs outputs with at least two classes along their second axis, got shape "
-            f"{tuple(shape)}: pass behavior=lambda module, inputs: ... that returns the probabilities"
-        )
-    return softmax_jacobian(evaluation.trace.outputs.to(torch.float64))
-
-
-def project_outputs(evaluation: Evaluation, generator: Generator) -> bool:
-    """See the outputs along fewer random directions, where there are too many of them to be measured one by one.
-
-    Args:
-        evaluation: The network on the probe; its rows are projected from now on.
-        generator: A generator on the CPU, which draws the directions.
-
-    Returns:
-        Whether they are, so that ranks are lower bounds.
-    """
-    num_outputs = evaluation.num_outputs
-    num_directions = evaluation.settings.num_directions(evaluation.probe.size, num_outputs)
-    if num_directions == num_outputs:
-        return False
-    evaluation.notes.append(
-        f"ranks are lower bounds: the {num_outputs} outputs of each input are seen along {num_directions} random "
-        f"orthonormal directions"
-    )
-    evaluation.network.project_outputs(num_outputs, num_directions, generator)
-    return True
 
 
 def measure_ranks(
