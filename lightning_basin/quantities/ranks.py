@@ -108,7 +108,7 @@ class RankMeasurement:
         if not self._large(self._open) or any(scope.kind != "network" for scope in self._open):
             return
         layers = self._runs.network.layers if layers is None else layers
-        large = [layer for layer in layers if layer.num_parameters >= self._check.num_rows]
+        large = [layer for layer in layers if layer.num_parameters >= self._check.num_rows and self._multiplies(layer)]
         for layer in large[: -_NUM_TRIED - 1 : -1]:
             gradients = layer_gradients(self._runs, self._check, layers=[layer], max_elements=max_elements)
             for measured in clock.each("gradients", gradients):
@@ -135,6 +135,10 @@ class RankMeasurement:
         for scope in list(self._open):
             self._judge(scope)
         return {scope: self._ranks[scope] for scope in self._scopes}, self._spectra
+
+    def _multiplies(self, layer: Layer) -> bool:
+        """Whether a layer has a matrix: vectors, as of a normalization, are too few columns to look at some of them."""
+        return any(parameter.ndim > 1 for parameter in self._runs.network.parameters([layer]))
 
     def _open_with(self, layer: Layer) -> list[Scope]:
         """The scopes with a layer whose rank is not known yet."""

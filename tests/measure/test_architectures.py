@@ -61,3 +61,19 @@ def test_directions_of_independent_outputs_are_independent(name):
     record = measure_basin(module, inputs, layers=[], spectrum=False, max_outputs=4)
     # All logits of an input are those of fewer features: four directions of them still are independent.
     assert rank >= record.gradient_rank == 5 * 4
+
+
+@pytest.mark.parametrize("spectrum", [True, False])
+@pytest.mark.parametrize("name", ["GPT-2", "ViT", "Llama with LoRA"])
+def test_a_module_that_holds_layers_is_measured_as_a_block(name, spectrum):
+    build, inputs = NETWORKS[name]
+    module = built(build).double().eval()
+    rows = rows_by_autograd(module, inputs)
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    widths = [module.get_parameter(name).numel() for name in names]
+    columns = zip(names, rows.split(widths, dim=1), strict=True)
+    of_block = torch.cat([part for name, part in columns if name.startswith("blocks.1.")], dim=1)
+    record = measure_basin(module, inputs, layers=["blocks.1"], spectrum=spectrum)
+    assert record.layers == {}
+    assert {name: block.gradient_rank for name, block in record.blocks.items()} == {"blocks.1": rank_of(of_block)}
+    assert record.gradient_rank == rank_of(rows)
