@@ -162,11 +162,12 @@ def cut_to_budget(
         MemoryBudgetError: If not even one input fits.
     """
     num_inputs, element = request.num_inputs, trace.outputs.element_size()
-    entering, leaving = (
-        [sum(tensor.numel() for tensor in tensors) for tensors in by_layer.values()]
-        for by_layer in (trace.entering, trace.leaving)
-    )
-    traced = sum(entering) + sum(leaving)
+    entering = [sum(tensor.numel() for tensor in tensors) for tensors in trace.entering.values()]
+    # What leaves a layer and enters the next one is held once.
+    held = {
+        id(tensor): tensor for by in (trace.entering, trace.leaving) for tensors in by.values() for tensor in tensors
+    }
+    traced = sum(tensor.numel() for tensor in held.values())
     name, least = max(((name, size.least) for name, size in sizes.items()), key=itemgetter(1))
     decomposed = _QR_COPIES * max(entering, default=0) * num_inputs // traced_inputs if request.with_ranks else 0
     run = ChunkedRun(
