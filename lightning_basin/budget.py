@@ -20,6 +20,8 @@ _OUTPUT_CURVATURE = 6  # m x m matrices: second derivatives by the outputs, thei
 _DENSE_HESSIAN = 6  # N x N matrices, and half as many m x N matrices, where the Hessian is formed
 _COPIES = 3  # copies of a group's factors at once: collected by output, stacked, and in a product
 _QR_COPIES = 3  # copies of a layer's input activations whose rank is found: float64, transposed, in the decomposition
+_PARAMETERS = 3  # vectors of all parameters: the copy, a combination of gradients, and one that is added to it
+_HESSIAN_PARAMETERS = 2  # further ones of products with the Hessian
 _SECOND_ORDER = 4  # ratio of the graph of a product with the Hessian to that of a forward pass
 _TEMPORARIES = 2**28  # bytes of chunks that do not depend on the network
 _LANCZOS_VECTORS = NETWORK_PRODUCTS + 3  # the basis, a product and what it is orthogonalized by
@@ -56,7 +58,8 @@ class MemoryRequest:
         num_rows = self.num_inputs * self.num_outputs
         num_matrices = _DECOMPOSITION + _BLOCK * self.num_blocks if self.with_ranks else _KERNEL
         num_matrices += self.with_readout + _OUTPUT_CURVATURE * (self.hessian is not False)
-        elements = num_matrices * num_rows**2 + 5 * self.num_parameters
+        num_vectors = _PARAMETERS + _HESSIAN_PARAMETERS * (self.hessian is not False)
+        elements = num_matrices * num_rows**2 + num_vectors * self.num_parameters
         if self._is_dense:
             elements += _DENSE_HESSIAN * self.num_parameters**2 + _DENSE_HESSIAN // 2 * num_rows * self.num_parameters
         return FLOAT64_BYTES * elements + self.copied + min(_TEMPORARIES, self.budget // 8)
@@ -159,11 +162,12 @@ def cut_to_budget(
         MemoryBudgetError: If not even one input fits.
     """
     num_inputs, element = request.num_inputs, trace.outputs.element_size()
-    entering, leaving = (
-        [sum(tensor.numel() for tensor in tensors) for tensors in by_layer.values()]
-        for by_layer in (trace.entering, trace.leaving)
-    )
-    traced = sum(entering) + sum(leaving)
+    entering = [sum(tensor.numel() for tensor in tensors) for tensors in trace.entering.values()]
+    # What leaves a layer and enters the next one is held once.
+    held = {
+        id(tensor): tensor for by in (trace.entering, trace.leaving) for tensors in by.values() for tensor in tensors
+    }
+    traced = sum(tensor.numel() for tensor in held.values())
     name, least = max(((name, size.least) for name, size in sizes.items()), key=itemgetter(1))
     decomposed = _QR_COPIES * max(entering, default=0) * num_inputs // traced_inputs if request.with_ranks else 0
     run = ChunkedRun(

@@ -13,7 +13,9 @@ from lightning_basin.network.calls import LossFunction
 from lightning_basin.network.network import Network
 from lightning_basin.network.trace import Trace, layers_run_by
 from lightning_basin.probe import Probe
+from lightning_basin.progress_bar import progress_bar
 from lightning_basin.quantities.activations import measure_activation_ranks, measure_activations
+from lightning_basin.quantities.behavior import behavior_jacobian, project_outputs
 from lightning_basin.quantities.duplicates import (
     DuplicateCounts,
     block_duplicates,
@@ -22,7 +24,7 @@ from lightning_basin.quantities.duplicates import (
 )
 from lightning_basin.quantities.hessian.measurement import hessian_measurement, measure_null_spaces, null_space_fields
 from lightning_basin.quantities.rank_bound import measure_rank_bound
-from lightning_basin.quantities.ranks import behavior_jacobian, measure_ranks, project_outputs, rank_fields
+from lightning_basin.quantities.ranks import measure_ranks, rank_fields
 from lightning_basin.quantities.scopes import Scope, select_scopes
 from lightning_basin.record import BasinRecord, LayerRecord
 from lightning_basin.settings import (
@@ -34,7 +36,7 @@ from lightning_basin.settings import (
     behavioral_loss,
     check_order,
 )
-from lightning_basin.stages import StageClock
+from lightning_basin.stages import StageClock, Watcher
 from lightning_basin.structure import Planner, StructureCache
 from lightning_basin.training_set import as_probes
 
@@ -58,6 +60,7 @@ def measure_basin(
     seed: int = 0,
     step: int | None = None,
     trained: Collection[str] = (),
+    progress: bool | None = None,
 ) -> BasinRecord:
     """Measure how flat the basin of a network is, and where it loses information.
 
@@ -76,7 +79,8 @@ def measure_basin(
             ``"probabilities"`` takes the softmax of its outputs over the second axis, where torch's cross-entropy has
             the classes, while ``loss_fn`` still gets the outputs before the softmax.
         layers: The layers to report: ``"all"``, ``"auto"`` (blocks beside the layers where these are more than 32), or
-            names of layers.
+            names of layers, or of modules, each of which is a block of the layers in it. Only what these ask for is
+            formed and differentiated where the rank can be proved without the others (``spectrum=False``).
         hessian: The way to the Hessian. ``"auto"`` brackets its nullity by 10 to 25 products at any size, and up to 500
             parameters forms it too; ``"dense"`` forms it always, ``"bracket"`` never; ``"gauss-newton"`` takes no
             product and measures ``gauss_newton_nullity`` only; ``False`` measures nothing of it.
@@ -103,6 +107,8 @@ def measure_basin(
         step: The number of optimizer steps taken, noted in the record.
         trained: The names of parameters that are known to get a gradient in training. It is an error if the outputs
             depend on them and have no gradient there, as under ``no_grad``.
+        progress: Whether to show a progress bar on standard error, with the stage of the measurement and the layers
+            that are differentiated. ``None`` shows one on a terminal, where the measurement takes more than a second.
 
     Raises:
         TypeError: If there is no input tensor, the outputs are not a floating point tensor, ``duplicates_over`` can be
@@ -140,7 +146,8 @@ def measure_basin(
         trained=trained,
     )
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
-    return measure(module, probe, settings, duplicates_over=duplicates_over, step=step)
+    with progress_bar(progress=progress) as watch:
+        return measure(module, probe, settings, duplicates_over=duplicates_over, step=step, watch=watch)
 
 
 def measure(
@@ -151,6 +158,7 @@ def measure(
     duplicates_over: Any = None,
     step: int | None = None,
     cache: StructureCache | None = None,
+    watch: Watcher | None = None,
 ) -> BasinRecord:
     """Measure the quantities that the settings ask for, as `measure_basin` does.
 
@@ -161,8 +169,9 @@ def measure(
         duplicates_over: The training set over which duplicated activations are counted too.
         step: The number of optimizer steps taken, noted in the record.
         cache: What earlier measurements of the same run have found out; ``None`` for a measurement by itself.
+        watch: A function that is told of each stage; ``None`` tells nobody.
     """
-    clock = StageClock()
+    clock = StageClock(watch=watch)
     settings.check_targets(probe)
     training_set = None if duplicates_over is None else as_probes(duplicates_over)
     generator = Generator().manual_seed(settings.seed)

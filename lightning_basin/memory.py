@@ -70,13 +70,18 @@ class MeasurementPlan:
         )
 
 
-def _copied_bytes(module: nn.Module) -> int:
-    """The bytes of a module's tensors, registered or not, that are no trainable parameters."""
+def _copied_bytes(module: nn.Module, *, with_trained: bool) -> int:
+    """The bytes of a module's tensors, registered or not.
+
+    Args:
+        module: The module.
+        with_trained: Whether trainable parameters count, too.
+    """
     held = {id(tensor): tensor for submodule in module.modules() for tensor in tensors_held_by(vars(submodule))}
     return sum(
         tensor.numel() * tensor.element_size()
         for tensor in held.values()
-        if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad)
+        if with_trained or not (isinstance(tensor, nn.Parameter) and tensor.requires_grad)
     )
 
 
@@ -94,7 +99,7 @@ def still_fits(plan: MeasurementPlan, module: nn.Module, device: torch.device, m
 
 def _free_budget(module: nn.Module, device: torch.device) -> int:
     """Half of the memory that is free; this was looked at after the copy was made, which counts as free."""
-    return int(_FREE_FRACTION * available_memory(device)) + _copied_bytes(module)
+    return int(_FREE_FRACTION * available_memory(device)) + _copied_bytes(module, with_trained=True)
 
 
 def plan_measurement(
@@ -127,7 +132,7 @@ def plan_measurement(
     Raises:
         MemoryBudgetError: If it does not fit, however it is cut.
     """
-    copied = _copied_bytes(network.module)
+    copied = _copied_bytes(network.module, with_trained=False)
     if memory_budget is None:
         memory_budget = _free_budget(network.module, trace.outputs.device)
     request = MemoryRequest(

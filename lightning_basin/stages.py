@@ -8,6 +8,9 @@ from typing import Literal, TypeVar
 Stage = Literal["copy", "trace", "gradients", "ranks", "hessian", "duplicates"]
 """The stages of a measurement."""
 
+Watcher = Callable[[Stage, int, int], None]
+"""A function that is told of each change of the stage, and how many items of how many are done; 0 of 0 for no items."""
+
 _Item = TypeVar("_Item")
 _END = object()
 
@@ -21,6 +24,7 @@ class StageClock:
     Args:
         stage: The stage in which the clock starts, and which counts all time outside of the others.
         now: A function that returns seconds since any moment.
+        watch: A function that is told what goes on; ``None`` tells nobody.
 
     Example:
         Five seconds of ranks, of which three are spent in gradients, after one second of the stage around them:
@@ -33,8 +37,11 @@ class StageClock:
         {'trace': 1.0, 'ranks': 2.0, 'gradients': 3.0}
     """
 
-    def __init__(self, stage: Stage = "trace", *, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
+    def __init__(
+        self, stage: Stage = "trace", *, now: Callable[[], float] = time.perf_counter, watch: Watcher | None = None
+    ) -> None:
+        self._now, self._watch = now, watch
+        self._num_done = self._num_items = 0
         self._stage, self._since = stage, now()
         self._seconds: dict[str, float] = {}
 
@@ -47,20 +54,26 @@ class StageClock:
         finally:
             self._switch(outer)
 
-    def each(self, stage: Stage, items: Iterable[_Item]) -> Iterator[_Item]:
+    def each(self, stage: Stage, items: Iterable[_Item], *, num_items: int = 0) -> Iterator[_Item]:
         """Yield items, and count the time in which they are made as a stage's.
 
         Args:
             stage: The stage.
             items: The items, as of a generator that makes one when it is asked for it.
+            num_items: The number of items, for those who watch; 0 where nobody knows it.
         """
         iterator = iter(items)
-        while True:
-            with self(stage):
-                item = next(iterator, _END)
-            if item is _END:
-                return
-            yield item  # type: ignore[misc]  # no end
+        self._num_done, self._num_items = 0, num_items
+        try:
+            while True:
+                with self(stage):
+                    item = next(iterator, _END)
+                if item is _END:
+                    return
+                self._num_done += 1
+                yield item  # type: ignore[misc]  # no end
+        finally:
+            self._num_done = self._num_items = 0
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each stage so far, in the order in which the stages began; all time is in one."""
@@ -71,4 +84,6 @@ class StageClock:
         now, outer = self._now(), self._stage
         self._seconds[outer] = self._seconds.get(outer, 0.0) + now - self._since
         self._stage, self._since = stage, now
+        if self._watch is not None and stage != outer:
+            self._watch(stage, self._num_done, self._num_items)
         return outer

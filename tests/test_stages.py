@@ -71,6 +71,22 @@ def test_items_that_nobody_asks_for_any_more_leave_no_stage_open():
     assert clock.seconds() == {"trace": 5.0, "gradients": 1.0}
 
 
+def test_who_watches_is_told_of_each_change_of_the_stage_and_of_the_items_that_are_done():
+    told = []
+    clock = StageClock(watch=lambda *what: told.append(what))
+    with clock("ranks"):
+        for _ in clock.each("gradients", range(2), num_items=3):
+            with clock("ranks"):  # The same stage: nothing new.
+                pass
+    assert told == [
+        ("ranks", 0, 0),
+        *(("gradients", 0, 3), ("ranks", 0, 3)),
+        *(("gradients", 1, 3), ("ranks", 1, 3)),
+        *(("gradients", 2, 3), ("ranks", 2, 3)),
+        ("trace", 0, 0),
+    ]
+
+
 TIME = Time()
 
 

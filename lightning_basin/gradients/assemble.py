@@ -5,7 +5,7 @@ Axis letters: k inputs, c outputs per input, m = k * c rows, t positions of a se
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import is_
 
@@ -97,6 +97,51 @@ class _JoinedUses:
         return concatenate(columns, 1).flatten()
 
 
+@dataclass(eq=False)
+class _Table:
+    """A table of which some rows are looked up, while all of them are factors of products, as of a tied output head.
+
+    Attributes:
+        looked_up: The rows that are looked up, as the columns of a matrix.
+        lookups: The uses of these rows, or of some of them.
+        products: The uses of all rows, one for each output of the products.
+    """
+
+    looked_up: Elements
+    lookups: list[_JoinedUses]
+    products: list[_JoinedUses]
+
+    def parts(self, starts: Mapping[int, int]) -> list[_Part]:
+        """The gradients: dense by the rows that are looked up, and by products, which are zero in these rows.
+
+        Args:
+            starts: The place at which each source starts, by the identity of the source.
+        """
+        parts: list[_Part] = []
+        summed: Tensor | None = None
+        rows, (width, num_rows) = _rows_of(self.looked_up), self.looked_up.shape
+        for product in self.products:
+            factors = product.gradients()
+            assert isinstance(factors, KhatriRaoGradients), "a product has factors"
+            signals = factors.output_gradients
+            of_rows = replace(factors, output_gradients=signals[..., rows]).rows().view(-1, num_rows, width)
+            summed = of_rows if summed is None else summed.add_(of_rows)
+            others = replace(factors, output_gradients=signals.index_fill(-1, rows, 0.0))
+            parts.append((product.columns(starts), others))
+        assert summed is not None, "a table has products"
+        for lookup in self.lookups:
+            values = lookup.gradients().rows().view(len(summed), width, -1).mT
+            summed.index_add_(1, torch.searchsorted(rows, _rows_of(lookup.elements)), values)
+        source = self.products[0].source
+        places = self.looked_up.positions(source.tensor).mT.flatten() + starts[id(source)]
+        return [*parts, (places, DenseGradients(summed.flatten(1)))]
+
+
+def _rows_of(elements: Elements) -> Tensor:
+    assert elements.rows is not None, "elements that are looked up are rows"
+    return elements.rows
+
+
 def _is_block(uses: _JoinedUses) -> bool:
     """Whether elements stand in the same order in storage as among the parameters, each once."""
     elements = uses.elements
@@ -112,7 +157,7 @@ def combine_uses(parameters: Mapping[str, Tensor], measured: Sequence[MeasuredUs
     """Combine all uses of a layer's parameters into its gradients.
 
     Uses of the same elements add up, as where a layer is called twice. Products stay factored. Elements that are used
-    in several ways, as those of a table that is also the output head, are added up as dense rows.
+    in several ways are added up as dense rows: of a table that is also the output head, the rows that are looked up.
 
     Args:
         parameters: The layer's parameters by name, in order, attached to the graph.
@@ -121,9 +166,9 @@ def combine_uses(parameters: Mapping[str, Tensor], measured: Sequence[MeasuredUs
     """
     sizes = [parameter.numel() for parameter in parameters.values()]
     parts: list[_Part] = []
-    joined = _joined_uses(measured)
+    tables, joined = _split_tables(_joined_uses(measured))
     is_disjoint = _are_disjoint(joined)
-    sources = {id(uses.source): uses.source for uses in joined}
+    sources = {id(measured_use.use.source): measured_use.use.source for measured_use in measured}
     starts: dict[int, int] = {}
     for identity, source in sources.items():
         if source.name is None:
@@ -132,6 +177,7 @@ def combine_uses(parameters: Mapping[str, Tensor], measured: Sequence[MeasuredUs
             starts[identity] = sum(sizes[: list(parameters).index(source.name)])
     direct = _with_biases([uses for uses in joined if uses.source.name is not None])
     parts += [(uses.columns(starts), uses.gradients()) for uses in direct]
+    parts += [part for table in tables for part in table.parts(starts)]
     device = next(iter(parameters.values())).device
     if not is_disjoint:
         return DenseGradients(_summed(parts, num_rows, sum(sizes)))
@@ -144,15 +190,17 @@ def combine_uses(parameters: Mapping[str, Tensor], measured: Sequence[MeasuredUs
     )
 
 
-def stay_factored(parameters: Mapping[str, Tensor], uses: Sequence[Use]) -> bool:
-    """Whether `combine_uses` keeps the factors of a layer, and adds nothing up as dense rows.
+def num_summed_columns(parameters: Mapping[str, Tensor], uses: Sequence[Use]) -> int:
+    """Return the number of columns that `combine_uses` adds up as dense rows; 0 where all uses stay factored.
 
     Args:
         parameters: The layer's parameters by name.
         uses: All uses of these parameters.
     """
-    joined = _joined_uses([MeasuredUse(use, use.source.tensor, None) for use in uses])
-    return all(uses.source.name is not None for uses in joined) and _are_disjoint(joined)
+    tables, joined = _split_tables(_joined_uses([MeasuredUse(use, use.source.tensor, None) for use in uses]))
+    if any(uses.source.name is None for uses in joined) or not _are_disjoint(joined):
+        return sum(parameter.numel() for parameter in parameters.values())
+    return sum(table.looked_up.count for table in tables)
 
 
 def _joined_uses(measured: Sequence[MeasuredUse]) -> list[_JoinedUses]:
@@ -165,6 +213,33 @@ def _joined_uses(measured: Sequence[MeasuredUse]) -> list[_JoinedUses]:
         else:
             same.uses.append(use)
     return joined
+
+
+def _split_tables(joined: Sequence[_JoinedUses]) -> tuple[list[_Table], list[_JoinedUses]]:
+    """Split the tables that are looked up and multiplied from all other uses."""
+    by_source: dict[int, list[_JoinedUses]] = {}
+    for uses in joined:
+        by_source.setdefault(id(uses.source), []).append(uses)
+    tables = {identity: table for identity, uses in by_source.items() if (table := _table_of(uses)) is not None}
+    return list(tables.values()), [uses for uses in joined if id(uses.source) not in tables]
+
+
+def _table_of(joined: Sequence[_JoinedUses]) -> _Table | None:
+    """All uses of a parameter as those of a table; ``None`` where it is no table, or where all rows are looked up."""
+    lookups = [uses for uses in joined if uses.elements.rows is not None]
+    products = [uses for uses in joined if uses.elements.rows is None]
+    if not lookups or not products or joined[0].source.name is None:
+        return None
+    first = lookups[0].elements
+    are_of_rows = all(isinstance(uses.uses[0].use, ProductUse) for uses in products)
+    shapes = {uses.elements.shape for uses in products} | {uses.elements.sizes for uses in joined}
+    views = {(uses.elements.strides, uses.elements.offset) for uses in joined}
+    if not are_of_rows or shapes != {first.sizes} or len(views) > 1 or len(first.sizes) != 2:  # noqa: PLR2004 - a matrix
+        return None
+    rows = torch.unique(torch.cat([_rows_of(uses.elements) for uses in lookups]))
+    if len(rows) == first.sizes[0]:
+        return None
+    return _Table(replace(first, shape=(first.sizes[1], len(rows)), rows=rows), lookups, products)
 
 
 def _with_biases(joined: Sequence[_JoinedUses]) -> list[_JoinedUses]:

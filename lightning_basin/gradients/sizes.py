@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from lightning_basin.gradients.assemble import stay_factored
+from lightning_basin.gradients.assemble import num_summed_columns
 from lightning_basin.network.layers import Layer, parameters_in_graph
 from lightning_basin.network.network import Network
 from lightning_basin.network.trace import Trace
@@ -27,7 +27,7 @@ class LayerSize:
     Attributes:
         dense: Elements of the dense rows, m x N; 0 for a layer on which no output depends.
         factors: Elements of the factors of all uses; ``None`` where no use of the layer is known.
-        held: Elements of the factors, and of the dense rows in which overlapping uses are added up.
+        held: Elements of the factors, and of the columns in which overlapping uses are added up as dense rows.
         peak: The same elements, and those of the random vectors that sketch the factors.
     """
 
@@ -74,10 +74,11 @@ def layer_sizes(network: Network, trace: Trace, *, num_inputs: int, num_outputs:
         elif not uses:
             sizes[layer.name] = LayerSize(dense=dense, factors=None, held=dense, peak=dense)
         else:
-            factors = _num_factor_elements(uses, num_inputs, num_outputs, num_inputs / trace.outputs.shape[0])
-            is_factored = stay_factored({name: network.named_parameters[name] for name in layer.parameters}, uses)
-            held = factors if is_factored else factors + dense
-            vectors = 2 * num_inputs * num_outputs * _widths(uses) if is_factored else 0
+            scale = num_inputs / trace.outputs.shape[0]
+            factors = _num_factor_elements(uses, num_inputs, num_outputs, scale)
+            summed = num_summed_columns({name: network.named_parameters[name] for name in layer.parameters}, uses)
+            held = factors + min(dense, num_inputs * num_outputs * int(scale * summed))
+            vectors = 2 * num_inputs * num_outputs * _widths(uses) if summed < layer.num_parameters else 0
             sizes[layer.name] = LayerSize(dense=dense, factors=factors, held=held, peak=held + vectors)
     return sizes
 
@@ -97,7 +98,10 @@ def _num_factor_elements(uses: Sequence[Use], num_inputs: int, num_outputs: int,
             total += num_inputs * num_outputs * use.elements.count
         else:
             d_out, d_in = use.elements.shape
-            total += scale * use.num_activations / max(1, d_in) * (num_outputs * d_out + d_in)
+            num_positions = scale * use.num_activations / max(1, d_in)
+            # More inputs look up more rows.
+            width = d_in if use.elements.rows is None else min(use.elements.sizes[0], scale * d_in)
+            total += num_positions * (num_outputs * d_out + width)
     return int(total)
 
 

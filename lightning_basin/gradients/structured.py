@@ -1,9 +1,9 @@
 """Behavioral gradients of layers whose uses are known, from one backward pass for all outputs or one for each."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import sha256
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lightning_basin.functional.factored import DenseGradients
@@ -75,11 +75,13 @@ class _UsesInChunk:
 
     Attributes:
         factors: The output gradients and the input activations of each use, as in `MeasuredUse`.
-        used_elements: The fingerprints of `_used_elements`; empty where all inputs are in one chunk.
+        used_elements: What `_used_elements` returns; empty where all inputs are in one chunk.
+        rows: The rows of a table that each use looks up; ``None`` for other uses.
     """
 
     factors: list[tuple[Tensor, Tensor | None]]
-    used_elements: list[bytes]
+    used_elements: list[Hashable]
+    rows: list[Tensor | None]
 
 
 def _measured_uses(
@@ -105,7 +107,9 @@ def _uses_of_chunk(
         uses_in_chunk[layer] = None
         if uses is not None:
             uses_in_chunk[layer] = _UsesInChunk(
-                [(use.output_gradients, use.activations) for use in uses], used_elements
+                [(use.output_gradients, use.activations) for use in uses],
+                used_elements,
+                [use.use.elements.rows for use in uses],
             )
     return uses_in_chunk
 
@@ -117,23 +121,43 @@ def _joined(uses: Sequence[Use], chunks: Sequence[_UsesInChunk | None]) -> list[
     if len(measured) < len(chunks) or any(chunk.used_elements != used_elements for chunk in measured):
         return None
     joined = []
-    for use, factors in zip(uses, zip(*(chunk.factors for chunk in measured), strict=True), strict=True):
-        output_gradients = [output_gradients for output_gradients, _ in factors]
-        activations = [activations for _, activations in factors if activations is not None]
-        joined.append(
-            MeasuredUse(use, concatenate(output_gradients), concatenate(activations) if activations else None)
-        )
+    for place, use in enumerate(uses):
+        output_gradients = [chunk.factors[place][0] for chunk in measured]
+        activations = [chunk.factors[place][1] for chunk in measured]
+        rows = [looked_up for chunk in measured if (looked_up := chunk.rows[place]) is not None]
+        if rows and len(chunks) > 1:
+            use, activations = _of_all_rows(use, rows, activations)
+        known = [tensor for tensor in activations if tensor is not None]
+        joined.append(MeasuredUse(use, concatenate(output_gradients), concatenate(known) if known else None))
     return joined
 
 
-def _used_elements(uses: Iterable[Use]) -> list[bytes]:
-    """For each use a fingerprint of the elements of the parameter that it takes."""
-    fingerprints = []
-    for elements in (use.elements for use in uses):
-        view = f"{elements.shape} {elements.sizes} {elements.strides} {elements.offset}".encode()
-        rows = b"" if elements.rows is None else elements.rows.cpu().contiguous().numpy().tobytes()
-        fingerprints.append(sha256(view + rows).digest())
-    return fingerprints
+def _of_all_rows(
+    use: Use, rows: Sequence[Tensor], activations: Sequence[Tensor | None]
+) -> tuple[Use, list[Tensor | None]]:
+    """A look-up of the rows of a table that any chunk looks up, with its one-hot activations of each chunk.
+
+    Args:
+        use: The look-up.
+        rows: The rows that each chunk looks up.
+        activations: The input activations of each chunk, shape ``(inputs, t, rows of the chunk)``.
+    """
+    every: Tensor = torch.unique(torch.cat(list(rows)))
+    of_all: list[Tensor | None] = []
+    for looked_up, one_hot in zip(rows, activations, strict=True):
+        assert one_hot is not None, "a look-up is a product"
+        wide = one_hot.new_zeros(*one_hot.shape[:2], len(every))
+        of_all.append(wide.index_copy_(2, torch.searchsorted(every, looked_up), one_hot))
+    elements = replace(use.elements, shape=(use.elements.shape[0], len(every)), rows=every)
+    return replace(use, elements=elements), of_all
+
+
+def _used_elements(uses: Iterable[Use]) -> list[Hashable]:
+    """For each use which view of the parameter it takes; of a table the view whose rows it looks up."""
+    return [
+        (elements.shape if elements.rows is None else "rows", elements.sizes, elements.strides, elements.offset)
+        for elements in (use.elements for use in uses)
+    ]
 
 
 def _first_trace(runs: ProbeRuns) -> Trace:

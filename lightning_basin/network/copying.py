@@ -107,7 +107,9 @@ class DeepCopier:
         if is_lazy(item):
             return copy.deepcopy(item)
         with torch._C.DisableTorchFunctionSubclass():  # A subclass may need attributes for `to` that it has lost.
-            value = as_dtype(item.detach(), self._dtype).clone()
+            detached = item.detach()
+            value = as_dtype(detached, self._dtype)
+            value = value.clone() if value is detached else value  # Another type is a copy already.
             if item.grad_fn is not None:
                 with torch.enable_grad():
                     self.computed.append(value.requires_grad_())

@@ -179,18 +179,21 @@ def merging_error(runs: ProbeRuns, classes: Tensor, is_before: Sequence[bool], p
     classes = classes.to(outputs.device)
     deviations = [weights - class_means(weights, classes) for weights in combinations]
     signals = None if passage is None else passage.signals - class_means(passage.signals, classes)
-    variables = behind if passage is None else [*behind, *before]
-    errors = combinations.new_zeros(_NUM_COMBINATIONS, sum(variable.numel() for variable in variables))
-    for chunk in runs.chunks():
-        rows, indices = network.rows(chunk.trace.outputs), chunk.indices.to(outputs.device)
-        for error, weights, deviation in zip(errors, combinations, deviations, strict=True):
+    norms = []
+    for weights, deviation in zip(
+        combinations, deviations, strict=True
+    ):  # One by one: each has the size of the network.
+        errors: list[Tensor] = []
+        for chunk in runs.chunks():
+            rows, indices = network.rows(chunk.trace.outputs), chunk.indices.to(outputs.device)
             terms = [_combined_gradient(rows, behind, deviation[indices])]
             if passage is not None and signals is not None:
                 left = chunk.trace.leaving[passage.name][0]
                 combined = torch.einsum("kc,kcu->ku", weights[indices], signals[indices])
                 terms.append(_combined_gradient(left, before, combined.view_as(left)))
-            error += torch.cat(terms)
-    return float(errors.norm(dim=1).max())
+            errors = [error.add_(term) for error, term in zip(errors, terms, strict=True)] if errors else terms
+        norms.append(torch.stack(torch._foreach_norm(errors)).norm())
+    return float(torch.stack(norms).max())
 
 
 def _combined_gradient(tensor: Tensor, parameters: Sequence[Tensor], weights: Tensor) -> Tensor:

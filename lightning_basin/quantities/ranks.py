@@ -18,13 +18,13 @@ from lightning_basin.functional.duplicates import duplicated_activations
 from lightning_basin.functional.gradients import LayerGradients, gram_of
 from lightning_basin.functional.gram import GramMatrix
 from lightning_basin.functional.rank import EPSILON, GradientRank, Spectrum, gradient_rank, log_det_gram
-from lightning_basin.functional.softmax import softmax_jacobian
 from lightning_basin.functional.spectrum import SpectrumAccumulator
 from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
 from lightning_basin.limits import GROUP_ELEMENTS
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.runs import ProbeRuns
+from lightning_basin.quantities.behavior import behavior_jacobian
 from lightning_basin.quantities.hessian.measurement import HessianMeasurement
 from lightning_basin.quantities.scopes import Scope
 from lightning_basin.stages import StageClock
@@ -92,20 +92,34 @@ class RankMeasurement:
         """Whether all ranks are known."""
         return not self._open
 
-    def try_last_layers(self, *, max_elements: int, clock: StageClock) -> None:
+    def first_layers(self) -> list[Layer]:
+        """The layers to look at before all others, as they may prove the rank of the network, too; none for all."""
+        *asked, network = self._scopes
+        layers = {layer for scope in asked for layer in scope.layers}
+        is_whole = layers.issuperset(network.layers) or not self._large([network])
+        return [] if is_whole else [layer for layer in network.layers if layer in layers]
+
+    def close(self, layers: Sequence[Layer]) -> None:
+        """Judge the blocks of some layers, of which all have been added."""
+        for scope in [scope for scope in self._open if scope.kind == "block" and set(layers).issuperset(scope.layers)]:
+            self._judge(scope)
+
+    def try_last_layers(self, *, max_elements: int, clock: StageClock, layers: Sequence[Layer] | None = None) -> None:
         """Look first at the last large layers, whose backward passes are short: they may prove the network's rank.
 
         Args:
             max_elements: The number of elements that the gradients of one layer may have.
             clock: The clock of the stages, in which gradients are one of their own.
+            layers: The layers among which to look; ``None`` means all.
         """
-        if not self._may_be_independent or len(self._scopes) > 1 or self._open[self._scopes[0]].is_tiny:
+        if not self._large(self._open) or any(scope.kind != "network" for scope in self._open):
             return
-        large = [layer for layer in self._runs.network.layers if layer.num_parameters >= self._check.num_rows]
+        layers = self._runs.network.layers if layers is None else layers
+        large = [layer for layer in layers if layer.num_parameters >= self._check.num_rows and self._multiplies(layer)]
         for layer in large[: -_NUM_TRIED - 1 : -1]:
             gradients = layer_gradients(self._runs, self._check, layers=[layer], max_elements=max_elements)
             for measured in clock.each("gradients", gradients):
-                self._try_few_columns(self._scopes, measured.gradients)
+                self._try_few_columns(self._open, measured.gradients)
             if self.is_complete:
                 return
 
@@ -128,6 +142,10 @@ class RankMeasurement:
         for scope in list(self._open):
             self._judge(scope)
         return {scope: self._ranks[scope] for scope in self._scopes}, self._spectra
+
+    def _multiplies(self, layer: Layer) -> bool:
+        """Whether a layer has a matrix: vectors, as of a normalization, are too few columns to look at some of them."""
+        return any(parameter.ndim > 1 for parameter in self._runs.network.parameters([layer]))
 
     def _open_with(self, layer: Layer) -> list[Scope]:
         """The scopes with a layer whose rank is not known yet."""
@@ -192,45 +210,6 @@ def _are_distinct(outputs: Tensor) -> bool:
     return duplicated_activations(outputs, rtol=0.0) == 0
 
 
-def behavior_jacobian(evaluation: Evaluation) -> Tensor | None:
-    """Return the behavior's derivative by the outputs, as blocks for `weighted_rows`; ``None`` where they are the same.
-
-    Raises:
-        ValueError: If the behavior is probabilities and the outputs have no axis of classes.
-    """
-    if not evaluation.settings.counts_probabilities:
-        return None
-    shape = evaluation.trace.outputs.shape
-    if len(shape) == 1 or shape[1] < 2:  # noqa: PLR2004 - classes
-        raise ValueError(
-            f"behavior='probabilities' needs outputs with at least two classes along their second axis, got shape "
-            f"{tuple(shape)}: pass behavior=lambda module, inputs: ... that returns the probabilities"
-        )
-    return softmax_jacobian(evaluation.trace.outputs.to(torch.float64))
-
-
-def project_outputs(evaluation: Evaluation, generator: Generator) -> bool:
-    """See the outputs along fewer random directions, where there are too many of them to be measured one by one.
-
-    Args:
-        evaluation: The network on the probe; its rows are projected from now on.
-        generator: A generator on the CPU, which draws the directions.
-
-    Returns:
-        Whether they are, so that ranks are lower bounds.
-    """
-    num_outputs = evaluation.num_outputs
-    num_directions = evaluation.settings.num_directions(evaluation.probe.size, num_outputs)
-    if num_directions == num_outputs:
-        return False
-    evaluation.notes.append(
-        f"ranks are lower bounds: the {num_outputs} outputs of each input are seen along {num_directions} random "
-        f"orthonormal directions"
-    )
-    evaluation.network.project_outputs(num_outputs, num_directions, generator)
-    return True
-
-
 def measure_ranks(
     evaluation: Evaluation, scopes: Sequence[Scope], hessian: HessianMeasurement | None, generator: Generator
 ) -> tuple[dict[Scope, GradientRank], dict[Scope, Spectrum]]:
@@ -259,20 +238,47 @@ def measure_ranks(
         behavior_is_outputs=jacobian is None,
         finds_leading=hessian is not None and hessian.needs_leading,
     )
-    measurement.try_last_layers(max_elements=evaluation.max_elements, clock=clock)
+    first = measurement.first_layers()
+    others = [layer for layer in evaluation.network.layers if layer not in first]
+    _add_layers(evaluation, measurement, check, first, jacobian, hessian)
+    measurement.close(first)
+    measurement.try_last_layers(max_elements=evaluation.max_elements, clock=clock, layers=others)
+    _add_layers(evaluation, measurement, check, others, jacobian, hessian)
+    return measurement.results()
+
+
+def _add_layers(
+    evaluation: Evaluation,
+    measurement: RankMeasurement,
+    check: AutogradCheck,
+    layers: Sequence[Layer],
+    jacobian: Tensor | None,
+    hessian: HessianMeasurement | None,
+) -> None:
+    """Add the gradients of some layers until all ranks are known.
+
+    Args:
+        evaluation: The network on the probe.
+        measurement: The ranks.
+        check: The check of the gradients of the outputs.
+        layers: The layers.
+        jacobian: The behavior's derivative by the outputs; ``None`` where they are the same.
+        hessian: Is shown the gradients of the outputs; ``None`` where the Hessian is not measured.
+    """
     if measurement.is_complete:
-        return measurement.results()
-    gradients = layer_gradients(evaluation.runs, check, max_elements=evaluation.max_elements)
-    for measured in clock.each("gradients", gradients):
+        return
+    gradients = layer_gradients(evaluation.runs, check, layers=layers, max_elements=evaluation.max_elements)
+    for measured in evaluation.clock.each("gradients", gradients, num_items=len(layers)):
         measurement.add(
             measured.layer, measured.gradients if jacobian is None else measured.gradients.weighted(jacobian)
         )
         if hessian is not None:
-            with clock("hessian"):
+            with evaluation.clock("hessian"):
                 hessian.add(measured.layer, measured.gradients)
         if measured.note is not None:
             evaluation.notes.append(measured.note)
-    return measurement.results()
+        if measurement.is_complete and hessian is None:
+            return
 
 
 def rank_fields(rank: GradientRank, spectrum: Spectrum | None) -> dict[str, Any]:

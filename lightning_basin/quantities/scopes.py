@@ -35,22 +35,28 @@ def select_scopes(layers: Sequence[Layer], selection: LayerSelection) -> tuple[S
 
     Args:
         layers: All layers of the network.
-        selection: ``"all"``, ``"auto"``, which adds blocks to more than 32 layers, or names of layers.
+        selection: ``"all"``, ``"auto"``, which adds blocks to more than 32 layers, or names: of layers, or of modules
+            that hold layers, each of which is a block.
 
     Raises:
         ValueError: If a name is unknown, or stands twice.
     """
-    by_name = {layer.name: layer for layer in layers}
+    by_name = {layer.name: (layer,) for layer in layers}
     if isinstance(selection, str) and selection not in ("auto", "all"):
         raise ValueError(f"layers must be 'auto', 'all' or a list of names of layers, got {selection!r}")
     names = list(by_name) if isinstance(selection, str) else list(selection)
-    unknown = [name for name in names if name not in by_name]
+    inside = {name: tuple(layer for layer in layers if layer.name.startswith(f"{name}.")) for name in names}
+    unknown = [name for name in names if name not in by_name and not inside[name]]
     if unknown:
-        raise ValueError(f"layers must be among {[*map(escaped, by_name)]}, got {[*map(escaped, unknown)]}")
+        raise ValueError(
+            f"layers must be among {[*map(escaped, by_name)]} or hold some of these, got {[*map(escaped, unknown)]}"
+        )
     if len(set(names)) < len(names):
         raise ValueError(f"layers must be named once each, got {[*map(escaped, names)]}")
-    scopes = [Scope("layer", name, (by_name[name],)) for name in names]
+    scopes = [
+        Scope("layer", name, by_name[name]) if name in by_name else Scope("block", name, inside[name]) for name in names
+    ]
     if selection == "auto":
         for block, members in layer_blocks(names).items():
-            scopes.append(Scope("block", block, tuple(by_name[name] for name in members)))
+            scopes.append(Scope("block", block, tuple(by_name[name][0] for name in members)))
     return (*scopes, Scope("network", "", tuple(layers)))

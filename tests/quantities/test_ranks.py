@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_basin import measure_basin
 from lightning_basin.gradients.check import AutogradCheck
@@ -15,7 +16,7 @@ from lightning_basin.quantities.scopes import Scope
 from lightning_basin.stages import StageClock
 from tests.exact import exact_pseudodeterminant, exact_rank, jacobian
 from tests.models import CASE_NAMES, evaluated_case, integer_case
-from tests.networks import drawn
+from tests.networks import Composed, drawn, filled
 
 
 def wide(*widths, seed=0):
@@ -202,3 +203,79 @@ def test_log_det_gram_of_a_block_is_that_of_its_layers_side_by_side():
     # More columns make each eigenvalue of a Gram matrix larger, and here the rank of the block is that of its layer.
     assert block.gradient_rank == first.gradient_rank
     assert block.log_det_gram > first.log_det_gram
+
+
+class Passed(torch.autograd.Function):
+    """The identity, which counts the backward passes that reach it."""
+
+    count = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        Passed.count += 1
+        return gradient
+
+
+def passes_to_the_first_layer(num_outputs=5, **options):
+    """The backward passes that reach the first of four layers, whose gradients take one for each output."""
+    layers = [nn.Linear(6, 40), *(nn.Linear(40, 40) for _ in range(2)), nn.Linear(40, num_outputs)]
+    module = Composed(
+        lambda m, x: m.head(m.third(m.second(Passed.apply(m.first(x))).tanh()).tanh()),
+        **dict(zip(("first", "second", "third", "head"), layers, strict=True)),
+    )
+    Passed.count = 0
+    record = measure_basin(filled(module), drawn(40, 6), **options)
+    assert record.gradient_rank == 200
+    return Passed.count
+
+
+def test_only_the_layers_that_are_asked_for_are_differentiated_where_they_prove_the_rank():
+    at_least = passes_to_the_first_layer(layers=[], spectrum=False)
+    # One of the combination of all rows, by which gradients are checked, and two that compare training with evaluation.
+    assert at_least == 3
+    for layers in (["third"], ["head"], ["second", "head"], ["head", "third"]):
+        assert passes_to_the_first_layer(layers=layers, spectrum=False) == at_least
+    assert passes_to_the_first_layer(layers=["first"], spectrum=False) > at_least
+    # All columns have singular values, and all layers are needed for them.
+    assert passes_to_the_first_layer(layers=["third"]) > at_least
+
+
+def test_layers_that_are_asked_for_are_not_differentiated_twice():
+    asked = passes_to_the_first_layer(layers=["first"], spectrum=False)
+    assert asked == passes_to_the_first_layer(layers="all", spectrum=False)
+
+
+class SquareMatrices(TorchDispatchMode):
+    """Counts the new matrices of so many rows and columns."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.count, self.shape = 0, (size, size)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        is_new = isinstance(result, torch.Tensor) and not (function.is_view or function._schema.is_mutable)
+        self.count += is_new and result.shape == self.shape
+        return result
+
+
+def square_matrices(num_layers, **options):
+    """The new matrices of as many columns as rows, where the rows depend on each other and all layers are looked at."""
+    module = wide(30, *num_layers * (30,), 6)
+    with SquareMatrices(240) as matrices:
+        record = measure_basin(module, repeated(drawn(40, 30)), **options)
+    assert record.num_rows == 240
+    return matrices.count
+
+
+@pytest.mark.parametrize("spectrum", [True, False])
+def test_no_matrix_of_a_layer_is_formed_where_none_is_asked_for(spectrum):
+    assert square_matrices(1, layers=[], spectrum=spectrum) == square_matrices(6, layers=[], spectrum=spectrum)
+
+
+def test_each_layer_that_is_asked_for_has_a_matrix():
+    assert square_matrices(6, layers="all") >= square_matrices(1, layers="all") + 5

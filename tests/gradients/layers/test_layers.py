@@ -109,16 +109,19 @@ class Positions(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """The table of tokens is the output head, too."""
+    """The table of tokens is the output head, too; tokens may be looked up by two calls, of which each has its own."""
 
-    def __init__(self):
+    def __init__(self, num_tokens=5, num_calls=1):
         super().__init__()
-        self.table = nn.Embedding(5, 3)
-        self.head = nn.Linear(3, 5, bias=False)
+        self.num_calls = num_calls
+        self.table = nn.Embedding(num_tokens, 3)
+        self.head = nn.Linear(3, num_tokens)
         self.head.weight = self.table.weight
 
     def forward(self, x):
-        return self.head(self.table((x.abs() * 3).long() % 5).tanh().sum(1))
+        tokens = (x.abs() * 3).long() % self.table.num_embeddings
+        looked_up = [self.table((tokens + call) % self.table.num_embeddings) for call in range(self.num_calls)]
+        return self.head(sum(looked_up).tanh().sum(1))[:, :4]
 
 
 class Autoencoder(nn.Module):
@@ -177,6 +180,8 @@ BY_OPERATION = {
     "spectral_norm": (lambda: normed(nn.utils.parametrizations.spectral_norm), (5, 3)),
     "tied weights": (tied, (5, 3)),
     "tied table and head": (TiedHead, (5, 3)),
+    "tied table of many rows": (lambda: TiedHead(29), (5, 3)),
+    "tied table of many rows, called twice": (lambda: TiedHead(29, 2), (5, 3)),
     "tied transposed weights": (Autoencoder, (5, 3)),
     "weight used beside": (weight_used_beside, (5, 3)),
     "weight as left factor": (weight_as_left_factor, (5, 3)),
@@ -313,6 +318,34 @@ def test_gradients_of_plain_linear_layers_stay_factored(name):
         assert set(parts) == {DenseGradients}  # Biases alone.
     else:
         assert set(parts) == {KhatriRaoGradients}
+
+
+def test_of_a_tied_table_the_rows_that_are_looked_up_are_dense():
+    build, shape = BY_OPERATION["tied table of many rows"]
+    network, probe = Network(filled(build())), Probe(drawn(*shape))
+    num_rows = ((probe.inputs.abs() * 3).long() % 29).unique().numel()
+    by_products, by_rows = measured(network, probe)["table"].gradients.parts
+    assert (by_products.num_columns, by_rows.num_columns) == (29 * 3, num_rows * 3)
+    assert isinstance(by_products, KhatriRaoGradients)
+    size = layer_sizes(network, network.trace(probe), num_inputs=5, num_outputs=4)["table"]
+    # 5 inputs of 4 outputs: 3 numbers that enter the head and 29 derivatives of each output by what leaves it; at each
+    # of 3 places one of the rows and 3 derivatives of each output; and the columns of these rows for 20 outputs.
+    factors = 5 * (3 + 4 * 29) + 5 * 3 * (num_rows + 4 * 3)
+    assert (size.factors, size.held) == (factors, factors + 20 * num_rows * 3)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize("name", ["tied table of many rows", "EmbeddingBag, means", "positions"])
+def test_rows_that_chunks_look_up_are_joined(name, chunk_size):
+    build, shape = BY_OPERATION[name]
+    network, probe = Network(filled(build())), Probe(drawn(*shape))
+    together, in_chunks = measured(network, probe), measured(network, probe, chunk_size=chunk_size)
+    for layer, whole in together.items():
+        part = in_chunks[layer]
+        assert part.structured
+        assert type(part.gradients.parts[-1]) is type(whole.gradients.parts[-1])
+        assert part.gradients.num_elements == whole.gradients.num_elements
+        torch.testing.assert_close(part.gradients.rows(), whole.gradients.rows())
 
 
 @pytest.mark.parametrize("name", DENSE)
