@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from lightning_basin import MergedInput
+from lightning_basin.history.page import DATA_ID, write_data
 from tests.whole_records import basin_record, layer_record
 
 LAYERS = ("fc1", "fc2", "head")
@@ -51,6 +52,11 @@ def records():
         )
         made.append(record)
     return made
+
+
+def write_bare_page(path, history):
+    """A report without figures, which take a second."""
+    path.write_text(f'<script type="application/json" id="{DATA_ID}">{write_data(history)}</script>')
 
 
 def without_layers():

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_basin import report
 from lightning_basin.callback.history import HistoryFile
 from lightning_basin.history.columns import history_of
 from lightning_basin.history.sources import read_histories, read_history, run_folders
-from tests.runs import RANKS, STEPS, records
+from tests.runs import RANKS, STEPS, records, write_bare_page
 
 
 def rows(prefix="basin"):
@@ -59,7 +58,7 @@ def test_events_of_tensorboard_are_read_with_what_else_was_logged(tmp_path):
 
 
 def test_report_is_read_with_its_merged_inputs(tmp_path):
-    report(records(), tmp_path / "report.html", name="a run", zero_loss_step=10)
+    write_bare_page(tmp_path / "report.html", history_of(records(), zero_loss_step=10))
     for source in (tmp_path, tmp_path / "report.html"):
         history = read_history(source)
         assert_is_the_run(history)
@@ -83,8 +82,8 @@ def test_one_of_several_monitors_must_be_chosen(tmp_path):
 
 
 def test_one_of_several_reports_must_be_chosen(tmp_path):
-    report(records(), tmp_path / "report.html")
-    report(records()[:1], tmp_path / "held_out_report.html")
+    write_bare_page(tmp_path / "report.html", history_of(records()))
+    write_bare_page(tmp_path / "held_out_report.html", history_of(records()[:1]))
     with pytest.raises(ValueError, match=r"reports \['held_out_report.html', 'report.html'\] of several monitors"):
         read_history(tmp_path)
     assert read_history(tmp_path, prefix="held_out").steps.tolist() == [0]

@@ -7,7 +7,7 @@ import pytest
 from lightning_basin import report
 from lightning_basin.history.columns import history_of
 from lightning_basin.pages.report import page_of
-from tests.runs import records
+from tests.runs import records, write_bare_page
 from tests.whole_records import basin_record, layer_record
 
 
@@ -30,9 +30,13 @@ class Page(HTMLParser):
         self.texts += [" ".join(data.split())] if data.strip() else []
 
 
-def test_page_says_what_happened_in_words_and_integers(tmp_path):
-    path = report(records(), tmp_path / "report.html", name="a run", zero_loss_step=10)
-    page = Page(path.read_text(encoding="utf-8"))
+@pytest.fixture(scope="module")
+def page():
+    return page_of(history_of(records(), name="a run", zero_loss_step=10), stopped="rank 5 < 8")
+
+
+def test_page_says_what_happened_in_words_and_integers(page):
+    page = Page(page)
     text = " ".join(page.texts)
     assert "The rank went from 8 to 2 of 8 directions. The loss reached zero at step 10, at rank 8." in text
     assert "no longer distinguishes all inputs is 'fc2': 1 are duplicates, and 2 at 'head'." in text
@@ -42,14 +46,13 @@ def test_page_says_what_happened_in_words_and_integers(tmp_path):
     assert "flat directions of the loss 38 proved; of 40 parameters" in headlines
 
 
-def test_page_loads_nothing_and_no_id_is_there_twice():
-    page = Page(page_of(history_of(records())))
+def test_page_loads_nothing_and_no_id_is_there_twice(page):
+    page = Page(page)
     assert [address for address in page.addresses if not address.startswith(("#", "data:"))] == []
     assert len(page.ids) == len(set(page.ids))
 
 
-def test_figures_are_valid_and_follow_the_colours_of_the_page():
-    page = page_of(history_of(records()))
+def test_figures_are_valid_and_follow_the_colours_of_the_page(page):
     figures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     for figure in figures:
         ET.fromstring(figure)
@@ -77,11 +80,11 @@ def test_runs_that_measured_little_have_a_page():
     assert "The loss did not reach zero in 0 steps." in " ".join(page.texts)
 
 
-def test_page_says_why_training_stopped():
-    assert "Training was stopped: rank 5 &lt; 8" in page_of(history_of(records()), stopped="rank 5 < 8")
+def test_page_says_why_training_stopped(page):
+    assert "Training was stopped: rank 5 &lt; 8" in page
 
 
 def test_page_goes_to_the_log_directory(tmp_path):
-    first = report(records(), tmp_path / "logs" / "report.html")
-    assert first == tmp_path / "logs" / "report.html"
-    assert report(tmp_path / "logs") == first
+    write_bare_page(tmp_path / "report.html", history_of(records()))
+    assert report(tmp_path) == tmp_path / "report.html"
+    assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
