@@ -279,15 +279,16 @@ def test_the_largest_eigenvalue_may_be_that_of_either_part(extreme):
 
 
 @pytest.mark.parametrize("loss", ["mean squares", "soft labels", "hard labels", "huber", "coupled"])
-def test_some_fifteen_products_bound_both_norms_far_from_a_fit(loss, sizes_of_products):
+def test_some_twelve_products_bound_both_norms_far_from_a_fit(loss, sizes_of_products):
     module = filled(nn.Sequential(nn.Linear(20, 45), nn.Tanh(), nn.Linear(45, 10)))
     inputs, targets = drawn(13, 20), 10 * drawn(13, 10, seed=1)
     record = measure_basin(module, inputs, targets, loss_fn=LOSSES[loss], hessian="bracket", layers=[])
     eigenvalues, residual = true_eigenvalues(module, inputs, targets, LOSSES[loss])
     assert record.hessian_largest == pytest.approx(eigenvalues.max(), rel=1e-3)
     assert 1 <= record.residual_curvature * record.hessian_largest / residual <= 10
-    # One more compares derivatives with differences. From random vectors both would take 30.
-    assert len(sizes_of_products) <= 18
+    # Eight or nine with R, and at least five with H, less those that Temple's bound saves; from a random vector three
+    # more.
+    assert len(sizes_of_products) <= 14
 
 
 def test_a_resolving_loss_is_as_near_where_the_bound_is_not():
