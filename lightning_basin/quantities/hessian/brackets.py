@@ -19,6 +19,7 @@ from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel
 from lightning_basin.quantities.scopes import Scope
 
 _SLACK = 2.0  # factor within which the norm of R is bounded
+_HOPELESS_SLACK = 4.0  # the same where no bound closes the bracket, nor moves its end by a hundredth of the rank
 _DECIDED_SLACK = 10.0  # the same where no product can change a count: the norm is then a point on a logarithmic axis
 _NEAREST = 1.9  # multiple of the norm below which a search for a factor of two hardly ends
 _LARGEST_PRODUCTS = 30  # most products for the largest eigenvalue of H
@@ -189,14 +190,16 @@ def _judge_of_residual(eigenvalues: GaussNewtonEigenvalues, known: float, uncert
         residual = min(known, bound.upper * (1 + uncertainty))
         # The norm is at least the value: no product can change a count that is the same for both.
         num_curved = eigenvalues.num_curved(residual)
-        is_decided = num_curved == eigenvalues.num_curved(bound.value)
+        num_open = eigenvalues.num_curved(bound.value) - num_curved
         is_hopeless = smallest is None or 2 * bound.value >= smallest
+        slack = _HOPELESS_SLACK if is_hopeless and 100 * num_open <= eigenvalues.rank else _SLACK
         # A bound within a factor of two would count no eigenvalue, nor one of a layer's block: these are no larger.
         counts_none = is_hopeless and eigenvalues.num_curved(_NEAREST * bound.value) == 0
-        counts_all = is_decided and num_curved == eigenvalues.rank
-        slack = _DECIDED_SLACK if eigenvalues.rank > 0 and (counts_none or counts_all) else _SLACK
+        counts_all = num_open == 0 and num_curved == eigenvalues.rank
+        if eigenvalues.rank > 0 and (counts_none or counts_all):
+            slack = _DECIDED_SLACK
         is_tight = residual <= slack * bound.value
-        is_settled = is_tight and (is_decided or is_hopeless)
+        is_settled = is_tight and (num_open == 0 or is_hopeless)
         if known < float("inf"):  # Only the counts matter, and only where the own bound may become the smaller one.
             is_settled |= num_curved == eigenvalues.num_curved(min(known, bound.forecast))
         return is_settled
