@@ -218,16 +218,19 @@ def test_some_ten_products_certify_a_good_fit_and_one_each_its_layers(sizes_of_p
     assert sorted(size for size in sizes_of_products if size < 1023) == [93, 930]
 
 
-def test_a_poor_fit_takes_fewer_products_for_a_bound_that_closes_no_bracket(sizes_of_products):
+# Noise in the targets: in the first case a better bound could show an eigenvalue or none, in the second none at all.
+@pytest.mark.parametrize(("noise", "slack"), [(0.5, 4), (100.0, 10)])
+def test_a_poor_fit_takes_fewer_products_for_a_bound_that_closes_no_bracket(sizes_of_products, noise, slack):
     module = filled(nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 10)))
-    inputs, targets = drawn(10, 12), 100 * drawn(10, 10, seed=1)
+    inputs = drawn(10, 12)
+    targets = module(inputs).detach() + noise * drawn(10, 10, seed=1)
     settings = {"loss_fn": nn.MSELoss(), "layers": []}
     record = measure_basin(module, inputs, targets, hessian="bracket", **settings)
     # To a factor of two R alone would take three more.
     assert len(sizes_of_products) <= 20
     formed = measure_basin(module, inputs, targets, hessian="dense", **settings)
     norm, formed_norm = (found.residual_curvature * found.hessian_largest for found in (record, formed))
-    assert formed_norm <= norm <= 4 * formed_norm
+    assert formed_norm <= norm <= slack * formed_norm
     assert record.hessian_nullity_lower <= formed.hessian_nullity <= record.hessian_nullity_upper
 
 
