@@ -127,7 +127,7 @@ def open_evaluation(
         ValueError: If outputs or loss are not finite, or not functions of the inputs alone.
     """
     _check_numbers(module, probe)
-    device, dtype = device_of(module), settings.torch_dtype
+    device, dtype = device_of(module, settings.torch_dtype), settings.torch_dtype
     clock = clock or StageClock()
     with isolated_evaluation(device, dtype), at_rest(module):
         probe = probe.to(device, dtype)

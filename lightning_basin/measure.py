@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Generator, nn
 
 from lightning_basin.evaluation import Evaluation, open_evaluation
@@ -11,6 +12,7 @@ from lightning_basin.functional.rank import GradientRank
 from lightning_basin.memory import MeasurementPlan, plan_measurement
 from lightning_basin.network.calls import LossFunction
 from lightning_basin.network.network import Network
+from lightning_basin.network.replica import device_of
 from lightning_basin.network.trace import Trace, layers_run_by
 from lightning_basin.probe import Probe
 from lightning_basin.progress_bar import progress_bar
@@ -29,9 +31,9 @@ from lightning_basin.quantities.scopes import Scope, select_scopes
 from lightning_basin.record import BasinRecord, LayerRecord
 from lightning_basin.settings import (
     Behavior,
+    DType,
     HessianMode,
     LayerSelection,
-    Precision,
     Settings,
     behavioral_loss,
     check_order,
@@ -56,7 +58,7 @@ def measure_basin(
     max_outputs: int | Literal["auto"] | None = None,
     spectrum: bool = True,
     memory_budget: int | None = None,
-    dtype: Precision = "float64",
+    dtype: DType = "auto",
     seed: int = 0,
     step: int | None = None,
     trained: Collection[str] = (),
@@ -64,8 +66,8 @@ def measure_basin(
 ) -> BasinRecord:
     """Measure how flat the basin of a network is, and where it loses information.
 
-    The module is copied, evaluated in evaluation mode, in float64 unless told otherwise, and left as it was; so are all
-    random states.
+    The module is copied, evaluated in evaluation mode, in float64 unless ``dtype`` says otherwise, and left as it was;
+    so are all random states.
 
     Args:
         module: The module, of any floating point type, on any device.
@@ -99,10 +101,11 @@ def measure_basin(
         memory_budget: The bytes that the measurement may use beside what the process holds; ``None`` means half of what
             is free: on the device, or on the machine and in the container or job (of 4 GiB where the system does not
             tell, as on Windows). Where needed, inputs are measured in chunks, and layers one after the other.
-        dtype: The type in which the copy is run and differentiated. ``"float32"`` halves the memory of the graph, and
-            is the fast type of many accelerators. Its results are decomposed in float64 all the same, but singular
-            values below its rounding count as zero, and a note in the record says where this begins. Activations are
-            then the same within 4e-6 at least, and the Hessian is left out.
+        dtype: The type in which the copy is run and differentiated. ``"auto"`` takes float64, but float32 on an
+            accelerator that is slow in float64 or has none, unless ``hessian`` or ``rtol`` ask for more; the record
+            says which. ``"float32"`` halves the memory of the graph. Its results are decomposed in float64 all the
+            same, but singular values below its rounding count as zero, and a note in the record says where this begins.
+            Activations are then the same within 4e-6 at least, and the Hessian is left out.
         seed: The seed of all random vectors: same seed, same numbers.
         step: The number of optimizer steps taken, noted in the record.
         trained: The names of parameters that are known to get a gradient in training. It is an error if the outputs
@@ -171,7 +174,7 @@ def measure(
         cache: What earlier measurements of the same run have found out; ``None`` for a measurement by itself.
         watch: A function that is told of each stage; ``None`` tells nobody.
     """
-    clock = StageClock(watch=watch)
+    clock, settings = StageClock(watch=watch), settings.on_device(device_of(module, torch.float32))
     settings.check_targets(probe)
     training_set = None if duplicates_over is None else as_probes(duplicates_over)
     generator = Generator().manual_seed(settings.seed)
@@ -230,6 +233,7 @@ def check_measurable(
         ValueError: If `measure_basin` would raise it.
         MemoryBudgetError: If `measure_basin` would raise it.
     """
+    settings = settings.on_device(device_of(module, torch.float32))
     settings.check_targets(probe)
     with open_evaluation(module, probe, settings) as evaluation:
         if not is_loss_given and evaluation.loss_fn is not None:
@@ -267,10 +271,17 @@ def _planner(settings: Settings, num_inputs: int) -> Planner:
 
 
 def _note_precision(evaluation: Evaluation, rank: GradientRank) -> None:
-    if evaluation.settings.dtype == "float32":
+    settings = evaluation.settings
+    if settings.precision == "float64":
+        return
+    evaluation.notes.append(
+        f"evaluated in float32: singular values below {rank.rtol:.1e} of the largest count as zero, activations "
+        f"within {settings.resolved_duplicate_rtol:.1e} as the same"
+    )
+    if settings.dtype == "auto":
         evaluation.notes.append(
-            f"evaluated in float32: singular values below {rank.rtol:.1e} of the largest count as zero, activations "
-            f"within {evaluation.settings.resolved_duplicate_rtol:.1e} as the same"
+            "dtype='auto' took float32, as float64 is slow on this device or missing: pass dtype='float64' to measure "
+            "the Hessian too"
         )
 
 
@@ -305,6 +316,7 @@ def _assemble(
         num_parameters=network.num_parameters,
         num_rows=evaluation.num_rows,
         num_inputs=evaluation.probe.size,
+        dtype=evaluation.settings.precision,
         loss=None if loss is None else float(loss.detach()),
         layers={name: layers[name] for name in order if name in layers},
         blocks={scope.name: record for scope, record in records.items() if scope.kind == "block"},

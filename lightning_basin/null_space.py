@@ -91,7 +91,7 @@ def verify_null_space(
         raise ValueError(f"num_directions must be at least 1, got {num_directions}")
     if not 0.0 < step < 1.0:
         raise ValueError(f"step must be inside (0, 1), got {step}")
-    settings = Settings(behavior=behavior, rtol=rtol, seed=seed)
+    settings = Settings(behavior=behavior, rtol=rtol, dtype="float64", seed=seed)
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs)
     with open_evaluation(module, probe, settings) as evaluation:
         _check_size(evaluation)

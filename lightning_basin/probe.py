@@ -16,6 +16,7 @@ from lightning_basin.tensors import (
     check_containers,
     copied,
     described,
+    float64_device,
     is_sequence_of,
     map_tensors,
     tensors_of,
@@ -122,11 +123,15 @@ class Probe:
         return any(isinstance(leaf, _Column) for leaf in _leaves(marked))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Probe":
-        """Return the probe on another device, as `torch.nn.Module.to` does: floating point tensors take ``dtype``."""
+        """Return the probe on another device, as `torch.nn.Module.to` does: floating point tensors take ``dtype``.
 
-        def move(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(device)
-            return tensor if dtype is None else as_dtype(tensor, dtype)
+        In float64, the probe stays on the CPU where the device has no float64.
+        """
+        if dtype == torch.float64:
+            device = float64_device(torch.device(device))
+
+        def move(tensor: Tensor) -> Tensor:  # Converted first: the device may not have the type from which it is.
+            return (tensor if dtype is None else as_dtype(tensor, dtype)).to(device)
 
         return Probe(*map_tensors(move, (self.inputs, self.targets)))
 

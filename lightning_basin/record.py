@@ -207,6 +207,8 @@ class BasinRecord(LayerRecord):
         blocks: The blocks' records by range of names, in networks with more than 32 layers.
         projected: Whether ranks are lower bounds, because only random combinations of outputs were measured
             (``max_outputs``).
+        dtype: The floating point type in which the network was run, ``"float64"`` or ``"float32"``; ``None`` in records
+            of versions that did not say it.
         notes: Sentences on how the numbers were obtained.
         measure_seconds: The wall time of the measurement, in seconds.
         seconds: The wall time of each stage, in seconds. ``"copy"`` is the copy of the module; ``"trace"`` its runs and
@@ -230,6 +232,7 @@ class BasinRecord(LayerRecord):
     layers: Mapping[str, LayerRecord] = field(default_factory=dict)
     blocks: Mapping[str, LayerRecord] = field(default_factory=dict)
     projected: bool = False
+    dtype: str | None = None
     notes: tuple[str, ...] = ()
     measure_seconds: float = 0.0
     seconds: Mapping[str, float] = field(default_factory=dict)

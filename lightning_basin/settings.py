@@ -2,8 +2,8 @@
 
 import math
 import numbers
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from lightning_basin.functional.rank import check_rtol
 from lightning_basin.limits import AUTO_ROWS, MAX_ROWS
 from lightning_basin.network.calls import LossFunction, ModuleBehavior, call_module
 from lightning_basin.network.rounding import rounding_rtol
+from lightning_basin.network.speed import has_slow_float64
 from lightning_basin.probe import Probe
 
 HESSIAN_MODES = ("auto", "dense", "bracket", "gauss-newton")
@@ -41,6 +42,9 @@ LayerSelection = Literal["auto", "all"] | Sequence[str]
 Precision = Literal["float64", "float32"]
 """What a network is run and differentiated in; everything behind it is computed in float64."""
 
+DType = Literal["auto"] | Precision
+"""A precision, or the one that suits the device."""
+
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 """Floating point types by the names that measurements take."""
 
@@ -59,7 +63,8 @@ class Settings:
         max_outputs: The largest number of outputs per input that are measured one by one.
         spectrum: Whether singular values are computed where the rank can be proved without them.
         memory_budget: The bytes that a measurement may use.
-        dtype: The name of the floating point type in which the network is run.
+        dtype: The name of the floating point type in which the network is run, or ``"auto"``.
+        taken_dtype: The type that ``"auto"`` has taken; ``None`` where this is not known yet.
         seed: The seed of all random vectors.
         trained: The names of parameters that are known to get a gradient in training.
 
@@ -82,7 +87,8 @@ class Settings:
     max_outputs: int | Literal["auto"] | None = None
     spectrum: bool = True
     memory_budget: int | None = None
-    dtype: Precision = "float64"
+    dtype: DType = "auto"
+    taken_dtype: Precision | None = None
     seed: int = 0
     trained: Collection[str] = ()
 
@@ -118,10 +124,23 @@ class Settings:
         if not _is_number(self.seed, int):
             raise TypeError(f"seed must be an integer, got {self.seed!r}")
 
+    def on_device(self, device: torch.device) -> "Settings":
+        """Return the settings of a measurement on a device, for which ``dtype="auto"`` has been decided.
+
+        Args:
+            device: The device of the module.
+        """
+        return replace(self, taken_dtype=choose_dtype(self, device, is_slow=has_slow_float64))
+
+    @property
+    def precision(self) -> Precision:
+        """The name of the floating point type in which the network is run and differentiated."""
+        return (self.taken_dtype or "float64") if self.dtype == "auto" else self.dtype
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The floating point type in which the network is run and differentiated."""
-        return DTYPES[self.dtype]
+        return DTYPES[self.precision]
 
     @property
     def loss(self) -> LossFunction | None:
@@ -143,13 +162,15 @@ class Settings:
     @property
     def planned_hessian(self) -> HessianMode:
         """How the Hessian will be measured; ``False`` where there is no loss, or float64 would be needed."""
-        return self.hessian if self.loss_fn is not None and self.dtype == "float64" else False
+        return self.hessian if self.loss_fn is not None and self.precision == "float64" else False
 
     @property
     def resolved_duplicate_rtol(self) -> float:
         """The tolerance within which two activations are the same, at least the rounding of the evaluation."""
         return (
-            self.duplicate_rtol if self.dtype == "float64" else max(self.duplicate_rtol, rounding_rtol(torch.float32))
+            self.duplicate_rtol
+            if self.precision == "float64"
+            else max(self.duplicate_rtol, rounding_rtol(torch.float32))
         )
 
     def num_directions(self, num_inputs: int, num_outputs: int) -> int:
@@ -193,6 +214,31 @@ class Settings:
             )
 
 
+def choose_dtype(settings: Settings, device: torch.device, *, is_slow: Callable[[torch.device], bool]) -> Precision:
+    """Decide in which floating point type a network is measured.
+
+    Args:
+        settings: What is asked of the measurement. What ``dtype="auto"`` has taken before stays.
+        device: The device of the module.
+        is_slow: A function that says whether a device is slow in float64; called only where this decides.
+
+    Example:
+        >>> gpu = torch.device("cuda")
+        >>> [choose_dtype(Settings(), gpu, is_slow=lambda _: is_slow) for is_slow in (False, True)]
+        ['float64', 'float32']
+        >>> choose_dtype(Settings(hessian="dense"), gpu, is_slow=lambda _: True)
+        'float64'
+    """
+    if settings.dtype != "auto":
+        return settings.dtype
+    needs_hessian = settings.hessian not in ("auto", False)
+    if needs_hessian or (settings.rtol is not None and settings.rtol < torch.finfo(torch.float32).eps):
+        return "float64"
+    if settings.taken_dtype is not None:
+        return settings.taken_dtype
+    return "float32" if device.type != "cpu" and is_slow(device) else "float64"
+
+
 def behavioral_loss(outputs: Tensor, _: Any) -> Tensor:
     """Squared distance from the outputs as they are (Bushnaq et al., 2024): zero, with the Hessian 2 GᵀG."""
     return squared_distance(outputs, outputs.detach())
@@ -214,11 +260,11 @@ def _check_function(name: str, value: Any, kind: str, words: Sequence[str]) -> N
         raise TypeError(f"{requirement}, got {type(value).__name__}")
 
 
-def _check_precision(dtype: Precision, hessian: HessianMode, rtol: float | None) -> None:
+def _check_precision(dtype: DType, hessian: HessianMode, rtol: float | None) -> None:
     """Refuse a floating point type that no network is evaluated in, or that is too coarse for what is asked."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {tuple(DTYPES)}, got {dtype!r}")
-    if dtype == "float64":
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
+    if dtype != "float32":
         return
     if hessian not in ("auto", False):
         raise ValueError(

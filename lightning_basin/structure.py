@@ -106,7 +106,7 @@ def question_of(module: nn.Module, probe: Probe, settings: Settings) -> Hashable
         tuple(is_training) if module.training and not all(is_training) else None,
         tuple((name, tensor.shape, tensor.dtype, tensor.requires_grad, tensor.device) for name, tensor in tensors),
         tuple((tensor.shape, tensor.dtype) for tensor in tensors_of((probe.inputs, probe.targets))),
-        settings.dtype,
+        settings.precision,
         settings.layers if isinstance(settings.layers, str) else tuple(settings.layers),
         settings.planned_hessian,
         settings.max_outputs,
@@ -199,7 +199,9 @@ def copy_again(
     with clock("copy"):
         network, loss_fn = _copy_in_modes(module, settings, gradient_dtype, structure.modes)
     plan = structure.plan
-    if plan is not None and not still_fits(plan, network.module, device_of(module), settings.memory_budget):
+    if plan is not None and not still_fits(
+        plan, network.module, device_of(network.module, network.dtype), settings.memory_budget
+    ):
         return None
     runs = ProbeRuns(network, probe, chunk_size=None if plan is None else plan.chunk_size)
     try:

@@ -14,6 +14,7 @@ from lightning_basin.network.network import Network
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
 from lightning_basin.settings import Precision, Settings
+from lightning_basin.tensors import float64_device
 
 
 def neural_tangent_kernel(
@@ -73,7 +74,7 @@ def neural_tangent_kernel(
 
     precision = settings.torch_dtype
     with open_evaluation(module, probe, settings, make_plan, gradient_dtype=precision) as evaluation:
-        kernel = GramMatrix(evaluation.num_rows, evaluation.rows.device, dtype=precision)
+        kernel = GramMatrix(evaluation.num_rows, float64_device(evaluation.rows.device), dtype=precision)
         check = AutogradCheck(evaluation.runs, Generator().manual_seed(seed))
         for measured in layer_gradients(evaluation.runs, check, max_elements=evaluation.max_elements):
             measured.gradients.add_gram(kernel)

@@ -151,16 +151,35 @@ def map_tensors(function: Callable[[Tensor], Any], collection: Any) -> Any:
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a tensor to a floating point type, unless it holds integers or booleans.
+    """Convert a tensor of a network to a floating point type, unless it holds integers or booleans.
 
-    A tensor of a device without float64 comes to the CPU. Float64 holds every element of a lower precision.
+    For float64, a tensor of a device without it comes to the CPU. Float64 holds every element of a lower precision.
 
     Args:
         tensor: The tensor.
-        dtype: The floating point type.
+        dtype: The floating point type in which the network is run.
     """
-    tensor = tensor.to(float64_device(tensor.device))
+    if dtype == torch.float64:
+        tensor = tensor.to(float64_device(tensor.device))
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def as_result(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Convert what a network has computed to the type in which it is compared, added up and decomposed.
+
+    A tensor of a device without float64 comes to the CPU. A network in float32 stays on its device: each tensor that
+    leaves it passes here.
+
+    Args:
+        tensor: The tensor, of any type.
+        dtype: The floating point type of what is computed from it.
+
+    Example:
+        >>> as_result(torch.ones(1)).dtype
+        torch.float64
+    """
+    # In two steps: torch converts on the device that a tensor comes from.
+    return tensor.to(float64_device(tensor.device)).to(dtype)
 
 
 def float64_device(device: torch.device) -> torch.device:

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from lightning_basin import measure_basin
+from lightning_basin.settings import Settings, choose_dtype
 from tests.models import (
     sum_of_squares,
 )
@@ -74,3 +75,49 @@ def test_fewer_than_one_direction_is_refused():
 def test_arguments_of_another_type_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         measure_basin(nn.Linear(4, 2), torch.ones(5, 4), **arguments)
+
+
+GPU, CPU, MPS = torch.device("cuda"), torch.device("cpu"), torch.device("mps")
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "is_slow", "expected"),
+    [
+        ({}, CPU, True, "float64"),
+        ({}, GPU, False, "float64"),
+        ({}, GPU, True, "float32"),
+        ({}, MPS, True, "float32"),
+        ({"dtype": "float64"}, GPU, True, "float64"),
+        ({"dtype": "float32"}, CPU, False, "float32"),
+        ({"hessian": False}, GPU, True, "float32"),
+        ({"hessian": "dense"}, GPU, True, "float64"),
+        ({"hessian": "bracket"}, MPS, True, "float64"),
+        ({"hessian": "gauss-newton"}, GPU, True, "float64"),
+        ({"rtol": 1e-8}, GPU, True, "float64"),
+        ({"rtol": 1e-6}, GPU, True, "float32"),
+        ({"taken_dtype": "float64"}, GPU, True, "float64"),
+        ({"taken_dtype": "float32"}, CPU, False, "float32"),
+        ({"taken_dtype": "float32", "hessian": "dense"}, GPU, True, "float64"),
+    ],
+    ids=str,
+)
+def test_the_type_follows_from_what_is_asked_then_from_the_run_then_from_the_device(
+    settings, device, is_slow, expected
+):
+    assert choose_dtype(Settings(**settings), device, is_slow=lambda _: is_slow) == expected
+
+
+def test_a_device_is_timed_only_where_its_speed_decides():
+    def refuse(_):
+        raise AssertionError
+
+    for settings in ({"dtype": "float64"}, {"hessian": "dense"}, {"rtol": 1e-8}, {"taken_dtype": "float64"}):
+        choose_dtype(Settings(**settings), GPU, is_slow=refuse)
+    choose_dtype(Settings(), CPU, is_slow=refuse)
+
+
+def test_a_decision_stays():
+    settings = Settings(taken_dtype="float32")
+    assert settings.on_device(CPU) == settings
+    assert settings.on_device(CPU).planned_hessian is False
+    assert Settings().on_device(CPU).precision == "float64"

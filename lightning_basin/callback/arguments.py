@@ -9,7 +9,7 @@ import numpy as np
 from lightning_basin.callback.lightnings import MisconfigurationException
 from lightning_basin.layer_names import tag
 from lightning_basin.probe import Probe
-from lightning_basin.settings import HessianMode, LayerSelection, Precision, Settings
+from lightning_basin.settings import DType, HessianMode, LayerSelection, Settings
 
 
 class Arguments:
@@ -35,7 +35,7 @@ class Arguments:
     duplicates_over: Any
     max_outputs: int | Literal["auto"] | None
     memory_budget: int | None
-    dtype: Precision
+    dtype: DType
     verify_null_space: int | Literal["zero_loss"] | None
     seed: int
     max_overhead: float | Literal["auto"] | None

@@ -12,7 +12,7 @@ from lightning_basin.callback.lightnings import BaseCallback, LightningModule, T
 from lightning_basin.callback.progress import Progress
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
-from lightning_basin.settings import HessianMode, Precision
+from lightning_basin.settings import DType, HessianMode
 
 
 class BasinMonitor(Arguments, BaseCallback):
@@ -52,7 +52,7 @@ class BasinMonitor(Arguments, BaseCallback):
         max_outputs: The number of random combinations of outputs that are measured where a module has more outputs per
             input; ranks are then lower bounds. ``"auto"`` combines only too many outputs, ``None`` refuses them.
         memory_budget: The bytes that a measurement may use; ``None`` means half of what is free at its beginning.
-        dtype: The type in which the copy is run; ``"float32"`` resolves less, and leaves the Hessian out.
+        dtype: The type in which the copy is run, as in `measure_basin`; ``"float32"`` leaves the Hessian out.
         verify_null_space: When to log ``surviving_fraction`` too, which is 1 where random null directions are really
             free: ``"zero_loss"`` once, where the loss reaches zero; a number n at every n-th measurement.
         seed: The seed of all random vectors, the same at every measurement.
@@ -94,7 +94,7 @@ class BasinMonitor(Arguments, BaseCallback):
         duplicates_over: Any = None,
         max_outputs: int | Literal["auto"] | None = "auto",
         memory_budget: int | None = None,
-        dtype: Precision = "float64",
+        dtype: DType = "auto",
         verify_null_space: int | Literal["zero_loss"] | None = None,
         seed: int = 0,
         max_overhead: float | Literal["auto"] | None = None,

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_basin.callback.arguments import Arguments
@@ -15,10 +16,9 @@ from lightning_basin.callback.request import Findings, Request
 from lightning_basin.callback.state import fingerprint
 from lightning_basin.callback.step_run import trained_parameters
 from lightning_basin.callback.training_set import check_one_loader
-from lightning_basin.network.replica import replicas
+from lightning_basin.network.replica import device_of, replicas
 from lightning_basin.probe import Probe, ProbeCollector
 from lightning_basin.record import BasinRecord
-from lightning_basin.settings import DTYPES
 
 ModuleGetter = Callable[[], nn.Module]
 """A function that returns a module with all of its parameters, on the first process."""
@@ -130,8 +130,8 @@ class Probing:
 
     def _read_step(self, request: Request, module: nn.Module, batch: Any) -> None:
         """See what the training step trains; read outputs, targets and loss from it unless arguments say them."""
-        dtype = DTYPES[self.arguments.dtype]
-        self.findings.trained = trained_parameters(module, batch, request.trainer, dtype)
+        settings = request.settings().on_device(device_of(module, torch.float32))
+        self.findings.trained = trained_parameters(module, batch, request.trainer, settings.torch_dtype)
         is_told = self.arguments.behavior not in (None, "outputs") or self.arguments.batch_fn is not None
         if not is_told and self.probe is None and not self._is_passed and read_first_step(request, module, batch):
             self.drop_batches()

@@ -171,7 +171,8 @@ class Progress:
         self.is_loaded = True
         for name, before in state.get("settings", {}).items():
             now = getattr(self._arguments, name)
-            if before != now:
+            # "auto" keeps the type of the records, float64 where they do not say it.
+            if before != now and (name, before, now) != ("dtype", "float64", "auto"):
                 self.notices.warn(
                     f"The run so far was measured with {name}={before!r}, it goes on with {now!r}: its curves may jump "
                     f"here"

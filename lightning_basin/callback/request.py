@@ -18,7 +18,7 @@ from lightning_basin.callback.training_step import read_training_step
 from lightning_basin.naming import escaped
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
-from lightning_basin.settings import Behavior, LayerSelection, Settings
+from lightning_basin.settings import Behavior, LayerSelection, Precision, Settings
 
 LOSS_ATTRIBUTES = ("loss_fn", "criterion")
 """The names under which a module's loss is looked for."""
@@ -90,6 +90,7 @@ class Request:
             spectrum=len(self.records) % self.arguments.every_n_spectra == 0,
             memory_budget=self.arguments.memory_budget,
             dtype=self.arguments.dtype,
+            taken_dtype=self._taken_dtype,
             seed=self.arguments.seed,
             trained=self.findings.trained,
         )
@@ -139,6 +140,11 @@ class Request:
             return nullcontext()
         profiler: Profiler = self.trainer.profiler  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
         return profiler.profile(f"[BasinMonitor]{escaped(self.arguments.prefix)}.{action}")
+
+    @property
+    def _taken_dtype(self) -> Precision | None:
+        """The type of the run so far, with which its curves go on; versions that did not say it took float64."""
+        return None if not self.records else "float32" if self.records[-1].dtype == "float32" else "float64"
 
     @property
     def _layers(self) -> LayerSelection:

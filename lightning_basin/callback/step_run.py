@@ -30,7 +30,7 @@ def trained_parameters(module: nn.Module, batch: Any, trainer: Any, dtype: torch
         trainer: The trainer, which the copy finds without logging anything.
         dtype: The floating point type of the copy.
     """
-    device = device_of(module)
+    device = device_of(module, dtype)
     try:
         with isolated_evaluation(device, dtype), at_rest(module):
             probe = Probe(batch).to(device, dtype)

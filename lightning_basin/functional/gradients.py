@@ -51,7 +51,7 @@ def add_columns(matrix: Tensor, columns: Columns, values: Tensor) -> None:
         tensor([[1., 0., 2.]])
     """
     if isinstance(columns, Tensor):
-        matrix.index_add_(-1, columns, values)
+        matrix.index_add_(-1, columns.to(matrix.device), values)
         return
     counts = [math.prod(block.sizes) for block in columns]
     widths = [count // counts[-1] for count in counts]

@@ -16,6 +16,7 @@ from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradien
 from lightning_basin.functional.gradients import Block, Columns, LayerGradients, StackedGradients, add_columns
 from lightning_basin.functional.jacobian import vector_jacobian_products
 from lightning_basin.operations.uses import Elements, ElementwiseUse, ProductUse, Source, Use
+from lightning_basin.tensors import as_result, float64_device
 
 _Part = tuple[Columns, KhatriRaoGradients | DenseGradients]
 """Some columns of a layer's gradients: where they stand, and the gradients with respect to them."""
@@ -178,7 +179,7 @@ def combine_uses(parameters: Mapping[str, Tensor], measured: Sequence[MeasuredUs
     direct = _with_biases([uses for uses in joined if uses.source.name is not None])
     parts += [(uses.columns(starts), uses.gradients()) for uses in direct]
     parts += [part for table in tables for part in table.parts(starts)]
-    device = next(iter(parameters.values())).device
+    device = float64_device(next(iter(parameters.values())).device)
     if not is_disjoint:
         return DenseGradients(_summed(parts, num_rows, sum(sizes)))
     return StackedGradients(
@@ -256,8 +257,8 @@ def _through(source: Source, joined: Sequence[_JoinedUses], parameters: Mapping[
     """The gradients through a tensor that was computed from parameters, as by weight normalisation: the chain rule."""
     parts = [(uses.columns({id(source): 0}), uses.gradients()) for uses in joined]
     rows = _summed(parts, num_rows, source.tensor.numel()).view(num_rows, *source.tensor.shape)
-    products = vector_jacobian_products(source.tensor, list(parameters.values()), rows.to(source.tensor.dtype))
-    products = products.to(rows.dtype)
+    products = vector_jacobian_products(source.tensor, list(parameters.values()), rows.to(source.tensor))
+    products = as_result(products, rows.dtype)
     return (Block((products.shape[1],), (1,), 0),), DenseGradients(products)
 
 

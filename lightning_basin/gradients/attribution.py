@@ -20,6 +20,7 @@ from lightning_basin.gradients.assemble import MeasuredUse
 from lightning_basin.network.network import Network
 from lightning_basin.network.trace import Trace
 from lightning_basin.operations.uses import ElementwiseUse, OperationOutput, ProductUse, Use
+from lightning_basin.tensors import as_result
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
@@ -77,7 +78,7 @@ def measure_uses(network: Network, trace: Trace, uses: Mapping[int, Use], max_el
     for index in list(found):
         (axis, output_gradients), use, activations = found.pop(index), uses[index], None
         if isinstance(use, ProductUse):
-            activations = axis.split(use.read_activations().to(dtype), num_inputs).flatten(1, -2)
+            activations = axis.split(as_result(use.read_activations(), dtype), num_inputs).flatten(1, -2)
         measured[index] = MeasuredUse(use, output_gradients, activations)
     for index, product in products_of_biases.items():
         if product in measured:
@@ -143,7 +144,7 @@ def _arranged(use: Use, axis: InputAxis, num_inputs: int, dtype: torch.dtype) ->
     """
 
     def arranged(derivative: Tensor) -> Tensor:
-        derivative = derivative.to(dtype)  # Before anything is added up.
+        derivative = as_result(derivative, dtype)  # Before anything is added up.
         if isinstance(use, ProductUse):
             return axis.split(use.arrange(derivative), num_inputs).flatten(1, -2)
         contributions = axis.split(use.contributions(derivative), num_inputs)

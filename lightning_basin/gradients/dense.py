@@ -12,7 +12,7 @@ from lightning_basin.gradients.check import AutogradCheck, MeasuredGradients, di
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.network import Network
 from lightning_basin.network.runs import Chunk, ProbeRuns
-from lightning_basin.tensors import tensors_of
+from lightning_basin.tensors import as_result, tensors_of
 
 
 def dense_gradients(
@@ -32,7 +32,7 @@ def dense_gradients(
     pending = dict(group)
     for rows_of in _ROUTES:
         try:
-            matrix = concatenate(runs.each(rows_of, layers)).to(runs.network.gradient_dtype)
+            matrix = as_result(concatenate(runs.each(rows_of, layers)), runs.network.gradient_dtype)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             # Some modules support neither vmap nor a batch of one. The next route asks for less.
             if rows_of is _ROUTES[-1]:

@@ -1,14 +1,72 @@
-"""How large the terms are whose sum is a gradient: what rounding may leave of them where they cancel."""
+"""What rounding may leave of a gradient: of terms that cancel, and of backward passes that must add up."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
+from lightning_basin.gradients.assemble import MeasuredUse, combine_uses
 from lightning_basin.gradients.attribution import differentiate_at, output_places
 from lightning_basin.gradients.sizes import find_uses
 from lightning_basin.network.layers import Layer
 from lightning_basin.network.network import Network
 from lightning_basin.network.runs import Chunk
-from lightning_basin.operations.uses import ProductUse, Source, Use
+from lightning_basin.operations.uses import OperationOutput, ProductUse, Source, Use
+from lightning_basin.tensors import as_result
+
+
+def compare_backward_passes(
+    network: Network, chunk: Chunk, layers: Sequence[Layer], weights: Tensor, split: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Differentiate a combination of outputs by uses and by autograd in one pass, and by autograd in two passes.
+
+    Args:
+        network: The network.
+        chunk: The inputs.
+        layers: The layers, whose known uses are compared with autograd.
+        weights: The combination's weights on all inputs, shape ``(k, c)``.
+        split: The weights of the first of two combinations that add up to this one.
+
+    Returns:
+        For each layer two vectors, shape ``(N,)``: the difference between uses and autograd, which take the same output
+        gradients; and that between the sum of the two passes and the single one.
+    """
+    outputs, by_layer = network.rows(chunk.trace.outputs), find_uses(network, chunk.trace)
+    names = [name for layer in layers for name in layer.parameters]
+    parameters = {name: network.named_parameters[name] for name in names}
+    ends = {name: OperationOutput(tensor.shape, get_gradient_edge(tensor)) for name, tensor in parameters.items()}
+    places = output_places({index: use for layer in layers for index, use in by_layer[layer].items()})
+    whole, first, second = (
+        differentiate_at(where, outputs, part[chunk.indices.to(part.device)].to(outputs))
+        for where, part in (
+            ([*places, *ends.values()], weights),
+            ([*ends.values()], split),
+            ([*ends.values()], weights - split),
+        )
+    )
+
+    def flat(derivatives: dict[int, Tensor], layer: Layer) -> Tensor:
+        return as_result(torch.cat([derivatives[id(ends[name])].flatten() for name in layer.parameters]))
+
+    compared = []
+    for layer in layers:
+        summed = [_summed_over_inputs(use, whole[id(use.output)]) for use in by_layer[layer].values()]
+        by_uses = combine_uses({name: parameters[name] for name in layer.parameters}, summed, num_rows=1)
+        expected = flat(whole, layer)
+        passes = flat(first, layer).add_(flat(second, layer)).sub_(expected)
+        compared.append((by_uses.combination(weights.new_ones(1)).sub_(expected), passes))
+    return compared
+
+
+def _summed_over_inputs(use: Use, derivative: Tensor) -> MeasuredUse:
+    """One use as that of a single input with a single output, whose positions are those of all inputs."""
+    derivative = as_result(derivative)
+    if isinstance(use, ProductUse):
+        activations = as_result(use.read_activations()).flatten(0, -2)
+        return MeasuredUse(use, use.arrange(derivative).flatten(0, -2)[None, None], activations[None])
+    contributions = use.contributions(derivative).sum_to_size(use.elements.shape)
+    return MeasuredUse(use, contributions.flatten()[None, None], None)
 
 
 def sum_term_magnitudes(network: Network, chunk: Chunk, layer: Layer, weights: Tensor) -> Tensor:
@@ -43,7 +101,7 @@ def sum_term_magnitudes(network: Network, chunk: Chunk, layer: Layer, weights: T
         )
         for total, gradient in zip(totals, gradients, strict=True):
             total += 0 if gradient is None else gradient.abs()
-    return torch.cat([total.flatten() for total in totals]).to(weights.dtype)
+    return as_result(torch.cat([total.flatten() for total in totals]))
 
 
 def _terms(use: Use, derivative: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from lightning_basin.network.network import Network
 from lightning_basin.network.rounding import agreement_rtol
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
+from lightning_basin.tensors import as_result, float64_device
 
 Rows = list[int] | None
 """The rows per input of each of some tensors, 0 for one that all inputs share; ``None`` if rows are scattered."""
@@ -80,7 +81,7 @@ def keeps_layout(
             pairs += zip(tensors, others, counts, strict=True)
     # What leaves a layer often enters the next one as the same tensor.
     distinct = {(id(tensor), id(other), count): (tensor, other, count) for tensor, other, count in pairs}
-    chosen, extremes = indices.to(trace.outputs.device), []
+    chosen, extremes = indices.to(float64_device(trace.outputs.device)), []
     for tensor, other, count in distinct.values():
         elements, evaluated = real_elements(tensor), real_elements(other)
         expected = _rows_of(elements, chosen, count, num_inputs)
@@ -147,7 +148,7 @@ def _count_rows(tensor: Tensor, chunks: Sequence[tuple[Tensor, Tensor]], num_inp
     count = len(tensor) // num_inputs if tensor.ndim else 0
     if count and len(tensor) == num_inputs * count:
         by_input = elements.reshape(num_inputs, count, *elements.shape[1:])
-        expected = (by_input[indices.to(tensor.device)].flatten(0, 1) for indices, _ in chunks)
+        expected = (by_input[indices.to(elements.device)].flatten(0, 1) for indices, _ in chunks)
         if all(agrees(rows, by_parts(held)) for rows, (_, held) in zip(expected, chunks, strict=True)):
             return count
     return 0 if all(agrees(elements, by_parts(held)) for _, held in chunks) else None
@@ -160,4 +161,4 @@ def by_parts(tensor: Tensor) -> Tensor:
 
 def real_elements(tensor: Tensor) -> Tensor:
     """Return the elements of a tensor in float64; a complex one becomes its real and imaginary parts, side by side."""
-    return by_parts(tensor).to(torch.float64)
+    return as_result(by_parts(tensor))

@@ -81,6 +81,16 @@ def _plain_float32() -> Iterator[None]:
 
 
 @contextmanager
+def _kept_random_state(device: torch.device) -> Iterator[None]:
+    """Put the random state of torch, on the CPU and on a device, back."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        if device.type == "mps":
+            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        yield
+
+
+@contextmanager
 def isolated_evaluation(device: torch.device, dtype: torch.dtype = torch.float64) -> Iterator[None]:
     """Evaluate in float64 or float32 with gradients, and put every global state back, also when the body raises.
 
@@ -98,7 +108,7 @@ def isolated_evaluation(device: torch.device, dtype: torch.dtype = torch.float64
     default_dtype = torch.get_default_dtype()
     attention_fastpath = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(_kept_random_state(device))
         stack.callback(random.setstate, python_state)
         stack.callback(np.random.set_state, numpy_state)
         stack.enter_context(torch.inference_mode(mode=False))

@@ -160,10 +160,12 @@ def _check_tensors(module: nn.Module) -> None:
             )
 
 
-def device_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module, dtype: torch.dtype = torch.float64) -> torch.device:
     """Return the device on which a module is measured.
 
     Args:
         module: The module.
+        dtype: The floating point type in which it is run; the CPU runs float64 where the module's device has none.
     """
-    return float64_device(next((parameter.device for parameter in module.parameters()), torch.device("cpu")))
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    return float64_device(device) if dtype == torch.float64 else device

@@ -16,7 +16,7 @@ from lightning_basin.network.rounding import agreement_rtol, in_other_precision
 from lightning_basin.network.runs import outputs_of_full_chunks
 from lightning_basin.network.trace import Trace
 from lightning_basin.probe import Probe
-from lightning_basin.tensors import dense_form, described, tensors_of
+from lightning_basin.tensors import as_result, dense_form, described, tensors_of
 
 _NOISE_MARGIN = 32
 """Factor between the rounding seen in one evaluation in another precision, and the largest rounding of an output."""
@@ -136,7 +136,7 @@ def _output_rounding(network: Network, probe: Probe, outputs: Tensor) -> Tensor:
     try:
         other, probe = in_other_precision(network, probe)
         with torch.no_grad():
-            errors = (other.outputs(probe).to(torch.float64) - outputs).abs()
+            errors = (as_result(other.outputs(probe)) - as_result(outputs)).abs().to(outputs)
     except (TypeError, ValueError):
         return torch.zeros_like(outputs)
     scale = min(1.0, torch.finfo(network.dtype).eps / torch.finfo(other.dtype).eps)

@@ -42,11 +42,17 @@ def _value(operand: Any, *, copy: bool = False) -> Any:
     return operand.detach().clone() if copy else operand.detach()
 
 
+def _beside(derivative: Tensor, operand: Any) -> Any:
+    """A number, or a tensor on the device and in the type of a derivative, which may be others than the network's."""
+    # In two steps: torch converts on the device that a tensor comes from.
+    return operand.to(derivative.device).to(derivative.dtype) if isinstance(operand, Tensor) else operand
+
+
 def _mul(call: Call, left: Any, right: Any, *, in_place: bool = False) -> Sequence[Use]:
     axes, first, second = _num_axes(left, right), _value(left, copy=in_place), _value(right, copy=in_place)
-    return call.elementwise(left, axes, lambda derivative: derivative * second) or call.elementwise(
-        right, axes, lambda derivative: derivative * first
-    )
+    return call.elementwise(
+        left, axes, lambda derivative: derivative * _beside(derivative, second)
+    ) or call.elementwise(right, axes, lambda derivative: derivative * _beside(derivative, first))
 
 
 def _add(call: Call, left: Any, right: Any, *, alpha: float = 1) -> Sequence[Use]:
@@ -62,14 +68,16 @@ def _sub(call: Call, left: Any, right: Any, *, alpha: float = 1) -> Sequence[Use
 
 def _div(call: Call, left: Any, right: Any, *, in_place: bool = False) -> Sequence[Use]:
     axes, numerator, divisor = _num_axes(left, right), _value(left, copy=in_place), _value(right)
-    return call.elementwise(left, axes, lambda derivative: derivative / divisor) or call.elementwise(
-        right, axes, lambda derivative: -derivative * numerator / divisor**2
+    return call.elementwise(
+        left, axes, lambda derivative: derivative / _beside(derivative, divisor)
+    ) or call.elementwise(
+        right, axes, lambda derivative: -derivative * _beside(derivative, numerator) / _beside(derivative, divisor) ** 2
     )
 
 
 def _prelu(call: Call, inputs: Tensor, weight: Tensor) -> Sequence[Use]:
     negative = inputs.detach().clamp(max=0)
-    return call.elementwise(weight, inputs.ndim, lambda derivative: derivative * negative)
+    return call.elementwise(weight, inputs.ndim, lambda derivative: derivative * _beside(derivative, negative))
 
 
 def _layer_norm(
@@ -132,7 +140,9 @@ def _scale_and_shift(
 ) -> Sequence[Use]:
     """The uses of a normalization, whose weight scales what ``normalized`` returns."""
     return [
-        *call.elementwise(weight, num_axes, lambda derivative: derivative * normalized(), axis=axis),
+        *call.elementwise(
+            weight, num_axes, lambda derivative: derivative * _beside(derivative, normalized()), axis=axis
+        ),
         *call.elementwise(bias, num_axes, lambda derivative: derivative, axis=axis),
     ]
 

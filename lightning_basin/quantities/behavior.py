@@ -1,10 +1,10 @@
 """Which functions of the outputs are measured: directions of them, or probabilities."""
 
-import torch
 from torch import Generator, Tensor
 
 from lightning_basin.evaluation import Evaluation
 from lightning_basin.functional.softmax import softmax_jacobian
+from lightning_basin.tensors import as_result
 
 
 def behavior_jacobian(evaluation: Evaluation) -> Tensor | None:
@@ -21,7 +21,7 @@ def behavior_jacobian(evaluation: Evaluation) -> Tensor | None:
             f"behavior='probabilities' needs outputs with at least two classes along their second axis, got shape "
             f"{tuple(shape)}: pass behavior=lambda module, inputs: ... that returns the probabilities"
         )
-    return softmax_jacobian(evaluation.trace.outputs.to(torch.float64))
+    return softmax_jacobian(as_result(evaluation.trace.outputs))
 
 
 def project_outputs(evaluation: Evaluation, generator: Generator) -> bool:

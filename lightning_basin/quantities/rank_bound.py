@@ -29,6 +29,7 @@ from lightning_basin.functional.reading import read_together
 from lightning_basin.network.rounding import agreement_rtol
 from lightning_basin.network.runs import Chunk, ProbeRuns
 from lightning_basin.quantities.activations import LayerActivations, distinct_activations
+from lightning_basin.tensors import as_result, float64_device
 
 _MAX_SIGNAL_ELEMENTS = 2**24  # most float64 elements in the signals of a passage: 128 MiB
 _NUM_COMBINATIONS = 3  # random combinations of all rows that show whether merged inputs have the same gradients
@@ -174,23 +175,24 @@ def merging_error(runs: ProbeRuns, classes: Tensor, is_before: Sequence[bool], p
     before = [parameter for parameter, is_used in marked if is_used]
     behind = [parameter for parameter, is_used in marked if not is_used]
     outputs = network.rows(runs.full_trace.outputs)
-    shape = (_NUM_COMBINATIONS, *outputs.shape)
-    combinations = torch.randn(shape, generator=generator, dtype=torch.float64).to(outputs.device)
-    classes = classes.to(outputs.device)
+    shape, device = (_NUM_COMBINATIONS, *outputs.shape), float64_device(outputs.device)
+    combinations = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+    classes = classes.to(device)
     deviations = [weights - class_means(weights, classes) for weights in combinations]
     signals = None if passage is None else passage.signals - class_means(passage.signals, classes)
     norms = []
     for weights, deviation in zip(
         combinations, deviations, strict=True
-    ):  # One by one: each has the size of the network.
+    ):  # One by one: each is as large as the network.
         errors: list[Tensor] = []
         for chunk in runs.chunks():
-            rows, indices = network.rows(chunk.trace.outputs), chunk.indices.to(outputs.device)
+            rows, indices = network.rows(chunk.trace.outputs), chunk.indices.to(device)
             terms = [_combined_gradient(rows, behind, deviation[indices])]
             if passage is not None and signals is not None:
                 left = chunk.trace.leaving[passage.name][0]
                 combined = torch.einsum("kc,kcu->ku", weights[indices], signals[indices])
                 terms.append(_combined_gradient(left, before, combined.view_as(left)))
+            terms = [as_result(term) for term in terms]
             errors = [error.add_(term) for error, term in zip(errors, terms, strict=True)] if errors else terms
         norms.append(torch.stack(torch._foreach_norm(errors)).norm())
     return float(torch.stack(norms).max())
@@ -248,7 +250,7 @@ def _signals(rows: Tensor, left: Tensor) -> Tensor:
         torch.autograd.grad(column.sum(), left, retain_graph=True, materialize_grads=True)[0]
         for column in rows.unbind(1)
     ]
-    return torch.stack(derivatives, 1).reshape(*rows.shape, -1).to(torch.float64)
+    return as_result(torch.stack(derivatives, 1).reshape(*rows.shape, -1))
 
 
 def _linear_inputs(
@@ -260,11 +262,11 @@ def _linear_inputs(
         return None
     if {id(parameter) for parameter in before} - {id(layer.bias)} != {id(layer.weight)}:
         return None
-    rows, inputs = evaluation.network.rows(chunk.trace.outputs), entering[0].detach().to(torch.float64)
+    rows, inputs = evaluation.network.rows(chunk.trace.outputs), as_result(entering[0].detach())
     generator = Generator().manual_seed(0)
-    weights = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
-    expected = _combined_gradient(rows, [layer.weight], weights).view_as(layer.weight)
-    product = (weights.unsqueeze(2) * signals).sum(1).mT @ inputs
+    weights = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+    expected = as_result(_combined_gradient(rows, [layer.weight], weights).view_as(layer.weight))
+    product = (weights.to(signals).unsqueeze(2) * signals).sum(1).mT @ inputs
     tolerance = agreement_rtol(evaluation.network.dtype) * expected.abs().max()
     return inputs if bool(((product - expected).abs() <= tolerance).all()) else None
 

@@ -1,6 +1,7 @@
 """Ranks of the behavioral gradients of layers, blocks and the network."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -17,7 +18,14 @@ from lightning_basin.functional.certificates import (
 from lightning_basin.functional.duplicates import duplicated_activations
 from lightning_basin.functional.gradients import LayerGradients, gram_of
 from lightning_basin.functional.gram import GramMatrix
-from lightning_basin.functional.rank import EPSILON, GradientRank, Spectrum, gradient_rank, log_det_gram
+from lightning_basin.functional.rank import (
+    EPSILON,
+    GradientRank,
+    Spectrum,
+    gradient_rank,
+    log_det_gram,
+    resolved_tolerances,
+)
 from lightning_basin.functional.spectrum import SpectrumAccumulator
 from lightning_basin.gradients.check import AutogradCheck
 from lightning_basin.gradients.layers import layer_gradients
@@ -28,6 +36,7 @@ from lightning_basin.quantities.behavior import behavior_jacobian
 from lightning_basin.quantities.hessian.measurement import HessianMeasurement
 from lightning_basin.quantities.scopes import Scope
 from lightning_basin.stages import StageClock
+from lightning_basin.tensors import as_result
 
 _NUM_TRIED = 2  # layers, from the last, whose gradients may show that all rows of the network are independent
 
@@ -78,12 +87,7 @@ class RankMeasurement:
         }
         self._dependent: set[Scope] = set()  # Scopes whose Gram matrix has been tried in vain.
         # The check knows the norm of the outputs' gradients alone; and inputs with equal outputs are often merged ones.
-        self._may_be_independent = (
-            not needs_spectra
-            and behavior_is_outputs
-            and self._epsilon == EPSILON
-            and _are_distinct(runs.full_trace.outputs)
-        )
+        self._may_be_independent = not needs_spectra and behavior_is_outputs and _are_distinct(runs.full_trace.outputs)
         # In float32 the Gram matrix decides: what it does not resolve is rounding.
         self._needs_grams = needs_spectra or self._may_be_independent or self._epsilon > EPSILON
 
@@ -125,7 +129,8 @@ class RankMeasurement:
 
     def add(self, layer: Layer, gradients: LayerGradients) -> None:
         """Take the gradients with respect to the next layer into account."""
-        self._try_few_columns(self._open_with(layer), gradients)
+        if self._epsilon == EPSILON:  # At the tolerances of float32 few columns of one layer hardly ever decide.
+            self._try_few_columns(self._open_with(layer), gradients)
         scopes = self._open_with(layer)
         gram = cache(partial(gram_of, gradients)) if self._needs_grams and len(scopes) > 1 else None
         if gram is not None:
@@ -180,8 +185,8 @@ class RankMeasurement:
         for scope in scopes:
             norm = None if scope in complete else self._check.norm(scope.layers)
             if rank := rows.rank(rtol=self._rtol_of(scope), epsilon=self._epsilon, norm=norm):
-                self._ranks[scope] = rank
-                del self._open[scope]
+                resolved = resolved_tolerances(self._open.pop(scope).default_rtol, self._epsilon)
+                self._ranks[scope] = replace(rank, at={rtol: rank.at[rtol] for rtol in resolved if rtol in rank.at})
 
     def _rtol_of(self, scope: Scope) -> float:
         return self._open[scope].default_rtol if self._rtol is None else self._rtol
@@ -207,7 +212,7 @@ class RankMeasurement:
 
 def _are_distinct(outputs: Tensor) -> bool:
     """Whether no two inputs have equal outputs."""
-    return duplicated_activations(outputs, rtol=0.0) == 0
+    return duplicated_activations(as_result(outputs), rtol=0.0) == 0
 
 
 def measure_ranks(

@@ -11,6 +11,7 @@ from lightning_basin.network.network import Network
 from lightning_basin.network.rounding import agreement_rtol
 from lightning_basin.probe import Probe
 from lightning_basin.quantities.activations import layer_activations
+from lightning_basin.tensors import as_result
 
 _EVALUATED_ELEMENTS = 2**25  # most float64 elements in the activations that are evaluated at once: 256 MiB
 _HELD_ELEMENTS = 2**26  # most float64 elements in the activations that the searches of all layers hold: 512 MiB
@@ -78,4 +79,4 @@ class _ActivationStream:
             for name, layer in layers.items()
             if layer.entering is not None
         }
-        return activations | {None: (trace.outputs[:size].unsqueeze(-1).flatten(1), None)}
+        return activations | {None: (as_result(trace.outputs[:size].unsqueeze(-1).flatten(1)), None)}

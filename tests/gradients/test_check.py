@@ -1,11 +1,24 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_basin import measure_basin
+from lightning_basin.functional.factored import DenseGradients
 from lightning_basin.gradients import check
-from tests.networks import Composed, drawn, filled
+from lightning_basin.gradients.check import AutogradCheck
+from lightning_basin.gradients.layers import layer_gradients
+from lightning_basin.measure import measure
+from lightning_basin.network.network import Network
+from lightning_basin.network.runs import ProbeRuns
+from lightning_basin.operations.uses import ElementwiseUse, ProductUse
+from lightning_basin.probe import Probe
+from lightning_basin.settings import Settings
+from lightning_basin.structure import StructureCache
+from tests.counting import Dispatched
+from tests.networks import Composed, built, drawn, drawn32, filled, generator_of
 
 
 def attention(m, x):
@@ -163,3 +176,159 @@ def test_coupling_is_not_taken_for_cancellation():
     )
     with pytest.raises(ValueError, match="each output must depend on its own input only"):
         measure_basin(module, drawn(8, 2, 3) * 100 + 1.7e9)
+
+
+class Deep(nn.Module):
+    """A hundred layers of 16 units whose gradients grow by a tenth in each, so that those of the last layers are weak.
+
+    In float32 the rounding of backward passes through so many layers exceeds that of a sum over the rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(100))
+        self.head = nn.Linear(16, 2)
+        for layer in self.layers:
+            nn.init.orthogonal_(layer.weight)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = (1.1 * layer(x)).tanh()
+        return self.head(x)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.mixed, self.after, self.wide, self.narrow = (
+            *(nn.LayerNorm(16), nn.MultiheadAttention(16, 4, batch_first=True), nn.LayerNorm(16)),
+            *(nn.Linear(16, 64), nn.Linear(64, 16)),
+        )
+
+    def forward(self, x):
+        y = self.before(x)
+        x = x + self.mixed(y, y, y, need_weights=False)[0]
+        return x + self.narrow(F.gelu(self.wide(self.after(x))))
+
+
+def transformer():
+    parts = {f"block{index}": Block() for index in range(12)}
+
+    def forward(m, tokens):
+        x = m.table(tokens)
+        for name in parts:
+            x = getattr(m, name)(x)
+        return m.head(x[:, -1])
+
+    return Composed(forward, table=nn.Embedding(20, 16), head=nn.Linear(16, 2), **parts)
+
+
+def residual():
+    parts = {f"layer{index}": nn.Linear(16, 16) for index in range(50)}
+
+    def forward(m, x):
+        for name in parts:
+            x = x + F.relu(getattr(m, name)(x)) / 4
+        return m.head(x)
+
+    return Composed(forward, head=nn.Linear(16, 2), **parts)
+
+
+def recurrent():
+    return Composed(
+        lambda m, x: m.head(m.cells(x)[0][:, -1]),
+        cells=nn.LSTM(16, 12, num_layers=2, batch_first=True),
+        head=nn.Linear(12, 2),
+    )
+
+
+DEEP = {
+    "tanh": (Deep, lambda: drawn32(3, 16)),
+    "transformer": (transformer, lambda: torch.randint(20, (4, 6), generator=generator_of())),
+    "residual": (residual, lambda: drawn32(6, 16)),
+    "recurrent": (recurrent, lambda: drawn32(3, 40, 16)),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", DEEP)
+def test_no_layer_of_a_deep_network_falls_to_dense_rows_for_rounding(name, seed):
+    build, inputs = DEEP[name]
+    record = measure_basin(built(build, seed), inputs(), dtype="float32")
+    assert not [note for note in record.notes if "row by row" in note]
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_float32_asks_a_device_for_what_float64_does_and_casts(name):
+    build, inputs = DEEP[name]
+    module, probe, counts = built(build), Probe(inputs()), {}
+    for dtype in ("float64", "float32"):
+        cache, settings = StructureCache(), Settings(layers=[], hessian=False, dtype=dtype)
+        measure(module, probe, settings, cache=cache)
+        with Dispatched() as counts[dtype]:
+            measure(module, probe, settings, cache=cache)
+    assert counts["float32"].waits <= counts["float64"].waits
+    assert counts["float32"].count <= 1.1 * counts["float64"].count
+
+
+def deep_runs():
+    return ProbeRuns(Network(built(Deep, seed=3).eval(), dtype=torch.float32), Probe(drawn32(3, 16)))
+
+
+def confirmed(runs, change=lambda gradients: gradients):
+    """The names of the layers whose structured gradients are confirmed."""
+    structured = AutogradCheck(runs, generator_of())
+    found = {gradients.layer: gradients for gradients in layer_gradients(runs, structured)}
+    changed = {layer: change(gradients.gradients) for layer, gradients in found.items() if gradients.structured}
+    return {layer.name for layer in structured.confirm(changed, structured=True, notes={})}
+
+
+def test_rounding_is_measured_in_a_deep_network(monkeypatch):
+    runs, names = deep_runs(), []
+
+    def noted(network, chunk, layers, *args):
+        names.extend(layer.name for layer in layers)
+        return compared(network, chunk, layers, *args)
+
+    compared = check.compare_backward_passes
+    monkeypatch.setattr(check, "compare_backward_passes", noted)
+    assert len(confirmed(runs)) == 101
+    assert names  # Otherwise nothing below is about depth.
+
+
+FAULTS = {
+    "dropped": lambda use: None,
+    "scaled": lambda use: (
+        replace(use, arrange=lambda derivative: (1 + 1e-3) * use.arrange(derivative))
+        if isinstance(use, ProductUse)
+        else replace(use, contributions=lambda derivative: (1 + 1e-3) * use.contributions(derivative), shifts=None)
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("kind", [ProductUse, ElementwiseUse])
+@pytest.mark.parametrize("name", ["layers.0", "layers.50", "layers.99", "head"])
+def test_a_fault_in_a_use_is_found_in_a_deep_network(name, kind, fault):
+    runs = deep_runs()
+    uses = runs.full_trace.operations.uses
+    (at,) = (
+        index
+        for index, use in enumerate(uses)
+        if isinstance(use, kind) and (use.source.name or "").rpartition(".")[0] == name
+    )
+    uses[at : at + 1] = [changed] if (changed := FAULTS[fault](uses[at])) is not None else []
+    structured = AutogradCheck(runs, generator_of())
+    found = {gradients.layer.name: gradients for gradients in layer_gradients(runs, structured)}
+    assert {layer for layer, gradients in found.items() if not gradients.structured} == {name}
+
+
+def test_a_fault_in_output_gradients_is_found_in_a_deep_network():
+    runs, generator = deep_runs(), generator_of(5)
+
+    def moved(gradients):
+        rows = gradients.rows()
+        noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
+        return DenseGradients(rows + 1e-3 * noise * rows.norm() / noise.norm())
+
+    assert confirmed(runs, moved) == set()

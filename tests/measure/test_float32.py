@@ -1,17 +1,20 @@
 """Evaluated in float32 the integers are the same, as far as float32 can tell: and the record says how far that is."""
 
+import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_basin import BasinMonitor, measure_basin
-from lightning_basin.measure import check_measurable
+from lightning_basin.measure import check_measurable, measure
 from lightning_basin.network.rounding import rounding_rtol
 from lightning_basin.probe import Probe
 from lightning_basin.settings import Settings
+from lightning_basin.tensors import tensors_of
 from tests import models
 from tests.exact import exact_rank, jacobian
 from tests.layer_types import TYPES, integer_case, trained_case
@@ -211,11 +214,33 @@ def test_the_note_says_what_counts_as_zero():
     )
 
 
-def test_float64_is_the_default_and_has_no_note():
+def test_float64_is_the_default_on_a_cpu_and_has_no_note():
     module, inputs = built(lambda: perceptron(6, 8, 4)), drawn32(20, 6)
     default, named = measure_basin(module, inputs), measure_basin(module, inputs, dtype="float64")
     assert default.notes == named.notes == ()
+    assert default.dtype == "float64"
     assert without_time(default) == without_time(named)
+
+
+def test_a_record_says_that_float32_was_taken_and_what_measures_the_hessian():
+    module, inputs, targets = built(lambda: perceptron(6, 8, 4)), drawn32(20, 6), drawn32(20, 4, seed=1)
+    asked = {"loss_fn": nn.MSELoss()}
+    taken = measure(module, Probe(inputs, targets), Settings(taken_dtype="float32", **asked))  # As on a slow device.
+    named = measure_basin(module, inputs, targets, dtype="float32", **asked)
+    (note,) = set(taken.notes) - set(named.notes)
+    assert note.startswith("dtype='auto' took float32")
+    assert "pass dtype='float64' to measure the Hessian too" in note
+    assert taken.dtype == named.dtype == "float32"
+    assert without_time(taken) | {"notes": ()} == without_time(named) | {"notes": ()}
+
+
+def test_full_rank_is_proved_by_the_last_layers_in_float32_too():
+    module, inputs = built(lambda: perceptron(20, 300, 300, 2)), drawn32(40, 20)
+    low, high = (
+        measure_basin(module, inputs, layers=[], spectrum=False, dtype=dtype) for dtype in ("float32", "float64")
+    )
+    assert (low.gradient_rank, low.gradient_method) == (high.gradient_rank, high.gradient_method) == (80, "cholesky")
+    assert set(low.gradient_rank_at) <= {1e-4, 1e-2}
 
 
 @pytest.mark.parametrize("spectrum", [True, False])
@@ -371,3 +396,46 @@ def test_a_gpu_measures_all_quantities(spectrum):
     assert ranks(on_gpu) == ranks(on_cpu)
     assert on_gpu.hessian_nullity_upper == on_cpu.hessian_nullity_upper
     assert on_gpu.train_duplicated_activations == on_cpu.train_duplicated_activations
+
+
+class TwoDevices(TorchDispatchMode):
+    """Sees float32 as the tensors of a device without float64, and float64 as those of the CPU.
+
+    It notes where an operation takes tensors of both, and where one is converted outside of the functions that bring
+    it to the other device. Numbers that the mathematics draws in float32 are on the CPU from the start.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.faults = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        before = {tensor.dtype for tensor in tensors_of((args, kwargs))} & {torch.float32, torch.float64}
+        is_moved = name in ("aten::_to_copy", "aten::copy_")
+        is_raised = is_moved and before == {torch.float32} and result.dtype == torch.float64
+        if (len(before) == 2 and not is_moved) or is_raised:
+            frame = sys._getframe()
+            while frame is not None and "/lightning_basin/" not in frame.f_code.co_filename:
+                frame = frame.f_back
+            place = "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_code.co_name}"
+            if not is_raised or not (
+                place.endswith((":as_result", ":as_dtype", ":_beside")) or "/functional/" in place
+            ):
+                self.faults.add(f"{name} in {place}")
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"spectrum": False}, {"layers": []}, {"behavior": "probabilities"}], ids=str)
+@pytest.mark.parametrize("name", ["perceptron", "convolutional", "normalised", "merging"])
+def test_what_leaves_a_network_of_a_device_without_float64_passes_one_function(name, options):
+    module, inputs = {
+        "perceptron": (built(lambda: perceptron(6, 8, 4)), drawn32(20, 6)),
+        "convolutional": (built(convolutional), images(6)),
+        "normalised": (built(lambda: nn.Sequential(weight_normalised(), nn.LayerNorm(3))), drawn32(8, 4)),
+        "merging": (built(lambda: nearly_merging(30.0)), drawn32(4, 2).repeat(2, 1)),
+    }[name]
+    with TwoDevices() as devices:
+        measure_basin(module, inputs, duplicates_over=[inputs], dtype="float32", **options)
+    assert devices.faults == set()

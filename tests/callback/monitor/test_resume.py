@@ -278,11 +278,36 @@ def test_settings_that_change_the_numbers_are_said_on_resuming(tmp_path):
 
 def test_another_precision_is_said_on_resuming(tmp_path):
     saved_run(tmp_path, BasinMonitor(probe=20))
-    with pytest.warns(UserWarning, match="measured with dtype='float64', it goes on with 'float32': its curves may"):
+    with pytest.warns(UserWarning, match="measured with dtype='auto', it goes on with 'float32': its curves may"):
         monitor = resumed_run(tmp_path, BasinMonitor(probe=20, dtype="float32"))
     kept, new = monitor.records[:-1], monitor.records[-1]
     assert all(record.notes == () for record in kept)
     assert "evaluated in float32" in new.notes[-1]
+
+
+def test_a_resumed_run_keeps_the_precision_that_was_taken(tmp_path):
+    saved_run(tmp_path, BasinMonitor(probe=20, dtype="float32"))
+    path = tmp_path / "saved.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = (state for key, state in checkpoint["callbacks"].items() if "BasinMonitor" in key)
+    state["settings"]["dtype"] = "auto"  # As of a run on a device that is slow in float64.
+    torch.save(checkpoint, path)
+    monitor = resumed_run(tmp_path, BasinMonitor(probe=20))
+    assert {record.dtype for record in monitor.records} == {"float32"}
+    assert "dtype='auto' took float32" in monitor.records[-1].notes[-1]
+
+
+def test_a_run_of_a_version_without_a_choice_goes_on_in_float64_and_nothing_is_said(tmp_path, recwarn):
+    saved_run(tmp_path, BasinMonitor(probe=20, dtype="float64"))
+    path = tmp_path / "saved.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = (state for key, state in checkpoint["callbacks"].items() if "BasinMonitor" in key)
+    for record in state["records"]:
+        del record["dtype"]
+    torch.save(checkpoint, path)
+    monitor = resumed_run(tmp_path, BasinMonitor(probe=20))
+    assert [record.dtype for record in monitor.records][-1] == "float64"
+    assert not [warning for warning in recwarn if "dtype" in str(warning.message)]
 
 
 def test_a_monitor_says_once_what_float32_leaves_out(tmp_path, caplog):
