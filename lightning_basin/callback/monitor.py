@@ -44,8 +44,7 @@ class BasinMonitor(Arguments, BaseCallback):
         every_n_epochs_after_zero_loss: The number of epochs after the loss has reached zero; ``None`` changes nothing.
         every_n_spectra: The number of measurements from one with singular values to the next. At the others a full rank
             is proved without them, several times as fast, and effective ranks are absent.
-        layers: The layers to report: ``"auto"`` (blocks above 32 layers), ``"all"``, or names of layers, or of modules,
-            each of which is a block of the layers in it.
+        layers: The layers to report: ``"auto"`` (blocks above 32 layers), ``"all"``, or names of layers or of blocks.
         hessian: The way to the Hessian: ``"auto"`` brackets its nullity, and up to 500 parameters forms it; ``"dense"``
             always, ``"bracket"`` never; ``"gauss-newton"`` measures its Gauss-Newton part only, ``False`` nothing.
         zero_loss_threshold: The largest magnitude of the loss on the probe that counts as zero.
