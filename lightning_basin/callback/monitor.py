@@ -40,7 +40,7 @@ class BasinMonitor(Arguments, BaseCallback):
         every_n_train_steps: The number of optimizer steps from one measurement to the next, instead of epochs.
         every_n_epochs_after_zero_loss: The number of epochs after the loss has reached zero; ``None`` changes nothing.
         every_n_spectra: The number of measurements from one with singular values to the next; others are faster.
-        layers: The layers to report: ``"auto"`` (blocks above 32 layers), ``"all"``, or names of layers or modules.
+        layers: The layers to report: ``"auto"`` (blocks above 32 layers), ``"all"``, or names of layers or blocks.
         hessian: The way to the Hessian: ``"auto"`` brackets its nullity, and up to 500 parameters forms it; ``"dense"``
             always, ``"bracket"`` never; ``"gauss-newton"`` measures its Gauss-Newton part only, ``False`` nothing.
         zero_loss_threshold: The largest magnitude of the loss on the probe that counts as zero.

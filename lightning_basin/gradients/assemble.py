@@ -139,8 +139,9 @@ class _Table:
 
 
 def _rows_of(elements: Elements) -> Tensor:
+    """The rows of elements that are looked up, on the device of the gradients."""
     assert elements.rows is not None, "elements that are looked up are rows"
-    return elements.rows
+    return elements.rows.to(float64_device(elements.rows.device))
 
 
 def _is_block(uses: _JoinedUses) -> bool:
