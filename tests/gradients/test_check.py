@@ -323,6 +323,22 @@ def test_a_fault_in_a_use_is_found_in_a_deep_network(name, kind, fault):
     assert {layer for layer, gradients in found.items() if not gradients.structured} == {name}
 
 
+@pytest.mark.parametrize("name", ["layers.0", "layers.20"])
+def test_a_fault_in_a_use_below_the_rounding_of_its_depth_is_found(name):
+    # Backward passes through these layers round by 1.7e-5 and more, a sum over six rows by 1.2e-6.
+    runs = deep_runs()
+    uses = runs.full_trace.operations.uses
+    (at,) = (
+        index
+        for index, use in enumerate(uses)
+        if isinstance(use, ProductUse) and (use.source.name or "").rpartition(".")[0] == name
+    )
+    product = uses[at]
+    uses[at] = replace(product, arrange=lambda derivative: (1 + 4e-6) * product.arrange(derivative))
+    found = layer_gradients(runs, AutogradCheck(runs, generator_of()))
+    assert [gradients.layer.name for gradients in found if not gradients.structured] == [name]
+
+
 def test_a_fault_in_output_gradients_is_found_in_a_deep_network():
     runs, generator = deep_runs(), generator_of(5)
 
