@@ -268,7 +268,8 @@ def test_float32_asks_a_device_for_what_float64_does_and_casts(name):
         with Dispatched() as counts[dtype]:
             measure(module, probe, settings, cache=cache)
     assert counts["float32"].waits <= counts["float64"].waits
-    assert counts["float32"].count <= 1.1 * counts["float64"].count
+    # Casts, and a second search for duplicates where float32 cannot tell equal from near: 2 to 12 % when written.
+    assert counts["float32"].count <= 1.15 * counts["float64"].count
 
 
 def deep_runs():
