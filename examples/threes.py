@@ -117,7 +117,7 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    print(f"Asking {NUM_IMAGES} digits whether they are a 3, for {options.max_steps:,} steps; half a minute ...")
+    print(f"Asking {NUM_IMAGES} digits whether they are a 3, for {options.max_steps:,} steps; about a minute ...")
     started = time.perf_counter()
     trainer.fit(IsItAThree(), DataLoader(TensorDataset(images, is_three), batch_size=NUM_IMAGES))
     seconds = time.perf_counter() - started
