@@ -30,7 +30,7 @@ from tests.networks import drawn32
             ValueError,
             "behavior must be a function .*, 'outputs' or 'probabilities', got 'logits'",
         ),
-        ({"layers": ["0", "1"]}, ValueError, r"layers must be among \['0', '2'\], got \['1'\]"),
+        ({"layers": ["0", "1"]}, ValueError, r"layers must be among \['0', '2'\] or hold some of these, got \['1'\]"),
         ({"layers": "some"}, ValueError, "layers must be 'auto', 'all' or a list of names of layers, got 'some'"),
     ],
     ids=[
