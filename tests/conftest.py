@@ -27,3 +27,14 @@ def one_thread(request):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(autouse=True)
+def no_figures(request, monkeypatch):
+    """Leave out report and figures, which take a second each, where a test does not look at them."""
+    if request.node.get_closest_marker("fits") is None or request.node.get_closest_marker("figures") is not None:
+        return
+    from lightning_basin import BasinMonitor
+
+    for argument in ("report", "figures"):
+        monkeypatch.setitem(BasinMonitor.__init__.__kwdefaults__, name=argument, value=False)

@@ -12,7 +12,7 @@ from tests.callback.monitor.modules import events_of
 from tests.lightning_packages import CSVLogger, TensorBoardLogger
 from tests.training import Regressor, loader, make_trainer
 
-pytestmark = pytest.mark.fits
+pytestmark = [pytest.mark.fits, pytest.mark.figures]
 
 
 def fit(root, monitor, logger=None, **options):

@@ -28,7 +28,7 @@ from tests.training import (
     steps,
 )
 
-pytestmark = pytest.mark.fits
+pytestmark = [pytest.mark.fits, pytest.mark.figures]
 
 
 @pytest.mark.parametrize("hessian", ["auto", "bracket"])

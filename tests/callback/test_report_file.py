@@ -8,6 +8,8 @@ from lightning_basin.history.page import read_page
 from tests.lightning_packages import Callback
 from tests.training import Regressor, loader, make_trainer, steps
 
+pytestmark = [pytest.mark.fits, pytest.mark.figures]
+
 
 def fit(root, *callbacks, logger_class=CSVLogger, **options):
     trainer = make_trainer(root, *callbacks, logger=logger_class(root, name="runs"), **options)
@@ -15,7 +17,6 @@ def fit(root, *callbacks, logger_class=CSVLogger, **options):
     return root / "runs" / "version_0"
 
 
-@pytest.mark.fits
 @pytest.mark.parametrize("logger_class", [CSVLogger, TensorBoardLogger])
 def test_report_of_all_records_stands_in_the_log_directory(tmp_path, logger_class):
     monitor = BasinMonitor(probe=20)
@@ -36,7 +37,6 @@ class Looks(Callback):
         self.is_there.append((Path(trainer.log_dir) / "report.html").is_file())
 
 
-@pytest.mark.fits
 def test_report_is_there_from_zero_loss_on(tmp_path):
     looks = Looks()
     # The baseline is measured at the first batch, after the callback that looks.
@@ -45,7 +45,6 @@ def test_report_is_there_from_zero_loss_on(tmp_path):
     assert read_page(folder / "report.html").zero_loss_step == 0
 
 
-@pytest.mark.fits
 def test_report_says_why_training_was_stopped(tmp_path):
     stopping = RankEarlyStopping(patience=1, after_zero_loss=False)
     folder = fit(tmp_path, BasinMonitor(probe=20), stopping, max_epochs=20)
@@ -53,7 +52,6 @@ def test_report_says_why_training_was_stopped(tmp_path):
     assert f"Training was stopped: {stopping.stopping_reason_message}" in page
 
 
-@pytest.mark.fits
 def test_report_is_written_of_a_fit_that_was_broken_off(tmp_path):
     class Fails(Regressor):
         def on_train_epoch_end(self):
@@ -65,7 +63,6 @@ def test_report_is_written_of_a_fit_that_was_broken_off(tmp_path):
     assert (tmp_path / "runs" / "version_0" / "report.html").is_file()
 
 
-@pytest.mark.fits
 @pytest.mark.parametrize(
     ("arguments", "options"), [({"report": False}, {}), ({}, {"logger": False}), ({}, {"fast_dev_run": True})]
 )
@@ -75,14 +72,12 @@ def test_no_report_is_written_where_none_is_asked_for_or_there_is_no_folder(tmp_
     assert list(tmp_path.rglob("*.html")) == []
 
 
-@pytest.mark.fits
 def test_two_monitors_have_a_report_each(tmp_path):
     folder = fit(tmp_path, BasinMonitor(probe=20), BasinMonitor(probe=7, prefix="held_out"), max_epochs=1)
     assert read_page(folder / "report.html").num_inputs == 20
     assert read_page(folder / "held_out_report.html").num_inputs == 7
 
 
-@pytest.mark.fits
 def test_a_report_that_cannot_be_written_ends_no_fit(tmp_path, caplog):
     (tmp_path / "runs" / "version_0" / "report.html").mkdir(parents=True)
     logger = CSVLogger(tmp_path, name="runs", version=0)
