@@ -1,11 +1,10 @@
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_basin import BasinMonitor, RankEarlyStopping
 from lightning_basin.history.page import read_page
-from tests.lightning_packages import Callback
+from tests.lightning_packages import Callback, CSVLogger, TensorBoardLogger
 from tests.training import Regressor, loader, make_trainer, steps
 
 pytestmark = [pytest.mark.fits, pytest.mark.figures]
