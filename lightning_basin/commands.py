@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_basin.history.comparison import QUANTITIES, final_values
+from lightning_basin.history.page import page_name
 from lightning_basin.history.sources import read_histories, read_history
 from lightning_basin.pages.findings import number_text
 from lightning_basin.pages.report import report
@@ -27,7 +28,7 @@ def report_command(arguments: Sequence[str]) -> None:
     try:
         history = read_history(options.run, prefix=options.prefix)
         folder = options.run if options.run.is_dir() else options.run.parent
-        path = report(history, options.output or folder / "report.html")
+        path = report(history, options.output or folder / page_name(options.prefix or "basin"))
     except (FileNotFoundError, ImportError, ValueError) as error:
         parser.error(str(error))
     print(path)  # noqa: T201 - this is what the command is for

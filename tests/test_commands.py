@@ -25,6 +25,14 @@ def test_report_of_a_table_goes_where_it_is_told_to(folder, tmp_path):
     assert (tmp_path / "page.html").is_file()
 
 
+def test_report_of_one_of_several_monitors_leaves_that_of_the_other(folder, capsys):
+    HistoryFile(folder / "held_out.csv").write([{"step": r.step, **r.scalars("held_out")} for r in records()])
+    (folder / "report.html").write_text("mine")
+    main(["report", str(folder / "held_out.csv"), "--prefix", "held_out"])
+    assert capsys.readouterr().out.strip() == str(folder / "held_out_report.html")
+    assert (folder / "report.html").read_text() == "mine"
+
+
 def test_run_is_printed_as_a_sentence_and_a_table(folder, capsys):
     main(["show", str(folder)])
     name, said, head, *layers = capsys.readouterr().out.strip().splitlines()

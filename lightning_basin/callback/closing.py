@@ -1,5 +1,6 @@
 """What a fit says at its end: what happened to the network, and where to look at it."""
 
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -32,4 +33,4 @@ def _places(trainer: Trainer, prefix: str, report: ReportFile) -> Iterator[str]:
     for logger in tensorboard_loggers(trainer.loggers)[:1]:
         yield f"The curves: tensorboard --logdir {logger.root_dir}"
         # Integers need no smoothing, and the network's curves come first.
-        yield f"  http://localhost:6006/?smoothing=0&tagFilter=^{escaped(prefix)}/#timeseries"
+        yield f"  http://localhost:6006/?smoothing=0&tagFilter=^{re.escape(escaped(prefix))}/#timeseries"

@@ -1,5 +1,6 @@
 """What TensorBoard shows beside the curves: a layout of them, the run in words, figures, and a dot at zero loss."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def layout_of(prefix: str, measured: Iterable[str]) -> dict[str, dict[str, list[
         >>> list(layout_of("basin", ["gradient_rank"]))
         ['basin: what happened', 'basin: layer by layer']
     """
-    start = rf"^(?:.*-)?{escaped(prefix)}"  # A logger's own prefix may stand before it.
+    start = rf"^(?:.*-)?{re.escape(escaped(prefix))}"  # A logger's own prefix may stand before it.
     happened: dict[str, list[Any]] = {
         "rank, and what merged inputs allow": ["Multiline", [rf"{start}/gradient_rank(_bound)?$"]],
         "log10 of the loss": ["Multiline", [rf"{start}/log10_loss$"]],

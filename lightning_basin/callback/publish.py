@@ -124,7 +124,8 @@ class Publisher:
             self._num_before = len(self._session.results.records)
             self._dashboard.show()
             self._report.write()
-            inform(closing_words(self._trainer, self._session, self._report))
+            if self._trainer.is_global_zero:
+                inform(closing_words(self._trainer, self._session, self._report))
         if self._lenience is not None:
             self._lenience.end()
             self._lenience = None

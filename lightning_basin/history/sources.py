@@ -30,9 +30,9 @@ def read_history(source: Source, *, name: str | None = None, prefix: str | None 
     """Read the history of one run.
 
     Args:
-        source: Records; or a table, ``*.csv`` or ``*.jsonl``; or a folder with a table or TensorBoard events. Of a
-            folder that has several, the newest table is read, else the events.
-        name: The name of the run; ``None`` takes that of the folder.
+        source: A history; records; a table, ``*.csv`` or ``*.jsonl``; a report; or a folder of these and of TensorBoard
+            events. Of a folder the report is read, else events and all tables, of which the newest counts.
+        name: The name of the run; ``None`` takes that in the report, else that of the folder. A history keeps its own.
         prefix: The prefix of the monitor's keys; ``None`` takes the only one.
 
     Raises:
@@ -48,34 +48,46 @@ def read_history(source: Source, *, name: str | None = None, prefix: str | None 
     if not path.exists():
         raise FileNotFoundError(f"source must be a table or a folder, but there is nothing at {path}")
     if path.suffix == ".html":
-        return read_page(path)
+        page = read_page(path)
+        return replace(page, name=name or page.name)
     folder = path.parent if path.is_file() else path
-    name = name or folder.resolve().name
     pages = sorted(folder.glob(f"*{PAGE}")) if path.is_dir() else []
     if not pages:
-        return _history_of_points(_points_of(path), name=name, prefix=prefix, source=path)
+        own_name = name or folder.resolve().name
+        return _history_of_points(_points_of(path), name=own_name, prefix=prefix, source=path)
     if prefix is None and len(pages) > 1:
         names = [page.name for page in pages]
         raise ValueError(f"{path} holds the reports {names} of several monitors: pass the prefix of one, or its report")
     history = read_page(pages[0] if prefix is None else folder / page_name(prefix))
+    history = replace(history, name=name or history.name)
     if not any(path.glob(_EVENTS)):
         return history
-    events = _history_of_points(_points_of_events(path), name=name, prefix=prefix, source=path)
+    events = _history_of_points(_points_of_events(path), name=history.name, prefix=prefix, source=path)
     return replace(history, logged=events.logged)
 
 
 def run_folders(folder: str | Path) -> list[Path]:
-    """Return all folders below one, and itself, in which there is something of a run to read, sorted.
+    """Return all folders below one, and itself, which hold a run, sorted.
+
+    A folder below that of a run is a part of this run: that of the single points at zero loss, for example.
 
     Args:
         folder: The folder to search.
     """
-    found = {
+    candidates = {
         path.parent
-        for pattern in (*(f"**/*{ending}" for ending in _TABLES), f"**/{_EVENTS}")
+        for pattern in (f"**/*{PAGE}", *(f"**/*{ending}" for ending in _TABLES), f"**/{_EVENTS}")
         for path in Path(folder).glob(pattern)
     }
-    return sorted(found)
+    runs: list[Path] = []
+    for candidate in sorted(candidates):
+        if not any(run in candidate.parents for run in runs) and _holds_a_run(candidate):
+            runs.append(candidate)
+    return runs
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return any(folder.glob(f"*{PAGE}")) or any(key.endswith(_RANK) for key in _points_of(folder))
 
 
 def _points_of(path: Path) -> Points:
@@ -206,11 +218,6 @@ def read_histories(sources: Source | Iterable[Source], *, prefix: str | None = N
 
 def _histories_of(source: Source, prefix: str | None) -> Iterator[History]:
     is_folder = isinstance(source, str | Path) and Path(source).is_dir()
-    folders = run_folders(str(source)) if is_folder else []
-    if folders and folders != [Path(str(source))]:
-        for folder in folders:
-            points = _points_of(folder)
-            if any(key.endswith(_RANK) for key in points):  # Not a sub-run of single points, or of another tool.
-                yield read_history(folder, prefix=prefix)
-    else:
-        yield read_history(source, prefix=prefix)
+    runs: list[Source] = [*run_folders(str(source))] if is_folder else []
+    for run in runs or [source]:
+        yield read_history(run, prefix=prefix)

@@ -42,7 +42,7 @@ class Table:
 
 
 def sentence(history: History) -> str:
-    """Say in one or two sentences what happened to the rank, when the loss was zero, and which layer merged inputs.
+    """Say in a few sentences what happened to the rank, when the loss was zero, and which layer merged inputs.
 
     Args:
         history: The run.
@@ -50,12 +50,18 @@ def sentence(history: History) -> str:
     rank = history.column("gradient_rank")
     first, last = rank[0], rank[-1]
     change = f"stayed at {last:,.0f}" if first == last else f"went from {first:,.0f} to {last:,.0f}"
+    whole = f"The rank {change} of {history.largest_rank()[-1]:,.0f} directions."
+    return " ".join([whole, *_zero_loss(history), *_merged(history)])
+
+
+def _zero_loss(history: History) -> Iterator[str]:
+    """At most one sentence: nothing where no loss was measured."""
     at_zero = history.moments.get("zero loss")
-    if at_zero is None:
-        when = f"The loss did not reach zero in {history.steps[-1]:,} steps."
-    else:
-        when = f"The loss reached zero at step {history.zero_loss_step:,}, at rank {rank[at_zero]:,.0f}."
-    return " ".join([f"The rank {change} of {history.largest_rank()[-1]:,.0f} directions.", when, *_merged(history)])
+    if at_zero is not None:
+        rank = history.column("gradient_rank")[at_zero]
+        yield f"The loss reached zero at step {history.zero_loss_step:,}, at rank {rank:,.0f}."
+    elif not np.isnan(history.column("loss")).all():
+        yield f"The loss did not reach zero in {history.steps[-1]:,} steps."
 
 
 def _merged(history: History) -> Iterator[str]:
@@ -64,10 +70,8 @@ def _merged(history: History) -> Iterator[str]:
     if merging:
         layer, count = next(iter(merging.items()))
         largest = max(merging, key=lambda name: merging[name])
-        most = "" if largest == layer else f", and {merging[largest]:,.0f} at {largest!r}"
-        yield (
-            f"The first layer that no longer distinguishes all inputs is {layer!r}: {count:,.0f} are duplicates{most}."
-        )
+        most = "" if largest == layer else f", at {largest!r}: {merging[largest]:,.0f}"
+        yield f"The first layer that no longer distinguishes all inputs is {layer!r} (duplicates: {count:,.0f}{most})."
     elif duplicates:
         yield "Every layer still distinguishes all inputs."
 
@@ -109,7 +113,8 @@ def _nullity(history: History) -> Headline:
     if not np.isnan(counted[-1]):
         return Headline(name, number_text(counted[-1]), total, "ill-defined", "nullity")
     free = number_text(history.column("gradient_nullity")[-1])
-    return Headline("directions that leave the behavior as it is, at most", free, total, "proved", "nullity")
+    name = "directions that leave the behavior as it is, at most"
+    return Headline(name, free, total, rank_knowledge(history)[-1], "nullity")
 
 
 def _way(history: History, column: Column) -> str:

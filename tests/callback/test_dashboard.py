@@ -85,6 +85,12 @@ def test_two_monitors_have_categories_of_their_own():
     assert not one.keys() & other.keys()
 
 
+def test_a_prefix_with_signs_of_expressions_is_taken_literally():
+    expression = layout_of("a.b+c", [])["a.b+c: layer by layer"]["rank of each layer"][1][0]
+    assert re.match(expression, "a.b+c_layer_gradient_rank/fc1")
+    assert not re.match(expression, "axb+c_layer_gradient_rank/fc1")
+
+
 def test_charts_match_the_keys_of_a_logger_with_a_prefix_too():
     (expressions,) = [charts[1] for charts in layout_of("basin", [])["basin: layer by layer"].values()][:1]
     assert re.match(expressions[0], "fold_1-basin_layer_gradient_rank/fc1")

@@ -120,6 +120,25 @@ def test_several_runs_are_read_from_a_folder_above_them(tmp_path):
     assert run_folders(tmp_path)[0] == tmp_path / "other" / "version_0"
 
 
+def test_points_at_zero_loss_and_folders_of_other_tools_are_no_runs(tmp_path):
+    write_events(tmp_path / "version_0")
+    write_events(tmp_path / "version_0" / "zero_loss")
+    write_bare_page(tmp_path / "report.html", history_of(records(), name="shared"))
+    other = tmp_path / "elsewhere" / "metrics.csv"
+    other.parent.mkdir()
+    other.write_text("step,loss\n0,1\n")
+    assert run_folders(tmp_path / "version_0") == [tmp_path / "version_0"]
+    assert run_folders(other.parent) == []
+    # The report makes the folder above a run, of which all below are parts.
+    assert [history.name for history in read_histories(tmp_path)] == ["shared"]
+
+
+def test_a_report_can_be_given_another_name(tmp_path):
+    write_bare_page(tmp_path / "report.html", history_of(records(), name="a run"))
+    assert read_history(tmp_path / "report.html").name == read_history(tmp_path).name == "a run"
+    assert read_history(tmp_path / "report.html", name="b").name == read_history(tmp_path, name="b").name == "b"
+
+
 def test_runs_of_one_name_are_numbered():
     assert [history.name for history in read_histories([records(), records()])] == ["run", "run (2)"]
     assert [history.name for history in read_histories(records())] == ["run"]
