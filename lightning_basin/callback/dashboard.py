@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ class Dashboard:
         if not results.records or len(results.records) == self._num_shown:
             return
         self._num_shown = len(results.records)
-        history = history_of(results.records, name="run", zero_loss_step=results.zero_loss_step)
+        history = history_of(results.records, zero_loss_step=results.zero_loss_step)
+        history = replace(history, labels=labels_of(results.probe))
         prefix = escaped(self._session.arguments.prefix)
         self._each(lambda logger: logger.experiment.add_text(f"{prefix}/summary", markdown_of(history), self._log_step))
         self._each(lambda logger: self._draw(logger, history, prefix))
@@ -70,7 +72,7 @@ class Dashboard:
     def _draw(self, logger: Any, history: History, prefix: str) -> None:
         from lightning_basin.figures.images import images_of  # Loading matplotlib takes half a second.
 
-        for name, image in images_of(history, labels_of(self._session.results.probe)).items():
+        for name, image in images_of(history).items():
             logger.experiment.add_image(f"{prefix}_figures/{name}", image, self._log_step, dataformats="HWC")
 
     def _each(self, write: Callable[[Any], None]) -> None:

@@ -1,6 +1,6 @@
 """Labels of the inputs of a probe, by which figures sort and colour them."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ MAX_LABELS = 12
 """The largest number of different targets that are labels of inputs: more cannot be told apart by colour."""
 
 
-def labels_of(probe: Probe | None) -> Sequence[Hashable] | None:
+def labels_of(probe: Probe | None) -> Sequence[float | str] | None:
     """Return the target of each input as a label, where targets are few numbers; ``None`` elsewhere.
 
     Args:

@@ -1,6 +1,6 @@
 """Figures as images: small ones with large letters, which can be read as thumbnails."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,12 +17,11 @@ _SIZE, _DPI = (5.6, 3.6), 110
 """Inches, and pixels for each of them."""
 
 
-def images_of(history: History, labels: Sequence[Hashable] | None = None) -> dict[str, NDArray[np.uint8]]:
+def images_of(history: History) -> dict[str, NDArray[np.uint8]]:
     """Draw the figures for which a run has values, as images by name.
 
     Args:
         history: The run.
-        labels: A label for each input of the probe, by which the merge tree is sorted and coloured.
 
     Returns:
         Images of red, green and blue, shape ``(height, width, 3)``; names sort in the order of reading.
@@ -34,7 +33,7 @@ def images_of(history: History, labels: Sequence[Hashable] | None = None) -> dic
         draw["3_lost_rank_by_layer"] = lambda ax: plot_layers(history, ax)
         draw["4_duplicates_by_layer"] = lambda ax: plot_layers(history, ax, quantity="duplicated_activations")
     if history.merged_inputs and history.merged_inputs[-1]:
-        draw["5_merges"] = lambda ax: plot_merges(history, ax, labels=labels)
+        draw["5_merges"] = lambda ax: plot_merges(history, ax)
     return {name: image_of(function) for name, function in draw.items()}
 
 

@@ -48,6 +48,7 @@ def plot_merges(
         ax: The axes; ``None`` makes a new figure.
         step: The optimizer step of the measurement; ``None`` takes the last one.
         labels: A label for each input of the probe, by which lines are sorted and coloured: its class, for example.
+            ``None`` takes those of the source.
 
     Raises:
         FileNotFoundError: If there is nothing at the path.
@@ -58,6 +59,7 @@ def plot_merges(
     merged = history.merged_inputs[index] if index < len(history.merged_inputs) else None
     if merged is None or history.num_inputs is None:
         raise ValueError(f"the run {history.name!r} does not say which inputs merged: pass records or a log directory")
+    labels = history.labels if labels is None else labels
     if labels is not None and len(labels) != history.num_inputs:
         raise ValueError(f"labels must be one for each of {history.num_inputs} inputs, got {len(labels)}")
     stages = merge_stages(merged, list(history.layers), history.num_inputs)

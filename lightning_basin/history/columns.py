@@ -45,6 +45,8 @@ class History:
         merged_inputs: The merged inputs of each measurement; ``None`` where the source does not say them.
         num_inputs: The number of inputs of the probe; ``None`` where the source does not say it.
         is_projected: Whether ranks are lower bounds, because only random combinations of outputs were measured.
+        labels: A number or a text for each input of the probe, its class for example; ``None`` where nobody gave them.
+        stopped: Why training was stopped; ``None`` where it ended by itself, or the source does not say it.
         logged: What else the run has logged, by key.
     """
 
@@ -56,6 +58,8 @@ class History:
     merged_inputs: Sequence[tuple[MergedInput, ...] | None] = ()
     num_inputs: int | None = None
     is_projected: bool = False
+    labels: Sequence[float | str] | None = None
+    stopped: str | None = None
     logged: Mapping[str, Logged] = field(default_factory=dict)
 
     @property
@@ -105,6 +109,8 @@ class History:
             "zero_loss_step": self.zero_loss_step,
             "num_inputs": self.num_inputs,
             "is_projected": self.is_projected,
+            "labels": None if self.labels is None else list(self.labels),
+            "stopped": self.stopped,
             "network": _plain(self.network),
             "layers": {layer: _plain(columns) for layer, columns in self.layers.items()},
             "merged_inputs": repeated,
@@ -137,6 +143,8 @@ class History:
             merged_inputs=tuple(merged),
             num_inputs=plain["num_inputs"],
             is_projected=plain["is_projected"],
+            labels=plain["labels"],
+            stopped=plain["stopped"],
         )
 
     def num_parameters(self, layer: str | None = None) -> Column:

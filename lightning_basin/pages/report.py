@@ -1,10 +1,11 @@
 """``report.html``: a run on one page, which needs no server and nothing from elsewhere."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment
 
@@ -20,7 +21,7 @@ def report(
     *,
     name: str | None = None,
     zero_loss_step: int | None = None,
-    labels: Sequence[Hashable] | None = None,
+    labels: Sequence[float | str] | None = None,
     stopped: str | None = None,
 ) -> Path:
     """Write the report of a run.
@@ -31,8 +32,9 @@ def report(
         name: The name of the run; ``None`` takes that of the log directory.
         zero_loss_step: The step at which the loss had reached zero, which records do not say; ``None`` leaves it as the
             source says.
-        labels: A label for each input of the probe, by which the merge tree is sorted and coloured.
-        stopped: Why training was stopped; ``None`` where it ended by itself.
+        labels: A number or a text for each input of the probe, by which the merge tree is sorted and coloured; ``None``
+            leaves them as the source says.
+        stopped: Why training was stopped; ``None`` leaves it as the source says.
 
     Returns:
         The path of the page.
@@ -43,24 +45,22 @@ def report(
         ValueError: If the source holds nothing of a monitor.
     """
     history = read_history(source, name=name)
-    if zero_loss_step is not None:
-        history = replace(history, zero_loss_step=zero_loss_step)
+    given: dict[str, Any] = {"zero_loss_step": zero_loss_step, "labels": labels, "stopped": stopped}
+    history = replace(history, **{field: value for field, value in given.items() if value is not None})
     if path is None:
         folder = Path(source) if isinstance(source, str | Path) else Path()
         path = (folder if folder.is_dir() else folder.parent) / PAGE
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page_of(history, labels=labels, stopped=stopped), encoding="utf-8")
+    path.write_text(page_of(history), encoding="utf-8")
     return path
 
 
-def page_of(history: History, *, labels: Sequence[Hashable] | None = None, stopped: str | None = None) -> str:
+def page_of(history: History) -> str:
     """Return the page of a run as HTML.
 
     Args:
         history: The run.
-        labels: A label for each input of the probe, as in `report`.
-        stopped: Why training was stopped; ``None`` where it ended by itself.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -72,9 +72,8 @@ def page_of(history: History, *, labels: Sequence[Hashable] | None = None, stopp
     return template.render(
         history=history,
         sentence=sentence(history),
-        stopped=stopped,
         headlines=headlines(history),
-        sections=sections_of(history, labels),
+        sections=sections_of(history),
         layers=layers_table(history) if history.layers else None,
         data_id=DATA_ID,
         data=write_data(history),

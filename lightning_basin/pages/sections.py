@@ -1,6 +1,6 @@
 """The figures of a report: what each one shows, how to read it, and the integers under it."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,12 +34,11 @@ class Section:
     table: Table | None = None
 
 
-def sections_of(history: History, labels: Sequence[Hashable] | None = None) -> Iterator[Section]:
+def sections_of(history: History) -> Iterator[Section]:
     """Draw all figures for which a run has values.
 
     Args:
         history: The run.
-        labels: A label for each input of the probe, by which the merge tree is sorted and coloured.
     """
     yield _rank(history)
     if not np.isnan(history.column("log10_loss")).all():
@@ -52,7 +51,7 @@ def sections_of(history: History, labels: Sequence[Hashable] | None = None) -> I
         text = "Inputs whose activation in front of the layer is that of another input."
         yield _map(history, "Where inputs become one", text, "duplicated_activations")
     if history.merged_inputs and history.merged_inputs[-1]:
-        yield _merges(history, labels)
+        yield _merges(history)
     if not np.isnan(history.column("gradient_rank_at_1e-06")).all():
         yield _tolerances(history)
 
@@ -96,9 +95,9 @@ def _map(history: History, title: str, text: str, quantity: LayerQuantity) -> Se
     return Section(title, text, _over_steps(history, draw, quantity, 0.65 + map_height(len(history.layers)), title))
 
 
-def _merges(history: History, labels: Sequence[Hashable] | None) -> Section:
+def _merges(history: History) -> Section:
     figure = svg_of(
-        partial(plot_merges, history, labels=labels),
+        partial(plot_merges, history),
         name="merges",
         height=5.2,
         description="Tree of the inputs that become one from layer to layer",

@@ -1,11 +1,13 @@
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from lightning_basin import report
 from lightning_basin.history.columns import history_of
+from lightning_basin.history.page import read_page
 from lightning_basin.pages.report import page_of
 from tests.runs import records, write_bare_page
 from tests.whole_records import basin_record, layer_record
@@ -32,7 +34,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page():
-    return page_of(history_of(records(), name="a run", zero_loss_step=10), stopped="rank 5 < 8")
+    return page_of(replace(history_of(records(), name="a run", zero_loss_step=10), stopped="rank 5 < 8"))
 
 
 def test_page_says_what_happened_in_words_and_integers(page):
@@ -87,6 +89,9 @@ def test_page_says_why_training_stopped(page):
 
 
 def test_page_goes_to_the_log_directory(tmp_path):
-    write_bare_page(tmp_path / "report.html", history_of(records()))
+    told = replace(history_of(records()), labels=["a", "b", "a", "b", 5], stopped="rank 5 < 8")
+    write_bare_page(tmp_path / "report.html", told)
     assert report(tmp_path) == tmp_path / "report.html"
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    again = read_page(tmp_path / "report.html")
+    assert (again.labels, again.stopped) == (told.labels, told.stopped)
