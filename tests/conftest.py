@@ -16,12 +16,20 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    """Draw the same numbers in a test whichever tests ran before it in its process."""
+    import torch  # Here: the process that hands out the tests needs none.
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def one_thread(request):
     """Multiply the tiny matrices of fits by one thread: several would wait for each other."""
     if request.node.get_closest_marker("fits") is None:
         yield
         return
-    import torch  # Here: the process that hands out the tests needs none.
+    import torch
 
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -94,29 +94,30 @@ def merged_directions(classes: Tensor, signals: Tensor) -> int:
     return int(ranks[classes].sum() - ranks.sum())
 
 
-def merged_linear_directions(classes: Tensor, signals: Tensor, inputs: Tensor, *, rtol: float) -> int:
+def merged_linear_directions(classes: Tensor, signals: Tensor, inputs: Tensor, *, tolerance: float) -> int:
     """Count the directions along which gradients before a cut can differ, behind a linear layer: bound B4.
 
     Where one linear layer is all that is trained before the cut, the gradients of two inputs of a class differ by
     ``signals ⊗ difference of the inputs``. All differences span at most the rank of the first factor times the rank of
     the second.
 
-    Both ranks are counted at a tolerance below that of the gradients: the parts below it move the gradients G by less
-    than half of ``rtol`` times the norm of their largest row, hence no singular value of G past
-    ``rtol * sigma_max(G)``.
+    Both ranks are counted at a tolerance below that of the gradients: the parts below it move the gradients by at most
+    half of ``tolerance``, hence no singular value from zero to above it.
 
     Args:
         classes: The first member of each input's class, shape ``(k,)``; inputs of one class have the same ``signals``.
         signals: The derivative of each output by the linear layer's output, shape ``(k, c, units)``.
         inputs: The linear layer's input activations, shape ``(k, features)``.
-        rtol: The tolerance at which the rank of the gradients is counted, relative to their largest singular value.
+        tolerance: The size of a singular value of the gradients above which it counts towards their rank. The rounding
+            of both ranks grows with the largest singular value of the gradients: a tolerance that is taken relative to
+            that value is above it, one relative to a single row may not be.
 
     Example:
         One unit has merged four corners of a square into its two sides, whose inner differences are parallel:
 
         >>> corners = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
         >>> signals = torch.ones(4, 1, 1, dtype=torch.float64)
-        >>> merged_linear_directions(torch.tensor([0, 0, 2, 2]), signals, corners, rtol=1e-12)
+        >>> merged_linear_directions(torch.tensor([0, 0, 2, 2]), signals, corners, tolerance=1e-12)
         1
     """
     classes = classes.cpu()
@@ -128,15 +129,13 @@ def merged_linear_directions(classes: Tensor, signals: Tensor, inputs: Tensor, *
         indices.to(inputs.device) for indices in (merged, classes[merged], first, position)
     )
     differences = inputs[merged] - inputs[first_of_merged]
-    # A row of the gradients is the product of a row of each: the norm of any is at most sigma_max.
-    tolerance = rtol * (signals.norm(dim=2).amax(1) * inputs.norm(dim=1)).max() / 4
     # Each factor is weighted by the other: what the rank drops from a factor then weighs as much in the product.
     lengths = torch.zeros_like(differences[: first.numel(), 0])
     lengths = lengths.index_add_(0, position, differences.square().sum(1)).sqrt()
     weighted_signals = (signals[first] * lengths[:, None, None]).flatten(0, 1)
     strengths = signals[first].flatten(1).norm(dim=1)
     rank_of_signals, rank_of_differences = _ranks_above(
-        [weighted_signals, differences * strengths[position, None]], tolerance
+        [weighted_signals, differences * strengths[position, None]], tolerance / 4
     )
     return rank_of_signals * rank_of_differences
 
@@ -144,7 +143,7 @@ def merged_linear_directions(classes: Tensor, signals: Tensor, inputs: Tensor, *
 _MAX_DECOMPOSED = 512  # longest shorter side of a matrix whose rank is worth its singular values: about a second
 
 
-def _ranks_above(matrices: Sequence[Tensor], tolerance: Tensor) -> list[int]:
+def _ranks_above(matrices: Sequence[Tensor], tolerance: float) -> list[int]:
     """The smallest rank of each matrix that leaves at most ``tolerance`` in Frobenius norm, or a larger number."""
     counts = read([(matrix != 0).any(axis).sum() for matrix in matrices for axis in (0, 1)])
     ranks = [int(min(shape)) for shape in zip(counts[::2], counts[1::2], strict=True)]

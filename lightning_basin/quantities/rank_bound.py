@@ -281,10 +281,8 @@ def _directions_through(
     if passage.inputs is None or directions == 0:
         return directions
     inputs = passage.inputs[kept.to(passage.inputs.device)]
-    # B4 takes its tolerance from the largest row; probabilities have smaller gradients than the outputs.
-    largest_row = float((signals.norm(dim=2).amax(1) * inputs.norm(dim=1)).max())
-    rtol = share * rank.rtol * (min(1.0, rank.largest / largest_row) if largest_row > 0.0 else 1.0)
-    return min(directions, merged_linear_directions(members, signals, inputs, rtol=rtol))
+    tolerance = share * rank.rtol * rank.largest
+    return min(directions, merged_linear_directions(members, signals, inputs, tolerance=tolerance))
 
 
 def _first_of_equal(labels: Tensor) -> Tensor:

@@ -36,18 +36,18 @@ def test_directions_behind_a_linear_layer_are_the_product_of_two_ranks():
     inputs = torch.tensor([[0, 0, 5], [1, 0, 5], [0, 1, 5], [1, 1, 5], [7, 7, 7]], dtype=torch.float64)
     signals = torch.tensor([3.0, 0.0], dtype=torch.float64).expand(5, 1, 2)
     classes = torch.tensor([0, 0, 0, 0, 4])
-    assert merged_linear_directions(classes, signals, inputs, rtol=1e-14) == 2 * 1
+    assert merged_linear_directions(classes, signals, inputs, tolerance=1e-14) == 2 * 1
 
 
 def test_small_differences_above_the_tolerance_of_the_rank_count():
-    # sigma_max is at least 1, of the first row; the differences are 1e-3 and 1e-11 in two directions.
+    # The differences are 1e-3 and 1e-11 in two directions.
     inputs = torch.tensor([[1.0, 0.0], [1.0, 1e-11], [1.0 + 1e-3, 0.0]], dtype=torch.float64)
     signals, classes = torch.ones(3, 1, 1, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
-    assert merged_linear_directions(classes, signals, inputs, rtol=1e-12) == 2
-    assert merged_linear_directions(classes, signals, inputs, rtol=1e-9) == 1
+    assert merged_linear_directions(classes, signals, inputs, tolerance=1e-12) == 2
+    assert merged_linear_directions(classes, signals, inputs, tolerance=1e-9) == 1
 
 
 def test_without_merged_inputs_there_are_no_directions_inside_the_classes():
     classes, signals = torch.arange(3), torch.ones(3, 1, 2)
     assert merged_directions(classes, signals) == 0
-    assert merged_linear_directions(classes, signals, torch.ones(3, 2), rtol=1e-12) == 0
+    assert merged_linear_directions(classes, signals, torch.ones(3, 2), tolerance=1e-12) == 0
