@@ -98,12 +98,22 @@ class NormIteration:
             failure_probability *= _RANDOM_SHARE / (1 + _RANDOM_SHARE)  # The random part is so much smaller, or less.
         self.is_finished = False
         self._num_rows, self._max_products, self._atol = num_rows, min(max_products, num_rows), atol
+        self._noise = 0.0
         self._basis = self.vector.new_empty(self._max_products, num_rows)
         self._remainder = self.vector
         self._alphas: list[float] = []
         self._betas: list[float] = []
         self._weights = np.ones(0)
         self._log_limit = 0.5 * math.log(2 * num_rows / math.pi) - math.log(failure_probability)
+
+    def accept_noise(self, norm: float) -> None:
+        """Take products with another operator from now on, as with one in a lower precision.
+
+        Args:
+            norm: A bound on the norm of the difference of all operators so far.
+        """
+        self._noise = max(self._noise, norm)
+        self._atol += norm
 
     def orthogonalize(self, product: Tensor) -> Tensor:
         """Take the parts along all basis vectors out of the product with the newest.
@@ -159,7 +169,13 @@ class NormIteration:
             forecast = max(value, growth * upper)
             self.vector = self._remainder / residual_norm
         return NormBound(
-            value=value, residual=residual, gap=gap, rival=rival, upper=upper, forecast=forecast, num_products=count
+            value=value,
+            residual=residual,
+            gap=gap,
+            rival=rival,
+            upper=upper + self._noise,
+            forecast=forecast + self._noise,
+            num_products=count,
         )
 
     def ritz_vector(self) -> Tensor:

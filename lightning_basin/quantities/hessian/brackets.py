@@ -1,7 +1,8 @@
 """Brackets of the Hessian's nullities, from eigenvalues of P and from norms that some products bound."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 from torch import Generator, Tensor
 
@@ -12,10 +13,10 @@ from lightning_basin.limits import LAYER_PRODUCTS, NETWORK_PRODUCTS, HessianLimi
 from lightning_basin.quantities.hessian.products import (
     ROUNDING_FACTOR,
     check_finite,
-    hessian_operator,
     pulled_back,
 )
 from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel
+from lightning_basin.quantities.hessian.single_precision import BlockOperator, RoundedModel
 from lightning_basin.quantities.scopes import Scope
 
 _SLACK = 2.0  # factor within which the norm of R is bounded
@@ -26,6 +27,7 @@ _LARGEST_PRODUCTS = 30  # most products for the largest eigenvalue of H
 _LEAST_PRODUCTS = 8  # fewer hardly ever find it from a random vector
 _LEAST_PRODUCTS_NEAR = 5  # nor so few from a vector that is near
 _LARGEST_RTOL = 1e-3  # error of the largest eigenvalue of H: it is a scale, of which three digits are enough
+_NUM_LOOKED_AT = 2  # blocks of R that are not zero, after which no others are looked at: mostly all are zero, or none
 _GAP_SAFETY = 3.0  # factor by which the next eigenvalue may be nearer than the next Ritz value is
 
 _Judge = Callable[[NormBound], bool]
@@ -64,6 +66,11 @@ class BlockNorms:
     limits: HessianLimits
     leading: Tensor | None = None
 
+    @cached_property
+    def _rounded(self) -> dict[bool, RoundedModel]:
+        """The linear part of the model in float32, and the whole."""
+        return {True: RoundedModel(self.model.linear_part), False: RoundedModel(self.model)}
+
     def residuals(
         self, eigenvalues: Mapping[Scope, GaussNewtonEigenvalues], *, known: ResidualNorm, max_products: int
     ) -> dict[Scope, ResidualNorm]:
@@ -76,14 +83,31 @@ class BlockNorms:
         """
         if known.bound == 0:
             return dict.fromkeys(eigenvalues, known)
+        vanishing = self._vanishing(eigenvalues)
+        eigenvalues = {scope: values for scope, values in eigenvalues.items() if scope not in vanishing}
         uncertainty = self.model.slope_uncertainty
         judges = {scope: _judge_of_residual(values, known.bound, uncertainty) for scope, values in eigenvalues.items()}
+        is_coarse = {scope: partial(_has_large_value, values) for scope, values in eigenvalues.items()}
         scales = {
             scope: values.largest if known.bound == float("inf") else max(values.largest, known.bound)
             for scope, values in eigenvalues.items()
         }
-        found = self._search(self.model.linear_part, judges, scales, max_products)
-        return {scope: _residual_norm(*found[scope], known, uncertainty) for scope in eigenvalues}
+        found = self._search(self.model.linear_part, judges, scales, max_products, is_coarse)
+        return vanishing | {scope: _residual_norm(*found[scope], known, uncertainty) for scope in eigenvalues}
+
+    def _vanishing(self, scopes: Iterable[Scope]) -> dict[Scope, ResidualNorm]:
+        """The norms of those blocks of R that are zero, where this can be seen in float32."""
+        norms: dict[Scope, ResidualNorm] = {}
+        num_others = 0
+        for scope in scopes:
+            norm = self._rounded[True].vanishing_norm(scope.layers)
+            if norm is not None:
+                norms[scope] = ResidualNorm(bound=norm, estimate=norm)
+            else:
+                num_others += 1
+            if num_others == _NUM_LOOKED_AT:
+                break
+        return norms
 
     def largest(
         self,
@@ -112,7 +136,11 @@ class BlockNorms:
             for scope, own in moved.items()
         }
         scales = {scope: own.largest * max(1.0, self.model.cancellation) for scope, own in moved.items()}
-        found = self._search(self.model, judges, scales, min(max_products, _LARGEST_PRODUCTS), near=near)
+        is_coarse = {
+            scope: lambda _, scope=scope: _is_hopeless(eigenvalues[scope], residuals[scope].bound) for scope in moved
+        }
+        max_products = min(max_products, _LARGEST_PRODUCTS)
+        found = self._search(self.model, judges, scales, max_products, is_coarse, near=near)
         return largest | {scope: bound.value if judges[scope](bound) else None for scope, (bound, _) in found.items()}
 
     def _start(self, scope: Scope, eigenvalues: GaussNewtonEigenvalues, residual: ResidualNorm) -> Tensor | None:
@@ -133,6 +161,7 @@ class BlockNorms:
         judges: Mapping[Scope, _Judge],
         scales: Mapping[Scope, float],
         max_products: int,
+        is_coarse: Mapping[Scope, _Judge],
         *,
         near: Mapping[Scope, Tensor | None] | None = None,
     ) -> dict[Scope, tuple[NormBound, Tensor]]:
@@ -143,6 +172,7 @@ class BlockNorms:
             judges: What ends the iteration of each block.
             scales: The size of the terms that a block is made of, of which rounding is a fraction.
             max_products: The largest number of products with each block.
+            is_coarse: For each block whether float32 has the digits that are looked for.
             near: For each block a vector near the eigenvector that is looked for.
 
         Returns:
@@ -160,7 +190,7 @@ class BlockNorms:
             )
             for scope in judges
         }
-        operators = {scope: hessian_operator(model, scope.layers) for scope in judges}
+        operators = {scope: BlockOperator(self._rounded[model.is_linear], scope.layers) for scope in judges}
         found: dict[Scope, tuple[NormBound, Tensor]] = {}
         while iterations:
             products = {scope: operators[scope](iteration.vector) for scope, iteration in iterations.items()}
@@ -173,7 +203,18 @@ class BlockNorms:
             for scope, bound in zip(products, bounds, strict=True):
                 if judges[scope](bound) or iterations[scope].is_finished:
                     found[scope] = bound, iterations.pop(scope).ritz_vector()
+                elif is_coarse[scope](bound):
+                    iterations[scope].accept_noise(operators[scope].round_products())
         return found
+
+
+def _is_hopeless(eigenvalues: GaussNewtonEigenvalues, residual: float) -> bool:
+    """Whether a norm of R is so large that no bound on it closes the bracket: only its size is of interest then."""
+    return eigenvalues.smallest is None or 2 * residual >= eigenvalues.smallest
+
+
+def _has_large_value(eigenvalues: GaussNewtonEigenvalues, bound: NormBound) -> bool:
+    return _is_hopeless(eigenvalues, bound.value)
 
 
 def _judge_of_residual(eigenvalues: GaussNewtonEigenvalues, known: float, uncertainty: float) -> _Judge:
@@ -184,14 +225,13 @@ def _judge_of_residual(eigenvalues: GaussNewtonEigenvalues, known: float, uncert
         known: A bound that is known already; infinite for none.
         uncertainty: The fraction by which rounding may move the norm.
     """
-    smallest = eigenvalues.smallest
 
     def judge(bound: NormBound) -> bool:
         residual = min(known, bound.upper * (1 + uncertainty))
         # The norm is at least the value: no product can change a count that is the same for both.
         num_curved = eigenvalues.num_curved(residual)
         num_open = eigenvalues.num_curved(bound.value) - num_curved
-        is_hopeless = smallest is None or 2 * bound.value >= smallest
+        is_hopeless = _is_hopeless(eigenvalues, bound.value)
         slack = _HOPELESS_SLACK if is_hopeless and 100 * num_open <= eigenvalues.rank else _SLACK
         # A bound within a factor of two would count no eigenvalue, nor one of a layer's block: these are no larger.
         counts_none = is_hopeless and eigenvalues.num_curved(_NEAREST * bound.value) == 0
