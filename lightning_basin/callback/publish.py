@@ -12,7 +12,7 @@ from lightning_basin.callback.history import HistoryFile, find_unused
 from lightning_basin.callback.lightnings import Trainer
 from lightning_basin.callback.loggers import log_scalars, set_callback_metrics
 from lightning_basin.callback.news import news
-from lightning_basin.callback.notices import inform
+from lightning_basin.callback.notices import show
 from lightning_basin.callback.report_file import ReportFile
 from lightning_basin.callback.session import Session
 from lightning_basin.callback.watching import Lenience, check_watchers, find_watchers
@@ -127,7 +127,7 @@ class Publisher:
             self._dashboard.show()
             self._report.write(self._log_step)
             if self._trainer.is_global_zero:
-                inform(closing_words(self._trainer, self._session, self._report))
+                show(closing_words(self._trainer, self._session, self._report))
         if self._lenience is not None:
             self._lenience.end()
             self._lenience = None
