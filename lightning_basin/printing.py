@@ -51,8 +51,10 @@ def in_words(record: "BasinRecord") -> str:
     else:
         known = f"{record.gradient_rank_deficit:,} lost"
     parts = [f"The outputs respond to {rank} of {possible:,} directions ({known})", _flat(record)]
-    if record.duplicated_activations is not None:
-        parts.append(f"{record.duplicated_activations:,} of {record.num_inputs:,} inputs have merged")
+    if record.duplicated_activations:
+        parts.append(f"a layer merges {record.duplicated_activations:,} of {record.num_inputs:,} inputs")
+    elif record.duplicated_activations == 0:
+        parts.append("no layer merges inputs")
     return "; ".join(parts)
 
 

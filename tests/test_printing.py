@@ -97,15 +97,17 @@ def test_the_root_is_called_root_in_the_table():
     [
         (
             {},
-            "The outputs respond to 5 of 8 directions (3 lost); 7 of 12 leave the loss flat; 4 of 8 inputs have merged",
+            "The outputs respond to 5 of 8 directions (3 lost); 7 of 12 leave the loss flat; "
+            "a layer merges 4 of 8 inputs",
         ),
         ({"gradient_rank": 7}, "7 of 8 directions (1 lost);"),
         ({"gradient_rank": 8}, "8 of 8 directions (all that the probe can show);"),
         ({"gradient_rank_gap": 1.0}, "5 of 8 directions (it depends on the tolerance);"),
         ({"projected": True}, "at least 5 of 8 directions"),
+        ({"duplicated_activations": 0}, "; no layer merges inputs"),
         ({"hessian_nullity": None}, "; 6 to 8 of 12 leave the loss flat;"),
     ],
-    ids=["plain", "one", "saturated", "ill-defined", "projected", "bracket"],
+    ids=["plain", "one", "saturated", "ill-defined", "projected", "distinct", "bracket"],
 )
 def test_the_first_line_says_in_words_what_was_found(changes, sentence):
     assert sentence in str(basin_record(**WHOLE | changes)).splitlines()[0]

@@ -24,8 +24,6 @@ def image_writer(logger: Logger) -> ImageWriter | None:
     Args:
         logger: The logger.
     """
-    from PIL import Image  # Comes with matplotlib, without which there is no image.
-
     log: Any = logger
     experiment: Any = getattr(log, "experiment", None)
     if hasattr(experiment, "add_image"):  # TensorBoard.
@@ -35,11 +33,17 @@ def image_writer(logger: Logger) -> ImageWriter | None:
     if hasattr(experiment, "log_image") and hasattr(log, "run_id"):  # MLflow.
         return lambda key, image, step: experiment.log_image(log.run_id, image, key=mlflow_name(key), step=step)
     if hasattr(experiment, "log_image"):  # Comet, which would stretch the values of an array.
-        return lambda key, image, step: experiment.log_image(Image.fromarray(image), name=key, step=step)
+        return lambda key, image, step: experiment.log_image(_picture(image), name=key, step=step)
     make = _medium(experiment, "Image")
     if make is not None and hasattr(experiment, "log"):  # Trackio.
         return lambda key, image, step: experiment.log({key: make(image)}, step=step)
     return None
+
+
+def _picture(image: NDArray[np.uint8]) -> Any:
+    from PIL import Image  # Comes with matplotlib, without which there is no image.
+
+    return Image.fromarray(image)
 
 
 def page_writer(logger: Logger) -> PageWriter | None:

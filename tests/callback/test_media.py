@@ -183,6 +183,28 @@ def test_a_logger_that_does_not_take_its_figures_ends_no_fit(tmp_path, caplog):
     )
 
 
+class Remote(MetricsOnly):
+    save_dir = "s3://bucket"
+
+
+class Unreachable(MetricsOnly):
+    @property
+    def save_dir(self):
+        raise ConnectionError("no answer")
+
+
+@pytest.mark.parametrize(
+    ("logger_class", "said"), [(Remote, ""), (Unreachable, "no report. ConnectionError: no answer")]
+)
+def test_a_run_without_a_local_folder_has_no_report(tmp_path, caplog, logger_class, said):
+    with caplog.at_level("INFO"):
+        monitor = fit(tmp_path, logger_class())
+    assert steps(monitor) == [0, 3]
+    assert list(tmp_path.rglob("*.html")) == []
+    assert "The report:" not in caplog.text
+    assert said in caplog.text
+
+
 def test_no_logger_gets_what_is_not_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "__module__", __name__)  # This file has an Image and an Html.
     logger = TrackioLogger()
