@@ -97,8 +97,10 @@ def test_the_root_is_called_root_in_the_table():
     [
         (
             {},
-            "The outputs respond to 5 of 8 directions (3 lost); 7 of 12 leave the loss flat; "
-            "a layer merges 4 of 8 inputs",
+            (
+                "The outputs respond to 5 of 8 directions (3 lost); 7 of 12 leave the loss flat; "
+                "a layer merges 4 of 8 inputs"
+            ),
         ),
         ({"gradient_rank": 7}, "7 of 8 directions (1 lost);"),
         ({"gradient_rank": 8}, "8 of 8 directions (all that the probe can show);"),

@@ -189,7 +189,7 @@ class Remote(MetricsOnly):
 
 class Unreachable(MetricsOnly):
     @property
-    def save_dir(self):
+    def version(self):
         raise ConnectionError("no answer")
 
 
