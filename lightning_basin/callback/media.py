@@ -32,7 +32,7 @@ def image_writer(logger: Logger) -> ImageWriter | None:
         return lambda key, image, step: log.log_image(key, [image], step=step)
     if hasattr(experiment, "log_image") and hasattr(log, "run_id"):  # MLflow.
         return lambda key, image, step: experiment.log_image(log.run_id, image, key=mlflow_name(key), step=step)
-    if hasattr(experiment, "log_image"):  # Comet, which would stretch the values of an array.
+    if hasattr(experiment, "log_image") and hasattr(experiment, "log_asset"):  # Comet, which stretches arrays.
         return lambda key, image, step: experiment.log_image(_picture(image), name=key, step=step)
     make = _medium(experiment, "Image")
     if make is not None and hasattr(experiment, "log"):  # Trackio.
