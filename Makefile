@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 
 SECONDS ?= 60
 
-.PHONY: demo test quick slow test-pytorch-lightning fuzz bench check examples install third-party clean
+.PHONY: demo test quick slow test-pytorch-lightning fuzz bench check docs examples install third-party clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/threes.py
@@ -41,6 +41,10 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site, in `site/`; a link that leads nowhere is an error, and so is an argument that a docstring leaves out.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 examples: $(INSTALLED)
 	$(BIN)/python examples/merged_categories.py
 	$(BIN)/python examples/digits.py
@@ -61,6 +65,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[third-party]'
 	touch $@
 
+.venv/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 .venv/.peers: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	# A peer asks for torchvision and none needs it; one that does not fit torch breaks `import lightning`.
@@ -68,4 +76,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv logs
+	rm -rf .venv logs site

@@ -4,12 +4,14 @@ import argparse
 import csv
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_basin.history.comparison import QUANTITIES, final_values
 from lightning_basin.history.page import page_name
 from lightning_basin.history.sources import read_histories, read_history
+from lightning_basin.naming import printable
 from lightning_basin.pages.findings import number_text
 from lightning_basin.pages.report import report
 from lightning_basin.pages.terminal import summary_of
@@ -49,7 +51,8 @@ def show_command(arguments: Sequence[str]) -> None:
         parser.error(str(error))
     width = shutil.get_terminal_size((100, 24)).columns
     for history in histories:
-        text = json.dumps(history.to_dict()) if options.json else f"{history.name}\n{summary_of(history, width)}\n"
+        summary = summary_of(history, width, has_colors=sys.stdout.isatty())
+        text = json.dumps(history.to_dict()) if options.json else f"{printable(history.name)}\n{summary}\n"
         print(text)  # noqa: T201 - this is what the command is for
 
 

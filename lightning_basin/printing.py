@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def heading(record: "BasinRecord") -> list[str]:
-    """Return the lines above the table: sizes, rank, merged inputs, Hessian."""
+    """Return the lines above the table: what was found in words, sizes, rank, merged inputs, Hessian."""
     step = "" if record.step is None else f"step {record.step}: "
     loss = "" if record.loss is None else f", loss {record.loss:.3g}"
     gap = "none" if record.gradient_rank_gap is None else f"{record.gradient_rank_gap:.1f} digits"
@@ -19,6 +19,7 @@ def heading(record: "BasinRecord") -> list[str]:
     method = f"rank by {record.gradient_method}, decided at {record.gradient_rtol:.1e} of the largest singular value"
     ranks = ", ".join(f"{rtol:.0e}: {rank}" for rtol, rank in record.gradient_rank_at.items())
     lines = [
+        in_words(record),
         f"{step}{record.num_inputs} inputs, {record.num_rows} outputs, {record.num_parameters} parameters{loss}",
         f"{method}, gap {gap}{flags}",
     ]
@@ -33,6 +34,37 @@ def heading(record: "BasinRecord") -> list[str]:
         training_set = f"of {record.train_num_inputs:,} training inputs"
         lines += [*_merged_lines(training_set, record.train_merged_inputs)] or [f"none {training_set} merged"]
     return [*lines, *_hessian_lines(record), *_time_lines(record)]
+
+
+def in_words(record: "BasinRecord") -> str:
+    """Say in a sentence what can still change, what was lost, and how many inputs became one.
+
+    Args:
+        record: The record.
+    """
+    rank = f"{'at least ' if record.projected else ''}{record.gradient_rank:,}"
+    possible = record.gradient_rank + record.gradient_rank_deficit
+    if record.saturated:
+        known = "all that the probe can show"
+    elif record.ill_defined:
+        known = "it depends on the tolerance"
+    else:
+        known = f"{record.gradient_rank_deficit:,} lost"
+    parts = [f"The outputs respond to {rank} of {possible:,} directions ({known})", _flat(record)]
+    if record.duplicated_activations:
+        parts.append(f"a layer merges {record.duplicated_activations:,} of {record.num_inputs:,} inputs")
+    elif record.duplicated_activations == 0:
+        parts.append("no layer merges inputs")
+    return "; ".join(parts)
+
+
+def _flat(record: "BasinRecord") -> str:
+    lower, upper, nullity = record.hessian_nullity_lower, record.hessian_nullity_upper, record.hessian_nullity
+    if nullity is not None:
+        return f"{nullity:,} of {record.num_parameters:,} leave the loss flat"
+    if lower is not None and upper is not None:
+        return f"{lower:,} to {upper:,} of {record.num_parameters:,} leave the loss flat"
+    return f"{record.gradient_nullity:,} of {record.num_parameters:,} change no output"
 
 
 def _hessian_lines(record: "BasinRecord") -> Iterator[str]:

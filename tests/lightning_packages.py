@@ -27,6 +27,8 @@ WeightAveraging = callbacks.WeightAveraging
 EarlyStoppingReason = callbacks.early_stopping.EarlyStoppingReason
 
 CSVLogger = loggers.CSVLogger
+CometLogger = loggers.CometLogger
+Logger = loggers.Logger
 MLFlowLogger = loggers.MLFlowLogger
 TensorBoardLogger = loggers.TensorBoardLogger
 WandbLogger = loggers.WandbLogger

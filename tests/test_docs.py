@@ -45,6 +45,11 @@ def test_examples_of_a_page_give_what_they_say(page):
     assert doctest.testfile(str(page), module_relative=False).failed == 0
 
 
+def test_the_site_has_every_page():
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page.name for page in ROOT.glob("docs/*.md") if f" {page.name}\n" not in site] == []
+
+
 def test_the_table_of_the_readme_has_every_quantity():
     rows = re.findall(r"^\| (`.*?) \| .* \| *(✓|record|) *\|$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
     marks = {name: mark for cell, mark in rows for name in names_of(cell)}

@@ -93,6 +93,33 @@ def test_the_root_is_called_root_in_the_table():
 
 
 @pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {},
+            (
+                "The outputs respond to 5 of 8 directions (3 lost); 7 of 12 leave the loss flat; "
+                "a layer merges 4 of 8 inputs"
+            ),
+        ),
+        ({"gradient_rank": 7}, "7 of 8 directions (1 lost);"),
+        ({"gradient_rank": 8}, "8 of 8 directions (all that the probe can show);"),
+        ({"gradient_rank_gap": 1.0}, "5 of 8 directions (it depends on the tolerance);"),
+        ({"projected": True}, "at least 5 of 8 directions"),
+        ({"duplicated_activations": 0}, "; no layer merges inputs"),
+        ({"hessian_nullity": None}, "; 6 to 8 of 12 leave the loss flat;"),
+    ],
+    ids=["plain", "one", "saturated", "ill-defined", "projected", "distinct", "bracket"],
+)
+def test_the_first_line_says_in_words_what_was_found(changes, sentence):
+    assert sentence in str(basin_record(**WHOLE | changes)).splitlines()[0]
+
+
+def test_the_first_line_of_a_record_without_a_hessian_counts_the_directions_that_change_no_output():
+    assert "; 7 of 12 change no output" in str(basin_record(gradient_rank=5)).splitlines()[0]
+
+
+@pytest.mark.parametrize(
     ("changes", "flag"), [({"gradient_rank": 8}, "saturated"), ({"gradient_rank_gap": 1.0}, "ill")]
 )
 def test_flags_stand_in_the_heading_where_they_are_raised(changes, flag):

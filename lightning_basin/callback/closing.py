@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 
 from lightning_basin.callback.dashboard import tensorboard_loggers
@@ -9,12 +10,12 @@ from lightning_basin.callback.lightnings import Trainer
 from lightning_basin.callback.report_file import ReportFile
 from lightning_basin.callback.session import Session
 from lightning_basin.history.columns import history_of
-from lightning_basin.naming import escaped
+from lightning_basin.naming import escaped, printable
 from lightning_basin.pages.terminal import summary_of
 
 
 def closing_words(trainer: Trainer, session: Session, report: ReportFile) -> str:
-    """Return a sentence, a table and the places of report and curves.
+    """Return a sentence, a table and the places of report and curves, in characters that a terminal may show.
 
     Args:
         trainer: The trainer.
@@ -24,7 +25,8 @@ def closing_words(trainer: Trainer, session: Session, report: ReportFile) -> str
     results = session.results
     history = history_of(results.records, zero_loss_step=results.zero_loss_step)
     width = shutil.get_terminal_size((100, 24)).columns
-    return "\n".join([summary_of(history, width), *_places(trainer, session.arguments.prefix, report)])
+    summary = summary_of(history, width, has_colors=sys.stderr.isatty())  # Where messages of Lightning go.
+    return "\n".join([summary, *map(printable, _places(trainer, session.arguments.prefix, report))])
 
 
 def _places(trainer: Trainer, prefix: str, report: ReportFile) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside the curves: a layout of them, the run in words, figures, and a dot at zero loss."""
+"""What loggers show beside the curves: figures; in TensorBoard a layout, the run in words and a dot at zero loss."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_basin.callback.lightnings import TENSORBOARD_LOGGERS, Logger, Trainer
+from lightning_basin.callback.media import image_writer
 from lightning_basin.callback.probe_labels import labels_of
 from lightning_basin.callback.session import Session
 from lightning_basin.history.columns import History, history_of
@@ -24,7 +25,7 @@ _LAYOUT = "custom_scalars__config__"
 
 
 class Dashboard:
-    """Writes to the TensorBoard loggers of one fit at its first record, at zero loss and at the end.
+    """Writes to the loggers of one fit at its first record, at zero loss and at the end.
 
     Args:
         trainer: The trainer.
@@ -67,17 +68,29 @@ class Dashboard:
         history = replace(history, labels=labels_of(results.probe))
         prefix = escaped(self._session.arguments.prefix)
         self._each(lambda logger: logger.experiment.add_text(f"{prefix}/summary", markdown_of(history), self._log_step))
-        self._each(lambda logger: self._draw(logger, history, prefix))
+        if self._is_wanted:
+            drawn: dict[str, Any] = {}  # Once for all loggers, and only where one takes images.
+            for logger in self._trainer.loggers:
+                self._try(lambda logger: self._draw(logger, drawn, history, prefix), logger)
 
-    def _draw(self, logger: Any, history: History, prefix: str) -> None:
+    def _draw(self, logger: Logger, drawn: dict[str, Any], history: History, prefix: str) -> None:
+        write = image_writer(logger)
+        if write is None:
+            return
         from lightning_basin.figures.images import images_of  # Loading matplotlib takes half a second.
 
-        for name, image in images_of(history).items():
-            logger.experiment.add_image(f"{prefix}_figures/{name}", image, self._log_step, dataformats="HWC")
+        drawn.update(drawn or images_of(history))
+        for name, image in drawn.items():
+            write(f"{prefix}_figures/{name}", image, self._log_step)
+
+    @property
+    def _is_wanted(self) -> bool:
+        fast_dev_run: bool = self._trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector of lightning 2.6
+        return self._session.arguments.figures and self._trainer.is_global_zero and not fast_dev_run
 
     def _each(self, write: Callable[[Any], None]) -> None:
         """Write to each TensorBoard logger."""
-        if self._session.arguments.figures and self._trainer.is_global_zero:
+        if self._is_wanted:
             for logger in tensorboard_loggers(self._trainer.loggers):
                 self._try(write, logger)
 
@@ -85,9 +98,9 @@ class Dashboard:
         """Write to a logger; a failure costs a message."""
         try:
             write(logger)
-        except Exception as error:  # A full disk, or matplotlib that is not there.
+        except Exception as error:  # A full disk, a server that does not answer, or matplotlib that is not there.
             self._session.notices.inform(
-                f"TensorBoard has no figures of BasinMonitor. {type(error).__name__}: {error}. HINT: "
+                f"{type(logger).__name__} has no figures of BasinMonitor. {type(error).__name__}: {error}. HINT: "
                 f"BasinMonitor(figures=False) asks for none"
             )
 

@@ -43,12 +43,25 @@ def _accepted(logger: Logger, scalars: Mapping[str, float]) -> list[dict[str, fl
         return [dict(scalars)]
     named: dict[str, float] = {}
     for key in sorted(scalars, key=lambda key: _REFUSED_BY_MLFLOW.search(key) is not None):  # As they are, first.
-        accepted = _REFUSED_BY_MLFLOW.sub("_", key)
+        accepted = mlflow_name(key)
         while accepted in named:
             accepted += "_"
         named[accepted] = scalars[key]
     items = list(named.items())
     return [dict(items[start : start + _MLFLOW_BATCH]) for start in range(0, len(items), _MLFLOW_BATCH)]
+
+
+def mlflow_name(key: str) -> str:
+    """Replace the characters of a key that MLflow refuses.
+
+    Args:
+        key: The key.
+
+    Example:
+        >>> mlflow_name("basin_layer_gradient_rank/größe (a)")
+        'basin_layer_gradient_rank/gr__e _a_'
+    """
+    return _REFUSED_BY_MLFLOW.sub("_", key)
 
 
 def set_callback_metrics(trainer: Trainer, scalars: Mapping[str, float], is_ours: Callable[[str], bool]) -> None:

@@ -60,8 +60,8 @@ class BasinMonitor(Arguments, BaseCallback):
             ``"auto"`` measures ever more rarely instead, densely again around zero loss, at steps that no clock sets.
         max_failures: The number of failures in a row after which measuring stops; ``None`` tries again every time.
         history: The format, ``"csv"`` or ``"jsonl"``, of a table of all measurements in the log directory.
-        report: Whether a page with figures, ``report.html``, is written into a TensorBoard or CSV logger's directory.
-        figures: Whether a TensorBoard logger gets a layout, a summary, figures and dots at zero loss.
+        report: Whether a page with figures, ``report.html``, is written into the logger's directory, and handed to it.
+        figures: Whether loggers get figures, and TensorBoard a layout, a summary and dots at zero loss.
         on_other_probe: What to do on resuming with another ``probe`` than before: ``"raise"`` or ``"replace"`` it.
         prefix: The first characters of every key, in which markup is percent-encoded; two monitors need two.
 

@@ -16,7 +16,12 @@ def warn(message: str) -> None:
 
 def inform(message: str) -> None:
     """Say something that needs nobody to act."""
-    rank_zero_info(printable(message))
+    show(printable(message))
+
+
+def show(text: str) -> None:
+    """Say the same with colours, in a text whose names are printable already."""
+    rank_zero_info(text)
 
 
 def memory_hint(error: Exception) -> str:

@@ -12,7 +12,7 @@ from lightning_basin.callback.history import HistoryFile, find_unused
 from lightning_basin.callback.lightnings import Trainer
 from lightning_basin.callback.loggers import log_scalars, set_callback_metrics
 from lightning_basin.callback.news import news
-from lightning_basin.callback.notices import inform
+from lightning_basin.callback.notices import show
 from lightning_basin.callback.report_file import ReportFile
 from lightning_basin.callback.session import Session
 from lightning_basin.callback.watching import Lenience, check_watchers, find_watchers
@@ -36,6 +36,7 @@ class Publisher:
         self._history_file: HistoryFile | None = None
         self._report = ReportFile(trainer, session)
         self._dashboard = Dashboard(trainer, session)
+        self._log_step = 0
         self._num_before = 0  # Records of the run before this fit.
         self._lenience: Lenience | None = None  # While training goes on.
         self._ranked_saves = RankedSaves(())
@@ -97,6 +98,7 @@ class Publisher:
             record: The newest record.
             log_step: The place on the x axis of Lightning's own curves.
         """
+        self._log_step = log_step
         skipped: dict[str, float] = {}
         if self._arguments.overhead_limit is not None:
             num_skipped = len(self._session.results.skipped_steps)
@@ -111,7 +113,7 @@ class Publisher:
             self._notices.inform(note)
         self._dashboard.add(record, log_step)
         if record.step is not None and record.step == self._session.results.zero_loss_step:
-            self._report.write()
+            self._report.write(log_step)
         if record.saturated:
             self._notices.warn(
                 f"The probe is too small to see the network: the rank of the behavioral gradients is that of the "
@@ -123,9 +125,9 @@ class Publisher:
         if len(self._session.results.records) > self._num_before:
             self._num_before = len(self._session.results.records)
             self._dashboard.show()
-            self._report.write()
+            self._report.write(self._log_step)
             if self._trainer.is_global_zero:
-                inform(closing_words(self._trainer, self._session, self._report))
+                show(closing_words(self._trainer, self._session, self._report))
         if self._lenience is not None:
             self._lenience.end()
             self._lenience = None

@@ -1,11 +1,14 @@
 """A run as a table for a terminal: whole columns are left out where it is narrow, and never a digit."""
 
+import io
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import numpy as np
 
 from lightning_basin.history.columns import Column, History
 from lightning_basin.layer_names import MAX_LAYER_CURVES, shortened
+from lightning_basin.naming import printable
 from lightning_basin.pages.findings import bracket_text, number_text, sentence
 from lightning_basin.printing import aligned
 
@@ -16,26 +19,52 @@ _SPARKS = 12
 _OPTIONAL = ("trend", "parameters", "dead units", "zero loss", "duplicates", "Hessian nullity", "start")
 """Columns in the order in which they are left out; the layer's name and its last rank always stay."""
 
-_LONGEST_NAME = 36
+_LONGEST_NAME, _SHORTEST_NAME = 36, 8
 
 
-def summary_of(history: History, width: int = 100) -> str:
+def summary_of(history: History, width: int = 100, *, has_colors: bool = False) -> str:
     """Return what happened as a sentence and a table with one row for each layer and the network.
 
     Args:
         history: The run.
-        width: The number of characters of a line.
+        width: The number of characters of a line, 20 or more.
+        has_colors: Whether a terminal shows it, which understands colours; without rich there are none.
     """
     columns = _columns(history)
+    longest = min(_LONGEST_NAME, max(map(len, list(history.layers)[:MAX_LAYER_CURVES]), default=0))
     for left_out in ("", *_OPTIONAL):
         columns.pop(left_out, None)
-        rows = [["layer", *columns], *map(list, zip(_names(history), *columns.values(), strict=True))]
-        table = aligned(rows)
-        if max(map(len, table.splitlines())) <= width:
+        table = _table(history, columns, longest)
+        excess = max(map(len, table.splitlines())) - width
+        if excess <= 0:
             break
+    else:
+        table = _table(history, columns, max(_SHORTEST_NAME, longest - excess))
     more = len(history.layers) - MAX_LAYER_CURVES
     note = f"\n(the last {more:,} of {len(history.layers):,} layers are left out)" if more > 0 else ""
-    return f"{sentence(history)}\n{table}{note}"
+    table = printable(table)
+    if has_colors and find_spec("rich"):
+        table = _colored(table)
+    return f"{printable(sentence(history))}\n{table}{note}"
+
+
+def _table(history: History, columns: dict[str, Sequence[str]], longest_name: int) -> str:
+    names = ["network" if scope is None else shortened(scope, longest_name) for scope in _scopes(history)]
+    return aligned([["layer", *columns], *map(list, zip(names, *columns.values(), strict=True))])
+
+
+def _colored(table: str) -> str:
+    """Add colours by rich, which is told neither markup nor a width: it crops what does not fit."""
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text(table)
+    text.highlight_regex(r"^.*\n", "bold")
+    text.highlight_regex(r".*$", "bold")
+    text.highlight_regex(f"[{_BARS}]+", "red")
+    file = io.StringIO()
+    Console(file=file, force_terminal=True).print(text, soft_wrap=True, end="")
+    return file.getvalue()
 
 
 def spark(values: Column, largest: float) -> str:
@@ -56,10 +85,6 @@ def spark(values: Column, largest: float) -> str:
 
 def _scopes(history: History) -> list[str | None]:
     return [*list(history.layers)[:MAX_LAYER_CURVES], None]
-
-
-def _names(history: History) -> list[str]:
-    return ["network" if scope is None else shortened(scope, _LONGEST_NAME) for scope in _scopes(history)]
 
 
 def _columns(history: History) -> dict[str, Sequence[str]]:

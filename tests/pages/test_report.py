@@ -1,4 +1,6 @@
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -82,6 +84,30 @@ def test_runs_that_measured_little_have_a_page():
     assert "The loss" not in " ".join(page.texts)  # None was measured.
     page = Page(page_of(history_of([basin_record(loss=0.5, step=7)])))
     assert "The loss did not reach zero in 7 steps." in " ".join(page.texts)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+# Measures the page in a frame as wide as a small phone: a window cannot be so narrow.
+PHONE = """<iframe id="frame" src="report.html" width="360" height="800"></iframe><p id="overflow"></p><script>
+onload = () => {
+  const page = frame.contentDocument.documentElement;
+  overflow.textContent = page.scrollWidth - page.clientWidth;
+}
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_page_opens_in_a_browser_without_an_error_and_fits_a_phone(tmp_path, page):
+    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+    (tmp_path / "phone.html").write_text(PHONE, encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000"]
+    ran = subprocess.run(
+        [*command, "--dump-dom", f"file://{tmp_path / 'phone.html'}"], capture_output=True, text=True, timeout=120
+    )
+    assert [line for line in ran.stderr.splitlines() if "CONSOLE" in line] == []
+    assert re.findall(r'<p id="overflow">(\d+)', ran.stdout) == ["0"]
 
 
 def test_page_says_why_training_stopped(page):

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,7 +49,22 @@ def test_no_digit_is_cropped_at_any_width(width, num_layers):
     lines = text.splitlines()[1 : 3 + min(num_layers, 32)]
     assert all(f"{size - i:,}" in line for i, line in enumerate(lines[1:-1]))
     assert "999,999" in lines[-1]
-    assert width < 60 or max(map(len, lines)) <= width
+    assert max(map(len, lines)) <= width
+
+
+def test_colors_change_no_character_and_names_are_no_markup(monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    names = ("a[red]b", "c\x1b[31md", "[/bold]")
+    history = replace(history_of(records()), layers={name: history_of(records()).layers["fc1"] for name in names})
+    for width in (20, 60, 200):
+        colored, plain = summary_of(history, width, has_colors=True), summary_of(history, width)
+        assert colored != plain
+        assert re.sub(r"\x1b\[[\d;]*m", "", colored) == plain
+    assert "a[red]b" in plain
+    assert "c%1B[31md" in plain
+    assert "[/bold]" in plain
 
 
 def test_layers_that_are_left_out_are_counted():
