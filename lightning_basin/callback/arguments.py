@@ -11,6 +11,9 @@ from lightning_basin.layer_names import tag
 from lightning_basin.probe import Probe
 from lightning_basin.settings import DType, HessianMode, LayerSelection, Settings
 
+PACED_SHARE = 0.1
+"""The share of the wall time that measuring takes in a long run without a cadence."""
+
 
 class Arguments:
     """The arguments of a `BasinMonitor`, whose docstring says what each means.
@@ -22,7 +25,7 @@ class Arguments:
     loss_fn: Callable[..., Any] | Literal["behavioral"] | None
     behavior: Callable[..., Any] | Literal["outputs", "probabilities"] | None
     batch_fn: Callable[..., Any] | None
-    every_n_epochs: int
+    every_n_epochs: int | None
     every_n_train_steps: int | None
     every_n_epochs_after_zero_loss: int | None
     every_n_spectra: int
@@ -47,8 +50,16 @@ class Arguments:
     prefix: str
 
     @property
+    def is_paced(self) -> bool:
+        """Whether no cadence was passed, so that measurements of long runs keep to `PACED_SHARE`."""
+        cadences = (self.every_n_epochs, self.every_n_train_steps, self.every_n_epochs_after_zero_loss)
+        return self.max_overhead is None and all(cadence is None for cadence in cadences)
+
+    @property
     def overhead_limit(self) -> float | None:
         """The share of the wall time that measuring may take; ``None`` where no clock decides."""
+        if self.is_paced:
+            return PACED_SHARE
         return None if isinstance(self.max_overhead, str) else self.max_overhead
 
 

@@ -1,5 +1,7 @@
 """One measurement for all processes of a fit: the first one measures, the others wait for its record."""
 
+import math
+
 from torch import nn
 
 from lightning_basin.callback.cost import advise
@@ -94,7 +96,7 @@ class JointMeasurement:
         """
         session, arguments = self._session, self._session.arguments
         is_early = self._overhead.num_measurements < _NUM_BEFORE_ADVICE
-        if is_early or session.is_cost_judged or arguments.max_overhead is not None:
+        if is_early or session.is_cost_judged or arguments.is_paced or arguments.max_overhead is not None:
             return
         session.is_cost_judged = True
         records = session.results.records
@@ -107,13 +109,22 @@ class JointMeasurement:
         limit = self._session.arguments.overhead_limit
         if limit is None:
             return True
-        is_allowed: bool = self._trainer.strategy.broadcast(self._overhead.allows_next(limit), 0)
+        is_free = self._session.arguments.is_paced and self._overhead.allows_in_all(_num_epochs_left(self._trainer))
+        is_allowed: bool = self._trainer.strategy.broadcast(is_free or self._overhead.allows_next(limit), 0)
         return is_allowed
 
     def _measured(self, step: int, whole: ModuleGetter) -> BasinRecord | None:
         session, probing = self._session, self._probing
         with self._overhead.measuring(), announced(f"Measuring {escaped(session.arguments.prefix)} at step {step}"):
             return session.measure(probing.request(session.results.records, self._trainer), whole, probing.probe, step)
+
+
+def _num_epochs_left(trainer: Trainer) -> float:
+    """The number of epochs to the end of a fit, the present one among them; infinity where nobody knows."""
+    epoch, step = trainer.current_epoch, trainer.global_step
+    by_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - epoch
+    has_end = trainer.max_steps != -1 and step > 0
+    return min(by_epochs, 1 + (trainer.max_steps / step - 1) * (epoch + 1)) if has_end else by_epochs
 
 
 def _renews_batch_statistics(trainer: Trainer) -> bool:

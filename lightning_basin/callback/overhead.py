@@ -1,5 +1,6 @@
 """The wall time of measuring: a limit to it, what it costs a run, and a word where it takes long."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,12 @@ from lightning_basin.record import BasinRecord
 
 LONG_SECONDS = 10.0
 """A measurement that takes longer is announced, so that nobody takes a run for dead."""
+
+FREE_SECONDS = 10.0
+"""The wall time that all measurements of a fit may take together, however short the fit is."""
+
+
+_SHORTEST = 1e-6  # seconds of a measurement that took no time by the clock
 
 
 class Overhead:
@@ -41,6 +48,7 @@ class Overhead:
         self._spent = self._first = self._last = 0.0
         self._first_ended = self._last_ended = self._started
         self.num_measurements = 0
+        self._num_occasions = 0  # Since the last measurement.
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -53,6 +61,7 @@ class Overhead:
             self._last = self._last_ended - started
             self._spent += self._last
             self.num_measurements += 1
+            self._num_occasions = 0
             if self.num_measurements == 1:
                 self._first, self._first_ended = self._last, self._last_ended
 
@@ -60,6 +69,21 @@ class Overhead:
         """Whether all measurements together keep to a share of the time, if one as long as the last begins now."""
         elapsed = self._clock() - self._started
         return self._spent + self._last <= share * (elapsed + self._last)
+
+    def allows_in_all(self, num_left: float) -> bool:
+        """Whether it is time for the next of as many measurements as fit into `FREE_SECONDS`, to the end of a fit.
+
+        They are spread evenly, the last of them at the end. Each call stands for an occasion to measure.
+
+        Args:
+            num_left: The number of occasions that are left, with this one; infinity where nobody knows.
+        """
+        self._num_occasions += 1
+        if self._spent + self._last > FREE_SECONDS:
+            return False
+        num_measurements = (FREE_SECONDS - self._spent) // max(self._last, _SHORTEST)
+        num_in_all = self._num_occasions + num_left - 1
+        return math.isinf(num_left) or self._num_occasions * num_measurements >= num_in_all
 
     def cost(self, records: Sequence[BasinRecord]) -> Cost:
         """Return what the measurements have cost since the end of the first, which takes longer than others.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_basin.callback.arguments import Arguments
+from lightning_basin.callback.arguments import PACED_SHARE, Arguments
 from lightning_basin.callback.notices import Notices, inform, memory_hint, warn
 from lightning_basin.callback.request import Request
 from lightning_basin.callback.results import Results
@@ -89,14 +89,14 @@ class Session:
     def skip(self, step: int) -> None:
         """Take note of a measurement that the limit on overhead does not allow."""
         self.results.skipped_steps.append(step)
-        self.notices.inform(f"BasinMonitor(max_overhead={self.arguments.overhead_limit:g}) skips measurements")
+        self.notices.inform(_word_of_skipping(self.arguments))
 
     def inform_of_skipped(self) -> None:
         """Say how many measurements were skipped in all."""
         num_skipped = len(self.results.skipped_steps)
         if self.arguments.overhead_limit is not None and num_skipped:
             inform(
-                f"BasinMonitor(max_overhead={self.arguments.overhead_limit:g}) skipped {num_skipped} of "
+                f"{_limited_monitor(self.arguments)} skipped {num_skipped} of "
                 f"{len(self.results.records) + num_skipped} measurements, which skipped_steps lists"
             )
 
@@ -229,3 +229,16 @@ def _goes_on(*, in_training: bool) -> str:
 
 def _probabilities(outputs: Callable[[nn.Module, Any], Tensor], module: nn.Module, inputs: Any) -> Tensor:
     return outputs(module, inputs).softmax(1)
+
+
+def _limited_monitor(arguments: Arguments) -> str:
+    return "BasinMonitor" if arguments.is_paced else f"BasinMonitor(max_overhead={arguments.overhead_limit:g})"
+
+
+def _word_of_skipping(arguments: Arguments) -> str:
+    if not arguments.is_paced:
+        return f"{_limited_monitor(arguments)} skips measurements"
+    return (
+        f"BasinMonitor measures at some epochs only, as each would take more than {PACED_SHARE:.0%} of the wall time. "
+        f"HINT: BasinMonitor(every_n_epochs=1) measures at each, BasinMonitor(hessian=False) takes less time"
+    )

@@ -39,7 +39,7 @@ class Ticking(PassThroughProfiler):
 def ticking_trainer(root, monkeypatch, monitor, seconds_a_batch=1.0, **options):
     clock = Ticking(seconds_a_batch)
     monkeypatch.setattr(time, "monotonic", clock)
-    return make_trainer(root, monitor, profiler=clock, max_epochs=12, **options)
+    return make_trainer(root, monitor, profiler=clock, **{"max_epochs": 12} | options)
 
 
 def ticking_run(root, monkeypatch, monitor, seconds_a_batch=1.0, module=None, **options):
@@ -72,13 +72,50 @@ def test_a_run_with_time_to_spare_skips_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("seconds_a_batch", "options", "expected"),
+    [
+        # Three seconds a measurement, of which three fit into ten seconds: the first, the last, and one in the middle.
+        pytest.param(1.0, {}, [0, 18, 36], id="short run"),
+        pytest.param(1.0, {"max_epochs": -1, "max_steps": 36}, [0, 18, 36], id="short run of so many steps"),
+        # The end of the k-th measurement is at most at a tenth: 3 k <= (3 k + 3 n) / 10 after n batches, so n >= 9 k.
+        # With 300 seconds a batch that is always so.
+        pytest.param(300.0, {}, [*range(0, 37, 3)], id="long run"),
+        # Of an epoch of 15 seconds: 3 k <= (3 k + 15 e) / 10, so that e >= 1.8 k.
+        pytest.param(5.0, {}, [0, 12, 18, 24, 27, 33], id="run of minutes"),
+    ],
+)
+def test_without_a_cadence_epochs_are_measured_as_time_allows(
+    tmp_path, monkeypatch, caplog, seconds_a_batch, options, expected
+):
+    monitor = BasinMonitor(probe=20)
+    with caplog.at_level("INFO"):
+        ticking_run(tmp_path, monkeypatch, monitor, seconds_a_batch, **options)
+    assert steps(monitor) == expected
+    said = [message for message in caplog.messages if "at some epochs only" in message]
+    assert len(said) == (1 if monitor.skipped_steps else 0)
+    assert sorted(monitor.skipped_steps + expected) == [*range(0, 37, 3)]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"every_n_epochs": 1}, {"every_n_epochs_after_zero_loss": 1}], ids=lambda arguments: str(*arguments)
+)
+def test_a_cadence_that_is_passed_is_kept(tmp_path, monkeypatch, arguments):
+    monitor = BasinMonitor(probe=20, **arguments)
+    ticking_run(tmp_path, monkeypatch, monitor)
+    assert (steps(monitor), monitor.skipped_steps) == ([*range(0, 37, 3)], [])
+
+
+@pytest.mark.parametrize(
     ("arguments", "seconds_a_batch", "expected"),
     [
         # Three seconds beside the three of an epoch; each twelfth measurement takes 3 of 39.
         pytest.param(
-            {}, 1.0, ["Measuring takes 50% of the wall time", "every_n_epochs=12) brings it to 8%"], id="much"
+            {"every_n_epochs": 1},
+            1.0,
+            ["Measuring takes 50% of the wall time", "every_n_epochs=12) brings it to 8%"],
+            id="much",
         ),
-        pytest.param({}, 9.0, [], id="a tenth"),
+        pytest.param({"every_n_epochs": 1}, 9.0, [], id="a tenth"),
         pytest.param({"max_overhead": 0.9}, 1.0, [], id="limited"),
         pytest.param({"max_overhead": "auto"}, 1.0, [], id="ever more rarely"),
     ],
@@ -103,7 +140,7 @@ class FailsAtSix(Regressor):
 def test_what_measuring_costs_is_said_after_the_fourth_measurement_where_the_third_has_failed(
     tmp_path, monkeypatch, caplog
 ):
-    monitor = BasinMonitor(probe=20)
+    monitor = BasinMonitor(probe=20, every_n_epochs=1)
     with caplog.at_level("INFO"), pytest.warns(UserWarning, match="could not measure at step 6"):
         ticking_run(tmp_path, monkeypatch, monitor, module=FailsAtSix())
     assert steps(monitor)[:3] == [0, 3, 9]
@@ -111,7 +148,7 @@ def test_what_measuring_costs_is_said_after_the_fourth_measurement_where_the_thi
 
 
 def test_what_measuring_costs_is_said_once_in_two_fits_of_a_run_and_again_in_another_run(tmp_path, monkeypatch, caplog):
-    module, trainer = Regressor(), ticking_trainer(tmp_path, monkeypatch, BasinMonitor(probe=20))
+    module, trainer = Regressor(), ticking_trainer(tmp_path, monkeypatch, BasinMonitor(probe=20, every_n_epochs=1))
     num_said = []
     for fitted in (module, module, Regressor()):
         with caplog.at_level("INFO"):
