@@ -116,7 +116,10 @@ class ChunkedRun:
         room = self.rest - self.reserved
         if self.graph * self.num_inputs <= min(self.rest / 2, room):
             return self.num_inputs
-        return max(0, int(min((self.rest - self.activations) / 3, room - self.activations) / max(1, self.graph)))
+        fitting = (room - self.activations) / max(1, self.graph)
+        # Gradients get two thirds of the memory, where these are not needed for a single input.
+        sparing = (self.rest - self.activations) / 3 / max(1, self.graph)
+        return max(0, int(min(fitting, max(1.0, sparing))))
 
     @property
     def held(self) -> int:

@@ -95,7 +95,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
             self._parts |= {id(tensor): tensor for tensor in tensors if _memory(tensor) in shared}
         elif is_fixed and not self._has_part_for_each_input(arguments, tensors):
             self._fixed |= {id(tensor): tensor for tensor in tensors}
-        if not is_fixed and any(tensor.requires_grad for tensor in arguments):
+        if not (is_fixed or _is_view(func)) and any(tensor.requires_grad for tensor in arguments):
             self.operations.num_elements += sum(tensor.numel() for tensor in tensors)
         return results
 
@@ -167,6 +167,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.
         return not arguments and any(
             tensor.is_floating_point() and self._num_inputs in tensor.shape for tensor in results
         )
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the result of an operation has the memory of its argument, which is a view of it or was changed."""
+    return func is aten._unsafe_view.default or any(result.alias_info is not None for result in func._schema.returns)
 
 
 def _memory(tensor: Tensor) -> int:

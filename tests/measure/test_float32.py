@@ -25,7 +25,7 @@ from tests.networks import Composed, built, convolutional, drawn32, images
 EPSILON = 2.0**-23
 
 
-BUDGETS = (2**30, 88 * 2**20)
+BUDGETS = (2**30, 84 * 2**20)
 
 
 NOTE = "evaluated in float32: singular values below"
