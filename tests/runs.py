@@ -21,6 +21,9 @@ MERGED = (
 )
 DUPLICATES = {"fc1": (0, 0, 0, 0), "fc2": (0, 0, 0, 1), "head": (0, 0, 1, 2)}
 
+SPECTRA = ({4: 2, 0: 6}, None, {4: 2, 0: 2, -44: 1}, {5: 1, 4: 1})
+"""Of the network, by quarters of a decade; the second measurement has none."""
+
 
 def records():
     """Rank 8 of 8 until after zero loss, then 5 and 2; the bracket closes at the end, on N - rank = 38."""
@@ -28,7 +31,11 @@ def records():
     for i, step in enumerate(STEPS):
         layers = {
             name: layer_record(
-                num_parameters=12, gradient_rank=LAYER_RANKS[name][i], duplicated_activations=DUPLICATES[name][i]
+                num_parameters=12,
+                gradient_rank=LAYER_RANKS[name][i],
+                duplicated_activations=DUPLICATES[name][i],
+                gradient_spectrum={-2: LAYER_RANKS[name][i]} if LAYER_RANKS[name][i] else {},
+                gradient_largest=0.5 if LAYER_RANKS[name][i] else 0.0,
             )
             for name in LAYERS
         }
@@ -42,6 +49,8 @@ def records():
             gradient_rank_at=dict(
                 zip((1e-12, 1e-8, 1e-6, 1e-4, 1e-2), (8 - i, 7 - i, 6 - i, 5 - i, 4 - i), strict=True)
             ),
+            gradient_spectrum=SPECTRA[i],
+            gradient_largest=None if SPECTRA[i] is None else (12.0, 0.0, 15.0, 20.0)[i],
             hessian_nullity_lower=(30, 32, 35, 38)[i],
             hessian_nullity_upper=(40, 39, 38, 38)[i],
             hessian_nullity=(None, None, None, 38)[i],

@@ -7,7 +7,15 @@ from functools import partial
 import numpy as np
 from matplotlib.axes import Axes
 
-from lightning_basin.figures import plot_history, plot_layers, plot_loss, plot_merges, plot_nullity, plot_tolerances
+from lightning_basin.figures import (
+    plot_history,
+    plot_layers,
+    plot_loss,
+    plot_merges,
+    plot_nullity,
+    plot_spectrum,
+    plot_tolerances,
+)
 from lightning_basin.figures.layers import NAME_LENGTH, LayerQuantity, map_height
 from lightning_basin.history.columns import History
 from lightning_basin.pages.drawing import svg_of
@@ -24,13 +32,13 @@ class Section:
     Attributes:
         title: What the figure shows.
         text: How to read it.
-        figure: The figure as SVG.
+        figure: The figure as SVG; empty where there is nothing to draw.
         table: The table under it; ``None`` for none.
     """
 
     title: str
     text: str
-    figure: str
+    figure: str = ""
     table: Table | None = None
 
 
@@ -54,6 +62,7 @@ def sections_of(history: History) -> Iterator[Section]:
         yield _merges(history)
     if not np.isnan(history.column("gradient_rank_at_1e-06")).all():
         yield _tolerances(history)
+    yield _spectrum(history)
 
 
 def _rank(history: History) -> Section:
@@ -116,6 +125,23 @@ def _tolerances(history: History) -> Section:
     )
     figure = _over_steps(history, partial(plot_tolerances, history), "tolerances", 2.8, "Ranks at five tolerances")
     return Section("How sharp the rank is", text, figure)
+
+
+def _spectrum(history: History) -> Section:
+    title = "Where singular values go: the spectrum"
+    if None not in history.spectra:
+        text = (
+            "This run has no singular values: its ranks were proved without (every_n_spectra, spectrum=False), or an "
+            "earlier version has measured them."
+        )
+        return Section(title, text)
+    text = (
+        "How many singular values of the network's gradients there are of each size: the darker, the more. What falls "
+        "below the dashed line counts as zero. Directions that are lost cleanly leave a gap above it; where values "
+        "pile up at the line, the rank depends on the tolerance."
+    )
+    figure = _over_steps(history, partial(plot_spectrum, history), "spectrum", 3.2, "Number of singular values by size")
+    return Section(title, text, figure)
 
 
 def _over_steps(history: History, draw: Callable[..., Axes], name: str, height: float, what: str) -> str:
