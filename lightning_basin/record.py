@@ -280,7 +280,7 @@ class BasinRecord(LayerRecord):
 
     def _statistics(self) -> Iterator[tuple[str, float]]:
         for name in _STATISTICS:
-            values = [layer.quantities()[name] for layer in self.layers.values() if name in layer.quantities()]
+            values = [value for layer in self.layers.values() if (value := getattr(layer, name)) is not None]
             if len(values) > 1:
                 deciles = quantiles(values, n=10, method="inclusive")
                 yield f"{name}_p10", deciles[0]

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from lightning_basin import MergedInput
 from lightning_basin.history.page import DATA_ID, write_data
-from tests.whole_records import basin_record, layer_record
+from lightning_basin.layer_names import layer_blocks
+from tests.whole_records import HOW, WHOLE, basin_record, layer_record
 
 LAYERS = ("fc1", "fc2", "head")
 
@@ -58,6 +59,27 @@ def records():
             loss=LOSSES[i],
             merged_inputs=MERGED[i],
             step=step,
+        )
+        made.append(record)
+    return made
+
+
+def deep_records(num_layers, num_records):
+    """A run of many layers and blocks, of which all was measured; the loss reaches zero in its middle."""
+    names = [f"layers.{i // 2}.{('norm', 'linear')[i % 2]}" for i in range(num_layers)]
+    spectrum = {"gradient_spectrum": {b: 1 + b % 7 for b in range(-20, 8)}, "gradient_largest": 100.0}
+    made = []
+    for i in range(num_records):
+        changes = WHOLE | HOW | spectrum | {"gradient_rank": i % 9, "activation_rank": 5, "activation_rank_gap": 8.0}
+        record = basin_record(
+            {name: layer_record(**changes) for name in names},
+            **changes,
+            blocks={block: layer_record(**changes) for block in layer_blocks(names)},
+            gradient_rank_bound=8,
+            output_duplicated_activations=3,
+            output_duplicated_activations_exact=1,
+            loss=1.0 if 2 * i < num_records else 1e-9,
+            step=10 * i,
         )
         made.append(record)
     return made
