@@ -18,6 +18,7 @@ from lightning_basin.figures import (
 )
 from lightning_basin.figures.layers import NAME_LENGTH, LayerQuantity, map_height
 from lightning_basin.history.columns import History
+from lightning_basin.history.knowledge import counted_nullity, is_nullity_known
 from lightning_basin.pages.drawing import svg_of
 from lightning_basin.pages.findings import Table, moments_table
 
@@ -51,7 +52,7 @@ def sections_of(history: History) -> Iterator[Section]:
     yield _rank(history)
     if not np.isnan(history.column("log10_loss")).all():
         yield _loss(history)
-    if not np.isnan(history.column("hessian_nullity_lower")).all():
+    if is_nullity_known(history):
         yield _nullity(history)
     if history.layers:
         text = "Layers from the inputs (top) to the outputs (bottom). At the right end the value at the end."
@@ -90,7 +91,13 @@ def _nullity(history: History) -> Section:
         "Directions that leave the loss flat. The band is proved: the nullity is inside of it. At a perfect fit of a "
         "regression it closes at N − rank."
     )
+    if np.isnan(history.column("hessian_nullity_lower")).all():
+        text = (
+            "Directions that leave the loss flat, counted without a bracket, as this loss has none. Where the line is "
+            "dotted a residual is left, and another tolerance gives another number."
+        )
     rows = {
+        "counted": counted_nullity(history),
         "at least": history.column("hessian_nullity_lower"),
         "at most": history.column("hessian_nullity_upper"),
         "N − rank": history.column("gradient_nullity"),

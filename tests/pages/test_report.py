@@ -114,6 +114,14 @@ def test_page_opens_in_a_browser_without_an_error_and_fits_a_phone(tmp_path, pag
     assert re.findall(r'<p id="overflow">(\d+)', ran.stdout) == ["0"]
 
 
+@pytest.mark.parametrize(("residual", "known"), [(0.25, "ill-defined"), (0.0, "proved")])
+def test_a_nullity_that_was_counted_without_a_bracket_is_shown_as_what_it_is(residual, known):
+    record = basin_record(hessian_nullity=7, residual_curvature=residual)
+    text = " ".join(Page(page_of(history_of([record]))).texts)
+    assert f"flat directions of the loss 7 {known}; of 12 parameters" in text
+    assert "counted without a bracket" in text
+
+
 def test_page_says_why_training_stopped(page):
     assert "Training was stopped: rank 5 &lt; 8" in page
 
