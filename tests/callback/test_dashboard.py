@@ -84,9 +84,8 @@ def served(tmp_path_factory):
     root = tmp_path_factory.mktemp("served")
     for rate in (0.1, 0.2):
         logger = TensorBoardLogger(root, name="runs", default_hp_metric=False)
-        make_trainer(root, BasinMonitor(probe=20, zero_loss_threshold=1e3), logger=logger).fit(
-            Configured(rate), loader()
-        )
+        monitor = BasinMonitor(probe=20, zero_loss_threshold=1e3, every_n_epochs=1)
+        make_trainer(root, monitor, logger=logger).fit(Configured(rate), loader())
         logger.finalize("success")
     plugins = ("scalars", "histograms", "images", "text")
     with tensorboard(root / "runs") as ask:

@@ -46,7 +46,7 @@ def logged_run(root, monitor, module=None, **options):
 
 
 def test_event_file_holds_all_of_the_network_and_four_values_of_each_layer_at_every_measurement_once(tmp_path):
-    monitor = BasinMonitor()
+    monitor = BasinMonitor(every_n_epochs=1)
     _, (_, tensorboard) = logged_run(tmp_path, monitor, max_epochs=3)
     events = events_of(tensorboard)
     tags = [tag for tag in events.Tags()["scalars"] if "basin" in tag]
