@@ -181,6 +181,8 @@ def mistaken_for(key: str, keys: Collection[str], prefixes: Sequence[str]) -> st
         'held_out/gradient_rank'
         >>> mistaken_for("val/loss", keys, ["held_out"])
     """
+    if key_of_tag(key) != key and key_of_tag(key) in keys:  # As it stands in TensorBoard.
+        return key_of_tag(key)
     if Key.of(key, "basin") is not None and "basin" not in prefixes:
         candidates = [f"{escaped(prefix)}{key.removeprefix('basin')}" for prefix in prefixes]
     else:  # A loss is what everybody logs, under any name.

@@ -15,6 +15,8 @@ from tests.whole_records import basin_record, layer_record
 pytestmark = [pytest.mark.fits, pytest.mark.filterwarnings("ignore")]
 
 MISTYPED = {
+    "basin_more/saturated": "basin/saturated",
+    "basin_more/loss": "basin/loss",
     "basin/gradient_rnak": "basin/gradient_rank",
     "basin_layer_gradient_rank/reedout": "basin_layer_gradient_rank/readout",
     "basin_layer_gradient_rnak/hidden": "basin_layer_gradient_rank/hidden",
