@@ -61,7 +61,7 @@ def what_to_look_at(first: BasinRecord, last: BasinRecord) -> str:
         "basin/hessian_nullity_upper": "flat directions of the loss at most; falls with the residual",
         "basin/residual_curvature": "how far the two still are from being the same thing",
     }
-    lines = ["What to look at, and its way from the start to the end:"]
+    lines = ["What to look at, and its way from the start to the end (TensorBoard has some of it in basin_more/):"]
     for key, meaning in curves.items():
         before, after = (
             record.layers[head].gradient_rank if head in key else record.quantities()[key.removeprefix("basin/")]

@@ -1,6 +1,7 @@
 """A user's names, of layers and prefixes, in a form that can be printed, logged and written to tables."""
 
 import re
+from functools import cache
 from urllib.parse import quote
 
 _MARKUP = re.compile(r"""[\[\]<>&"'`*|\\%]""")
@@ -10,6 +11,7 @@ _FORMULA = "=+-@"
 """The characters that make a spreadsheet compute where a cell begins with them."""
 
 
+@cache
 def escaped(name: str) -> str:
     """Percent-encode a name's control characters, line ends and markup, as in a URL.
 

@@ -81,7 +81,9 @@ def measure_checkpoints(
         record = run.observe(loaded, checkpoint.step)
         if record is None:
             continue
-        for problem in log_scalars(outputs, session.log_values(record), step=checkpoint.log_step):
+        for problem in log_scalars(
+            outputs, session.log_values(record), step=checkpoint.log_step, prefix=monitor.prefix
+        ):
             rank_zero_warn(problem)
         if history is not None:
             history.append(session.table_row(record))

@@ -99,6 +99,9 @@ class LayerRecord:
         gradient_method: ``"svd"``, ``"gram"``, ``"gram+sketch"``, ``"cholesky"`` or ``"sketch"``.
         log_det_gram: The natural logarithm of the product of the squared singular values that ``gradient_rank`` counts;
             ``None`` without a spectrum, and at rank 0.
+        gradient_largest: The largest singular value; ``None`` without a spectrum.
+        gradient_spectrum: The number of singular values in ``[10**(b / 4), 10**((b + 1) / 4))`` by the integer b, but
+            for those that are rounding; ``None`` without a spectrum.
         hessian_nullity: The number of eigenvalues of the Hessian that the residual leaves indistinguishable from zero;
             ``None`` where the Hessian was not formed and the two ends of the bracket do not meet.
         hessian_nullity_lower: The lower end of the bracket of ``hessian_nullity``; it is certain.
@@ -134,6 +137,8 @@ class LayerRecord:
     gradient_rtol: float
     gradient_method: str
     log_det_gram: float | None = None
+    gradient_largest: float | None = None
+    gradient_spectrum: Mapping[int, int] | None = None
     hessian_nullity: int | None = None
     hessian_nullity_lower: int | None = None
     hessian_nullity_upper: int | None = None
@@ -275,7 +280,7 @@ class BasinRecord(LayerRecord):
 
     def _statistics(self) -> Iterator[tuple[str, float]]:
         for name in _STATISTICS:
-            values = [layer.quantities()[name] for layer in self.layers.values() if name in layer.quantities()]
+            values = [value for layer in self.layers.values() if (value := getattr(layer, name)) is not None]
             if len(values) > 1:
                 deciles = quantiles(values, n=10, method="inclusive")
                 yield f"{name}_p10", deciles[0]
@@ -287,7 +292,6 @@ class BasinRecord(LayerRecord):
         plain = _fields(self)
         for name in _MERGED:
             plain[name] = [(merged.index, merged.equals, merged.layer) for merged in plain[name]]
-        plain["seconds"] = dict(self.seconds)
         plain["layers"] = {name: _fields(layer) for name, layer in self.layers.items()}
         plain["blocks"] = {name: _fields(block) for name, block in self.blocks.items()}
         return plain
@@ -322,4 +326,4 @@ def _value(record: LayerRecord, name: str) -> Any:
 
 def _fields(record: LayerRecord) -> dict[str, Any]:
     plain = {item.name: getattr(record, item.name) for item in fields(record)}
-    return plain | {"gradient_rank_at": dict(record.gradient_rank_at)}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in plain.items()}

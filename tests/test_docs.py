@@ -11,7 +11,10 @@ from lightning_basin.record import LAYER_QUANTITIES, NETWORK_QUANTITIES
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
 OF_A_RUN = {"zero_loss_step"}
-IN_THE_RECORD = {"merged_inputs", "train_merged_inputs", "gradient_rank_at_<rtol>", "seconds"}
+IN_THE_RECORD = {
+    *("merged_inputs", "train_merged_inputs", "gradient_rank_at_<rtol>", "gradient_spectrum", "gradient_largest"),
+    "seconds",
+}
 LOGGED = {re.sub(r"_\d.*", "_<rtol>", name) for name in (*NETWORK_QUANTITIES, *LAYER_QUANTITIES)}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

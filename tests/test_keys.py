@@ -1,17 +1,22 @@
 import warnings
+from collections import Counter
 
 import pytest
 from torch import nn
 
 from lightning_basin import BasinMonitor, RankEarlyStopping
-from lightning_basin.keys import possible_keys
+from lightning_basin.keys import FIRST_QUANTITIES, key_of_tag, possible_keys, tensorboard_values
 from tests.callback.watchers import Scheduled, fit
 from tests.lightning_packages import EarlyStopping, MisconfigurationException, ModelCheckpoint
+from tests.runs import deep_records
 from tests.training import Regressor
+from tests.whole_records import basin_record, layer_record
 
 pytestmark = [pytest.mark.fits, pytest.mark.filterwarnings("ignore")]
 
 MISTYPED = {
+    "basin_more/saturated": "basin/saturated",
+    "basin_more/loss": "basin/loss",
     "basin/gradient_rnak": "basin/gradient_rank",
     "basin_layer_gradient_rank/reedout": "basin_layer_gradient_rank/readout",
     "basin_layer_gradient_rnak/hidden": "basin_layer_gradient_rank/hidden",
@@ -129,3 +134,37 @@ def test_a_block_has_no_key_of_what_only_layers_have():
     of_blocks = [key for key in possible_keys("basin", many, "auto") if key.startswith("basin_block_")]
     assert "basin_block_gradient_rank/layers.0-1" in of_blocks
     assert not [key for key in of_blocks if "activation_rank" in key]
+
+
+def groups_of(tags):
+    return Counter(tag.partition("/")[0] for tag in tags)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "curves_of_layers"),
+    [(1, 4), (8, 4 * 8), (16, 4 * 16), (17, 3 * 17), (32, 2 * 32), (50, 2 * 25), (200, 2 * 25)],
+)
+def test_tensorboard_shows_eight_values_first_and_about_a_hundred_in_all(num_layers, curves_of_layers):
+    values = deep_records(num_layers, 1)[0].scalars()
+    shown = tensorboard_values(values, "basin")
+    groups = groups_of(shown)
+    assert groups["basin"] == len(FIRST_QUANTITIES) == 8
+    assert min(groups) == "basin"  # TensorBoard sorts them.
+    of_layers = sum(number for group, number in groups.items() if group.startswith(("basin_layer", "basin_block")))
+    assert of_layers == curves_of_layers + 1  # The duplicates of the outputs.
+    assert groups["basin_more"] == 20
+    assert groups["basin_stats"] == (6 if num_layers > 1 else 0)
+    assert {key_of_tag(tag): value for tag, value in shown.items()}.items() <= values.items()
+    assert len(shown) <= 100
+
+
+def test_tensorboard_shows_something_of_each_layer_that_was_asked_for():
+    record = basin_record({f"fc{i}": layer_record() for i in range(90)})
+    assert groups_of(tensorboard_values(record.scalars(), "basin"))["basin_layer_gradient_rank"] == 90
+
+
+@pytest.mark.parametrize(
+    "tag", ["basin_more/gradient_rank", "val_more/error", "loss", "basin_layer_gradient_rank/more"]
+)
+def test_tags_that_were_not_moved_are_keys(tag):
+    assert key_of_tag(tag) == tag

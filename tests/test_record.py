@@ -207,6 +207,15 @@ def test_a_record_of_an_earlier_version_is_read_without_the_quantities_that_it_d
     assert BasinRecord.from_dict(plain) == whole_record()
 
 
+def test_a_record_of_a_version_without_spectra_is_read_without_them():
+    plain = whole_record().to_dict()
+    for part in (plain, *plain["layers"].values()):
+        del part["gradient_spectrum"], part["gradient_largest"]
+    record = BasinRecord.from_dict(plain)
+    assert record.gradient_spectrum is record.layers["fc1"].gradient_spectrum is None
+    assert record.scalars() == whole_record().scalars()
+
+
 def test_a_record_of_a_version_without_stages_has_the_whole_time_only():
     plain = whole_record().to_dict()
     del plain["seconds"]
@@ -220,6 +229,7 @@ def test_changing_the_plain_form_leaves_the_record_as_it_was():
     plain = record.to_dict()
     plain["gradient_rank_at"].clear()
     plain["seconds"].clear()
+    plain["gradient_spectrum"].clear()
     plain["layers"]["fc1"]["gradient_rank_at"].clear()
     plain["layers"].clear()
     assert record == whole_record()

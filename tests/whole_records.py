@@ -36,6 +36,8 @@ WHOLE = {
 }
 
 
+SPECTRUM = {"gradient_largest": 4.5, "gradient_spectrum": {2: 1, -11: 4}}
+
 HOW = {"hessian_resolving_loss": 3e-4, "hessian_rtol": 1e-14, "hessian_method": "dense"}
 
 
@@ -46,7 +48,7 @@ def basin_record(layers=None, **changes):
 
 def whole_record():
     layers = {
-        "fc1": layer_record(**WHOLE, **HOW),
+        "fc1": layer_record(**WHOLE, **HOW, **SPECTRUM),
         "fc2": layer_record(gradient_rank=1),
         "": layer_record(gradient_rank=0),
     }
@@ -54,6 +56,7 @@ def whole_record():
         layers,
         **WHOLE,
         **HOW,
+        **SPECTRUM,
         loss=0.01,
         gradient_rank_bound=10,
         output_duplicated_activations=3,

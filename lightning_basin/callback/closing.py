@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 
-from lightning_basin.callback.dashboard import tensorboard_loggers
+from lightning_basin.callback.event_files import tensorboard_loggers
 from lightning_basin.callback.lightnings import Trainer
 from lightning_basin.callback.report_file import ReportFile
 from lightning_basin.callback.session import Session

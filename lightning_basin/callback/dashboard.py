@@ -1,18 +1,28 @@
 """What loggers show beside the curves: figures; in TensorBoard a layout, the run in words and a dot at zero loss."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_basin.callback.lightnings import TENSORBOARD_LOGGERS, Logger, Trainer
+from lightning_basin.callback.event_files import (
+    add_values,
+    is_spectrum_written,
+    prefix_of,
+    tensorboard_loggers,
+    with_prefix,
+    write_end_values,
+    write_spectra,
+)
+from lightning_basin.callback.lightnings import Logger, Trainer
 from lightning_basin.callback.media import image_writer
 from lightning_basin.callback.probe_labels import labels_of
 from lightning_basin.callback.session import Session
 from lightning_basin.history.columns import History, history_of
+from lightning_basin.keys import tensorboard_values
 from lightning_basin.naming import escaped
 from lightning_basin.pages.findings import markdown_of
 from lightning_basin.record import BasinRecord
@@ -51,27 +61,39 @@ class Dashboard:
             log_step: The place on the x axis of the curves.
         """
         self._log_step = log_step
+        prefix, results = self._session.arguments.prefix, self._session.results
         if not self._has_layout:
             self._has_layout = True
-            self._each(lambda logger: _add_layout(logger, self._session.arguments.prefix, record.quantities()))
-        if record.step is not None and record.step == self._session.results.zero_loss_step:
-            self._each(lambda logger: _mark(logger, self._session.log_values(record), log_step))
+            self._each(lambda logger: _add_layout(logger, prefix, self._values(record)))
+        if is_spectrum_written(len(results.records) - 1):
+            self._each(lambda logger: write_spectra(logger, record, prefix, step=log_step))
+        if record.step is not None and record.step == results.zero_loss_step:
+            self._each(lambda logger: _mark(logger, self._values(record), log_step))
             self.show()
+
+    def end(self) -> None:
+        """Write the summary and the figures of the whole run, of which there is a record, and what it ended with."""
+        self.show()
+        values, prefix = self._values(self._session.results.records[-1]), self._session.arguments.prefix
+        self._each(lambda logger: write_end_values(logger, values, prefix, step=self._log_step))
+
+    def _values(self, record: BasinRecord) -> dict[str, float]:
+        """The values of a record by the tags that TensorBoard shows."""
+        return tensorboard_values(self._session.log_values(record), self._session.arguments.prefix)
 
     def show(self) -> None:
         """Write the summary and the figures, if there are records that they do not have."""
         results = self._session.results
-        if not results.records or len(results.records) == self._num_shown:
+        if not results.records or len(results.records) == self._num_shown or not self._is_wanted:
             return
         self._num_shown = len(results.records)
         history = history_of(results.records, zero_loss_step=results.zero_loss_step)
         history = replace(history, labels=labels_of(results.probe))
         prefix = escaped(self._session.arguments.prefix)
         self._each(lambda logger: logger.experiment.add_text(f"{prefix}/summary", markdown_of(history), self._log_step))
-        if self._is_wanted:
-            drawn: dict[str, Any] = {}  # Once for all loggers, and only where one takes images.
-            for logger in self._trainer.loggers:
-                self._try(lambda logger: self._draw(logger, drawn, history, prefix), logger)
+        drawn: dict[str, Any] = {}  # Once for all loggers, and only where one takes images.
+        for logger in self._trainer.loggers:
+            self._try(lambda logger: self._draw(logger, drawn, history, prefix), logger)
 
     def _draw(self, logger: Logger, drawn: dict[str, Any], history: History, prefix: str) -> None:
         write = image_writer(logger)
@@ -105,63 +127,67 @@ class Dashboard:
             )
 
 
-def tensorboard_loggers(loggers: Iterable[Logger]) -> list[Any]:
-    """Return the loggers that write event files by torch's own writer into a local folder."""
-    return [
-        logger
-        for logger in loggers
-        if isinstance(logger, TENSORBOARD_LOGGERS)
-        and "://" not in logger.log_dir
-        and isinstance(logger.experiment, SummaryWriter)
-    ]
+def layout_of(prefix: str, tags: Collection[str], *, logger_prefix: str = "") -> dict[str, dict[str, list[Any]]]:
+    """Return the charts of TensorBoard's custom scalars for which there are curves, by category and title.
 
-
-def layout_of(prefix: str, measured: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
-    """Return the charts of TensorBoard's custom scalars, by category and title.
-
-    Tags are expressions that match the curves of every run, so that the layouts of several runs are one.
+    Tags are expressions that match the curves of every run, so that the layouts of several runs are one; but those of
+    a band, which TensorBoard takes as they are.
 
     Args:
         prefix: The prefix of the monitor's keys.
-        measured: The names of the quantities of the network that are measured.
+        tags: The tags of the run.
+        logger_prefix: What the logger writes in front of each tag.
 
     Example:
-        >>> list(layout_of("basin", ["gradient_rank"]))
-        ['basin: what happened', 'basin: layer by layer']
+        >>> layout_of("basin", ["basin/log10_loss"])
+        {'basin: what happened': {'log10 of the loss': ['Multiline', ['^(?:.*-)?basin/log10_loss$']]}}
     """
-    start = rf"^(?:.*-)?{re.escape(escaped(prefix))}"  # A logger's own prefix may stand before it.
-    happened: dict[str, list[Any]] = {
+    name = escaped(prefix)
+    start, own = rf"^(?:.*-)?{re.escape(name)}", f"{logger_prefix}{name}"
+    happened = {
         "rank, and what merged inputs allow": ["Multiline", [rf"{start}/gradient_rank(_bound)?$"]],
         "log10 of the loss": ["Multiline", [rf"{start}/log10_loss$"]],
         "inputs that a layer no longer distinguishes": [
             "Multiline",
             [rf"{start}_(layer|block)_duplicated_activations/.*"],
         ],
-    }
-    if {"hessian_nullity_lower", "hessian_nullity_upper"} <= set(measured):
-        ends = [f"{escaped(prefix)}/{name}" for name in ("gradient_nullity", "hessian_nullity_lower")]
-        happened["null space: N - rank in the bracket of the Hessian's nullity"] = [
+        "null space: N - rank in the bracket of the Hessian's nullity": [
             "Margin",
-            [*ends, f"{escaped(prefix)}/hessian_nullity_upper"],
-        ]
+            [f"{own}_more/gradient_nullity", f"{own}/hessian_nullity_lower", f"{own}/hessian_nullity_upper"],
+        ],
+    }
     layers = {
         "rank of each layer": ["Multiline", [rf"{start}_(layer|block)_gradient_rank/.*"]],
         "lost directions of each layer": ["Multiline", [rf"{start}_(layer|block)_gradient_rank_deficit/.*"]],
+        "lost directions: the median of the layers, and their middle eight tenths": _band(own, "gradient_rank_deficit"),
+        "duplicates: the median of the layers, and their middle eight tenths": _band(own, "duplicated_activations"),
     }
-    return {f"{escaped(prefix)}: what happened": happened, f"{escaped(prefix)}: layer by layer": layers}
+    layout: dict[str, dict[str, list[Any]]] = {}
+    for category, charts in {"what happened": happened, "layer by layer": layers}.items():
+        drawn = {title: chart for title, chart in charts.items() if _has_curves(chart[1], tags)}
+        layout |= {f"{name}: {category}": drawn} if drawn else {}
+    return layout
 
 
-def _add_layout(logger: Any, prefix: str, measured: Iterable[str]) -> None:
+def _band(start: str, quantity: str) -> list[Any]:
+    return ["Margin", [f"{start}_stats/{quantity}_{quantile}" for quantile in ("median", "p10", "p90")]]
+
+
+def _has_curves(expressions: Iterable[str], tags: Collection[str]) -> bool:
+    return all(item in tags or any(re.match(item, tag) for tag in tags) for item in expressions)
+
+
+def _add_layout(logger: Any, prefix: str, values: Mapping[str, float]) -> None:
     """Add the layout, unless there is one in the folder: a second one would take its place."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # Loading it takes a second.
 
     logger.experiment.flush()
     if _LAYOUT not in EventAccumulator(logger.log_dir).Reload().Tags()["tensors"]:
-        logger.experiment.add_custom_scalars(layout_of(prefix, measured))
+        layout = layout_of(prefix, with_prefix(logger, values), logger_prefix=prefix_of(logger))
+        logger.experiment.add_custom_scalars(layout)
 
 
 def _mark(logger: Any, values: Mapping[str, float], step: int) -> None:
     """Write one point of each curve into a run of its own, whose dots lie on the curves."""
     with SummaryWriter(str(Path(logger.log_dir) / ZERO_LOSS_RUN)) as writer:
-        for key, value in values.items():
-            writer.add_scalar(key, value, step)
+        add_values(writer, with_prefix(logger, values), step=step)

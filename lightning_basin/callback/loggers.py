@@ -6,30 +6,38 @@ from typing import Any
 
 import torch
 
-from lightning_basin.callback.lightnings import Logger, MLFlowLogger, Trainer, callbacks_of
+from lightning_basin.callback.event_files import write_scalars
+from lightning_basin.callback.lightnings import TENSORBOARD_LOGGERS, Logger, MLFlowLogger, Trainer, callbacks_of
+from lightning_basin.keys import tensorboard_values
 
 _REFUSED_BY_MLFLOW = re.compile(r"[^a-zA-Z0-9_/. -]")
 _MLFLOW_BATCH = 1000
 """The number of values that MLflow takes in one request."""
 
 
-def log_scalars(loggers: Iterable[Logger], scalars: Mapping[str, float], *, step: int) -> list[str]:
+def log_scalars(
+    loggers: Iterable[Logger], scalars: Mapping[str, float], *, step: int, prefix: str = "basin"
+) -> list[str]:
     """Hand values to every logger, as one row where it has rows.
 
     Args:
         loggers: The loggers.
         scalars: The values by key.
         step: The place on the x axis.
+        prefix: The first characters of every key, by which TensorBoard's tags are grouped.
 
     Returns:
         A sentence for each logger that failed: a training run is worth more than a curve.
     """
-    problems = [_problem_of(logger, scalars, step) for logger in loggers]
+    problems = [_problem_of(logger, scalars, step, prefix) for logger in loggers]
     return [problem for problem in problems if problem is not None]
 
 
-def _problem_of(logger: Logger, scalars: Mapping[str, float], step: int) -> str | None:
+def _problem_of(logger: Logger, scalars: Mapping[str, float], step: int, prefix: str) -> str | None:
     try:
+        if isinstance(logger, TENSORBOARD_LOGGERS):
+            write_scalars(logger, tensorboard_values(scalars, prefix), step=step)
+            return None
         for accepted in _accepted(logger, scalars):
             logger.log_metrics(accepted, step=step)
     except Exception as error:  # Whatever a logger raises: a full disk, a server that does not answer.

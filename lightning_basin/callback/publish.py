@@ -103,7 +103,8 @@ class Publisher:
         if self._arguments.overhead_limit is not None:
             num_skipped = len(self._session.results.skipped_steps)
             skipped = {f"{escaped(self._arguments.prefix)}/skipped_measurements": num_skipped}
-        for problem in log_scalars(self._trainer.loggers, self._session.log_values(record) | skipped, step=log_step):
+        values, prefix = self._session.log_values(record) | skipped, self._arguments.prefix
+        for problem in log_scalars(self._trainer.loggers, values, step=log_step, prefix=prefix):
             self._notices.warn(problem)
         self._write_history(lambda file: file.append(self._session.table_row(record)))
         results = self._session.results
@@ -124,7 +125,7 @@ class Publisher:
         """Let all callbacks check as they did before the fit; write and say what it has shown."""
         if len(self._session.results.records) > self._num_before:
             self._num_before = len(self._session.results.records)
-            self._dashboard.show()
+            self._dashboard.end()
             self._report.write(self._log_step)
             if self._trainer.is_global_zero:
                 show(closing_words(self._trainer, self._session, self._report))

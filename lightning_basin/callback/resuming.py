@@ -129,7 +129,7 @@ def _known(plain: Mapping[str, Any], form: type[LayerRecord], unknown: set[str])
 
 
 def _is_a(value: Any, form: Any) -> bool:
-    """Whether a value, and all in it, is of a type as annotations write it; whole numbers are counts or steps."""
+    """Whether a value, and all in it, is of a type as annotations write it; no whole number but a key is negative."""
     kind, arguments = get_origin(form), get_args(form)
     if kind in (Union, UnionType):
         return any(_is_a(value, one) for one in arguments)
@@ -137,7 +137,7 @@ def _is_a(value: Any, form: Any) -> bool:
         return isinstance(value, kind) and all(_is_a(item, arguments[0]) for item in value)
     if kind is not None:
         key, item = arguments
-        return isinstance(value, Mapping) and all(_is_a(a, key) and _is_a(b, item) for a, b in value.items())
+        return isinstance(value, Mapping) and all(type(a) is key and _is_a(b, item) for a, b in value.items())
     if form in (int, float):
         return type(value) is int and value >= 0 if form is int else type(value) in (int, float)
     if is_dataclass(value):

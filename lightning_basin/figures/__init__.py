@@ -12,6 +12,7 @@ from lightning_basin.figures.curves import plot_history, plot_loss, plot_nullity
 from lightning_basin.figures.layers import plot_layers
 from lightning_basin.figures.merges import plot_merges
 from lightning_basin.figures.runs import plot_band, plot_final
+from lightning_basin.figures.spectrum import plot_spectrum
 
 __all__ = [
     "plot_band",
@@ -21,5 +22,6 @@ __all__ = [
     "plot_loss",
     "plot_merges",
     "plot_nullity",
+    "plot_spectrum",
     "plot_tolerances",
 ]

@@ -21,7 +21,7 @@ from lightning_basin.figures.style import (
     name_end,
 )
 from lightning_basin.history.columns import History
-from lightning_basin.history.knowledge import rank_knowledge
+from lightning_basin.history.knowledge import counted_nullity, nullity_knowledge, rank_knowledge
 from lightning_basin.history.sources import Source, read_histories, read_history
 
 _TOLERANCE_COLORS = ("#5c0616", "#8f1026", "#c8102e", "#e5808f", "#f0b3bd")
@@ -112,6 +112,9 @@ def _draw_ranks(ax: Axes, histories: list[History]) -> None:
 def plot_nullity(source: Source, ax: Axes | None = None) -> Axes:
     """Draw the dimension of the Hessian's null space in its bracket, down to ``N - rank``.
 
+    Where eigenvalues were counted without a bracket, and a residual is left, the line is dotted: another tolerance
+    gives another number.
+
     Args:
         source: Records, or the path of a table or of a log directory.
         ax: The axes; ``None`` makes a new figure.
@@ -125,9 +128,8 @@ def plot_nullity(source: Source, ax: Axes | None = None) -> Axes:
     ax.fill_between(steps, lower[is_known], upper[is_known], step="post", color=NULLITY, alpha=0.2, linewidth=0)
     for end in (lower, upper):
         draw_known(ax, history.steps, end, ["bracketed"] * len(end), color=NULLITY, linewidth=1.2)
-    certified = np.where(lower == upper, lower, np.nan)
-    counted = np.where(np.isnan(certified), history.column("hessian_nullity"), certified)
-    ax.plot(history.steps, counted, color=NULLITY, linewidth=2.4, drawstyle="steps-post", marker="o", markersize=3)
+    counted, knowledge = counted_nullity(history), nullity_knowledge(history)
+    draw_known(ax, history.steps, counted, knowledge, color=NULLITY, linewidth=2.4, marker="o", markersize=3)
     draw_steps(ax, history.steps, free, color=RANK, linewidth=1.2, linestyle=(0, (4, 2.5)))
     _fit_between(ax, np.concatenate([lower, upper, counted, free, history.num_parameters()]))
     label_steps(ax, history)
@@ -137,7 +139,8 @@ def plot_nullity(source: Source, ax: Axes | None = None) -> Axes:
     if np.isnan(counted[-1]):
         ends = {"at most": (last_known(upper), NULLITY), "at least": (last_known(lower), NULLITY)} | ends
     else:
-        ends = {"nullity": (nullity, NULLITY)} | ends
+        name = "nullity" if knowledge[-1] == "proved" else f"nullity, {knowledge[-1]}"
+        ends = {name: (nullity, NULLITY)} | ends
     _name_ends(ax, history, ends)
     ax.set_ylabel("flat directions")
     return ax

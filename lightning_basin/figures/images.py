@@ -12,6 +12,7 @@ from lightning_basin.figures.curves import plot_history, plot_nullity
 from lightning_basin.figures.layers import plot_layers
 from lightning_basin.figures.merges import plot_merges
 from lightning_basin.history.columns import History
+from lightning_basin.history.knowledge import is_nullity_known
 
 _SIZE, _DPI = (5.6, 3.6), 110
 """Inches, and pixels for each of them."""
@@ -27,7 +28,7 @@ def images_of(history: History) -> dict[str, NDArray[np.uint8]]:
         Images of red, green and blue, shape ``(height, width, 3)``; names sort in the order of reading.
     """
     draw: dict[str, Callable[[Axes], Axes]] = {"1_rank": lambda ax: plot_history(history, ax)}
-    if not np.isnan(history.column("hessian_nullity_lower")).all():
+    if is_nullity_known(history):
         draw["2_null_space"] = lambda ax: plot_nullity(history, ax)
     if history.layers:
         draw["3_lost_rank_by_layer"] = lambda ax: plot_layers(history, ax)

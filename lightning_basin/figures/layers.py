@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from numpy.typing import NDArray
 
-from lightning_basin.figures.style import INK, QUIET, axes_or_new, label_steps, mark_zero_loss
+from lightning_basin.figures.style import INK, QUIET, axes_or_new, edges_of, label_steps, mark_zero_loss
 from lightning_basin.history.columns import History
 from lightning_basin.history.sources import Source, read_history
 from lightning_basin.layer_names import shortened
@@ -56,7 +56,7 @@ def plot_layers(source: Source, ax: Axes | None = None, *, quantity: LayerQuanti
     ax = axes_or_new(ax, (6.4, 1.2 + map_height(len(values))))
     colors = LinearSegmentedColormap.from_list(quantity, _COLORS[quantity])
     highest = 100.0 if quantity == "lost_rank" else max(1.0, float(np.nanmax(values, initial=0.0)))
-    edges = np.append(history.steps, _end_of_last(history))
+    edges = edges_of(history.steps)
     ax.pcolormesh(edges, np.arange(len(values) + 1), values, cmap=colors, vmin=0, vmax=highest, rasterized=True)
     _name_rows(ax, list(history.layers), values[:, -1], edges[-1])
     label_steps(ax, history)
@@ -78,14 +78,7 @@ def map_height(num_layers: int) -> float:
 def _row(history: History, layer: str, quantity: LayerQuantity) -> NDArray[np.float64]:
     if quantity != "lost_rank":
         return history.column(quantity, layer)
-    largest = np.maximum(history.largest_rank(layer), 1.0)
-    return 100.0 * history.column("gradient_rank_deficit", layer) / largest
-
-
-def _end_of_last(history: History) -> float:
-    """Where the last measurement's column ends: it is as wide as the one before it."""
-    steps = history.steps
-    return float(steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
+    return 100.0 * history.lost_share(layer)
 
 
 def _name_rows(ax: Axes, names: list[str], last: NDArray[np.float64], right: float) -> None:

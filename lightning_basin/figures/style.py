@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from lightning_basin.history.columns import Column, History
 from lightning_basin.history.knowledge import Knowledge
@@ -127,6 +128,15 @@ def name_end(ax: Axes, history: History, value: float, text: str, *, color: str,
             va="center",
             annotation_clip=False,
         )
+
+
+def edges_of(steps: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where the cells of a map begin and end: the last one is as wide as the one before it.
+
+    Args:
+        steps: The steps, ascending, shape ``(n,)``.
+    """
+    return np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
 
 
 def label_steps(ax: Axes, history: History) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import neg
@@ -26,6 +27,9 @@ stands at ``sqrt(eps) = 1.5e-8`` of ``sigma_max``; the margin leaves the last re
 _LEAST_COLUMNS = (
     64  # columns of a wide matrix that count at least: rounding can move ten rows of attention by 6 epsilon
 )
+
+BINS_PER_DECADE = 4
+"""The resolution of `count_by_magnitude`: neighbouring edges differ by a factor of 1.8, and powers of ten are edges."""
 
 RankMethod = Literal["svd", "gram", "gram+sketch", "cholesky", "sketch"]
 
@@ -226,6 +230,26 @@ def log_det_gram(spectrum: Tensor, rank: int) -> float | None:
         36
     """
     return 2 * math.fsum(map(math.log, spectrum[:rank].tolist())) if rank else None
+
+
+def count_by_magnitude(spectrum: Tensor, *, rtol: float) -> dict[int, int]:
+    """Count singular values by quarters of a decade, on a scale that is the same for all matrices.
+
+    Args:
+        spectrum: The singular values, descending, shape ``(n,)``.
+        rtol: The tolerance relative to the largest, below which values are rounding and are not counted.
+
+    Returns:
+        The number of values in ``[10**(b / 4), 10**((b + 1) / 4))`` by the integer b, the largest first, without zeros.
+
+    Example:
+        >>> count_by_magnitude(torch.tensor([5.0, 2.0, 1.0, 0.02, 1e-9]), rtol=1e-6)
+        {2: 1, 1: 1, 0: 1, -7: 1}
+    """
+    check_rtol(rtol)
+    values = spectrum.tolist()
+    counted = values[: _count_above(values, rtol)]
+    return dict(Counter(math.floor(BINS_PER_DECADE * math.log10(value)) for value in counted))
 
 
 def gradient_rank(spectrum: Spectrum, *, rtol: float | None = None) -> GradientRank:

@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_basin.history.spectra import SpectrumHistory, spectrum_history
 from lightning_basin.layer_names import tags_of
-from lightning_basin.record import BasinRecord, MergedInput
+from lightning_basin.record import BasinRecord, LayerRecord, MergedInput
 
 SCHEMA = 1
 """The form of a history as builtins; a later form has a larger number."""
+
+_KEPT_SPECTRA = 8
+"""The largest number of layers whose singular values are written: they are long beside a column."""
 
 Column = NDArray[np.float64]
 """The values of a quantity, one for each measurement; NaN where it was not measured."""
@@ -47,6 +51,8 @@ class History:
         is_projected: Whether ranks are lower bounds, because only random combinations of outputs were measured.
         labels: A number or a text for each input of the probe, its class for example; ``None`` where nobody gave them.
         stopped: Why training was stopped; ``None`` where it ended by itself, or the source does not say it.
+        spectra: The singular values of the network, under ``None``, and of layers by their names in logged keys, where
+            there are any.
         logged: What else the run has logged, by key.
     """
 
@@ -60,6 +66,7 @@ class History:
     is_projected: bool = False
     labels: Sequence[float | str] | None = None
     stopped: str | None = None
+    spectra: Mapping[str | None, SpectrumHistory] = field(default_factory=dict)
     logged: Mapping[str, Logged] = field(default_factory=dict)
 
     @property
@@ -98,7 +105,8 @@ class History:
     def to_dict(self) -> dict[str, Any]:
         """Return all but ``logged`` as builtins for JSON, in which ``None`` stands for NaN; `from_dict` reads it back.
 
-        ``merged_inputs`` has ``None`` also where the merged inputs are those of the measurement before.
+        ``merged_inputs`` has ``None`` also where the merged inputs are those of the measurement before. ``spectra`` has
+        the network's, under an empty name, and those of the layers that have lost most.
         """
         merged = [None if item is None else [[m.index, m.equals, m.layer] for m in item] for item in self.merged_inputs]
         repeated = [item if index == 0 or item != merged[index - 1] else None for index, item in enumerate(merged)]
@@ -114,7 +122,30 @@ class History:
             "network": _plain(self.network),
             "layers": {layer: _plain(columns) for layer, columns in self.layers.items()},
             "merged_inputs": repeated,
+            "spectra": {
+                layer or "": self.spectra[layer].to_dict()
+                for layer in [None, *self.lossiest_layers(_KEPT_SPECTRA)]
+                if layer in self.spectra
+            },
         }
+
+    def lossiest_layers(self, number: int) -> list[str]:
+        """Return the layers that lack the largest shares of their directions at the end, in the order of the network.
+
+        Args:
+            number: The largest number of layers.
+        """
+        shares = {layer: self.lost_share(layer)[-1] for layer in self.layers}
+        chosen = sorted(shares, key=lambda layer: -np.nan_to_num(shares[layer]))[:number]
+        return [layer for layer in self.layers if layer in chosen]
+
+    def lost_share(self, layer: str | None = None) -> Column:
+        """Return the share of the ``min(m, N)`` directions that the rank lacks, from 0 to 1.
+
+        Args:
+            layer: The layer's name in logged keys; ``None`` for the network.
+        """
+        return self.column("gradient_rank_deficit", layer) / np.maximum(self.largest_rank(layer), 1.0)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "History":
@@ -145,6 +176,9 @@ class History:
             is_projected=plain["is_projected"],
             labels=plain["labels"],
             stopped=plain["stopped"],
+            spectra={
+                layer or None: SpectrumHistory.from_dict(item) for layer, item in plain.get("spectra", {}).items()
+            },
         )
 
     def num_parameters(self, layer: str | None = None) -> Column:
@@ -178,6 +212,9 @@ def history_of(records: Iterable[BasinRecord], *, name: str = "run", zero_loss_s
     if not records:
         raise ValueError("a history needs at least one record, got none: measure first")
     tags = tags_of(dict.fromkeys(layer for record in records for layer in record.layers))
+    scopes: dict[str | None, list[LayerRecord | None]] = {None: [*records]}
+    scopes |= {tags[layer]: [record.layers.get(layer) for record in records] for layer in tags}
+    spectra = {scope: spectrum_history(found) for scope, found in scopes.items()}
     return History(
         name=name,
         steps=np.array([index if record.step is None else record.step for index, record in enumerate(records)]),
@@ -192,6 +229,7 @@ def history_of(records: Iterable[BasinRecord], *, name: str = "run", zero_loss_s
         merged_inputs=tuple(_with_tags(record.merged_inputs, tags) for record in records),
         num_inputs=records[-1].num_inputs,
         is_projected=any(record.projected for record in records),
+        spectra={scope: spectrum for scope, spectrum in spectra.items() if spectrum is not None},
     )
 
 

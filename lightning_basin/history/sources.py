@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_basin.history.columns import History, Logged, columns_of, history_of
 from lightning_basin.history.page import PAGE, page_name, read_page
-from lightning_basin.keys import Key
+from lightning_basin.keys import Key, key_of_tag
 from lightning_basin.record import BasinRecord
 
 Source = History | str | Path | Iterable[BasinRecord]
@@ -136,7 +136,7 @@ def _points_of_events(folder: Path) -> Points:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     # In the order of their first values, which is that of the layers.
-    return {key: {event.step: event.value for event in events.Scalars(key)} for key in events.Tags()["scalars"]}
+    return {key_of_tag(tag): {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 def _history_of_points(points: Points, *, name: str, prefix: str | None, source: Path) -> History:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_basin.history.columns import Column, History
-from lightning_basin.history.knowledge import rank_knowledge
+from lightning_basin.history.knowledge import counted_nullity, nullity_knowledge, rank_knowledge
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,11 @@ def headlines(history: History) -> list[Headline]:
 
 
 def _nullity(history: History) -> Headline:
-    lower, upper = history.column("hessian_nullity_lower")[-1], history.column("hessian_nullity_upper")[-1]
-    counted = history.column("hessian_nullity")
+    counted, knowledge = counted_nullity(history)[-1], nullity_knowledge(history)[-1]
     name = "flat directions of the loss"
     total = f"of {number_text(history.num_parameters()[-1])} parameters"
-    if not np.isnan(lower) and lower == upper:
-        return Headline(name, number_text(lower), total, "proved", "nullity")
-    if not np.isnan(lower):
-        return Headline(name, f"{number_text(lower)} to {number_text(upper)}", total, "bracketed", "nullity")
-    if not np.isnan(counted[-1]):
-        return Headline(name, number_text(counted[-1]), total, "ill-defined", "nullity")
+    if knowledge == "bracketed" or not np.isnan(counted):
+        return Headline(name, bracket_text(history), total, knowledge, "nullity")
     free = number_text(history.column("gradient_nullity")[-1])
     name = "directions that leave the behavior as it is, at most"
     return Headline(name, free, total, rank_knowledge(history)[-1], "nullity")

@@ -7,9 +7,18 @@ from functools import partial
 import numpy as np
 from matplotlib.axes import Axes
 
-from lightning_basin.figures import plot_history, plot_layers, plot_loss, plot_merges, plot_nullity, plot_tolerances
+from lightning_basin.figures import (
+    plot_history,
+    plot_layers,
+    plot_loss,
+    plot_merges,
+    plot_nullity,
+    plot_spectrum,
+    plot_tolerances,
+)
 from lightning_basin.figures.layers import NAME_LENGTH, LayerQuantity, map_height
 from lightning_basin.history.columns import History
+from lightning_basin.history.knowledge import counted_nullity, is_nullity_known
 from lightning_basin.pages.drawing import svg_of
 from lightning_basin.pages.findings import Table, moments_table
 
@@ -24,13 +33,13 @@ class Section:
     Attributes:
         title: What the figure shows.
         text: How to read it.
-        figure: The figure as SVG.
+        figure: The figure as SVG; empty where there is nothing to draw.
         table: The table under it; ``None`` for none.
     """
 
     title: str
     text: str
-    figure: str
+    figure: str = ""
     table: Table | None = None
 
 
@@ -43,7 +52,7 @@ def sections_of(history: History) -> Iterator[Section]:
     yield _rank(history)
     if not np.isnan(history.column("log10_loss")).all():
         yield _loss(history)
-    if not np.isnan(history.column("hessian_nullity_lower")).all():
+    if is_nullity_known(history):
         yield _nullity(history)
     if history.layers:
         text = "Layers from the inputs (top) to the outputs (bottom). At the right end the value at the end."
@@ -54,6 +63,7 @@ def sections_of(history: History) -> Iterator[Section]:
         yield _merges(history)
     if not np.isnan(history.column("gradient_rank_at_1e-06")).all():
         yield _tolerances(history)
+    yield _spectrum(history)
 
 
 def _rank(history: History) -> Section:
@@ -81,7 +91,13 @@ def _nullity(history: History) -> Section:
         "Directions that leave the loss flat. The band is proved: the nullity is inside of it. At a perfect fit of a "
         "regression it closes at N − rank."
     )
+    if np.isnan(history.column("hessian_nullity_lower")).all():
+        text = (
+            "Directions that leave the loss flat, counted without a bracket, as this loss has none. Where the line is "
+            "dotted a residual is left, and another tolerance gives another number."
+        )
     rows = {
+        "counted": counted_nullity(history),
         "at least": history.column("hessian_nullity_lower"),
         "at most": history.column("hessian_nullity_upper"),
         "N − rank": history.column("gradient_nullity"),
@@ -116,6 +132,23 @@ def _tolerances(history: History) -> Section:
     )
     figure = _over_steps(history, partial(plot_tolerances, history), "tolerances", 2.8, "Ranks at five tolerances")
     return Section("How sharp the rank is", text, figure)
+
+
+def _spectrum(history: History) -> Section:
+    title = "Where singular values go: the spectrum"
+    if None not in history.spectra:
+        text = (
+            "This run has no singular values: its ranks were proved without (every_n_spectra, spectrum=False), or an "
+            "earlier version has measured them."
+        )
+        return Section(title, text)
+    text = (
+        "How many singular values of the network's gradients there are of each size: the darker, the more. What falls "
+        "below the dashed line counts as zero. Directions that are lost cleanly leave a gap above it; where values "
+        "pile up at the line, the rank depends on the tolerance."
+    )
+    figure = _over_steps(history, partial(plot_spectrum, history), "spectrum", 3.2, "Number of singular values by size")
+    return Section(title, text, figure)
 
 
 def _over_steps(history: History, draw: Callable[..., Axes], name: str, height: float, what: str) -> str:

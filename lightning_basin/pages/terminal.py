@@ -96,7 +96,9 @@ def _columns(history: History) -> dict[str, Sequence[str]]:
     for moment, index in moments.items():
         name = "rank" if moment == "end" else moment
         columns[name] = [number_text(ranks[scope][index]) for scope in scopes]
-    columns["trend"] = [spark(ranks[scope], float(np.nanmax(history.largest_rank(scope)))) for scope in scopes]
+    # The events of a deep network do not say how large the rank of each layer can be.
+    largest = [np.nanmax(history.largest_rank(scope), initial=np.nanmax(ranks[scope])) for scope in scopes]
+    columns["trend"] = [spark(ranks[scope], float(most)) for scope, most in zip(scopes, largest, strict=True)]
     columns["Hessian nullity"] = [bracket_text(history, scope) for scope in scopes]
     for name, quantity in (("duplicates", "duplicated_activations"), ("dead units", "dead_units")):
         columns[name] = [number_text(history.column(quantity, scope)[-1]) for scope in scopes]

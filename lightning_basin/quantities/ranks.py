@@ -22,6 +22,7 @@ from lightning_basin.functional.rank import (
     EPSILON,
     GradientRank,
     Spectrum,
+    count_by_magnitude,
     gradient_rank,
     log_det_gram,
     resolved_tolerances,
@@ -293,12 +294,20 @@ def rank_fields(rank: GradientRank, spectrum: Spectrum | None) -> dict[str, Any]
         rank: The rank of the gradients of a scope.
         spectrum: Their singular values; ``None`` where the rank was proved without them.
     """
-    return {
+    if spectrum is None:
+        of_spectrum: dict[str, Any] = {}
+    else:
+        values = spectrum.singular_values
+        of_spectrum = {
+            "log_det_gram": log_det_gram(values, rank.rank),
+            "gradient_largest": rank.largest,
+            "gradient_spectrum": count_by_magnitude(values, rtol=spectrum.rtol),
+        }
+    return of_spectrum | {
         "gradient_rank": rank.rank,
         "gradient_rank_gap": rank.gap,
         "gradient_rank_at": rank.at,
         "gradient_effective_rank": rank.effective_rank,
         "gradient_rtol": rank.rtol,
         "gradient_method": rank.method,
-        "log_det_gram": None if spectrum is None else log_det_gram(spectrum.singular_values, rank.rank),
     }

@@ -60,6 +60,15 @@ def test_mlflow_gets_a_name_for_each_value_also_where_it_refuses_what_tells_them
     assert metrics == {"a_": 3.0, "a__": 1.0, "a___": 2.0, "_": 4.0, "__": 5.0}
 
 
+def test_tensorboard_gets_the_values_in_groups_and_other_loggers_under_their_keys(tmp_path):
+    tensorboard, table = TensorBoardLogger(tmp_path), CSVLogger(tmp_path)
+    values = {"a.b/gradient_rank": 6.0, "a.b/loss": 0.5, "a.b_layer_dead_units/fc": 1.0}
+    assert log_scalars([tensorboard, table], values, step=3, prefix="a.b") == []
+    tensorboard.finalize("success")
+    assert EventAccumulator(tensorboard.log_dir).Reload().Tags()["scalars"] == ["a.b/gradient_rank", "a.b_more/loss"]
+    assert table.experiment.metrics == [values | {"step": 3}]
+
+
 def kept_by_tensorboard(logger, key):
     return [(event.step, event.value) for event in EventAccumulator(logger.log_dir).Reload().Scalars(key)]
 
@@ -143,7 +152,11 @@ def test_every_logger_keeps_every_measurement_once_at_its_step(tmp_path, monkeyp
     keys = set().union(*(record.scalars() for record in monitor.records)) - {"basin/measure_seconds"}
     for name, logger in zip(names, loggers, strict=True):
         logger.finalize("success")
-        for key in ("basin/gradient_rank", "basin_layer_hessian_nullity/readout", "basin_stats/gradient_rank_p90"):
+        for key in (
+            "basin/gradient_rank",
+            "basin_layer_hessian_nullity_lower/readout",
+            "basin_stats/gradient_rank_deficit_p90",
+        ):
             assert key in keys
             # The baseline stands at the first step, each epoch at its last.
             values = torch.tensor([record.scalars()[key] for record in monitor.records], dtype=torch.float32).tolist()

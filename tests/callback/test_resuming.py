@@ -209,3 +209,14 @@ def test_a_state_as_it_was_written_is_read_without_a_problem(written):
     read, problems = read_state(state, list(state["settings"]), None)
     assert not problems
     assert [record.to_dict() for record in read["records"]] == state["records"]
+
+
+def test_counts_of_singular_values_are_read_as_they_were_written_and_refused_where_they_count_below_zero(written):
+    state = copy.deepcopy(state_of(written)[1])
+    state["records"][0]["gradient_spectrum"] = {-11: 4, 2: 1}
+    assert read_state(state, list(state["settings"]), None)[0]["records"][0].gradient_spectrum == {-11: 4, 2: 1}
+    for damaged in ({-11: -4}, {"-11": 4}, {-11: 4.5}):
+        state["records"][0]["gradient_spectrum"] = damaged
+        read, problems = read_state(state, list(state["settings"]), None)
+        assert "records" not in read
+        assert any("holds values of another type" in problem for problem in problems)

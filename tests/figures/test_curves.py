@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lightning_basin.figures import plot_history, plot_loss, plot_nullity, plot_tolerances
+from lightning_basin.figures.style import LINE_STYLES
 from lightning_basin.history.columns import history_of
 from tests.runs import RANKS, STEPS, records
 from tests.whole_records import basin_record
@@ -40,6 +44,22 @@ def test_nullity_is_a_band_that_closes_at_parameters_minus_rank():
     assert {"nullity 38", "N − rank 38"} <= texts(ax)
     open_ax = plot_nullity(records()[:2])
     assert {"at most 39", "at least 32", "N − rank 32"} <= texts(open_ax)
+
+
+def test_a_nullity_that_was_counted_without_a_bracket_is_drawn_as_ill_defined_until_no_residual_is_left():
+    without = {"hessian_nullity_lower": None, "hessian_nullity_upper": None}
+    made = [
+        replace(record, hessian_nullity=30 + i, residual_curvature=residual, **without)
+        for i, (record, residual) in enumerate(zip(records(), (0.5, 0.1, 0.1, 0.0), strict=True))
+    ]
+    ax = plot_nullity(made)
+    pieces = [line for line in ax.lines if line.get_linewidth() == 2.4]
+    assert [line.get_ydata().tolist() for line in pieces] == [[30, 31, 32, 33], [33]]
+    solid, dotted = (Line2D([], [], linestyle=LINE_STYLES[kind]).get_linestyle() for kind in ("proved", "ill-defined"))
+    assert pieces[1].get_linestyle() == solid
+    assert pieces[0].get_linestyle() == dotted != solid
+    assert "nullity 33" in texts(ax)
+    assert "nullity, ill-defined 32" in texts(plot_nullity(made[:3]))
 
 
 def test_loss_is_drawn_as_its_logarithm():

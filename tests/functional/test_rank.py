@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from lightning_basin.functional.rank import (
     EPSILON,
     RANK_TOLERANCES,
     Spectrum,
+    count_by_magnitude,
     default_rtol,
     effective_rank,
     gradient_rank,
@@ -185,3 +187,21 @@ def test_gradient_rank_reports_the_gap_at_its_rank():
 def test_gradient_rank_of_the_zero_matrix_has_no_gap():
     judged = gradient_rank(spectrum_of(0.0, 0.0))
     assert (judged.rank, judged.gap, judged.effective_rank) == (0, None, 0.0)
+
+
+def test_whole_numbers_stand_in_the_quarter_of_a_decade_that_integer_arithmetic_says():
+    values = range(2000, 0, -1)
+    # n lies in the quarter b where 10**b <= n**4 < 10**(b + 1), and so where n**4 has b + 1 digits.
+    expected = Counter(len(str(n**4)) - 1 for n in values)
+    assert count_by_magnitude(torch.tensor(values, dtype=torch.float64), rtol=1e-9) == expected
+
+
+@pytest.mark.parametrize("exponent", range(-12, 13))
+def test_a_power_of_ten_is_the_lower_edge_of_its_quarter(exponent):
+    assert count_by_magnitude(torch.tensor([10.0**exponent], dtype=torch.float64), rtol=1e-9) == {4 * exponent: 1}
+
+
+def test_singular_values_that_are_rounding_are_not_counted_by_magnitude():
+    values = torch.tensor([3.0, 2e-5, 2e-16, 0.0], dtype=torch.float64)
+    assert count_by_magnitude(values, rtol=1e-14) == {1: 1, -19: 1}  # 4 log10(3) = 1.9, 4 log10(2e-5) = -18.8
+    assert count_by_magnitude(torch.zeros(3), rtol=1e-14) == count_by_magnitude(torch.zeros(0), rtol=1e-14) == {}

@@ -7,7 +7,9 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_basin.callback.history import HistoryFile
 from lightning_basin.history.columns import history_of
 from lightning_basin.history.sources import read_histories, read_history, run_folders
-from tests.runs import RANKS, STEPS, records, write_bare_page
+from lightning_basin.keys import tensorboard_values
+from lightning_basin.pages.terminal import summary_of
+from tests.runs import RANKS, STEPS, deep_records, records, write_bare_page
 
 
 def rows(prefix="basin"):
@@ -22,10 +24,12 @@ def rows(prefix="basin"):
     ]
 
 
-def write_events(folder, prefix="basin"):
+def write_events(folder, prefix="basin", *, is_grouped=True):
+    """Earlier versions wrote all values under their keys."""
     with SummaryWriter(str(folder)) as writer:
         for row in rows(prefix):
-            for key, value in row.items():
+            values = tensorboard_values(row, prefix) if is_grouped else row
+            for key, value in values.items():
                 if key != "step":
                     writer.add_scalar(key, value, row["step"])
             writer.add_scalar("val_loss", row["step"] / 10, row["step"])
@@ -49,12 +53,24 @@ def test_tables_are_read(tmp_path, ending, by_folder):
     assert (history.zero_loss_step, history.name) == (10, tmp_path.name)
 
 
-def test_events_of_tensorboard_are_read_with_what_else_was_logged(tmp_path):
-    write_events(tmp_path / "version_0")
+@pytest.mark.parametrize("is_grouped", [True, False])
+def test_events_of_tensorboard_are_read_with_what_else_was_logged(tmp_path, is_grouped):
+    write_events(tmp_path / "version_0", is_grouped=is_grouped)
     history = read_history(tmp_path / "version_0")
     assert_is_the_run(history)
     assert history.zero_loss_step == 10
     assert history.logged["val_loss"].values.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.filterwarnings("error")
+def test_events_of_a_deep_network_which_say_little_of_each_layer_are_read(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        for record in deep_records(32, 9):
+            for tag, value in tensorboard_values(record.scalars(), "basin").items():
+                writer.add_scalar(tag, value, record.step)
+    history = read_history(tmp_path)
+    assert history.column("gradient_rank", "layers.15.linear").tolist() == list(range(9))
+    assert "▁▂▃▄▅▅▆▇█" in summary_of(history)
 
 
 def test_report_is_read_with_its_merged_inputs(tmp_path):

@@ -44,7 +44,7 @@ def test_page_says_what_happened_in_words_and_integers(page):
     text = " ".join(page.texts)
     assert "The rank went from 8 to 2 of 8 directions. The loss reached zero at step 10, at rank 8." in text
     assert "no longer distinguishes all inputs is 'fc2' (duplicates: 1, at 'head': 2)." in text
-    assert page.tags.count("svg") == 7
+    assert page.tags.count("svg") == 8
     headlines = text[text.index("rank of the behavioral gradients") :]
     assert headlines.startswith("rank of the behavioral gradients 2 proved; start 8, zero loss 8")
     assert "flat directions of the loss 38 proved; of 40 parameters" in headlines
@@ -66,8 +66,11 @@ def test_figures_are_valid_and_follow_the_colours_of_the_page(page):
 
 @pytest.mark.parametrize("num_layers", [1, 8, 50, 300])
 def test_pages_of_deep_networks_stay_below_two_mebibytes(num_layers):
-    layers = {f"encoder.{i}.attention": layer_record(duplicated_activations=i % 5) for i in range(num_layers)}
-    page = page_of(history_of([basin_record(layers, step=100 * i) for i in range(60)]))
+    spectrum = {"gradient_spectrum": {b: 100 + b for b in range(-56, 8)}, "gradient_largest": 10.0}
+    layers = {
+        f"encoder.{i}.attention": layer_record(duplicated_activations=i % 5, **spectrum) for i in range(num_layers)
+    }
+    page = page_of(history_of([basin_record(layers, step=100 * i, **spectrum) for i in range(60)]))
     assert len(page.encode()) < 2 * 2**20
 
 
@@ -82,6 +85,7 @@ def test_names_with_markup_stay_names():
 def test_runs_that_measured_little_have_a_page():
     page = Page(page_of(history_of([basin_record()])))
     assert "The loss" not in " ".join(page.texts)  # None was measured.
+    assert "This run has no singular values" in " ".join(page.texts)
     page = Page(page_of(history_of([basin_record(loss=0.5, step=7)])))
     assert "The loss did not reach zero in 7 steps." in " ".join(page.texts)
 
@@ -108,6 +112,14 @@ def test_page_opens_in_a_browser_without_an_error_and_fits_a_phone(tmp_path, pag
     )
     assert [line for line in ran.stderr.splitlines() if "CONSOLE" in line] == []
     assert re.findall(r'<p id="overflow">(\d+)', ran.stdout) == ["0"]
+
+
+@pytest.mark.parametrize(("residual", "known"), [(0.25, "ill-defined"), (0.0, "proved")])
+def test_a_nullity_that_was_counted_without_a_bracket_is_shown_as_what_it_is(residual, known):
+    record = basin_record(hessian_nullity=7, residual_curvature=residual)
+    text = " ".join(Page(page_of(history_of([record]))).texts)
+    assert f"flat directions of the loss 7 {known}; of 12 parameters" in text
+    assert "counted without a bracket" in text
 
 
 def test_page_says_why_training_stopped(page):

@@ -279,3 +279,27 @@ def test_no_matrix_of_a_layer_is_formed_where_none_is_asked_for(spectrum):
 
 def test_each_layer_that_is_asked_for_has_a_matrix():
     assert square_matrices(6, layers="all") >= square_matrices(1, layers="all") + 5
+
+
+def test_singular_values_are_counted_by_quarters_of_a_decade_in_every_scope():
+    # f = D x with inputs e_i: the gradients are orthogonal, of the lengths on the diagonal; 1e-20 is rounding beside 5.
+    lengths = torch.tensor([5.0, 2e-3, 3e-3, 1e-20], dtype=torch.float64)
+    record = measure_basin(nn.Sequential(nn.Linear(4, 1, bias=False)), torch.diag(lengths))
+    for scope in (record, record.layers["0"]):
+        assert scope.gradient_spectrum == {2: 1, -11: 2}  # 4 log10 of 5, 3e-3 and 2e-3: 2.8, -10.1 and -10.8
+        assert scope.gradient_largest == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("name", CASE_NAMES[:6])
+def test_as_many_singular_values_are_counted_by_magnitude_as_the_rank_says(name):
+    case = integer_case(name, 0)
+    network, outputs = evaluated_case(name, 0)
+    exact, record = jacobian(outputs), measure_basin(case.module, case.inputs)
+    assert sum(record.gradient_spectrum.values()) == exact_rank(exact)
+    counts = {layer: sum(record.layers[layer].gradient_spectrum.values()) for layer in network.columns}
+    assert counts == {layer: exact_rank(exact[:, columns]) for layer, columns in network.columns.items()}
+
+
+def test_a_rank_that_is_proved_without_singular_values_has_none_by_magnitude():
+    record = measure_basin(wide(6, 40, 40, 5), drawn(40, 6), spectrum=False, layers=[])
+    assert record.gradient_spectrum is record.gradient_largest is None
