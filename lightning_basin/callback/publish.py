@@ -100,7 +100,7 @@ class Publisher:
         """
         self._log_step = log_step
         skipped: dict[str, float] = {}
-        if self._arguments.overhead_limit is not None:
+        if self._arguments.overhead_limit is not None and not self._arguments.is_paced:
             num_skipped = len(self._session.results.skipped_steps)
             skipped = {f"{escaped(self._arguments.prefix)}/skipped_measurements": num_skipped}
         values, prefix = self._session.log_values(record) | skipped, self._arguments.prefix
