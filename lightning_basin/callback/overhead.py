@@ -16,7 +16,7 @@ LONG_SECONDS = 10.0
 """A measurement that takes longer is announced, so that nobody takes a run for dead."""
 
 FREE_SECONDS = 10.0
-"""The wall time that all measurements of a fit may take together, however short the fit is."""
+"""The wall time that all measurements of a fit but the first may take together, however short the fit is."""
 
 
 _SHORTEST = 1e-6  # seconds of a measurement that took no time by the clock
@@ -73,17 +73,17 @@ class Overhead:
     def allows_in_all(self, num_left: float) -> bool:
         """Whether it is time for the next of as many measurements as fit into `FREE_SECONDS`, to the end of a fit.
 
+        The first one is not counted, and the others are expected to take half of its time at first: it makes checks.
         They are spread evenly, the last of them at the end. Each call stands for an occasion to measure.
 
         Args:
             num_left: The number of occasions that are left, with this one; infinity where nobody knows.
         """
         self._num_occasions += 1
-        if self._spent + self._last > FREE_SECONDS:
-            return False
-        num_measurements = (FREE_SECONDS - self._spent) // max(self._last, _SHORTEST)
+        expected = self._last if self.num_measurements > 1 else self._first / 2
+        num_measurements = (FREE_SECONDS - (self._spent - self._first)) // max(expected, _SHORTEST)
         num_in_all = self._num_occasions + num_left - 1
-        return math.isinf(num_left) or self._num_occasions * num_measurements >= num_in_all
+        return num_measurements >= 1 and (math.isinf(num_left) or self._num_occasions * num_measurements >= num_in_all)
 
     def cost(self, records: Sequence[BasinRecord]) -> Cost:
         """Return what the measurements have cost since the end of the first, which takes longer than others.
