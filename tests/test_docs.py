@@ -9,7 +9,7 @@ import pytest
 from lightning_basin.record import LAYER_QUANTITIES, NETWORK_QUANTITIES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
 OF_A_RUN = {"zero_loss_step"}
 IN_THE_RECORD = {
     *("merged_inputs", "train_merged_inputs", "gradient_rank_at_<rtol>", "gradient_spectrum", "gradient_largest"),
