@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXPERIMENTS = ("information_loss",)
+EXPERIMENTS = ("information_loss", "rank_and_flatness")
 """In the order of the index."""
 
 
