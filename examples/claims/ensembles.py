@@ -108,6 +108,7 @@ def train(
     steps: int,
     learning_rate: float = 0.01,
     decay: float = 1.0,
+    losses: Callable[[Ensemble, Tensor, Tensor], Tensor] = squared_errors,
     watch: Callable[[int], None] | None = None,
     **adam: Any,
 ) -> None:
@@ -116,10 +117,11 @@ def train(
     Args:
         ensemble: The networks, which are changed.
         inputs: The inputs, as `Ensemble` takes them.
-        targets: The targets, shape ``(k, c)``, or ``(S, k, c)``.
+        targets: The targets, shape ``(k, c)``, or ``(S, k, c)``; other losses may take others.
         steps: The number of steps.
         learning_rate: The learning rate at the start.
         decay: The factor of the learning rate in each step.
+        losses: The loss of each network, shape ``(S,)``, as a function of ensemble, inputs and targets.
         watch: A function that is called with the number of steps taken, before each step and at the end.
         **adam: Further arguments of `torch.optim.Adam`.
     """
@@ -129,7 +131,7 @@ def train(
         if watch is not None:
             watch(step)
         optimizer.zero_grad()
-        torch.autograd.backward(squared_errors(ensemble, inputs, targets).sum())
+        torch.autograd.backward(losses(ensemble, inputs, targets).sum())
         optimizer.step()
         schedule.step()
     if watch is not None:

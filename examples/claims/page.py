@@ -19,7 +19,7 @@ DOCS = Path("docs/claims")
 _MEASURED = re.compile(r"(?<=<!-- measured -->\n).*(?=<!-- end of measured -->)", re.DOTALL)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     """Write a table in Markdown.
 
     Example:
@@ -58,9 +58,9 @@ def publish(
         write = parser.parse_args().write
     torch.set_num_threads(1)  # The matrices are tiny: threads would wait for each other.
     name = module.rpartition(".")[2]
-    started = time.perf_counter()
+    started = time.process_time()
     result = run()
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     measured = describe(result)
     print(f"{measured}\n\n{seconds:.0f} seconds")
     folder = DOCS if write else Path("logs/claims")
@@ -76,7 +76,7 @@ def _renew(name: str, module: str, measured: str, seconds: float, result: Any) -
     versions = {package: version(package) for package in ("lightning-basin", "torch", "scipy")}
     command = f"python -m {module}"
     told = ", ".join(f"{package} {number}" for package, number in versions.items())
-    lines = [measured, f"![{name}]({name}.png)", f"`{command}`: {seconds:.0f} seconds on one core; {told}."]
+    lines = [measured, f"![{name}]({name}.png)", f"`{command}`: {seconds:.0f} seconds of one core; {told}."]
     path = DOCS / f"{name}.md"
     text = "\n\n".join(lines) + "\n\n"
     path.write_text(_MEASURED.sub(lambda _: "\n" + text, path.read_text("utf-8")), "utf-8")

@@ -18,7 +18,11 @@ class Interval(NamedTuple):
     upper: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.lower:.2f} to {self.upper:.2f})"
+        return f"{self:.2f}"
+
+    def __format__(self, spec: str) -> str:
+        value, lower, upper = (format(number, spec) for number in self)
+        return f"{value} ({lower} to {upper})"
 
 
 def share(count: int, total: int) -> Interval:
