@@ -4,7 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXPERIMENTS = ("information_loss", "rank_and_flatness")
+EXPERIMENTS = (
+    "information_loss",
+    "rank_and_flatness",
+    "tolerances",
+    "depth",
+    "width",
+    "after_zero_loss",
+    "dimension",
+    "circuits",
+)
 """In the order of the index."""
 
 

@@ -18,10 +18,10 @@ class Interval(NamedTuple):
     upper: float
 
     def __str__(self) -> str:
-        return f"{self:.2f}"
+        return format(self)
 
     def __format__(self, spec: str) -> str:
-        value, lower, upper = (format(number, spec) for number in self)
+        value, lower, upper = (format(number, spec or ".2f") for number in self)
         return f"{value} ({lower} to {upper})"
 
 
