@@ -131,7 +131,9 @@ def draw(result: Result) -> Figure:
         means = [sum(ranks) / len(ranks) for ranks in zip(*curves, strict=True)]
         ax.plot(result.steps, means, color=COLORS[kind], linewidth=2)
         end = (result.steps[-1], means[-1])
-        ax.annotate(f"{kind} inputs", end, (6, -3), textcoords="offset points", color=COLORS[kind])
+        # The curves of two kinds end in the same place.
+        height = {"other": 3, "trained": -10}.get(kind, -3)
+        ax.annotate(f"{kind} inputs", end, (6, height), textcoords="offset points", color=COLORS[kind])
     ax.axhline(result.ceiling, color=QUIET, linestyle=":", linewidth=1)
     ax.annotate("N − hidden units", (0, result.ceiling), (4, 3), textcoords="offset points", color=QUIET)
     ax.set(xlabel="optimizer steps", ylabel="rank of the gradients", xlim=(0, result.steps[-1]))
