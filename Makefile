@@ -50,7 +50,7 @@ examples: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 	$(BIN)/python examples/threes.py
 
-# The experiments of docs/claims, whose numbers and figures are renewed; half an hour.
+# The experiments of docs/claims, whose numbers and figures are renewed; a quarter of an hour.
 claims: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m examples.claims --write
 

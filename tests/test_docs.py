@@ -50,7 +50,8 @@ def test_examples_of_a_page_give_what_they_say(page):
 
 def test_the_site_has_every_page():
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert [page.name for page in ROOT.glob("docs/*.md") if f" {page.name}\n" not in site] == []
+    pages = [str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md")]
+    assert [page for page in pages if f" {page}\n" not in site] == []
 
 
 def test_the_table_of_the_readme_has_every_quantity():

@@ -13,6 +13,8 @@ EXPERIMENTS = (
     "after_zero_loss",
     "dimension",
     "circuits",
+    "sweep",
+    "real_task",
 )
 """In the order of the index."""
 
