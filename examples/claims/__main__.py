@@ -15,6 +15,7 @@ EXPERIMENTS = (
     "circuits",
     "sweep",
     "real_task",
+    "plasticity",
 )
 """In the order of the index."""
 

@@ -108,11 +108,15 @@ class Perceptron(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.999)}
 
 
+def prepare_process() -> None:
+    """Let a process use one core and say nothing: what many runs say at the same time nobody can read."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
 def train_one(width: int, seed: int, max_steps: int, *, stops: bool) -> Run:
     """Make one run."""
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # What many runs say at the same time nobody can read.
-    warnings.simplefilter("ignore")
     pairs, labels = category_pairs()
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
     seen, unseen = order[:48], order[48:]
@@ -165,7 +169,7 @@ def run(
         num_processes: The number of processes.
     """
     settings = list(product((True, False), widths, seeds))
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(num_processes, get_context("spawn"), prepare_process) as pool:
         jobs = [pool.submit(train_one, width, seed, max_steps, stops=stops) for stops, width, seed in settings]
         return Result(runs=[job.result() for job in jobs])
 
