@@ -53,7 +53,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> Interval:
 
     Example:
         >>> print(spearman([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5]))
-        0.94 (0.44 to 0.99)
+        0.94 (0.38 to 1.00)
     """
     rho = float(stats.spearmanr(first, second).statistic)
     if abs(rho) >= 1.0:
