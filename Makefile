@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 
 SECONDS ?= 60
 
-.PHONY: demo test quick slow test-pytorch-lightning fuzz bench check docs examples install third-party clean
+.PHONY: demo test quick slow test-pytorch-lightning fuzz bench check docs examples claims install third-party clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/threes.py
@@ -49,6 +49,10 @@ examples: $(INSTALLED)
 	$(BIN)/python examples/merged_categories.py
 	$(BIN)/python examples/digits.py
 	$(BIN)/python examples/threes.py
+
+# The experiments of docs/claims, whose numbers and figures are renewed; a quarter of an hour.
+claims: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m examples.claims --write
 
 install: $(INSTALLED)
 

@@ -9,7 +9,7 @@ import pytest
 from lightning_basin.record import LAYER_QUANTITIES, NETWORK_QUANTITIES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
 OF_A_RUN = {"zero_loss_step"}
 IN_THE_RECORD = {
     *("merged_inputs", "train_merged_inputs", "gradient_rank_at_<rtol>", "gradient_spectrum", "gradient_largest"),
@@ -50,7 +50,8 @@ def test_examples_of_a_page_give_what_they_say(page):
 
 def test_the_site_has_every_page():
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert [page.name for page in ROOT.glob("docs/*.md") if f" {page.name}\n" not in site] == []
+    pages = [str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md")]
+    assert [page for page in pages if f" {page}\n" not in site] == []
 
 
 def test_the_table_of_the_readme_has_every_quantity():

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGE, TESTS = ROOT / "lightning_basin", ROOT / "tests"
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+PACKAGE, TESTS, EXAMPLES = ROOT / "lightning_basin", ROOT / "tests", ROOT / "examples"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(EXAMPLES / "claims").rglob("*.py")])
 TEST_FILES = sorted(TESTS.rglob("test_*.py"))
 # What these test is no file of the package.
 OTHERS = {"test_benchmarks.py", "test_docs.py", "test_fuzz.py", "test_house.py", "test_public_names.py"}
@@ -41,8 +41,12 @@ def test_no_class_has_over_200_lines_and_no_function_body_over_40():
 # A source file with much to test has a folder of its own name.
 def has_source(path):
     relative = path.relative_to(TESTS)
-    file = PACKAGE / relative.with_name(path.name.removeprefix("test_"))
-    return file.is_file() or (PACKAGE / relative.parent).with_suffix(".py").is_file()
+    file = relative.with_name(path.name.removeprefix("test_"))
+    return (
+        (PACKAGE / file).is_file()
+        or (EXAMPLES / file).is_file()
+        or (PACKAGE / relative.parent).with_suffix(".py").is_file()
+    )
 
 
 def test_tests_mirror_the_package():
