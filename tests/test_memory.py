@@ -177,6 +177,7 @@ def variance_of_outputs(outputs, targets):
     return (outputs - targets).square().mean() + (outputs - outputs.mean(0)).square().mean()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("loss_fn", "hessian"),
     [

@@ -262,6 +262,7 @@ def test_what_is_said_of_a_hard_network_holds_in_80_digits(seed):
     check_bracket(seed)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(20_000, 20_004))
 def test_what_is_said_of_random_networks_holds_in_80_digits(seed):
     check_bracket(seed)

@@ -258,6 +258,7 @@ def test_no_layer_of_a_deep_network_falls_to_dense_rows_for_rounding(name, seed)
     assert not [note for note in record.notes if "row by row" in note]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", DEEP)
 def test_float32_asks_a_device_for_what_float64_does_and_casts(name):
     build, inputs = DEEP[name]
@@ -340,6 +341,7 @@ def test_a_fault_in_a_use_below_the_rounding_of_its_depth_is_found(name):
     assert [gradients.layer.name for gradients in found if not gradients.structured] == [name]
 
 
+@pytest.mark.long
 def test_a_fault_in_output_gradients_is_found_in_a_deep_network():
     runs, generator = deep_runs(), generator_of(5)
 

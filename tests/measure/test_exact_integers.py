@@ -181,6 +181,7 @@ def test_rank_of_a_wide_matrix_survives_its_random_projection():
     assert exact_rank_of_wide(left @ right) == exact_rank(left @ right) == 7
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("repeated", "dead"), [(40, 0), (25, 60), (0, 128)])
 def test_rank_by_sketch_is_the_exact_rank(repeated, dead):
     module, inputs = large_chain(repeated=repeated, dead=dead, seed=repeated)
@@ -197,6 +198,7 @@ def test_rank_by_sketch_of_a_single_layer_is_exact():
     assert layer.gradient_rank == exact_rank_of_wide(large_chain_gradients(module, inputs)[1])
 
 
+@pytest.mark.long
 def test_full_rank_is_proved_by_the_gram_matrix():
     module, inputs = large_chain(repeated=0, dead=0, seed=0)
     record = measure_basin(module, inputs, layers=[])

@@ -101,6 +101,7 @@ onload = () => {
 </script>"""
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_page_opens_in_a_browser_without_an_error_and_fits_a_phone(tmp_path, page):
     (tmp_path / "report.html").write_text(page, encoding="utf-8")

@@ -166,6 +166,7 @@ def test_rows_that_only_all_layers_together_tell_apart_are_proved_by_the_sum_of_
     assert max(layer.gradient_rank for layer in record.layers.values()) < 256
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spectrum", [False, True])
 def test_channels_that_are_dead_at_equal_distances_leave_the_rank_of_the_others(spectrum):
     # Of 64 channels 8 are alive: 8 x 64 weights act, fewer than the 123 x 8 outputs that differ.

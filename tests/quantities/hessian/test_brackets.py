@@ -94,6 +94,7 @@ def tanh_network(seed):
     return filled(nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1)), seed)
 
 
+@pytest.mark.long
 def test_the_share_that_is_certified_grows_to_all_as_the_loss_falls():
     shares = []
     for digits in range(1, 11, 3):
@@ -294,6 +295,7 @@ def test_the_largest_eigenvalue_may_be_that_of_either_part(extreme):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("loss", ["mean squares", "soft labels", "hard labels", "huber", "coupled"])
 def test_some_twelve_products_bound_both_norms_far_from_a_fit(loss, sizes_of_products):
     module = filled(nn.Sequential(nn.Linear(20, 45), nn.Tanh(), nn.Linear(45, 10)))
