@@ -16,6 +16,7 @@ EXPERIMENTS = (
     "sweep",
     "real_task",
     "plasticity",
+    "volume",
 )
 """In the order of the index."""
 
