@@ -45,14 +45,10 @@ check: $(INSTALLED)
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-examples: $(INSTALLED)
-	$(BIN)/python examples/merged_categories.py
-	$(BIN)/python examples/digits.py
-	$(BIN)/python examples/threes.py
+examples: $(patsubst %,example-%,merged_categories digits threes)
 
-# The experiments of docs/claims, whose numbers and figures are renewed; a quarter of an hour.
-claims: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m examples.claims --write
+example-%: $(INSTALLED)
+	$(BIN)/python examples/$*.py
 
 install: $(INSTALLED)
 
