@@ -121,10 +121,11 @@ class JointMeasurement:
 
 def _num_epochs_left(trainer: Trainer) -> float:
     """The number of epochs to the end of a fit, the present one among them; infinity where nobody knows."""
-    epoch, step = trainer.current_epoch, trainer.global_step
-    by_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - epoch
+    num_epochs, step = trainer.current_epoch + 1, trainer.global_step
+    by_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - num_epochs
     has_end = trainer.max_steps != -1 and step > 0
-    return min(by_epochs, 1 + (trainer.max_steps / step - 1) * (epoch + 1)) if has_end else by_epochs
+    by_steps = (trainer.max_steps - step) * num_epochs // step if has_end else math.inf
+    return 1 + min(by_epochs, by_steps)
 
 
 def _renews_batch_statistics(trainer: Trainer) -> bool:

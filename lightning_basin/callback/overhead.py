@@ -19,6 +19,9 @@ FREE_SECONDS = 10.0
 """The wall time that all measurements of a fit but the first may take together, however short the fit is."""
 
 
+LEAST_MEASUREMENTS = 10
+"""The number of measurements after the first that a fit may take, however long they are: a curve has so many points."""
+
 _SHORTEST = 1e-6  # seconds of a measurement that took no time by the clock
 
 
@@ -73,15 +76,17 @@ class Overhead:
     def allows_in_all(self, num_left: float) -> bool:
         """Whether it is time for the next of as many measurements as fit into `FREE_SECONDS`, to the end of a fit.
 
-        The first one is not counted, and the others are expected to take half of its time at first: it makes checks.
-        They are spread evenly, the last of them at the end. Each call stands for an occasion to measure.
+        They are at least `LEAST_MEASUREMENTS`, spread evenly, and the last of them is at the end. The first measurement
+        of the fit is not counted. The others are expected to take half of its time at first, as it makes checks. Each
+        call stands for an occasion to measure.
 
         Args:
             num_left: The number of occasions that are left, with this one; infinity where nobody knows.
         """
         self._num_occasions += 1
         expected = self._last if self.num_measurements > 1 else self._first / 2
-        num_measurements = (FREE_SECONDS - (self._spent - self._first)) // max(expected, _SHORTEST)
+        num_fitting = (FREE_SECONDS - (self._spent - self._first)) // max(expected, _SHORTEST)
+        num_measurements = max(num_fitting, LEAST_MEASUREMENTS + 1 - self.num_measurements)
         num_in_all = self._num_occasions + num_left - 1
         return num_measurements >= 1 and (math.isinf(num_left) or self._num_occasions * num_measurements >= num_in_all)
 

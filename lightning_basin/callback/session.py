@@ -239,6 +239,6 @@ def _word_of_skipping(arguments: Arguments) -> str:
     if not arguments.is_paced:
         return f"{_limited_monitor(arguments)} skips measurements"
     return (
-        f"BasinMonitor measures at some epochs only, as each would take more than {PACED_SHARE:.0%} of the wall time. "
+        f"BasinMonitor measures at some epochs only, as all would take more than {PACED_SHARE:.0%} of the wall time. "
         f"HINT: BasinMonitor(every_n_epochs=1) measures at each, BasinMonitor(hessian=False) takes less time"
     )

@@ -74,13 +74,15 @@ def test_a_run_with_time_to_spare_skips_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("seconds_a_batch", "options", "expected"),
     [
-        # Three seconds a measurement, of which three fit into ten seconds after the first: one in four epochs. The
-        # second is expected to take half of the time of the first, so that six would fit: after two epochs.
-        pytest.param(1.0, {}, [0, 6, 21, 36], id="short run"),
-        pytest.param(1.0, {"max_epochs": -1, "max_steps": 36}, [0, 6, 21, 36], id="short run of so many steps"),
+        # Three seconds a measurement, so that ten of sixty epochs are measured: every sixth.
+        pytest.param(1.0, {}, [0, *range(18, 181, 18)], id="short run"),
+        pytest.param(1.0, {"max_epochs": -1, "max_steps": 180}, [0, *range(18, 181, 18)], id="so many steps"),
+        pytest.param(1.0, {"max_epochs": 10}, [*range(0, 31, 3)], id="few epochs"),
         # The end of the k-th measurement is at most at a tenth: 3 k <= (3 k + 3 n) / 10 after n batches, so n >= 9 k.
         # With 300 seconds a batch that is always so.
-        pytest.param(300.0, {}, [*range(0, 37, 3)], id="long run"),
+        pytest.param(300.0, {"max_epochs": 12}, [*range(0, 37, 3)], id="long run"),
+        # Of an epoch of 15 seconds: 3 k <= (3 k + 15 e) / 10, so that e >= 1.8 k.
+        pytest.param(5.0, {}, [0, *(3 * -(-18 * k // 10) for k in range(2, 34))], id="run of minutes"),
     ],
 )
 def test_without_a_cadence_epochs_are_measured_as_time_allows(
@@ -88,11 +90,11 @@ def test_without_a_cadence_epochs_are_measured_as_time_allows(
 ):
     monitor = BasinMonitor(probe=20)
     with caplog.at_level("INFO"):
-        ticking_run(tmp_path, monkeypatch, monitor, seconds_a_batch, **options)
+        ticking_run(tmp_path, monkeypatch, monitor, seconds_a_batch, **{"max_epochs": 60} | options)
     assert steps(monitor) == expected
     said = [message for message in caplog.messages if "at some epochs only" in message]
     assert len(said) == (1 if monitor.skipped_steps else 0)
-    assert sorted(monitor.skipped_steps + expected) == [*range(0, 37, 3)]
+    assert sorted(monitor.skipped_steps + expected) == [*range(0, expected[-1] + 1, 3)]
 
 
 @pytest.mark.parametrize(
