@@ -46,7 +46,7 @@ def test_null_space_is_verified_at_chosen_measurements(tmp_path, every_n, measur
     # The manifold is the curve a theta = const: what a step of 1e-3 loses to its curvature is of order 1e-6.
     assert all(fraction is None or fraction > 1 - 1e-4 for fraction in fractions(monitor))
     if measured:
-        assert len(events_of(logger).Scalars("basin/surviving_fraction")) == len(measured)
+        assert len(events_of(logger).Scalars("basin_more/surviving_fraction")) == len(measured)
 
 
 class Touching(Regressor):
