@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist l
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"
 
-# Within a minute: no fits, nothing that takes seconds, and each test in the first of its cases.
+# In about a minute: no fits, nothing that takes seconds, and each test in the first of its cases.
 quick: $(INSTALLED)
 	$(PYTEST) -m "not (slow or fits or long)" --first-cases tests
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from examples.claims.ensembles import Ensemble, make_ensemble, multilayer_perceptron, squared_errors, train
 from examples.claims.page import publish, table
 from examples.claims.statistics import mean
-from lightning_basin import measure_basin
+from lightning_basin import BasinRecord, measure_basin
 from lightning_basin.figures.style import BOUND, NULLITY, RANK, ZERO_LOSS, axes_or_new
 
 NUM_POINTS, NUM_PROBES, NOISE = 15, 60, 0.5
@@ -66,6 +66,18 @@ class Moment:
     rank_at_1e_4: int
     hessian_nullity: int | None
     margin: float | None = None
+
+    @classmethod
+    def of(cls, step: int, record: BasinRecord, nullity: int | None, margin: float | None = None) -> "Moment":
+        """Take the numbers of a record."""
+        return cls(
+            step=step,
+            loss=record.loss,
+            rank=record.gradient_rank,
+            rank_at_1e_4=record.gradient_rank_at[1e-4],
+            hessian_nullity=nullity,
+            margin=margin,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,15 +147,7 @@ def deep_linear(steps: int, num_moments: int = 8) -> list[Moment]:
     def watch(step: int) -> None:
         if step % (steps // num_moments) == 0:
             record = measure_basin(ensemble.member(0), inputs, targets, loss_fn=nn.MSELoss(), hessian="dense")
-            moments.append(
-                Moment(
-                    step=step,
-                    loss=record.loss,
-                    rank=record.gradient_rank,
-                    rank_at_1e_4=record.gradient_rank_at[1e-4],
-                    hessian_nullity=record.hessian_nullity_strict,
-                )
-            )
+            moments.append(Moment.of(step, record, record.hessian_nullity_strict))
 
     train(ensemble, inputs, targets, steps=steps, decay=0.9995, watch=watch)
     return moments
@@ -167,16 +171,7 @@ def classifier(steps: int, num_moments: int = 8) -> list[Moment]:
             logits = ensemble(inputs)[0].detach()
             right = logits.gather(1, labels[:, None])
             margins = (right - logits.scatter(1, labels[:, None], float("-inf"))).min(dim=1).values
-            moments.append(
-                Moment(
-                    step=step,
-                    loss=record.loss,
-                    rank=record.gradient_rank,
-                    rank_at_1e_4=record.gradient_rank_at[1e-4],
-                    hessian_nullity=record.gauss_newton_nullity,
-                    margin=float(margins.min()),
-                )
-            )
+            moments.append(Moment.of(step, record, record.gauss_newton_nullity, float(margins.min())))
 
     train(ensemble, inputs, labels, steps=steps, losses=losses, watch=watch)
     return moments

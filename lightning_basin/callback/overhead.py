@@ -18,7 +18,6 @@ LONG_SECONDS = 10.0
 FREE_SECONDS = 10.0
 """The wall time that all measurements of a fit but the first may take together, however short the fit is."""
 
-
 LEAST_MEASUREMENTS = 10
 """The number of measurements after the first that a fit may take, however long they are: a curve has so many points."""
 

@@ -238,7 +238,8 @@ def _limited_monitor(arguments: Arguments) -> str:
 def _word_of_skipping(arguments: Arguments) -> str:
     if not arguments.is_paced:
         return f"{_limited_monitor(arguments)} skips measurements"
+    lighter = "" if arguments.hessian is False else ", BasinMonitor(hessian=False) takes less time"
     return (
         f"BasinMonitor measures at some epochs only, as all would take more than {PACED_SHARE:.0%} of the wall time. "
-        f"HINT: BasinMonitor(every_n_epochs=1) measures at each, BasinMonitor(hessian=False) takes less time"
+        f"HINT: BasinMonitor(every_n_epochs=1) measures at each{lighter}"
     )

@@ -107,10 +107,10 @@ class NormIteration:
         self._log_limit = 0.5 * math.log(2 * num_rows / math.pi) - math.log(failure_probability)
 
     def accept_noise(self, norm: float) -> None:
-        """Take products with another operator from now on, as with one in a lower precision.
+        """Bound the norm of the same operator by products with another one from now on, as in a lower precision.
 
         Args:
-            norm: A bound on the norm of the difference of all operators so far.
+            norm: A bound on the norm of the difference of the two operators.
         """
         self._noise = max(self._noise, norm)
         self._atol += norm

@@ -194,3 +194,15 @@ def test_the_forecast_of_a_bound_is_near_what_it_becomes(seed):
     assert bounds[1].upper > 1e3 * bounds[-1].upper
     assert 0.1 < bounds[1].forecast / bounds[-1].upper < 10
     assert bounds[-1].forecast == bounds[-1].upper
+
+
+def test_noise_of_another_operator_is_added_to_the_bound():
+    diagonal, noise = torch.tensor([1.0, -3.0], dtype=torch.float64), 1e-3
+    iteration = NormIteration(2, generator=generator(), max_products=2)
+    next_bounds([iteration], [diagonal * iteration.vector])
+    iteration.accept_noise(noise)
+    # Off the diagonal by half of the noise on one side, so that the products are not those of a symmetric matrix.
+    other = torch.diag(diagonal) + torch.tensor([[0.0, 0.5 * noise], [0.0, 0.0]], dtype=torch.float64)
+    (bound,) = next_bounds([iteration], [other @ iteration.vector])
+    assert bound.value == pytest.approx(3.0, abs=noise)
+    assert bound.value + noise <= bound.upper <= bound.value + 3 * noise

@@ -109,15 +109,14 @@ class Routed(nn.Module):
         return torch.where(is_early, merged, merged + self.shared(x).sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize("memory_budget", [None, 98_000])
-def test_a_weight_on_both_sides_of_a_cut_counts_also_where_no_chunk_sees_both(memory_budget):
+@pytest.mark.parametrize(("memory_budget", "chunk_size"), [(None, 16), (98_000, 2)])
+def test_a_weight_on_both_sides_of_a_cut_counts_also_where_no_chunk_sees_both(memory_budget, chunk_size):
     module = filled(Routed())
     with torch.no_grad():
         module.first.bias.fill_(-1e6)  # All 16 inputs merge where every unit is off.
     late = torch.eye(8) + torch.tensor([-1.0] + [1.0] * 7)  # Of determinant 1 + 6.
     inputs = torch.cat([late.abs() + 1, late])
-    if memory_budget is not None:
-        assert check_measurable(module, Probe(inputs), Settings(memory_budget=memory_budget)).chunk_size == 2
+    assert check_measurable(module, Probe(inputs), Settings(memory_budget=memory_budget)).chunk_size == chunk_size
     record = measure_basin(module, inputs, memory_budget=memory_budget)
     # The bias of the cut, and the 8 directions of the late inputs.
     assert (record.gradient_rank, record.gradient_rank_bound) == (9, 16)

@@ -145,7 +145,7 @@ def test_exact_rank_is_within_the_rank_bound(name, seed):
     assert exact_rank(jacobian(outputs)) <= measured(name, seed).gradient_rank_bound
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 25, 30, 40])  # Rounding is large in the last three.
 def test_rank_bound_of_merged_categories_follows_the_worked_example(seed):
     torch.manual_seed(seed)
     # 64 pairs of categories, of which the first layer keeps the first only. Behind it are 8 codes; before it, the

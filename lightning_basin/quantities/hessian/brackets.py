@@ -31,7 +31,7 @@ _NUM_LOOKED_AT = 2  # blocks of R that are not zero, after which no others are l
 _GAP_SAFETY = 3.0  # factor by which the next eigenvalue may be nearer than the next Ritz value is
 
 _Judge = Callable[[NormBound], bool]
-"""From bounds on the norm of a block to whether no further product is needed."""
+"""From bounds on the norm of a block to a decision on its iteration: whether to end it, or to go on in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)

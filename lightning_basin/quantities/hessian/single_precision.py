@@ -18,7 +18,7 @@ from lightning_basin.quantities.hessian.products import HessianOperator, hessian
 from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel
 
 _LEAST_ELEMENTS = 2**23
-"""Least number of inputs times parameters for which a second network pays: products of some 10 ms."""
+"""Least number of inputs times parameters for which the second network pays: at fewer its copy takes longer."""
 
 _NOISE_SAFETY = 100.0
 """Factor by which the rounding of a product with a random vector may be smaller than it is with another one.
@@ -108,7 +108,9 @@ class BlockOperator:
     def __init__(self, rounded: RoundedModel, layers: Sequence[Layer]) -> None:
         self._rounded, self._layers = rounded, layers
         self._multiply = hessian_operator(rounded.model, layers)
-        self._first: tuple[Tensor, Tensor] | None = None  # A random direction, and the product with it in float64.
+        self._first: tuple[Tensor, Tensor] | None = (
+            None  # A direction that is random in part, and its product in float64.
+        )
         self._may_round = rounded.pays
 
     def __call__(self, direction: Tensor) -> Tensor:

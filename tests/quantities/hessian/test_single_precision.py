@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_basin import measure_basin
 from lightning_basin.functional.output_curvature import output_curvature
@@ -101,11 +102,36 @@ def test_products_are_rounded_where_that_pays_and_float32_has_the_digits():
     assert not rounds_products(refused)
 
 
-@pytest.mark.parametrize("distance", [1.0, 1e-4])
+class SinglePrecisionProducts(TorchDispatchMode):
+    """Counts products of matrices in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count += function is torch.ops.aten.mm.default and result.dtype == torch.float32
+        return result
+
+
+@pytest.mark.parametrize("distance", [3e2, 1e3])
 def test_norm_of_the_residual_part_is_bounded_as_closely_as_far_from_a_fit_is_asked_for(distance):
     module, inputs = linear_network(*WIDTHS), drawn(NUM_INPUTS, WIDTHS[0], seed=1)
     targets = (module.double()(inputs) + distance * drawn(NUM_INPUTS, WIDTHS[2], seed=2)).detach()
     matrix = 2 * (module(inputs) - targets).detach().mT @ inputs / targets.numel()
-    record = measure_basin(module, inputs, targets, loss_fn=F.mse_loss, layers=[])
+    with SinglePrecisionProducts() as products:
+        record = measure_basin(module, inputs, targets, loss_fn=F.mse_loss, layers=[])
+    assert products.count > 0
     norm = record.residual_curvature * record.hessian_largest
     assert float(torch.linalg.svdvals(matrix)[0]) <= norm <= 10 * float(torch.linalg.svdvals(matrix)[0])
+
+
+@pytest.mark.parametrize(("distance", "is_certified"), [(1e3, False), (1e-3, True)])
+def test_a_certificate_comes_from_float64_alone(distance, is_certified):
+    module, inputs = linear_network(*WIDTHS), drawn(NUM_INPUTS, WIDTHS[0], seed=1)
+    targets = (module.double()(inputs) + distance * drawn(NUM_INPUTS, WIDTHS[2], seed=2)).detach()
+    with SinglePrecisionProducts() as products:
+        record = measure_basin(module, inputs, targets, loss_fn=F.mse_loss, layers=[])
+    assert (record.hessian_nullity_lower == record.hessian_nullity_upper) == is_certified
+    assert (products.count == 0) == is_certified
