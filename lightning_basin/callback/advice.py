@@ -38,7 +38,7 @@ def epochs_between(arguments: Arguments, steps_in_epoch: float) -> int:
         steps_in_epoch: The number of optimizer steps in an epoch; infinity where nobody knows.
     """
     steps = arguments.every_n_train_steps
-    epochs = arguments.epoch_interval if steps is None else math.ceil(steps / max(1.0, steps_in_epoch))
+    epochs = (arguments.every_n_epochs or 1) if steps is None else math.ceil(steps / max(1.0, steps_in_epoch))
     return max(1, epochs, arguments.every_n_epochs_after_zero_loss or 1)
 
 

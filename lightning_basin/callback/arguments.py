@@ -50,11 +50,6 @@ class Arguments:
     prefix: str
 
     @property
-    def epoch_interval(self) -> int:
-        """The number of epochs from one occasion to measure to the next, where epochs count."""
-        return self.every_n_epochs or 1
-
-    @property
     def is_paced(self) -> bool:
         """Whether no cadence was passed, so that measurements of long runs keep to `PACED_SHARE`."""
         cadences = (self.every_n_epochs, self.every_n_train_steps, self.every_n_epochs_after_zero_loss)

@@ -59,7 +59,8 @@ class Schedule:
         after_zero_loss, steps = self.arguments.every_n_epochs_after_zero_loss, self.arguments.every_n_train_steps
         if at_zero_loss and after_zero_loss is not None:
             return "every_n_epochs_after_zero_loss", after_zero_loss
-        return ("every_n_epochs", self.arguments.epoch_interval) if steps is None else ("every_n_train_steps", steps)
+        epochs = self.arguments.every_n_epochs or 1  # Of which a paced monitor leaves some out.
+        return ("every_n_epochs", epochs) if steps is None else ("every_n_train_steps", steps)
 
     def is_due_after_batch(self, step: int, *, at_zero_loss: bool, sparse_since: int | None = None) -> bool:
         """Whether a cadence in steps asks for a measurement after a batch; to be asked after each.
