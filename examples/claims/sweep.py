@@ -2,14 +2,16 @@
 
 Networks 16-w-16-1 learn three quarters of the categorical pairs of `information_loss`, and are tested on the others. A
 network that merges the inputs of a category must be right on the pairs it has not seen. So the claim is: the lower the
-rank at the end, the lower the test error. Each run is made twice: in full length, and with `RankEarlyStopping`.
+rank at the end, the lower the test error. Where `RankEarlyStopping` stops a run, this is noted, and the run goes on: so
+each counts twice, as it was when it stopped, and in full length.
 """
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 
@@ -18,7 +20,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from examples.claims.ensembles import multilayer_perceptron
 from examples.claims.information_loss import category_pairs
@@ -105,7 +107,22 @@ class Perceptron(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Choose Adam."""
         optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.999)}
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.999)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Notes(L.Callback):
+    """Calls a function where another callback stops the training for the first time, and lets it go on."""
+
+    def __init__(self, note: Callable[[], None]) -> None:
+        self.note: Callable[[], None] | None = note
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the stop back. Callbacks are called in their order, so that this is the last one."""
+        if trainer.should_stop and self.note is not None:
+            self.note()
+            self.note = None
+        trainer.should_stop = False
 
 
 def prepare_process() -> None:
@@ -115,24 +132,36 @@ def prepare_process() -> None:
     warnings.simplefilter("ignore")
 
 
-def train_one(width: int, seed: int, max_steps: int, *, stops: bool) -> Run:
-    """Make one run."""
+def train_one(width: int, seed: int, max_steps: int) -> tuple[Run, Run]:
+    """Make one run, and tell how it was when the rank had settled, and at the end."""
     pairs, labels = category_pairs()
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
     seen, unseen = order[:48], order[48:]
     torch.manual_seed(seed)
-    module = Perceptron(width)
+    module, runs = Perceptron(width), {}
+
+    def note(*, stops: bool) -> None:
+        record = monitor.records[-1]
+        with torch.no_grad():
+            error = float((module.double()(pairs[unseen]) - labels[unseen]).square().mean())
+        runs[stops] = Run(
+            width=width,
+            seed=seed,
+            stops=stops,
+            steps=trainer.global_step,
+            loss=record.loss,
+            rank=record.gradient_rank,
+            nullity=record.gradient_nullity,
+            duplicates=record.duplicated_activations or 0,
+            test_error=error,
+        )
+
     monitor = BasinMonitor(
-        probe=(pairs[seen], labels[seen]),
-        every_n_epochs=EVERY,
-        hessian=False,
-        zero_loss_threshold=1e-4,
-        report=False,
-        figures=False,
+        probe=(pairs[seen], labels[seen]), hessian=False, zero_loss_threshold=1e-4, report=False, figures=False
     )
     trainer = L.Trainer(
-        max_epochs=max_steps,  # One batch an epoch.
-        callbacks=[monitor, RankEarlyStopping(patience=3)] if stops else [monitor],
+        max_epochs=max_steps // EVERY,
+        callbacks=[monitor, RankEarlyStopping(patience=3), Notes(partial(note, stops=True))],
         precision="64-true",
         accelerator="cpu",
         logger=False,
@@ -140,21 +169,11 @@ def train_one(width: int, seed: int, max_steps: int, *, stops: bool) -> Run:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(TensorDataset(pairs[seen], labels[seen]), batch_size=48))
-    record = monitor.records[-1]
-    with torch.no_grad():
-        error = float((module.double()(pairs[unseen]) - labels[unseen]).square().mean())
-    return Run(
-        width=width,
-        seed=seed,
-        stops=stops,
-        steps=trainer.global_step,
-        loss=record.loss,
-        rank=record.gradient_rank,
-        nullity=record.gradient_nullity,
-        duplicates=record.duplicated_activations or 0,
-        test_error=error,
-    )
+    # One batch a step, and a measurement an epoch.
+    trainer.fit(module, DataLoader([(pairs[seen], labels[seen])] * EVERY, batch_size=None))
+    note(stops=False)
+    full = runs[False]
+    return runs.get(True, replace(full, stops=True)), full
 
 
 def run(
@@ -168,10 +187,10 @@ def run(
         max_steps: The number of steps of a run in full length.
         num_processes: The number of processes.
     """
-    settings = list(product((True, False), widths, seeds))
     with ProcessPoolExecutor(num_processes, get_context("spawn"), prepare_process) as pool:
-        jobs = [pool.submit(train_one, width, seed, max_steps, stops=stops) for stops, width, seed in settings]
-        return Result(runs=[job.result() for job in jobs])
+        jobs = [pool.submit(train_one, width, seed, max_steps) for width, seed in product(widths, seeds)]
+        pairs = [job.result() for job in jobs]
+    return Result(runs=[run for kind in zip(*pairs, strict=True) for run in kind])
 
 
 def check(result: Result) -> None:

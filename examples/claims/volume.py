@@ -7,7 +7,7 @@ and counted: no derivative enters. Of the points with a loss below e, the share 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from examples.claims.page import publish, table
 from examples.claims.paper import Function, squared_error
 from examples.claims.statistics import Interval, share
-from lightning_basin import measure_basin
+from lightning_basin import BasinRecord, measure_basin
 from lightning_basin.figures.style import NULLITY, QUIET, RANK, axes_or_new
 
 RATIO = 16.0
@@ -70,7 +70,7 @@ class Result:
     points: list[Point]
 
 
-def _cases() -> list[tuple[str, Outputs, list[float], int, float]]:
+def cases() -> list[tuple[str, Outputs, list[float], int, float]]:
     """List name, outputs, point, codimension and local learning coefficient."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.linalg.qr(torch.randn(5, 3, generator=generator, dtype=torch.float64)).Q
@@ -101,6 +101,14 @@ def _outputs_at(outputs: Outputs, theta: Tensor, rows: Tensor) -> Tensor:
     return rows @ outputs(theta[None]).mT
 
 
+def measure_at(outputs: Outputs, center: Sequence[float]) -> BasinRecord:
+    """Measure outputs, and their squared distance from those at a point, at this point."""
+    target = outputs(torch.tensor([center], dtype=torch.float64)).mT
+    rows = torch.eye(len(target), dtype=torch.float64)
+    module = Function(partial(_outputs_at, outputs), center)
+    return measure_basin(module, rows, target, loss_fn=squared_error, hessian="dense")
+
+
 def run(num_points: int = 10_000_000, loss: float = 2e-3) -> Result:
     """Draw points around each zero, and measure the rank there.
 
@@ -109,7 +117,7 @@ def run(num_points: int = 10_000_000, loss: float = 2e-3) -> Result:
         loss: The larger of the two losses, a squared error.
     """
     points = []
-    for where, outputs, center, codimension, predicted in _cases():
+    for where, outputs, center, codimension, predicted in cases():
         start, generator = torch.tensor(center, dtype=torch.float64), torch.Generator().manual_seed(1)
         target = outputs(start[None])
         below = far_below = 0
@@ -118,9 +126,7 @@ def run(num_points: int = 10_000_000, loss: float = 2e-3) -> Result:
             losses = (outputs(start + RADIUS * (2 * draws - 1)) - target).square().sum(1)
             below += int((losses < loss).sum())
             far_below += int((losses < loss / RATIO).sum())
-        module = Function(partial(_outputs_at, outputs), center)
-        rows = torch.eye(target.shape[1], dtype=torch.float64)
-        record = measure_basin(module, rows, target.mT, loss_fn=squared_error, hessian="dense")
+        record = measure_at(outputs, center)
         assert record.hessian_nullity is not None
         is_crossing = where.startswith("xy")
         points.append(
