@@ -50,6 +50,10 @@ examples: $(patsubst %,example-%,merged_categories digits threes)
 example-%: $(INSTALLED)
 	$(BIN)/python examples/$*.py
 
+# All experiments of docs/claims in full size. Two of them need packages that no test asks for.
+claims: .venv/.claims
+	$(BIN)/python -m examples.claims
+
 install: $(INSTALLED)
 
 third-party: .venv/.third-party
@@ -63,6 +67,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 .venv/.third-party: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[third-party]'
+	touch $@
+
+.venv/.claims: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[claims]'
 	touch $@
 
 .venv/.docs: $(INSTALLED)

@@ -15,8 +15,11 @@ EXPERIMENTS = (
     "circuits",
     "sweep",
     "real_task",
+    "convolution",
+    "grokking",
     "plasticity",
     "volume",
+    "learning_coefficient",
 )
 """In the order of the index."""
 
