@@ -61,14 +61,15 @@ def run_regrouped(
         chunk = probe.select(indices)
         return indices, network.trace_layers(chunk) if with_layers else Trace(network.outputs(chunk))
 
-    halves, *full_chunks = _regroupings(probe.size)
+    regroupings = _regroupings(probe.size)
     with torch.no_grad():
         try:
-            return [run(indices) for indices in halves[:num_chunks]]
+            return [run(indices) for indices in next(regroupings)[:num_chunks]]
         except (TypeError, ValueError):  # Some modules cannot run so few inputs.
-            if not full_chunks:
+            full_chunks = next(regroupings, None)
+            if full_chunks is None:
                 raise
-            return [run(indices) for indices in full_chunks[0][:num_chunks]]
+            return [run(indices) for indices in full_chunks[:num_chunks]]
 
 
 def outputs_of_full_chunks(network: Network, probe: Probe) -> list[tuple[Tensor, Tensor]]:
