@@ -191,12 +191,13 @@ def measure(
         with clock("duplicates"):
             activations = measure_activations(evaluation)
             activation_ranks = measure_activation_ranks(evaluation, scopes, activations)
-            duplicates = measure_duplicates(evaluation, activations)
-            bound = measure_rank_bound(evaluation, activations, ranks[scopes[-1]])
+            rank = ranks[scopes[-1]]
+            duplicates = measure_duplicates(evaluation, activations, also_at=[rank.rtol])
+            bound = measure_rank_bound(evaluation, activations, rank)
     if training_set is not None:
         with clock("duplicates"):
             duplicates = with_training_set(duplicates, evaluation, training_set)
-    _note_precision(evaluation, ranks[scopes[-1]])
+    _note_precision(evaluation, rank)
     fields = {
         scope: rank_fields(ranks[scope], spectra.get(scope)) | activation_ranks.get(scope, {}) for scope in scopes
     }

@@ -52,40 +52,15 @@ class InputActivations:
     _classes: dict[float, Array] = field(default_factory=dict, init=False, repr=False)
 
     def classes(self, rtol: float) -> Array:
-        """Return the smallest index of each input's class, as `duplicate_classes` does, shape ``(k,)``.
-
-        Args:
-            rtol: The tolerance, relative to the scales; one for which the classes have been searched.
-        """
+        """Return the smallest index of each input's class at a tolerance that has been searched, shape ``(k,)``."""
         return self._classes[rtol]
 
     def search(self, rtols: Sequence[float]) -> Reading[None]:
-        """Find the classes at some tolerances and keep them, beside other computations of `read_together`.
-
-        Args:
-            rtols: The tolerances.
-        """
+        """Find the classes at some tolerances and keep them, beside other computations of `read_together`."""
         unknown = sorted(set(rtols) - set(self._classes), reverse=True)
-        for rtol in list(unknown):
-            coarser, finer = self._known_around(rtol)
-            if coarser is not None and finer is not None and np.array_equal(coarser, finer):
-                self._classes[rtol] = coarser
-                unknown.remove(rtol)
         if unknown:
-            coarser, _ = self._known_around(unknown[0])
-            classes = yield from search_classes(
-                self.rows, unknown, scales=self.scales, largest=self.largest, coarser=coarser
-            )
+            classes = yield from search_classes(self.rows, unknown, scales=self.scales, largest=self.largest)
             self._classes.update(zip(unknown, classes, strict=True))
-
-    def _known_around(self, rtol: float) -> tuple[Array | None, Array | None]:
-        """The classes at the next larger and the next smaller tolerance, as far as they are known."""
-        larger = min((known for known in self._classes if known > rtol), default=None)
-        smaller = max((known for known in self._classes if known < rtol), default=None)
-        return (
-            None if larger is None else self._classes[larger],
-            None if smaller is None else self._classes[smaller],
-        )
 
 
 @dataclass(frozen=True, eq=False)

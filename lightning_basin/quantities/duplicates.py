@@ -34,18 +34,21 @@ class DuplicateCounts:
     network: Mapping[str, Any]
 
 
-def measure_duplicates(evaluation: Evaluation, activations: Mapping[str, LayerActivations]) -> DuplicateCounts:
+def measure_duplicates(
+    evaluation: Evaluation, activations: Mapping[str, LayerActivations], *, also_at: Sequence[float] = ()
+) -> DuplicateCounts:
     """Count duplicated activations and dead units of each layer and of the network.
 
     Args:
         evaluation: The network on the probe.
         activations: The activations of each called layer, by name.
+        also_at: Further tolerances, at which the classes are found on the way for who asks for them later.
     """
     probe, trace, rtol = evaluation.probe, evaluation.trace, evaluation.settings.resolved_duplicate_rtol
     outputs = activations_of([trace.outputs.detach().reshape(probe.size, -1)])
     searched = distinct_activations([*(layer.entering for layer in activations.values()), outputs])
     leaving = {name: layer.leaving for name, layer in activations.items() if layer.leaving is not None}
-    searches: list[Reading[Any]] = [known.search([rtol, 0.0]) for known in searched]
+    searches: list[Reading[Any]] = [known.search([rtol, *also_at, 0.0]) for known in searched]
     counts = read_together([*searches, *(count_dead_units(tensor, rtol=rtol) for tensor in leaving.values())])
     dead_units: dict[str, int] = dict(zip(leaving, counts[len(searches) :], strict=True))
     layers = {
