@@ -12,10 +12,9 @@ from lightning_basin.callback.lightnings import MisconfigurationException
 from lightning_basin.callback.notices import Notices
 from lightning_basin.callback.probing import Probing
 from lightning_basin.callback.results import Latest, Results
-from lightning_basin.callback.resuming import read_state
 from lightning_basin.callback.schedule import Schedule
 from lightning_basin.callback.session import Session
-from lightning_basin.callback.state import probe_state
+from lightning_basin.callback.state import probe_state, read_state
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
 
@@ -156,21 +155,21 @@ class Progress:
         """
         if not self.is_loadable:
             return
-        state, problems = read_state(state_dict, _COMPARED_ON_RESUME, self.probing.passed_fingerprint())
+        state, problem = read_state(state_dict, self.probing.passed_fingerprint())
         self.reset()
-        if problems:
+        if problem:
             same = ", on the same probe" if state is not None and state["probe"] is not None else ""
-            done = "goes on with the rest" if state is not None and "records" in state else f"measures anew{same}"
             self.notices.warn(
-                f"BasinMonitor {done}: its state in the checkpoint is damaged, or of another version, with "
-                f"{'; '.join(problems)}"
+                f"BasinMonitor measures anew{same}: its state in the checkpoint is damaged, or of another version: "
+                f"{problem}"
             )
         if state is None:
             return
         self.probing.load(state)
         self.is_loaded = True
-        for name, before in state.get("settings", {}).items():
-            now = getattr(self._arguments, name)
+        settings = state.get("settings", {})
+        for name in [name for name in _COMPARED_ON_RESUME if name in settings]:
+            before, now = settings[name], getattr(self._arguments, name)
             # "auto" keeps the type of the records, float64 where they do not say it.
             if before != now and (name, before, now) != ("dtype", "float64", "auto"):
                 self.notices.warn(
