@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from lightning_basin.callback.event_files import (
 )
 from lightning_basin.callback.lightnings import Logger, Trainer
 from lightning_basin.callback.media import image_writer
-from lightning_basin.callback.probe_labels import labels_of
 from lightning_basin.callback.session import Session
-from lightning_basin.history.columns import History, history_of
+from lightning_basin.history.columns import History
 from lightning_basin.keys import tensorboard_values
 from lightning_basin.naming import escaped
 from lightning_basin.pages.findings import markdown_of
@@ -87,8 +85,7 @@ class Dashboard:
         if not results.records or len(results.records) == self._num_shown or not self._is_wanted:
             return
         self._num_shown = len(results.records)
-        history = history_of(results.records, zero_loss_step=results.zero_loss_step)
-        history = replace(history, labels=labels_of(results.probe))
+        history = results.history()
         prefix = escaped(self._session.arguments.prefix)
         self._each(lambda logger: logger.experiment.add_text(f"{prefix}/summary", markdown_of(history), self._log_step))
         drawn: dict[str, Any] = {}  # Once for all loggers, and only where one takes images.

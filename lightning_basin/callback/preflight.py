@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from lightning_basin.callback.described_step import step_behavior
 from lightning_basin.callback.request import LOSS_ATTRIBUTES, Request, loss_of
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
-from lightning_basin.callback.step_outputs import step_behavior
 from lightning_basin.callback.training_step import agrees_with, read_training_step
 from lightning_basin.limits import MemoryBudgetError
 from lightning_basin.measure import check_measurable

@@ -6,12 +6,11 @@ from pathlib import Path
 from torch import nn
 
 from lightning_basin.callback.advice import RankedSaves, advise_patience
-from lightning_basin.callback.closing import closing_words
 from lightning_basin.callback.dashboard import Dashboard
 from lightning_basin.callback.history import HistoryFile, find_unused
 from lightning_basin.callback.lightnings import Trainer
 from lightning_basin.callback.loggers import log_scalars, set_callback_metrics
-from lightning_basin.callback.news import news
+from lightning_basin.callback.news import closing_words, news
 from lightning_basin.callback.notices import show
 from lightning_basin.callback.report_file import ReportFile
 from lightning_basin.callback.session import Session

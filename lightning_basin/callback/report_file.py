@@ -1,11 +1,11 @@
 """The report of a fit in its log directory, written when the loss has reached zero and at the end."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_basin.callback.lightnings import Logger, Trainer, callbacks_of
 from lightning_basin.callback.media import page_writer
-from lightning_basin.callback.probe_labels import labels_of
 from lightning_basin.callback.session import Session
 from lightning_basin.history.page import page_name
 from lightning_basin.naming import escaped
@@ -98,16 +98,9 @@ def write_page(path: Path, session: Session, *, stopped: str | None = None) -> b
     Returns:
         Whether the page was written.
     """
-    results, folder = session.results, path.resolve().parent
+    folder = path.resolve().parent
     try:
-        report(
-            results.records,
-            path,
-            name=f"{folder.parent.name}/{folder.name}",
-            zero_loss_step=results.zero_loss_step,
-            labels=labels_of(results.probe),
-            stopped=stopped,
-        )
+        report(replace(session.results.history(), name=f"{folder.parent.name}/{folder.name}", stopped=stopped), path)
     except Exception as error:  # A full disk, or a package of figures that is not there.
         _inform_of(error, session)
         return False

@@ -8,11 +8,10 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_basin.callback.arguments import Arguments
-from lightning_basin.callback.described_step import KnownStep
+from lightning_basin.callback.described_step import KnownStep, step_behavior
 from lightning_basin.callback.lightnings import Profiler, Trainer
 from lightning_basin.callback.notices import Notices
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
-from lightning_basin.callback.step_outputs import step_behavior
 from lightning_basin.callback.training_set import whole_training_set
 from lightning_basin.callback.training_step import read_training_step
 from lightning_basin.naming import escaped

@@ -13,7 +13,7 @@ from lightning_basin.callback.step_watch import Call, LastCall, StepWatch
 from lightning_basin.network.isolation import at_rest, isolated_evaluation
 from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.network.replica import device_of, replicas
-from lightning_basin.operations.sequence import OperationSequence
+from lightning_basin.operations.recorder import OperationSequence
 from lightning_basin.probe import Probe
 from lightning_basin.tensors import map_tensors, tensors_of
 

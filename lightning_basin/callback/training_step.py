@@ -11,10 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_basin.callback.described_step import KnownStep, TrainingStep
+from lightning_basin.callback.described_step import (
+    KnownStep,
+    RunLoss,
+    StepLoss,
+    TrainingStep,
+    distinct_outputs,
+    join_outputs,
+    select_calls,
+    targets_of,
+)
 from lightning_basin.callback.silence import collectives_refused
-from lightning_basin.callback.step_loss import RunLoss, StepLoss, targets_of
-from lightning_basin.callback.step_outputs import distinct_outputs, join_outputs, select_calls
 from lightning_basin.callback.step_run import StepRun, contributing_calls
 from lightning_basin.callback.step_watch import Call
 from lightning_basin.network.isolation import at_rest, isolated_evaluation
