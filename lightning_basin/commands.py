@@ -19,11 +19,7 @@ from lightning_basin.printing import aligned
 
 
 def report_command(arguments: Sequence[str]) -> None:
-    """Write the report of a run, and print where it is.
-
-    Args:
-        arguments: The arguments behind the name of the command.
-    """
+    """Write the report of a run, and print where it is."""
     parser = _parser("report", "Write the report of a run: one page of HTML that needs nothing else.")
     parser.add_argument("--output", type=Path, help="the page to write (default: report.html in the log directory)")
     options = parser.parse_args(arguments)
@@ -37,11 +33,7 @@ def report_command(arguments: Sequence[str]) -> None:
 
 
 def show_command(arguments: Sequence[str]) -> None:
-    """Print what a run has shown, or each of the runs below a folder.
-
-    Args:
-        arguments: The arguments behind the name of the command.
-    """
+    """Print what a run has shown, or each of the runs below a folder."""
     parser = _parser("show", "Print what a run has shown, or each run below a folder.")
     parser.add_argument("--json", action="store_true", help="print one JSON object a run, with all columns")
     options = parser.parse_args(arguments)
@@ -57,11 +49,7 @@ def show_command(arguments: Sequence[str]) -> None:
 
 
 def compare_command(arguments: Sequence[str]) -> None:
-    """Print what several runs ended with, and write it as a table or a figure.
-
-    Args:
-        arguments: The arguments behind the name of the command.
-    """
+    """Print what several runs ended with, and write it as a table or a figure."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_basin compare", description="Compare what runs ended with, seeds for example."
     )

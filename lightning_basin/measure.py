@@ -292,14 +292,7 @@ def _assemble(
     duplicates: DuplicateCounts,
     **network_fields: Any,
 ) -> BasinRecord:
-    """Put the record together from the fields of each scope.
-
-    Args:
-        evaluation: The network on the probe.
-        fields: The record's fields of each scope, the network last.
-        duplicates: The record's fields of duplicated activations and dead units.
-        network_fields: Further fields of the network.
-    """
+    """Put the record together from the fields of each scope."""
     records: dict[Scope, LayerRecord] = {}
     for scope in list(fields)[:-1]:
         members = [duplicates.layers.get(layer.name, {}) for layer in scope.layers]

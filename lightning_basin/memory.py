@@ -71,12 +71,7 @@ class MeasurementPlan:
 
 
 def _copied_bytes(module: nn.Module, *, with_trained: bool) -> int:
-    """The bytes of a module's tensors, registered or not.
-
-    Args:
-        module: The module.
-        with_trained: Whether trainable parameters count, too.
-    """
+    """The bytes of a module's tensors, registered or not."""
     held = {id(tensor): tensor for submodule in module.modules() for tensor in tensors_held_by(vars(submodule))}
     return sum(
         tensor.numel() * tensor.element_size()

@@ -116,11 +116,7 @@ def verify_null_space(
 
 
 class _MovableOutputs:
-    """All outputs on the probe, and their gradients, as functions of the parameters in one vector.
-
-    Args:
-        evaluation: The network on the probe.
-    """
+    """All outputs on the probe, and their gradients, as functions of the parameters in one vector."""
 
     def __init__(self, evaluation: Evaluation) -> None:
         self._network, self._probe = evaluation.network, evaluation.probe

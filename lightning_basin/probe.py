@@ -220,9 +220,6 @@ class ProbeCollector:
     def add(self, batch: Any) -> None:
         """Take the inputs and targets of a batch, as copies: a training step may write to the batch.
 
-        Args:
-            batch: The batch as the training step gets it.
-
         Raises:
             TypeError: If the batch does not say which tensors are inputs and which are targets.
             ValueError: If the batch does not fit to the batches before, which are kept.

@@ -125,11 +125,7 @@ class Settings:
             raise TypeError(f"seed must be an integer, got {self.seed!r}")
 
     def on_device(self, device: torch.device) -> "Settings":
-        """Return the settings of a measurement on a device, for which ``dtype="auto"`` has been decided.
-
-        Args:
-            device: The device of the module.
-        """
+        """Return the settings of a measurement on a device, for which ``dtype="auto"`` has been decided."""
         return replace(self, taken_dtype=choose_dtype(self, device, is_slow=has_slow_float64))
 
     @property
@@ -175,10 +171,6 @@ class Settings:
 
     def num_directions(self, num_inputs: int, num_outputs: int) -> int:
         """Return along how many directions the outputs of an input are seen: all, unless some are projected away.
-
-        Args:
-            num_inputs: The number of inputs, k.
-            num_outputs: The number of outputs per input.
 
         Raises:
             ValueError: If there are more outputs than one decomposition can take, or probabilities would be left out.
@@ -280,10 +272,6 @@ def _check_precision(dtype: DType, hessian: HessianMode, rtol: float | None) -> 
 
 def check_order(module: Any, **others: Any) -> None:
     """Refuse arguments in another order, or of another kind, before anything is done with them.
-
-    Args:
-        module: The first argument of `measure_basin`.
-        others: The next four arguments of `measure_basin` by name.
 
     Raises:
         TypeError: If an argument is of another kind; the error says what to pass.

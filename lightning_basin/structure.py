@@ -92,13 +92,7 @@ class StructureCache:
 
 
 def question_of(module: nn.Module, probe: Probe, settings: Settings) -> Hashable:
-    """Return what the structure depends on before a forward pass: parameters, inputs, and what is asked for.
-
-    Args:
-        module: The module.
-        probe: The inputs.
-        settings: The settings of the measurement.
-    """
+    """Return what the structure depends on before a forward pass: parameters, inputs, and what is asked for."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     is_training = [submodule.training for submodule in module.modules()]
     return (

@@ -19,9 +19,6 @@ def is_sequence_of(length: int, item: Any) -> bool:
 def check_containers(collection: Any) -> None:
     """Refuse tensors without plain axes, and containers that cannot be built again from other tensors.
 
-    Args:
-        collection: A nested collection, which is searched at all depths.
-
     Raises:
         TypeError: If a container cannot be built again.
         ValueError: If a tensor is not dense.
@@ -80,10 +77,6 @@ def dense_form(tensor: Tensor) -> DenseForm | None:
 
 def written_as_pair(batch: Any, name: str = "batch") -> str:
     """Write a pair of inputs and targets in Python, of the first two items of a batch with the most common size.
-
-    Args:
-        batch: The batch, of any type.
-        name: The name of the batch in the code that is written.
 
     Example:
         >>> written_as_pair({"size": torch.tensor(8), "image": torch.zeros(8, 2), "label": torch.zeros(8)})
@@ -154,10 +147,6 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a tensor of a network to a floating point type, unless it holds integers or booleans.
 
     For float64, a tensor of a device without it comes to the CPU. Float64 holds every element of a lower precision.
-
-    Args:
-        tensor: The tensor.
-        dtype: The floating point type in which the network is run.
     """
     if dtype == torch.float64:
         tensor = tensor.to(float64_device(tensor.device))
@@ -169,10 +158,6 @@ def as_result(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
     A tensor of a device without float64 comes to the CPU. A network in float32 stays on its device: each tensor that
     leaves it passes here.
-
-    Args:
-        tensor: The tensor, of any type.
-        dtype: The floating point type of what is computed from it.
 
     Example:
         >>> as_result(torch.ones(1)).dtype

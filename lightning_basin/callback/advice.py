@@ -45,11 +45,6 @@ def epochs_between(arguments: Arguments, steps_in_epoch: float) -> int:
 def advise_patience(trainer: Trainer, watchers: Iterable[Watcher], arguments: Arguments) -> Iterator[str]:
     """Say which callbacks and schedulers count their checks, and give up before there can be a new value.
 
-    Args:
-        trainer: The trainer at the start of training.
-        watchers: The callbacks and schedulers that monitor a value of this monitor.
-        arguments: The monitor's arguments, of which the cadence is read.
-
     Returns:
         One sentence for each, with the patience to pass.
     """
@@ -94,13 +89,7 @@ class RankedSaves:
         self._rankings = [(watcher, _ranking(watcher.owner)) for watcher in watchers if watcher.is_saving]
 
     def misjudged(self, step: int, measured_step: int | None, arguments: Arguments) -> list[str]:
-        """Say once of each ``ModelCheckpoint`` that it saves weights that were not measured.
-
-        Args:
-            step: The number of optimizer steps taken when a checkpoint is written.
-            measured_step: The number of optimizer steps at the newest record.
-            arguments: The monitor's arguments, of which the cadence is read.
-        """
+        """Say once of each ``ModelCheckpoint`` that it saves weights that were not measured."""
         interval = arguments.every_n_train_steps
         cadence = f"every_n_epochs={epochs_between(arguments, math.inf)} and save_on_train_epoch_end=True"
         remedy = cadence if interval is None else f"every_n_train_steps={interval}"

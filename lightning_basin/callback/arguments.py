@@ -66,9 +66,6 @@ class Arguments:
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuse values that mean nothing, before anything is measured.
 
-    Args:
-        arguments: The arguments by name.
-
     Raises:
         MisconfigurationException: For the first argument that is out of range; it says what the value must be.
     """

@@ -52,12 +52,7 @@ class Dashboard:
         self._num_shown = len(self._session.results.records)
 
     def add(self, record: BasinRecord, log_step: int) -> None:
-        """Take note of a record, and show what it changes.
-
-        Args:
-            record: The newest record.
-            log_step: The place on the x axis of the curves.
-        """
+        """Take note of a record, and show what it changes."""
         self._log_step = log_step
         prefix, results = self._session.arguments.prefix, self._session.results
         if not self._has_layout:
@@ -129,11 +124,6 @@ def layout_of(prefix: str, tags: Collection[str], *, logger_prefix: str = "") ->
 
     Tags are expressions that match the curves of every run, so that the layouts of several runs are one; but those of
     a band, which TensorBoard takes as they are.
-
-    Args:
-        prefix: The prefix of the monitor's keys.
-        tags: The tags of the run.
-        logger_prefix: What the logger writes in front of each tag.
 
     Example:
         >>> layout_of("basin", ["basin/log10_loss"])

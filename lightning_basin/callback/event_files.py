@@ -73,14 +73,7 @@ def is_spectrum_written(index: int) -> bool:
 
 
 def write_spectra(logger: Any, record: BasinRecord, prefix: str, *, step: int) -> None:
-    """Write the singular values of the network, and of up to 32 layers or blocks, as histograms of ``log10``.
-
-    Args:
-        logger: A TensorBoard logger.
-        record: A record.
-        prefix: The first characters of every tag.
-        step: The place on the x axis.
-    """
+    """Write the singular values of the network, and of up to 32 layers or blocks, as histograms of ``log10``."""
     scopes = record.blocks or record.layers
     named = {f"{escaped(prefix)}_spectrum/network": record.gradient_spectrum}
     if len(scopes) <= MAX_LAYER_CURVES:
@@ -110,12 +103,6 @@ def write_end_values(logger: Any, values: Mapping[str, float], prefix: str, *, s
 
     Of all such records of a run only the first counts, and ``TensorBoardLogger(default_hp_metric=False)`` alone leaves
     it to others.
-
-    Args:
-        logger: A TensorBoard logger.
-        values: The last values by tag, without the logger's own prefix.
-        prefix: The first characters of every tag.
-        step: The place on the x axis.
     """
     if logger._default_hp_metric or _has_end_values(logger):
         return

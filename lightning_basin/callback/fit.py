@@ -67,10 +67,6 @@ class Fit:
     def before_batch(self, batch: Any, batch_idx: int) -> None:
         """Take the probe, and measure the baseline; or what a resumed run has left out.
 
-        Args:
-            batch: The training batch, as the training step takes it.
-            batch_idx: The index of the batch in its epoch.
-
         Raises:
             MisconfigurationException: If the first batch shows that the module cannot be measured.
         """
@@ -165,10 +161,6 @@ class Fit:
 
 def check_trainer(trainer: Trainer, prefix: str) -> None:
     """Refuse a trainer in which a module cannot be measured.
-
-    Args:
-        trainer: The trainer at its set-up.
-        prefix: The monitor's prefix.
 
     Raises:
         MisconfigurationException: If the trainer is of no installed package, another monitor has the same prefix, or

@@ -40,9 +40,6 @@ class GatheredModule:
     def gathered(self, sharded: nn.Module) -> Callable[[], nn.Module]:
         """Collect weights and buffers as they are now; all processes must call this together.
 
-        Args:
-            sharded: The module, whose parameters are sharded now.
-
         Returns:
             A function that returns the filled copy, on the process that holds it. It raises a ValueError if parameters
             or buffers were added, removed or renamed since the copy was made.

@@ -62,9 +62,6 @@ def _accepted(logger: Logger, scalars: Mapping[str, float]) -> list[dict[str, fl
 def mlflow_name(key: str) -> str:
     """Replace the characters of a key that MLflow refuses.
 
-    Args:
-        key: The key.
-
     Example:
         >>> mlflow_name("basin_layer_gradient_rank/größe (a)")
         'basin_layer_gradient_rank/gr__e _a_'

@@ -61,10 +61,6 @@ class Progress:
         """Begin a fit: go on with what was measured, or forget it.
 
         It goes on only where the same module is trained further, or a checkpoint held the records.
-
-        Args:
-            module: The module that will be trained.
-            step: The number of optimizer steps taken.
         """
         self._has_begun, self._latest.results = True, self.session.results
         self.session.num_failures = 0
@@ -83,11 +79,6 @@ class Progress:
     def start(self, module: nn.Module, probe: Probe | None, step_calls: Sequence[int] | None) -> None:
         """Begin to measure outside of a fit: forget what was measured, and see whether a module can be.
 
-        Args:
-            module: A module like those that will be measured.
-            probe: The probe to take where none was passed to the monitor.
-            step_calls: The calls in ``training_step`` whose outputs were measured with this probe.
-
         Raises:
             MisconfigurationException: If there is no probe, or the module cannot be measured on it.
         """
@@ -101,10 +92,6 @@ class Progress:
 
     def observe(self, module: nn.Module, step: int) -> BasinRecord | None:
         """Measure outside of a fit, as at a step of one, and add the record to the others.
-
-        Args:
-            module: The module to measure, which stays as it is.
-            step: The number of optimizer steps for which it was trained.
 
         Returns:
             The record; ``None``, after a warning, where measuring failed.
@@ -146,9 +133,6 @@ class Progress:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with the run of a checkpoint, as far as its state can be read.
-
-        Args:
-            state_dict: Whatever a checkpoint holds.
 
         Raises:
             MisconfigurationException: If the monitor's probe is another one, and is not to replace it.

@@ -43,10 +43,6 @@ class Publisher:
     def begin(self, module: nn.Module, prefixes: Sequence[str]) -> None:
         """Set up all that is published to, with the records of a run that is resumed.
 
-        Args:
-            module: The module that is trained.
-            prefixes: The prefixes of all monitors of the trainer.
-
         Raises:
             MisconfigurationException: If a callback monitors a value that no measurement can have.
         """
@@ -91,12 +87,7 @@ class Publisher:
             self._notices.warn(problem)
 
     def log(self, record: BasinRecord, log_step: int) -> None:
-        """Hand a record to all loggers and to the table, and say what it has to say.
-
-        Args:
-            record: The newest record.
-            log_step: The place on the x axis of Lightning's own curves.
-        """
+        """Hand a record to all loggers and to the table, and say what it has to say."""
         self._log_step = log_step
         skipped: dict[str, float] = {}
         if self._arguments.overhead_limit is not None and not self._arguments.is_paced:

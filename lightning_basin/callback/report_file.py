@@ -45,11 +45,7 @@ class ReportFile:
                 self.path = folder if folder is None else folder / page_name(self._session.arguments.prefix)
 
     def write(self, log_step: int) -> None:
-        """Write the page anew, if there are records that it does not have.
-
-        Args:
-            log_step: The place on the x axis of the newest record.
-        """
+        """Write the page anew, if there are records that it does not have."""
         num_records = len(self._session.results.records)
         if self.path is not None and num_records != self._num_written:
             self._num_written = num_records

@@ -29,10 +29,6 @@ NEAR_ZERO = 100.0
 class Session:
     """Measures at a step, keeps the records, and counts zero losses and failures in a row.
 
-    Args:
-        arguments: The monitor's arguments.
-        notices: Says each message once.
-
     Attributes:
         arguments: The monitor's arguments.
         notices: Says each message once.

@@ -22,14 +22,7 @@ _PERTURBATION = 1e-3
 
 
 def trained_parameters(module: nn.Module, batch: Any, trainer: Any, dtype: torch.dtype) -> frozenset[str]:
-    """Return the names of the parameters to which a training step gives a gradient; none where it cannot be run alone.
-
-    Args:
-        module: The module, which stays as it is.
-        batch: A training batch.
-        trainer: The trainer, which the copy finds without logging anything.
-        dtype: The floating point type of the copy.
-    """
+    """Return the names of the parameters to which a training step gives a gradient; none where it cannot run alone."""
     device = device_of(module, dtype)
     try:
         with isolated_evaluation(device, dtype), at_rest(module):

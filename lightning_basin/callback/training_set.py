@@ -15,10 +15,6 @@ from lightning_basin.training_set import TrainingSet, as_probes
 def check_one_loader(trainer: Trainer, batch: Any) -> None:
     """Refuse batches that hold a batch of each of some loaders: a pair of them is no pair of inputs and targets.
 
-    Args:
-        trainer: The trainer, in training.
-        batch: A training batch.
-
     Raises:
         TypeError: If a batch holds those of several loaders; the error says what to pass.
     """

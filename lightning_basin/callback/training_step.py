@@ -101,16 +101,7 @@ def agrees_with(
     *,
     with_loss: bool,
 ) -> bool:
-    """Whether a training step trains just what a module makes of the first of a pair, compared with the second.
-
-    Args:
-        step: What the step showed of the batch.
-        module: The module, which stays as it is.
-        batch: The training batch.
-        behavior: A function from the module and inputs to outputs.
-        loss_fn: The loss that stands on the module, if any.
-        with_loss: Whether the losses must agree too.
-    """
+    """Whether a training step trains just what a module makes of the first of a pair, compared with the second."""
     device = float64_device(step.outputs.device)
     try:
         inputs, targets = split_batch(batch)

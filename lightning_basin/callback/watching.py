@@ -161,11 +161,7 @@ class Lenience:
                 _set(watcher.owner, lenient)
 
     def unmet(self, keys: Collection[str]) -> Iterator[str]:
-        """Say who waits on after a measurement that should have brought the value.
-
-        Args:
-            keys: The keys that have a value.
-        """
+        """Say who waits on after a measurement that should have brought the value."""
         for watcher, _ in self._waiting:
             key = Key.of(watcher.key, self._arguments.prefix)
             assert key is not None, "one of this monitor's"
@@ -202,9 +198,6 @@ def _set(owner: Any, values: Mapping[str, Any]) -> None:
 
 def left_out(arguments: Arguments) -> dict[str, str]:
     """Return the quantities that no measurement has with some arguments, each with the argument that leaves it out.
-
-    Args:
-        arguments: The monitor's arguments.
 
     Example:
         >>> from lightning_basin import BasinMonitor

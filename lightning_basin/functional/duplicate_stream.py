@@ -45,13 +45,7 @@ class _Positions:
         return places[is_near], others[is_near]
 
     def have_open_neighbor(self, classes: Tensor, is_done: Tensor, *, is_later: bool) -> Tensor:
-        """Whether inputs that are not done have a near input of another class.
-
-        Args:
-            classes: The class of each input, shape ``(k,)``.
-            is_done: The inputs that are left out, shape ``(k,)``.
-            is_later: Whether only later inputs count.
-        """
+        """Whether inputs that are not done have a near input of another class."""
         order = self.positions[:, 0].argsort()
         is_open = self._have_open_successor(order, classes, is_done, is_later=is_later)
         return is_open | self._have_open_successor(order.flip(0), classes, is_done, is_later=is_later)

@@ -168,9 +168,6 @@ class AutogradCheck:
         measured: by two backward passes whose combinations add up to the one that is checked. That every use is known
         shows within one backward pass, where both ways take the same output gradients.
 
-        Args:
-            layers: The layers that are held together.
-
         Returns:
             The relative difference that is rounding, of layers of which every use is known, and whose combination is
             more than rounding.
@@ -261,10 +258,6 @@ def disagreement(names: Sequence[str]) -> str:
 
 def _combination(runs: ProbeRuns, weights: Tensor) -> dict[str, Tensor | None]:
     """The derivatives of a combination of all outputs, in float64; ``None`` where no output depends on a parameter.
-
-    Args:
-        runs: The network's runs over the probe.
-        weights: The weights of the outputs, shape ``(k, c)``.
 
     Returns:
         The derivatives by the full names of the parameters.

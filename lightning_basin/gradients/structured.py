@@ -135,13 +135,7 @@ def _joined(uses: Sequence[Use], chunks: Sequence[_UsesInChunk | None]) -> list[
 def _of_all_rows(
     use: Use, rows: Sequence[Tensor], activations: Sequence[Tensor | None]
 ) -> tuple[Use, list[Tensor | None]]:
-    """A look-up of the rows of a table that any chunk looks up, with its one-hot activations of each chunk.
-
-    Args:
-        use: The look-up.
-        rows: The rows that each chunk looks up.
-        activations: The input activations of each chunk, shape ``(inputs, t, rows of the chunk)``.
-    """
+    """A look-up of the rows of a table that any chunk looks up, with its one-hot activations of each chunk."""
     every: Tensor = torch.unique(torch.cat(list(rows)))
     of_all: list[Tensor | None] = []
     for looked_up, one_hot in zip(rows, activations, strict=True):

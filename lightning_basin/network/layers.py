@@ -26,9 +26,6 @@ def find_layers(module: nn.Module) -> tuple[Layer, ...]:
 
     A parameter without elements, which some modules hold to know their device, is left out like a frozen one.
 
-    Args:
-        module: The module.
-
     Raises:
         ValueError: If the module has no trainable parameters.
 
@@ -57,10 +54,6 @@ def find_layers(module: nn.Module) -> tuple[Layer, ...]:
 
 def parameters_in_graph(result: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
     """Return the names of the parameters on which a result depends, by its graph.
-
-    Args:
-        result: A tensor with or without a graph.
-        parameters: The parameters that may be in the graph, by name.
 
     Example:
         >>> import torch

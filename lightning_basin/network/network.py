@@ -56,9 +56,6 @@ class Network:
     def in_precision(self, dtype: torch.dtype) -> "Network":
         """Return a copy of the network that evaluates in another floating point type.
 
-        Args:
-            dtype: The floating point type of the copy.
-
         Raises:
             TypeError: If the module cannot be copied.
         """
@@ -68,19 +65,12 @@ class Network:
         return network
 
     def parameters(self, layers: Sequence[Layer] | None = None) -> list[Tensor]:
-        """Return the parameters of some layers, in the order of the columns of their gradients.
-
-        Args:
-            layers: The layers; ``None`` for all.
-        """
+        """Return the parameters of some layers, in the order of the columns of their gradients."""
         chosen = self.layers if layers is None else layers
         return [self.named_parameters[name] for layer in chosen for name in layer.parameters]
 
     def outputs(self, probe: Probe) -> Tensor:
         """Return the outputs on a probe, shape ``(k, ...)``; attached to the graph where gradients are enabled.
-
-        Args:
-            probe: The inputs.
 
         Raises:
             TypeError: If the outputs are not a floating point tensor.
@@ -90,9 +80,6 @@ class Network:
 
     def call(self, probe: Probe) -> Any:
         """Return whatever the behavior returns on a probe.
-
-        Args:
-            probe: The inputs.
 
         Raises:
             ValueError: If the behavior raises, unless memory has run out.
@@ -107,10 +94,6 @@ class Network:
 
         A module that takes derivatives by its inputs (forces, the residual of a differential equation) cannot run
         where gradients are disabled. It is run with gradients, and the result is detached.
-
-        Args:
-            function: A function that runs the module.
-            detach: A function that takes the result out of the graph.
         """
         if torch.is_grad_enabled() or not self._needs_gradients:
             try:
@@ -144,11 +127,6 @@ class Network:
         """Let the rows of `rows` be the outputs along random orthonormal directions from now on.
 
         Ranks are then lower bounds, as linear combinations of rows cannot have a higher rank than the rows.
-
-        Args:
-            num_outputs: The number of outputs per input, c.
-            num_directions: The number of directions, at most c.
-            generator: The generator of the directions, on the CPU.
         """
         drawn = torch.randn(num_outputs, num_directions, generator=generator, dtype=torch.float64)
         self.projection = torch.linalg.qr(drawn).Q
@@ -184,11 +162,7 @@ class Network:
         return self.rows(outputs.reshape(tensors[0].shape[0], -1))
 
     def trace(self, probe: Probe) -> Trace:
-        """Run once; record what enters and leaves each layer, and which operations use its parameters.
-
-        Args:
-            probe: The inputs.
-        """
+        """Run once; record what enters and leaves each layer, and which operations use its parameters."""
         return self._run(lambda: self._trace(probe), Trace.detached)
 
     def _trace(self, probe: Probe) -> Trace:
@@ -206,11 +180,7 @@ class Network:
         return trace
 
     def trace_layers(self, probe: Probe) -> Trace:
-        """Run once; record what enters and leaves each layer.
-
-        Args:
-            probe: The inputs.
-        """
+        """Run once; record what enters and leaves each layer."""
         return self._run(lambda: self._trace_layers(probe), Trace.detached)
 
     def _trace_layers(self, probe: Probe) -> Trace:

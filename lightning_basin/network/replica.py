@@ -100,11 +100,6 @@ def check_computed(module: nn.Module, replica: nn.Module, result: Tensor) -> Non
 
     Copies of these tensors lead to no parameter.
 
-    Args:
-        module: The module of the user.
-        replica: The copy that was run.
-        result: The result, attached to its graph.
-
     Raises:
         ValueError: If the result depends on one; the message names the attributes.
     """
@@ -126,12 +121,7 @@ def check_computed(module: nn.Module, replica: nn.Module, result: Tensor) -> Non
 
 
 def settle_embeddings(module: nn.Module, run: Callable[[], Any]) -> None:
-    """Let embeddings with ``max_norm``, which shorten a row when they look it up, do this once and never again.
-
-    Args:
-        module: The copy, which is changed.
-        run: A function that runs the copy on all inputs.
-    """
+    """Let embeddings with ``max_norm``, which shorten a row when they look it up, do this once and never again."""
     embeddings = [module for module in module.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
     if any(embedding.max_norm is not None for embedding in embeddings):
         with torch.no_grad():

@@ -15,9 +15,6 @@ _GROWTH = 1e4
 def rounding_rtol(dtype: torch.dtype) -> float:
     """Return how far rounding moves an element of a result, relative to the largest element of its tensor.
 
-    Args:
-        dtype: The dtype in which the network is evaluated.
-
     Example:
         >>> f"{rounding_rtol(torch.float64):.0e} {rounding_rtol(torch.float32):.1e}"
         '1e-14 3.8e-06'
@@ -27,9 +24,6 @@ def rounding_rtol(dtype: torch.dtype) -> float:
 
 def agreement_rtol(dtype: torch.dtype) -> float:
     """Return the tolerance, relative to the largest element, within which evaluations agree but wrong formulas do not.
-
-    Args:
-        dtype: The dtype in which the network is evaluated.
 
     Example:
         >>> f"{agreement_rtol(torch.float64):.0e} {agreement_rtol(torch.float32):.1e}"
@@ -43,10 +37,6 @@ def in_other_precision(network: Network, probe: Probe) -> tuple[Network, Probe]:
 
     The results in two precisions differ by the rounding of the lower one, in all operations together. The difference
     shows how much of a result is rounding, also where terms cancel inside of the network.
-
-    Args:
-        network: The network.
-        probe: The probe, on the network's device and in its dtype.
 
     Raises:
         TypeError: If the module cannot be copied.

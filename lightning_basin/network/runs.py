@@ -16,9 +16,6 @@ _Result = TypeVar("_Result")
 def _regroupings(num_inputs: int) -> Iterator[list[Tensor]]:
     """Regroup the inputs into chunks, in which an input's results must not change.
 
-    Args:
-        num_inputs: The number of inputs, k.
-
     Yields:
         The indices of two random halves; then, for modules that cannot run fewer inputs, two chunks of k inputs, in
         which inputs of one half replace those of the other. Of a single input only itself.
@@ -74,10 +71,6 @@ def run_regrouped(
 
 def outputs_of_full_chunks(network: Network, probe: Probe) -> list[tuple[Tensor, Tensor]]:
     """Run the inputs in two chunks of k inputs, in which inputs of one half replace those of the other.
-
-    Args:
-        network: The network.
-        probe: The inputs.
 
     Returns:
         For each chunk the indices of its inputs, and their outputs.
@@ -136,12 +129,7 @@ class ProbeRuns:
             yield Chunk(self.network, chosen, self.probe.select(chosen))
 
     def each(self, function: Callable[..., _Result], *args: Any) -> list[_Result]:
-        """Return what a function returns for each chunk, in the order of the inputs.
-
-        Args:
-            function: A function of the network, a chunk and further arguments.
-            args: The further arguments.
-        """
+        """Return what a function of the network, a chunk and further arguments returns for each chunk, in order."""
         return [function(self.network, chunk, *args) for chunk in self.chunks()]
 
     @property

@@ -28,11 +28,6 @@ _SHOWN = 5
 def check_outputs(network: Network, probe: Probe, trace: Trace) -> None:
     """Refuse outputs that are empty or not finite, and say where they began to be.
 
-    Args:
-        network: The network.
-        probe: The inputs.
-        trace: The trace of the inputs.
-
     Raises:
         ValueError: If the outputs are empty or not finite.
     """
@@ -148,12 +143,6 @@ def check_copy(module: nn.Module, replica: nn.Module, result: Tensor, name: str)
 
     A global variable or the trainer may lead the copy back to the original module; the result would then depend on
     the original's parameters.
-
-    Args:
-        module: The original.
-        replica: The copy.
-        result: The result.
-        name: The name of the argument that computed the result.
 
     Raises:
         ValueError: If the result depends on the original, or on tensors that were computed from parameters before.

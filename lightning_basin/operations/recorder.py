@@ -204,10 +204,5 @@ class OperationSequence(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
 
 
 def described_operation(func: Any, tensors: Any) -> Hashable:
-    """Describe an operation by the shapes and types of the tensors that it takes, and by which of them have gradients.
-
-    Args:
-        func: The operation.
-        tensors: The tensors that it takes.
-    """
+    """Describe an operation by the shapes and types of the tensors that it takes, and which of them have gradients."""
     return (func.name(), *((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors))

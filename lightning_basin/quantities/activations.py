@@ -132,11 +132,7 @@ def measure_activation_ranks(
 
 
 def distinct_activations(activations: Iterable[InputActivations | None]) -> list[InputActivations]:
-    """List activations once that enter several layers, and leave out what is ``None``.
-
-    Args:
-        activations: The activations.
-    """
+    """List activations once that enter several layers, and leave out what is ``None``."""
     return list({id(entering): entering for entering in activations if entering is not None}.values())
 
 

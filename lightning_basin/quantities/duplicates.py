@@ -135,11 +135,7 @@ def _num_duplicates(activations: InputActivations | None, rtol: float) -> dict[s
 
 
 def block_duplicates(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Combine the counts of a block's layers: the largest number of duplicates, and the sum of dead units.
-
-    Args:
-        members: The record's fields of each layer of the block.
-    """
+    """Combine the counts of a block's layers: the largest number of duplicates, and the sum of dead units."""
     combined = {}
     for quantity, combine in (
         ("duplicated_activations", max),

@@ -83,15 +83,7 @@ def _candidates(activations: Mapping[str, LayerActivations], num_inputs: int, rt
 
 
 def _cuts_before(evaluation: Evaluation, name: str, classes: Tensor, rank: GradientRank, share: float) -> list[_Cut]:
-    """The cuts before a layer: none where more than its input crosses; else one, and one through a passage.
-
-    Args:
-        evaluation: The network on the probe.
-        name: The name of the layer.
-        classes: The first member of each input's class, by the layer's input activation.
-        rank: The rank of the network.
-        share: The fraction of the rank's tolerance for the error of merging these inputs.
-    """
+    """The cuts before a layer: none where more than its input crosses; else one, and one through a passage."""
     runs, parameters = evaluation.runs, evaluation.network.parameters()
     is_before = [False] * len(parameters)
     for chunk in runs.chunks():
@@ -209,11 +201,6 @@ def _combined_gradient(tensor: Tensor, parameters: Sequence[Tensor], weights: Te
 
 def _find_passage(evaluation: Evaluation, cut: str, before: Sequence[Tensor]) -> Passage | None:
     """The layer called last before a cut, if everything trained before the cut acts on the outputs through it alone.
-
-    Args:
-        evaluation: The network on the probe.
-        cut: The name of the layer whose input is all that crosses.
-        before: The parameters that act before the cut, on any input.
 
     Returns:
         The passage; ``None`` where there is no such layer, where its outputs are not laid out input by input, and where

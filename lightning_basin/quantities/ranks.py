@@ -261,16 +261,7 @@ def _add_layers(
     jacobian: Tensor | None,
     hessian: HessianMeasurement | None,
 ) -> None:
-    """Add the gradients of some layers until all ranks are known.
-
-    Args:
-        evaluation: The network on the probe.
-        measurement: The ranks.
-        check: The check of the gradients of the outputs.
-        layers: The layers.
-        jacobian: The behavior's derivative by the outputs; ``None`` where they are the same.
-        hessian: Is shown the gradients of the outputs; ``None`` where the Hessian is not measured.
-    """
+    """Add the gradients of some layers until all ranks are known."""
     if measurement.is_complete:
         return
     gradients = layer_gradients(evaluation.runs, check, layers=layers, max_elements=evaluation.max_elements)
