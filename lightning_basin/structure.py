@@ -136,15 +136,6 @@ def copy_and_find(
 ) -> Copied:
     """Copy a module, run the copy, and find out and check its structure.
 
-    Args:
-        module: The module, which stays as it is.
-        probe: The inputs and targets, on the device and in the type of the copy.
-        settings: What is asked of the measurement.
-        gradient_dtype: The floating point type in which gradients are kept and multiplied.
-        make_plan: A function that cuts the measurement to the memory that is free; ``None`` runs all inputs at once.
-        clock: The clock of the stages.
-        with_layout: Whether to find the rows of each input in what enters and leaves each layer.
-
     Raises:
         TypeError: If the outputs are not floating point tensors.
         ValueError: If the outputs are not finite, or not functions of the inputs alone.
@@ -178,14 +169,6 @@ def copy_again(
     clock: StageClock,
 ) -> Copied | None:
     """Copy and run a module whose structure is known.
-
-    Args:
-        module: The module, which stays as it is.
-        probe: The inputs and targets, on the device and in the type of the copy.
-        settings: What is asked of the measurement.
-        gradient_dtype: The floating point type in which gradients are kept and multiplied.
-        structure: The structure.
-        clock: The clock of the stages.
 
     Returns:
         What `copy_and_find` returns, with the same structure; ``None`` where it is no longer that of the module.

@@ -79,11 +79,7 @@ _COUNTING = [stopping.on_train_epoch_end for stopping in EARLY_STOPPINGS]
 
 
 class RankedSaves:
-    """Notices where a ``ModelCheckpoint`` ranks weights by the value of others.
-
-    Args:
-        watchers: The callbacks and schedulers that monitor a value of this monitor.
-    """
+    """Notices where a ``ModelCheckpoint`` ranks weights by the value of others."""
 
     def __init__(self, watchers: Iterable[Watcher]) -> None:
         self._rankings = [(watcher, _ranking(watcher.owner)) for watcher in watchers if watcher.is_saving]

@@ -33,12 +33,7 @@ _LAYOUT = "custom_scalars__config__"
 
 
 class Dashboard:
-    """Writes to the loggers of one fit at its first record, at zero loss and at the end.
-
-    Args:
-        trainer: The trainer.
-        session: The records of the run, with the monitor's arguments and notices.
-    """
+    """Writes to the loggers of one fit at its first record, at zero loss and at the end."""
 
     def __init__(self, trainer: Trainer, session: Session) -> None:
         self._trainer = trainer

@@ -30,12 +30,6 @@ Listener = Callable[[Trainer, BasinRecord], None]
 class Fit:
     """Decides at the batches and epochs of one fit what to do; every process makes the same calls.
 
-    Args:
-        trainer: The trainer at its set-up.
-        module: The module that will be trained.
-        progress: The probe, records and schedule, which outlive the fit.
-        listeners: The functions that are called after every measurement.
-
     Attributes:
         publisher: Hands the records to loggers, callbacks and the table.
 

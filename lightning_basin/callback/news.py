@@ -18,11 +18,6 @@ from lightning_basin.record import BasinRecord
 def news(record: BasinRecord, earlier: list[BasinRecord], zero_loss_step: int | None) -> Iterator[str]:
     """Say in one sentence each what is new, and so happens once in a run.
 
-    Args:
-        record: The newest record.
-        earlier: All records before it, oldest first.
-        zero_loss_step: The step at which the loss had reached zero; ``None`` where it has not.
-
     Example:
         >>> import torch
         >>> from lightning_basin import measure_basin
@@ -52,13 +47,7 @@ def _has_merged(records: list[BasinRecord], layer: str) -> bool:
 
 
 def closing_words(trainer: Trainer, session: Session, report: ReportFile) -> str:
-    """Return a sentence, a table and the places of report and curves, in characters that a terminal may show.
-
-    Args:
-        trainer: The trainer.
-        session: The records of the run, of which there is at least one.
-        report: The report of the fit.
-    """
+    """Return a sentence, a table and the places of report and curves, in characters that a terminal may show."""
     history, width = session.results.history(), shutil.get_terminal_size((100, 24)).columns
     summary = summary_of(history, width, has_colors=sys.stderr.isatty())  # Where messages of Lightning go.
     return "\n".join([summary, *map(printable, _places(trainer, session.arguments.prefix, report))])

@@ -35,12 +35,6 @@ _PAIR_HINT = (
 class Probing:
     """Takes the probe from the first training batches, and finds out how outputs and loss are read from them.
 
-    Args:
-        arguments: The monitor's arguments.
-        notices: Says each message once.
-        probe: A probe that was passed; ``None`` takes one from training batches.
-        size: The number of inputs to take; 0 where a probe was passed.
-
     Attributes:
         arguments: The monitor's arguments.
         size: The number of inputs to take; 0 where a probe was passed.

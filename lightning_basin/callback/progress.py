@@ -25,11 +25,6 @@ _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
 class Progress:
     """What outlives a fit of a monitor: its probe, its records, and when it has measured.
 
-    Args:
-        arguments: The monitor's arguments.
-        probe: A probe that was passed; ``None`` takes one from training batches.
-        size: The number of inputs to take; 0 where a probe was passed.
-
     Attributes:
         notices: Says each message once.
         schedule: Decides when to measure.

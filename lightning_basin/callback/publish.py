@@ -21,12 +21,7 @@ from lightning_basin.record import BasinRecord
 
 
 class Publisher:
-    """Hands the records of one fit to whoever looks for them.
-
-    Args:
-        trainer: The trainer.
-        session: The records of the run, with the monitor's arguments and notices.
-    """
+    """Hands the records of one fit to whoever looks for them."""
 
     def __init__(self, trainer: Trainer, session: Session) -> None:
         self._trainer = trainer

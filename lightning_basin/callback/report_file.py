@@ -17,10 +17,6 @@ class ReportFile:
 
     A fit without a logger gets none, as it may be one of thousands.
 
-    Args:
-        trainer: The trainer.
-        session: The records of the run, with the monitor's arguments and notices.
-
     Attributes:
         path: The path of the page; ``None`` where there will be none.
     """

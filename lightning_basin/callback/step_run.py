@@ -75,16 +75,7 @@ class StepRun:
         is_moved: bool = False,
         given: Mapping[int, Tensor] | None = None,
     ) -> "StepRun":
-        """Run the step of a copy.
-
-        Args:
-            module: The module, which stays as it is.
-            probe: The whole batch as inputs.
-            trainer: The trainer; ``None`` outside of a fit.
-            batch_idx: The index of the batch, which the step is told.
-            is_moved: Whether all parameters of the copy are moved before.
-            given: The tensors that take the place of what modules return, by position among all calls.
-        """
+        """Run the step of a copy: also of another batch, with moved parameters, or with outputs that are given."""
         (replica,) = replicas(module)
         if is_moved:
             _move(replica)

@@ -144,11 +144,6 @@ class Lenience:
 
     A strict ``EarlyStopping`` is lenient until then, a scheduler does not step, and a ``ModelCheckpoint`` ranks no
     weights. No value is made up: a provisional one could stop a run.
-
-    Args:
-        watchers: The callbacks and schedulers that monitor a value of this monitor.
-        arguments: The monitor's arguments.
-        present: The keys that have a value already.
     """
 
     def __init__(self, watchers: Iterable[Watcher], arguments: Arguments, present: Collection[str]) -> None:

@@ -136,10 +136,6 @@ def rows_independent_in_few_columns(gradients: LayerGradients, generator: Genera
     The columns are the gradients times random orthonormal vectors. Rows that are independent in these are so in all
     columns, whose singular values are no smaller (Weyl, 1912).
 
-    Args:
-        gradients: The gradients.
-        generator: A generator on the CPU, for random vectors.
-
     Returns:
         ``None`` where the rows are not independent, or the proof would not be cheaper.
     """

@@ -237,12 +237,7 @@ def dead_units(outputs: Tensor, *, rtol: float = 1e-6) -> int:
 
 
 def count_dead_units(outputs: Tensor, *, rtol: float) -> Reading[int]:
-    """Count what `dead_units` counts, beside other computations of `read_together`.
-
-    Args:
-        outputs: The outputs of the layer, float64, as in `dead_units`.
-        rtol: The tolerance, as in `dead_units`.
-    """
+    """Count what `dead_units` counts, beside other computations of `read_together`."""
     rows = outputs.flatten(1, -2) if outputs.ndim > 2 else outputs.unsqueeze(1)
     if rows.numel() == 0:
         return 0

@@ -47,13 +47,7 @@ def hessian_matrix(
 def gradient_derivative(
     gradient: Tensor, variables: Sequence[Tensor], *, chunk_size: int = 64, atol: float = 0.0
 ) -> Tensor:
-    """Differentiate a gradient by all of its variables.
-
-    Args:
-        gradient: The gradient by ``variables``, attached to their graph, which is kept; shape ``(n,)``.
-        variables: The variables, with n elements in all.
-        chunk_size: The number of columns per batched backward pass; bounds the memory.
-        atol: The asymmetry to allow beside 1e-8 of the largest entry.
+    """Differentiate a gradient by all of its variables, as `hessian_matrix` and `hessian_product` do with theirs.
 
     Returns:
         The matrix, shape ``(n, n)``, which is symmetric but for rounding.

@@ -38,12 +38,7 @@ def random_directions(width: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def rounding_of_distances(width: int, largest: float) -> float:
-    """Bound the rounding of the distance of two rows along a direction; it is above zero where products underflow.
-
-    Args:
-        width: The length of a row, d.
-        largest: The largest magnitude of an element of the rows.
-    """
+    """Bound the rounding of the distance of two rows along a direction; it is above zero where products underflow."""
     return 4 * width * _FLOAT64.eps * largest + _FLOAT64.tiny
 
 
