@@ -180,12 +180,7 @@ def _check_numbers(module: nn.Module, probe: Probe) -> None:
 
 
 def _check_what_helps(module: nn.Module, settings: Settings, probe: Probe, refused: ValueError) -> None:
-    """Where a module cannot be called, try what is most often meant instead.
-
-    Raises:
-        ValueError: If one of the attempts works: its message says what to pass. If the module runs in float32, but is
-            refused for another reason: its message says the reason.
-    """
+    """Where a module cannot be called, try what is most often meant instead, and say what to pass if it works."""
     attempts = {}
     if tensors_of(probe.targets):
         attempts["the module runs on the targets: pass these as inputs, and the inputs as targets"] = probe.targets

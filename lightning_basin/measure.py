@@ -228,11 +228,6 @@ def check_measurable(
 
     Returns:
         The plan, which says how large a measurement will be.
-
-    Raises:
-        TypeError: If `measure_basin` would raise it.
-        ValueError: If `measure_basin` would raise it.
-        MemoryBudgetError: If `measure_basin` would raise it.
     """
     settings = settings.on_device(device_of(module, torch.float32))
     settings.check_targets(probe)

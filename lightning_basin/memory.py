@@ -123,9 +123,6 @@ def plan_measurement(
         with_readout: Whether the behavior is a function of the outputs, whose derivative combines all rows.
         hessian: How the Hessian's null space is measured; ``False`` where it is not.
         memory_budget: The bytes that may be used; ``None`` means half of what is free.
-
-    Raises:
-        MemoryBudgetError: If it does not fit, however it is cut.
     """
     copied = _copied_bytes(network.module, with_trained=False)
     if memory_budget is None:

@@ -193,11 +193,7 @@ class Settings:
         return directions
 
     def check_targets(self, probe: Probe) -> None:
-        """Refuse a loss without targets.
-
-        Raises:
-            ValueError: If the loss takes targets and the probe has none.
-        """
+        """Refuse a loss without targets."""
         if callable(self.loss_fn) and probe.targets is None:
             is_pair = isinstance(probe.inputs, tuple | list) and len(probe.inputs) == 2  # noqa: PLR2004
             raise ValueError(
@@ -271,11 +267,7 @@ def _check_precision(dtype: DType, hessian: HessianMode, rtol: float | None) -> 
 
 
 def check_order(module: Any, **others: Any) -> None:
-    """Refuse arguments in another order, or of another kind, before anything is done with them.
-
-    Raises:
-        TypeError: If an argument is of another kind; the error says what to pass.
-    """
+    """Refuse arguments in another order, or of another kind, before anything is done with them."""
     modules = {name: other for name, other in others.items() if isinstance(other, nn.Module)}
     if isinstance(module, type):
         raise TypeError(f"module must be a torch.nn.Module, got the class {module.__name__}: pass an instance of it")

@@ -134,12 +134,7 @@ def copy_and_find(
     *,
     with_layout: bool,
 ) -> Copied:
-    """Copy a module, run the copy, and find out and check its structure.
-
-    Raises:
-        TypeError: If the outputs are not floating point tensors.
-        ValueError: If the outputs are not finite, or not functions of the inputs alone.
-    """
+    """Copy a module, run the copy, and find out and check its structure."""
     network, loss_fn, sample, trained = _copy_as_trained(module, settings, probe, gradient_dtype, clock)
     plan = None if make_plan is None else make_plan(network, *sample)
     del sample  # And its graph.

@@ -17,12 +17,7 @@ def is_sequence_of(length: int, item: Any) -> bool:
 
 
 def check_containers(collection: Any) -> None:
-    """Refuse tensors without plain axes, and containers that cannot be built again from other tensors.
-
-    Raises:
-        TypeError: If a container cannot be built again.
-        ValueError: If a tensor is not dense.
-    """
+    """Refuse tensors without plain axes, and containers that cannot be built again from other tensors."""
     if isinstance(collection, Tensor) and (dense := dense_form(collection)) is not None:
         raise ValueError(
             f"all tensors of a probe must be dense, got {dense.kind}: pass tensor.{dense.method}, by batch_fn in a "

@@ -64,11 +64,7 @@ class Arguments:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse values that mean nothing, before anything is measured.
-
-    Raises:
-        MisconfigurationException: For the first argument that is out of range; it says what the value must be.
-    """
+    """Refuse values that mean nothing, before anything is measured."""
     for name, is_valid, requirement in _RULES:
         value = arguments[name]
         if not is_valid(value):

@@ -39,11 +39,7 @@ def _outputs_of_step(module: nn.Module, batch: Any, *, calls: Sequence[int]) -> 
 
 
 def select_calls(calls: Sequence[Call], positions: Sequence[int]) -> list[Call]:
-    """Return the calls at some positions.
-
-    Raises:
-        ValueError: If there are fewer calls.
-    """
+    """Return the calls at some positions."""
     if len(calls) <= max(positions):
         raise ValueError(
             f"training_step must call {max(positions) + 1} losses or modules as at first, but calls {len(calls)}"

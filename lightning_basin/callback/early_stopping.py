@@ -199,11 +199,7 @@ def _check_arguments(mode: str, patience: int, min_delta: float, stopping_thresh
 
 
 def _find_monitor(key: str, trainer: Trainer, module: LightningModule) -> BasinMonitor:
-    """Return the monitor of a trainer that logs a key.
-
-    Raises:
-        MisconfigurationException: If there is none.
-    """
+    """Return the monitor of a trainer that logs a key."""
     monitors = [callback for callback in callbacks_of(trainer) if isinstance(callback, BasinMonitor)]
     for monitor in monitors:
         if monitor.progress.session.owns_key(key):

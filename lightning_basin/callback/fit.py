@@ -32,9 +32,6 @@ class Fit:
 
     Attributes:
         publisher: Hands the records to loggers, callbacks and the table.
-
-    Raises:
-        MisconfigurationException: If the module cannot be measured in this trainer.
     """
 
     def __init__(self, trainer: Trainer, module: nn.Module, progress: Progress, listeners: list[Listener]) -> None:
@@ -48,22 +45,14 @@ class Fit:
         self.publisher = Publisher(trainer, progress.session)
 
     def begin(self) -> None:
-        """Set up all for the first batch.
-
-        Raises:
-            MisconfigurationException: If the training set cannot be read, or a callback monitors what is not measured.
-        """
+        """Set up all for the first batch."""
         self._joint.open()
         self._progress.begin(self._module, self._trainer.global_step)
         self._request().training_set()
         self.publisher.begin(self._module, monitor_prefixes(self._trainer))
 
     def before_batch(self, batch: Any, batch_idx: int) -> None:
-        """Take the probe, and measure the baseline; or what a resumed run has left out.
-
-        Raises:
-            MisconfigurationException: If the first batch shows that the module cannot be measured.
-        """
+        """Take the probe, and measure the baseline; or what a resumed run has left out."""
         trainer, probing = self._trainer, self._probing
         epoch, step = trainer.current_epoch, trainer.global_step
         is_overdue = self._schedule.is_overdue(
@@ -154,12 +143,7 @@ class Fit:
 
 
 def check_trainer(trainer: Trainer, prefix: str) -> None:
-    """Refuse a trainer in which a module cannot be measured.
-
-    Raises:
-        MisconfigurationException: If the trainer is of no installed package, another monitor has the same prefix, or
-            the strategy shards parameters in a way that cannot be undone.
-    """
+    """Refuse a trainer in which a module cannot be measured."""
     if not isinstance(trainer, Trainer):
         raise MisconfigurationException(
             f"BasinMonitor needs the Trainer of an installed Lightning package, got {type(trainer).__module__}."

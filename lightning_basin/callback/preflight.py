@@ -57,11 +57,6 @@ def check_request(request: Request, module: nn.Module, probe: Probe, *, num_inpu
         module: The module that will be measured.
         probe: The inputs that there are already.
         num_inputs: The number of inputs that the probe will have.
-
-    Raises:
-        TypeError: If the behavior, or the loss that was passed, cannot be measured.
-        ValueError: As for a TypeError.
-        MisconfigurationException: If the training set cannot be read.
     """
     for _ in request.training_set() or ():  # Whether inputs and targets of its first batch can be distinguished.
         break

@@ -74,12 +74,7 @@ class Probing:
         return Request(self.arguments, self.findings, records, self._notices, trainer)
 
     def start(self, module: nn.Module, probe: Probe | None, step_calls: Sequence[int] | None) -> None:
-        """Check a module outside of a fit; `Progress.start` says what the arguments are.
-
-        Raises:
-            TypeError: If the module cannot be measured.
-            ValueError: If the module cannot be measured, or there is no probe.
-        """
+        """Check a module outside of a fit; `Progress.start` says what the arguments are."""
         if self.probe is None:
             self.probe = probe
             self.findings.step_calls = None if step_calls is None else tuple(step_calls)
@@ -188,9 +183,6 @@ class Probing:
 
         Args:
             state: The state in a checkpoint, as far as it could be read.
-
-        Raises:
-            MisconfigurationException: If the monitor's probe is another one, and is not to replace it.
         """
         self.findings.step_calls = None if state["step_calls"] is None else tuple(state["step_calls"])
         before, size = state["probe_fingerprint"], state.get("probe_size", self.size)

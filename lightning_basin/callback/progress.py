@@ -127,11 +127,7 @@ class Progress:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on with the run of a checkpoint, as far as its state can be read.
-
-        Raises:
-            MisconfigurationException: If the monitor's probe is another one, and is not to replace it.
-        """
+        """Go on with the run of a checkpoint, as far as its state can be read."""
         if not self.is_loadable:
             return
         state, problem = read_state(state_dict, self.probing.passed_fingerprint())

@@ -36,11 +36,7 @@ class Publisher:
         self._ranked_saves = RankedSaves(())
 
     def begin(self, module: nn.Module, prefixes: Sequence[str]) -> None:
-        """Set up all that is published to, with the records of a run that is resumed.
-
-        Raises:
-            MisconfigurationException: If a callback monitors a value that no measurement can have.
-        """
+        """Set up all that is published to, with the records of a run that is resumed."""
         # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
         watchers = find_watchers(self._trainer)
         ours = [watcher for watcher in watchers if self._session.owns_key(watcher.key)]

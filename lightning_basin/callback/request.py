@@ -121,11 +121,7 @@ class Request:
         return Probe(probe.inputs, step.probe.targets), quiet_loss(step.loss, self.trainer)
 
     def training_set(self) -> Iterable[Probe] | None:
-        """Return the training set over which duplicates are counted; ``None`` where they are counted on the probe only.
-
-        Raises:
-            MisconfigurationException: If it cannot be read beside the training.
-        """
+        """Return the training set over which duplicates are counted; ``None`` where only the probe is looked at."""
         return whole_training_set(
             self.arguments.duplicates_over,
             self.trainer,

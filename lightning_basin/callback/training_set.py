@@ -13,11 +13,7 @@ from lightning_basin.training_set import TrainingSet, as_probes
 
 
 def check_one_loader(trainer: Trainer, batch: Any) -> None:
-    """Refuse batches that hold a batch of each of some loaders: a pair of them is no pair of inputs and targets.
-
-    Raises:
-        TypeError: If a batch holds those of several loaders; the error says what to pass.
-    """
+    """Refuse batches that hold a batch of each of some loaders: a pair of them is no pair of inputs and targets."""
     loaders, place = trainer.train_dataloader, "batch"
     count = len(loaders) if isinstance(loaders, list | tuple | dict) else 0
     while isinstance(loaders, list | tuple | dict) and loaders:
@@ -40,9 +36,6 @@ def whole_training_set(
         trainer: The trainer; ``None`` outside of a fit.
         batch_fn: The function from a batch to a pair of inputs and targets.
         whole_batches: Whether a batch is taken as inputs where there is no ``batch_fn``.
-
-    Raises:
-        MisconfigurationException: If the training set cannot be read in this way.
     """
     data, prepare = duplicates_over, None
     if data is None:

@@ -191,11 +191,7 @@ def _describe_run(module: nn.Module, trainer: Any, run: StepRun, calls: Sequence
 
 
 def _returned_calls(module: nn.Module, trainer: Any, run: StepRun) -> list[int]:
-    """Return the positions of the tensors that one module returns, and of which alone the step makes all of its loss.
-
-    Raises:
-        ValueError: If there is no such module.
-    """
+    """Return the positions of the tensors that one module returns, if the step makes all of its loss of them alone."""
     calls = {index: call for index, call in enumerate(run.calls) if not call.is_loss and call.value.requires_grad}
     given = {index: call.value.detach().requires_grad_() for index, call in calls.items()}
     cut = StepRun.of(module, run.probe, trainer, given=given)

@@ -67,10 +67,6 @@ def check_watchers(
 
     Returns:
         A warning for each watcher that goes on all the same.
-
-    Raises:
-        MisconfigurationException: For a key that is mistyped, or a value that the arguments leave out where the run
-            would end without it.
     """
     keys = keys_of(arguments, module)
     later = _later_keys(arguments, module, keys)

@@ -51,9 +51,6 @@ def activation_ranks(
         rtol: The tolerance, as in `activation_rank`.
         epsilon: The rounding, as in `activation_rank`.
 
-    Raises:
-        ValueError: If ``rtol`` is not inside ``(0, 1)``.
-
     Example:
         >>> layers = [torch.eye(3), torch.ones(3, 2), torch.zeros(3, 4)]
         >>> [rank for rank, _ in activation_ranks([layer.double() for layer in layers])]

@@ -160,9 +160,6 @@ def gauss_newton_eigenvalues(
 
     The arguments are those of `null_space_bracket`.
 
-    Raises:
-        ValueError: If ``rtol`` is not inside ``(0, 1)``.
-
     Example:
         >>> import torch
         >>> values = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)

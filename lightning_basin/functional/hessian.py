@@ -51,9 +51,6 @@ def gradient_derivative(
 
     Returns:
         The matrix, shape ``(n, n)``, which is symmetric but for rounding.
-
-    Raises:
-        RuntimeError: If the result is not symmetric.
     """
     size = len(gradient)
     hessian = gradient.new_zeros(size, size).detach()
@@ -89,9 +86,6 @@ def check_connected(connected: Sequence[bool], is_curved: Sequence[bool]) -> Non
     Args:
         connected: For each parameter whether the gradient depends on it, as far as its graph shows.
         is_curved: For each parameter whether its Gauss-Newton part is known not to vanish.
-
-    Raises:
-        RuntimeError: If a dependence is lost, where torch would return a silent zero as second derivative.
     """
     num_lost = sum(curved and not reached for curved, reached in zip(is_curved, connected, strict=True))
     if num_lost:

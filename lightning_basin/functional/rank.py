@@ -161,12 +161,7 @@ def _count_above(values: Sequence[float], rtol: float) -> int:
 
 
 def check_rtol(rtol: float | None, name: str = "rtol") -> None:
-    """Refuse a relative tolerance that cannot separate anything.
-
-    Raises:
-        TypeError: If ``rtol`` is given and no number.
-        ValueError: If it is not inside ``(0, 1)``.
-    """
+    """Refuse a relative tolerance that cannot separate anything."""
     if rtol is not None and not isinstance(rtol, int | float):
         raise TypeError(f"{name} must be a number or None, got {rtol!r}")
     if rtol is not None and not 0.0 < rtol < 1.0:

@@ -90,11 +90,7 @@ def measure_uses(network: Network, trace: Trace, uses: Mapping[int, Use], max_el
 def _output_gradients(
     outputs: Tensor, uses: Mapping[int, Use], dtype: torch.dtype, *, is_batched: bool
 ) -> dict[int, tuple[InputAxis, Tensor]]:
-    """The order of the inputs and the output gradients of some uses, as in `MeasuredUse`.
-
-    Raises:
-        RuntimeError: If an operation has no batching rule, and one pass shall differentiate all outputs.
-    """
+    """The order of the inputs and the output gradients of some uses, as in `MeasuredUse`."""
     num_inputs, num_outputs = outputs.shape
     places, choices = output_places(uses), _choices(outputs)
     units = torch.eye(num_outputs, dtype=outputs.dtype, device=outputs.device).unsqueeze(1)

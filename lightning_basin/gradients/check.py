@@ -296,11 +296,7 @@ def _are_finite(combined: Mapping[str, Tensor | None]) -> bool:
 
 
 def _refuse_infinite_gradients(runs: ProbeRuns) -> None:
-    """Say on which inputs, and in which layers, gradients of finite outputs are not finite.
-
-    Raises:
-        ValueError: Always.
-    """
+    """Say on which inputs, and in which layers, gradients of finite outputs are not finite."""
     network, parameters = runs.network, runs.network.parameters()
     owners = [layer.name for layer in network.layers for _ in layer.parameters]
     layers: dict[str, None] = {}

@@ -83,9 +83,6 @@ def dense_gradients(
         runs: The network's runs over the probe.
         group: The layers, whose rows fit into memory together, each with the note that its gradients shall bear.
         check: The check against autograd.
-
-    Raises:
-        RuntimeError: If autograd confirms no route for a layer.
     """
     layers = [layer for layer, _ in group]
     pending = dict(group)

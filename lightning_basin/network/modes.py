@@ -55,9 +55,6 @@ def in_training_mode(
 
     Returns:
         The copy as a network, and the copy of the loss.
-
-    Raises:
-        TypeError: If the module cannot be copied.
     """
     replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=dtype, training=True)
     for name, submodule in replica.named_modules():

@@ -54,11 +54,7 @@ class Network:
         self._needs_gradients = False
 
     def in_precision(self, dtype: torch.dtype) -> "Network":
-        """Return a copy of the network that evaluates in another floating point type.
-
-        Raises:
-            TypeError: If the module cannot be copied.
-        """
+        """Return a copy of the network that evaluates in another floating point type."""
         module, behavior = replicas(self.module, self._behavior, dtype=dtype)
         network = Network(module, behavior, dtype=dtype, gradient_dtype=self.gradient_dtype)
         network.projection = self.projection
@@ -70,20 +66,11 @@ class Network:
         return [self.named_parameters[name] for layer in chosen for name in layer.parameters]
 
     def outputs(self, probe: Probe) -> Tensor:
-        """Return the outputs on a probe, shape ``(k, ...)``; attached to the graph where gradients are enabled.
-
-        Raises:
-            TypeError: If the outputs are not a floating point tensor.
-            ValueError: If the outputs do not have one row per input, or the module raises.
-        """
+        """Return the outputs on a probe, shape ``(k, ...)``; attached to the graph where gradients are enabled."""
         return self._run(lambda: self._outputs(probe), Tensor.detach)
 
     def call(self, probe: Probe) -> Any:
-        """Return whatever the behavior returns on a probe.
-
-        Raises:
-            ValueError: If the behavior raises, unless memory has run out.
-        """
+        """Return whatever the behavior returns on a probe."""
         return call_behavior(self._behavior, self.module, probe, self.dtype)
 
     def _outputs(self, probe: Probe) -> Tensor:

@@ -99,9 +99,6 @@ def check_computed(module: nn.Module, replica: nn.Module, result: Tensor) -> Non
     """Refuse a result that depends on tensors which the module computed from its parameters before the call.
 
     Copies of these tensors lead to no parameter.
-
-    Raises:
-        ValueError: If the result depends on one; the message names the attributes.
     """
     computed: list[Tensor] = vars(replica)["_computed"]
     if not computed or not result.requires_grad:

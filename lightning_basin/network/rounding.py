@@ -37,9 +37,6 @@ def in_other_precision(network: Network, probe: Probe) -> tuple[Network, Probe]:
 
     The results in two precisions differ by the rounding of the lower one, in all operations together. The difference
     shows how much of a result is rounding, also where terms cancel inside of the network.
-
-    Raises:
-        TypeError: If the module cannot be copied.
     """
     dtype = torch.float32 if network.dtype == torch.float64 else torch.float64
     return network.in_precision(dtype), probe.to(network.parameters()[0].device, dtype)

@@ -48,10 +48,6 @@ def run_regrouped(
 
     Returns:
         For each chunk the indices of its inputs, and its trace without a graph.
-
-    Raises:
-        TypeError: If the outputs are not a floating point tensor.
-        ValueError: If the module can run neither.
     """
 
     def run(indices: Tensor) -> tuple[Tensor, Trace]:

@@ -26,11 +26,7 @@ _SHOWN = 5
 
 
 def check_outputs(network: Network, probe: Probe, trace: Trace) -> None:
-    """Refuse outputs that are empty or not finite, and say where they began to be.
-
-    Raises:
-        ValueError: If the outputs are empty or not finite.
-    """
+    """Refuse outputs that are empty or not finite, and say where they began to be."""
     outputs = trace.outputs
     if outputs.numel() == 0:
         raise ValueError(f"the outputs must hold at least one number per input, got shape {tuple(outputs.shape)}")
@@ -78,9 +74,6 @@ def check_independence(
         probe: The inputs.
         outputs: The outputs on all inputs together, shape ``(k, ...)``.
         regrouped: The results of `run_regrouped`.
-
-    Raises:
-        ValueError: If an output changes with the other inputs of its chunk, or from one evaluation to the next.
     """
     tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
     deviations = torch.zeros_like(outputs)
@@ -143,9 +136,6 @@ def check_copy(module: nn.Module, replica: nn.Module, result: Tensor, name: str)
 
     A global variable or the trainer may lead the copy back to the original module; the result would then depend on
     the original's parameters.
-
-    Raises:
-        ValueError: If the result depends on the original, or on tensors that were computed from parameters before.
     """
     check_computed(module, replica, result)
     originals = [parameter for parameter in module.parameters() if parameter.requires_grad]
