@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -20,7 +20,7 @@ def check_containers(collection: Any) -> None:
     """Refuse tensors without plain axes, and containers that cannot be built again from other tensors."""
     if isinstance(collection, Tensor) and (dense := dense_form(collection)) is not None:
         raise ValueError(
-            f"all tensors of a probe must be dense, got {dense.kind}: pass tensor.{dense.method}, by batch_fn in a "
+            f"all tensors of a probe must be dense, got {dense[0]}: pass tensor.{dense[1]}, by batch_fn in a "
             f"run, and a behavior that turns it into what the module takes"
         )
     if isinstance(collection, PackedSequence):
@@ -46,28 +46,16 @@ def check_containers(collection: Any) -> None:
             check_containers(item)
 
 
-class DenseForm(NamedTuple):
-    """How to make a tensor dense.
-
-    Attributes:
-        kind: The kind of the tensor, for messages.
-        method: The call of the tensor's method that makes it dense.
-    """
-
-    kind: str
-    method: str
-
-
-def dense_form(tensor: Tensor) -> DenseForm | None:
-    """Say how to make a tensor dense; ``None`` for a dense tensor.
+def dense_form(tensor: Tensor) -> tuple[str, str] | None:
+    """Return the kind of a tensor that is not dense, and the call that makes it dense; ``None`` for a dense tensor.
 
     Example:
-        >>> dense_form(torch.eye(2).to_sparse()).method
-        'to_dense()'
+        >>> dense_form(torch.eye(2).to_sparse())
+        ('torch.sparse_coo', 'to_dense()')
     """
     if tensor.is_nested:
-        return DenseForm("a nested tensor", "to_padded_tensor(0.0)")
-    return None if tensor.layout == torch.strided else DenseForm(str(tensor.layout), "to_dense()")
+        return "a nested tensor", "to_padded_tensor(0.0)"
+    return None if tensor.layout == torch.strided else (str(tensor.layout), "to_dense()")
 
 
 def written_as_pair(batch: Any, name: str = "batch") -> str:

@@ -81,9 +81,7 @@ def checked_outputs(outputs: Any, num_inputs: int) -> Tensor:
     if not isinstance(outputs, Tensor):
         raise TypeError(f"the outputs must be a tensor, got {described(outputs)}: {hint}")
     if (dense := dense_form(outputs)) is not None:
-        raise TypeError(
-            f"the outputs must be dense, got {dense.kind}: pass a behavior that returns outputs.{dense.method}"
-        )
+        raise TypeError(f"the outputs must be dense, got {dense[0]}: pass a behavior that returns outputs.{dense[1]}")
     rows: Tensor = as_plain(outputs)
     if not rows.is_floating_point():
         result = "torch.view_as_real of them" if rows.is_complex() else "the numbers from which they are made"

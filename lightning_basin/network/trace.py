@@ -70,7 +70,7 @@ def recording(module: nn.Module, layers: Sequence[Layer], trace: Trace) -> Itera
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
             first = tensors_of(output)[:1]
             if first and (dense := dense_form(first[0])) is not None:
-                raise TypeError(f"layer {escaped(name)!r} must return dense tensors, got {dense.kind}")
+                raise TypeError(f"layer {escaped(name)!r} must return dense tensors, got {dense[0]}")
             first = [as_plain(tensor) for tensor in first]
             trace.leaving.setdefault(name, []).extend(map(without_transforms, first))
             # A clone of a subclass would lack the attributes of the instance.
