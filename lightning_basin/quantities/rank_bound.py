@@ -5,14 +5,13 @@ premises are checked on a network: which parameters act before a layer, whether 
 behind it, and whether everything before it acts through one earlier layer, the passage.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from lightning_basin.evaluation import Evaluation
 from lightning_basin.functional.duplicates import duplicate_classes, num_classes
@@ -26,6 +25,7 @@ from lightning_basin.functional.rank_bound import (
     merged_linear_directions,
 )
 from lightning_basin.functional.reading import read_together
+from lightning_basin.network.layers import reached_parameters
 from lightning_basin.network.rounding import agreement_rtol
 from lightning_basin.network.runs import Chunk, ProbeRuns
 from lightning_basin.quantities.activations import LayerActivations, distinct_activations
@@ -104,28 +104,6 @@ def _cuts_before(evaluation: Evaluation, name: str, classes: Tensor, rank: Gradi
         if merging_error(runs, classes, is_before, passage) <= tolerance:
             cuts.append((classes, partial(_directions_through, passage, classes, num_before, rank, share)))
     return cuts
-
-
-def reached_parameters(
-    tensors: Iterable[Tensor], parameters: Sequence[Tensor], *, barrier: Tensor | None = None
-) -> list[bool]:
-    """For each parameter whether the graph of some tensors leads to it on a way that does not pass a barrier.
-
-    Args:
-        tensors: The tensors where the ways begin.
-        parameters: The parameters.
-        barrier: The tensor that no way may pass; ``None`` for none.
-    """
-    stop = None if barrier is None else tuple(get_gradient_edge(barrier)[:2])
-    waiting = [get_gradient_edge(tensor).node for tensor in tensors if tensor.requires_grad]
-    seen = set(waiting)
-    while waiting:
-        for edge in waiting.pop().next_functions:
-            if edge[0] is not None and edge[0] not in seen and edge != stop:
-                seen.add(edge[0])
-                waiting.append(edge[0])
-    reached = {id(getattr(node, "variable", None)) for node in seen}
-    return [id(parameter) in reached for parameter in parameters]
 
 
 @dataclass(frozen=True, eq=False)
