@@ -20,11 +20,6 @@ def progress_bar(*, progress: bool | None) -> Iterator[Watcher | None]:
 
     Yields:
         The function that a `StageClock` tells what goes on; ``None`` where no bar is shown.
-
-    Example:
-        >>> with progress_bar(progress=False) as watch:
-        ...     print(watch)
-        None
     """
     if progress is False:
         yield None

@@ -71,12 +71,6 @@ class StructureCache:
     """Keeps the structure that the last measurement of a run has found, for the next one.
 
     A structure that other weights may show to be another one is not kept.
-
-    Example:
-        >>> cache = StructureCache()
-        >>> cache.keep("one probe", Structure(None, None, (), None, None))
-        >>> cache.find("another probe") is None
-        True
     """
 
     def __init__(self) -> None:

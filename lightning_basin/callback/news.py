@@ -16,15 +16,7 @@ from lightning_basin.record import BasinRecord
 
 
 def news(record: BasinRecord, earlier: list[BasinRecord], zero_loss_step: int | None) -> Iterator[str]:
-    """Say in one sentence each what is new, and so happens once in a run.
-
-    Example:
-        >>> import torch
-        >>> from lightning_basin import measure_basin
-        >>> record = measure_basin(torch.nn.Linear(2, 1), torch.ones(3, 2))
-        >>> list(news(record, [], None))
-        []
-    """
+    """Say in one sentence each what is new, and so happens once in a run."""
     step = "" if record.step is None else f" at step {record.step:,}"
     if record.step is not None and record.step == zero_loss_step:
         yield f"The loss has reached zero{step}, with a gradient rank of {record.gradient_rank:,}"
