@@ -54,19 +54,7 @@ class Settings:
     """What is asked of a measurement. `measure_basin` says what each value means.
 
     Attributes:
-        loss_fn: The loss, ``"behavioral"``, or ``None`` for no loss.
-        behavior: The behavior whose gradients count.
-        layers: The layers to report.
-        hessian: How the Hessian is measured.
-        rtol: The relative tolerance of ranks.
-        duplicate_rtol: The relative tolerance within which two activations are the same.
-        max_outputs: The largest number of outputs per input that are measured one by one.
-        spectrum: Whether singular values are computed where the rank can be proved without them.
-        memory_budget: The bytes that a measurement may use.
-        dtype: The name of the floating point type in which the network is run, or ``"auto"``.
         taken_dtype: The type that ``"auto"`` has taken; ``None`` where this is not known yet.
-        seed: The seed of all random vectors.
-        trained: The names of parameters that are known to get a gradient in training.
 
     Raises:
         TypeError: If a value has another type.
