@@ -12,7 +12,7 @@ from lightning_basin.callback.silence import collectives_refused, quiet_step
 from lightning_basin.callback.step_watch import Call, LastCall, StepWatch
 from lightning_basin.network.isolation import at_rest, isolated_evaluation
 from lightning_basin.network.precision import RaisedPrecision
-from lightning_basin.network.replica import device_of, replicas
+from lightning_basin.network.replica import device_of, perturb, replicas
 from lightning_basin.operations.recorder import OperationSequence
 from lightning_basin.probe import Probe
 from lightning_basin.tensors import map_tensors, tensors_of
@@ -78,7 +78,7 @@ class StepRun:
         """Run the step of a copy: also of another batch, with moved parameters, or with outputs that are given."""
         (replica,) = replicas(module)
         if is_moved:
-            _move(replica)
+            perturb(replica, _PERTURBATION)
         watch, result = run_step(
             replica, map_tensors(Tensor.clone, probe.inputs), trainer, batch_idx=batch_idx, given=given
         )
@@ -96,16 +96,6 @@ class StepRun:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters of the copy, by name."""
         return {name: parameter for name, parameter in self.replica.named_parameters() if parameter.requires_grad}
-
-
-def _move(module: nn.Module) -> None:
-    """Move every parameter, also one that is zero, and each element otherwise: a softmax notices no common change."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            scale = float(parameter.abs().max()) if parameter.numel() else 0.0
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(noise.to(parameter), alpha=_PERTURBATION * (scale or 1.0))
 
 
 def run_step(

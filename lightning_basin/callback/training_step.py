@@ -29,7 +29,7 @@ from lightning_basin.network.layers import parameters_in_graph
 from lightning_basin.network.network import Network
 from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.network.replica import device_of, replicas
-from lightning_basin.network.rounding import agreement_rtol
+from lightning_basin.network.rounding import agree, agreement_rtol
 from lightning_basin.probe import Probe, split_batch
 from lightning_basin.tensors import float64_device, tensors_of
 
@@ -110,7 +110,7 @@ def agrees_with(
             replica, loss_fn, behavior = replicas(module, loss_fn, behavior)
             network = Network(replica, behavior)
             outputs = network.outputs(probe)
-            if not _is_close(outputs.detach(), step.outputs):
+            if not agree(outputs.detach(), step.outputs):
                 return False
             if not step.reached <= parameters_in_graph(outputs, dict(replica.named_parameters())):
                 return False
@@ -120,21 +120,15 @@ def agrees_with(
                 return False
             with RaisedPrecision(torch.float64):
                 value = loss_fn(outputs, probe.targets).detach()
-            return _is_close(value, value.new_tensor(step.value))
+            return agree(value, value.new_tensor(step.value))
     except Exception:  # Whatever a module or a loss raises that is not called in this way.
         return False
-
-
-def _is_close(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and bool(
-        ((first - second).abs() <= agreement_rtol(torch.float64) * second.abs().max()).all()
-    )
 
 
 def _compare_runs(module: nn.Module, trainer: Any, runs: Sequence[StepRun], calls: Sequence[int]) -> TrainingStep:
     """Return what a run shows, compared with one of another batch index and with one of other parameters."""
     step, of_index, of_parameters = (_describe_run(module, trainer, run, calls) for run in runs)
-    if not _is_close(of_index.outputs, step.outputs):
+    if not agree(of_index.outputs, step.outputs):
         raise ValueError("training_step draws random numbers, or its outputs change with the index of the batch")
     if not all(_has_same_loss(module, step, other) for other in (of_index, of_parameters)):
         return replace(step, loss=None, is_whole=False)
@@ -152,7 +146,7 @@ def _has_same_loss(module: nn.Module, step: TrainingStep, other: TrainingStep) -
     else:
         expected = other.value
     _, loss = replicas(module, step.loss)  # Of a copy that has run no step.
-    return _is_close(loss(other.outputs, step.probe.targets).detach(), other.outputs.new_tensor(expected))
+    return agree(loss(other.outputs, step.probe.targets).detach(), other.outputs.new_tensor(expected))
 
 
 def _describe_run(module: nn.Module, trainer: Any, run: StepRun, calls: Sequence[int]) -> TrainingStep:
@@ -175,7 +169,7 @@ def _describe_run(module: nn.Module, trainer: Any, run: StepRun, calls: Sequence
         shapes = tuple(tensor.shape for tensor in tensors)
         loss, is_whole, targets = RunLoss(module, trainer, tuple(calls), shapes, probe.size), True, probe.inputs
     # A step with several optimizers minimizes the same for each, or there is more than was read.
-    is_whole = is_whole and all(_is_close(other.detach(), run.total.detach()) for other in run.objectives)
+    is_whole = is_whole and all(agree(other.detach(), run.total.detach()) for other in run.objectives)
     return TrainingStep(
         calls=tuple(calls),
         probe=Probe(probe.inputs, targets),

@@ -95,6 +95,22 @@ def _evaluate(replica: nn.Module) -> None:
         parameter.requires_grad_(name in trained)
 
 
+def perturb(module: nn.Module, size: float, names: Collection[str] | None = None) -> None:
+    """Move parameters, also one that is zero, and each element otherwise: a softmax notices no common change.
+
+    Args:
+        module: The copy, which is changed.
+        size: How far each parameter moves, relative to its largest element.
+        names: The names of the parameters to move; ``None`` for all.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.numel() and (names is None or name in names):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(noise.to(parameter), alpha=size * (float(parameter.abs().max()) or 1.0))
+
+
 def check_computed(module: nn.Module, replica: nn.Module, result: Tensor) -> None:
     """Refuse a result that depends on tensors which the module computed from its parameters before the call.
 

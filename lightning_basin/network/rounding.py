@@ -1,6 +1,7 @@
 """How far rounding moves the results of a network."""
 
 import torch
+from torch import Tensor
 
 from lightning_basin.network.network import Network
 from lightning_basin.probe import Probe
@@ -30,6 +31,14 @@ def agreement_rtol(dtype: torch.dtype) -> float:
         '1e-09 1.2e-03'
     """
     return max(1e-9, _GROWTH * torch.finfo(dtype).eps)
+
+
+def agree(result: Tensor, expected: Tensor, dtype: torch.dtype = torch.float64) -> bool:
+    """Return whether two evaluations agree, relative to the largest element; results of two shapes do not."""
+    if result.shape != expected.shape or expected.numel() == 0:
+        return result.shape == expected.shape
+    difference, size = (result - expected).detach().abs(), expected.detach().abs().max()
+    return bool((difference <= agreement_rtol(dtype) * size).all())
 
 
 def in_other_precision(network: Network, probe: Probe) -> tuple[Network, Probe]:
