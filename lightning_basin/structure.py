@@ -204,11 +204,7 @@ def _copy_in_modes(
 def _copy_as_trained(
     module: nn.Module, settings: Settings, probe: Probe, gradient_dtype: torch.dtype, clock: StageClock
 ) -> tuple[Network, LossFunction | None, tuple[Probe, Trace], AsTrained]:
-    """Copy a module and the loss, so that the outputs have the gradients of training.
-
-    Returns:
-        The network, the loss, some inputs with their trace, and what was found out about training.
-    """
+    """Copy a module and the loss, so that the outputs have the gradients of training."""
     with clock("copy"):
         network, loss_fn = _copy_in_modes(module, settings, gradient_dtype, None)
     settle_embeddings(network.module, lambda: network.outputs(probe))

@@ -110,7 +110,8 @@ class Probing:
         except (TypeError, ValueError) as error:
             if whole is not None:
                 return f"{error}{self._hint(batch)}"
-            self.probe = self._collector.probe()
+            self.probe = self._collector.probe
+            assert self.probe is not None, "a first batch was taken"
             self._notices.warn(f"The probe has {self.probe.size} inputs, not {self.size}: {error}")
         except Exception as error:  # Not the configuration. The measurements will say whether they succeed.
             name = type(trainer.lightning_module).__name__
@@ -129,11 +130,12 @@ class Probing:
         if self.request([]).batch_fn is None and not callable(self.arguments.behavior):
             check_one_loader(trainer, batch)
         self._collector.add(batch)
-        if self._collector.complete:
-            self.probe = self._collector.probe()
+        if self._collector.is_complete:
+            self.probe = self._collector.probe
 
     def _check(self, request: Request, module: nn.Module) -> None:
-        probe = self.probe or self._collector.probe()
+        probe = self.probe or self._collector.probe
+        assert probe is not None, "a first batch was taken"
         size = self.size or probe.size
         if self.probe is None and request.trainer is not None:  # Fewer, where an epoch has no more.
             size = int(min(size, probe.size * request.trainer.num_training_batches))
@@ -148,8 +150,8 @@ class Probing:
 
     def end_collection(self) -> None:
         """Make the probe of the inputs of an epoch, which has no more."""
-        if self.probe is None and self._collector.num_inputs:
-            self.probe = self._collector.probe()
+        if self.probe is None and self._collector.probe is not None:
+            self.probe = self._collector.probe
             self._notices.inform(
                 f"The probe has {self.probe.size} inputs, not {self.size}: an epoch has no more. HINT: for more, pass "
                 f"BasinMonitor(probe=(inputs, targets))"

@@ -118,9 +118,6 @@ class AutogradCheck:
             structured: Whether they come from the operations that use the layers. Then only rounding is allowed for, so
                 that no use is missed, however weak.
             notes: The record's notes on them; layers without one have no entry.
-
-        Returns:
-            The gradients that are confirmed, by layer.
         """
         rtol = self._structured_rtol if structured else agreement_rtol(self._runs.network.dtype)
         differences = self._differences(gradients)
@@ -257,11 +254,7 @@ def disagreement(names: Sequence[str]) -> str:
 
 
 def _combination(runs: ProbeRuns, weights: Tensor) -> dict[str, Tensor | None]:
-    """The derivatives of a combination of all outputs, in float64; ``None`` where no output depends on a parameter.
-
-    Returns:
-        The derivatives by the full names of the parameters.
-    """
+    """The derivatives of a combination of all outputs, in float64; ``None`` where no output depends on a parameter."""
     names = [name for layer in runs.network.layers for name in layer.parameters]
     combined: dict[str, Tensor | None] = dict.fromkeys(names)
     for gradients in runs.each(_combination_of_chunk, weights):

@@ -53,11 +53,7 @@ class LayerSize:
 
 
 def layer_sizes(network: Network, trace: Trace, *, num_inputs: int, num_outputs: int) -> dict[str, LayerSize]:
-    """Find how large the gradients of each layer are.
-
-    Returns:
-        The sizes by the name of the layer.
-    """
+    """Find how large the gradients of each layer are."""
     reached = parameters_in_graph(trace.outputs, network.named_parameters)
     sizes = {}
     for layer, recorded in find_uses(network, trace).items():

@@ -52,9 +52,6 @@ def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
 def call_behavior(behavior: ModuleBehavior, module: nn.Module, probe: Probe, dtype: torch.dtype) -> Any:
     """Call a behavior on the inputs of a probe.
 
-    Returns:
-        Whatever the behavior returns.
-
     Raises:
         ValueError: If the behavior raises, unless memory has run out.
     """

@@ -52,9 +52,6 @@ def in_training_mode(
         dtype: The floating point type of the copy.
         gradient_dtype: The type in which gradients are kept.
         modes: The names of the modules to put into training mode; ``None`` means all that are not torch's own.
-
-    Returns:
-        The copy as a network, and the copy of the loss.
     """
     replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=dtype, training=True)
     for name, submodule in replica.named_modules():

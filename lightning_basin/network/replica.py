@@ -34,9 +34,6 @@ def replicas(
         training: Whether the copies are in training mode instead: with the train flags of ``module`` if its own flag is
             set, else with all flags set.
 
-    Returns:
-        The copy of ``module``, then the copies of ``callables``.
-
     Raises:
         ValueError: If a parameter or buffer has no shape yet, because the module is lazily built.
         TypeError: If a trainable parameter is complex, or a submodule is scripted or cannot be copied.

@@ -112,9 +112,6 @@ def measure_activation_ranks(
         evaluation: The network on the probe.
         scopes: The scopes to report; blocks and the network have no such rank.
         activations: The activations of each called layer, by name.
-
-    Returns:
-        The record's fields of the rank, for each layer whose input activations are known.
     """
     layers = {scope: activations[scope.name] for scope in scopes if scope.kind == "layer" and scope.name in activations}
     entering = {scope: layer.entering for scope, layer in layers.items() if layer.entering is not None}

@@ -226,9 +226,6 @@ def measure_ranks(
         scopes: The scopes to report, the network last.
         hessian: Is shown the gradients of the outputs on the way; ``None`` where the Hessian is not measured.
         generator: A generator on the CPU, for random vectors.
-
-    Returns:
-        The ranks, and the singular values where the rank was not proved without them.
     """
     settings, jacobian, clock = evaluation.settings, behavior_jacobian(evaluation), evaluation.clock
     with clock("gradients"):
