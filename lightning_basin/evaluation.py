@@ -101,7 +101,6 @@ def open_evaluation(
     settings: Settings,
     make_plan: Planner | None = None,
     *,
-    gradient_dtype: torch.dtype = torch.float64,
     with_layout: bool = False,
     cache: StructureCache | None = None,
     clock: StageClock | None = None,
@@ -113,7 +112,6 @@ def open_evaluation(
         probe: The inputs and targets.
         settings: What is asked of the measurement.
         make_plan: A function that cuts the measurement to the memory that is free; ``None`` runs all inputs at once.
-        gradient_dtype: The floating point type in which gradients are kept and multiplied.
         with_layout: Whether to find the rows of each input in what enters and leaves each layer.
         cache: The structure that an evaluation of this kind has found before, which two calls of the module check;
             ``None`` finds it anew.
@@ -133,12 +131,10 @@ def open_evaluation(
         probe = probe.to(device, dtype)
         question = None if cache is None else question_of(module, probe, settings)
         structure = None if cache is None else cache.find(question)
-        copied = None if structure is None else copy_again(module, probe, settings, gradient_dtype, structure, clock)
+        copied = None if structure is None else copy_again(module, probe, settings, structure, clock)
         if copied is None:
             try:
-                copied = copy_and_find(
-                    module, probe, settings, gradient_dtype, make_plan, clock, with_layout=with_layout
-                )
+                copied = copy_and_find(module, probe, settings, make_plan, clock, with_layout=with_layout)
             except ValueError as error:
                 if dtype == torch.float64 and isinstance(error.__cause__, Exception):
                     _check_what_helps(module, settings, probe, error)

@@ -122,14 +122,13 @@ def copy_and_find(
     module: nn.Module,
     probe: Probe,
     settings: Settings,
-    gradient_dtype: torch.dtype,
     make_plan: Planner | None,
     clock: StageClock,
     *,
     with_layout: bool,
 ) -> Copied:
     """Copy a module, run the copy, and find out and check its structure."""
-    network, loss_fn, sample, trained = _copy_as_trained(module, settings, probe, gradient_dtype, clock)
+    network, loss_fn, sample, trained = _copy_as_trained(module, settings, probe, clock)
     plan = None if make_plan is None else make_plan(network, *sample)
     del sample  # And its graph.
     runs = ProbeRuns(network, probe, chunk_size=None if plan is None else plan.chunk_size)
@@ -150,12 +149,7 @@ def copy_and_find(
 
 
 def copy_again(
-    module: nn.Module,
-    probe: Probe,
-    settings: Settings,
-    gradient_dtype: torch.dtype,
-    structure: Structure,
-    clock: StageClock,
+    module: nn.Module, probe: Probe, settings: Settings, structure: Structure, clock: StageClock
 ) -> Copied | None:
     """Copy and run a module whose structure is known.
 
@@ -163,7 +157,7 @@ def copy_again(
         What `copy_and_find` returns, with the same structure; ``None`` where it is no longer that of the module.
     """
     with clock("copy"):
-        network, loss_fn = _copy_in_modes(module, settings, gradient_dtype, structure.modes)
+        network, loss_fn = _copy_in_modes(module, settings, structure.modes)
     plan = structure.plan
     if plan is not None and not still_fits(
         plan, network.module, device_of(network.module, network.dtype), settings.memory_budget
@@ -188,25 +182,21 @@ def _keeps_layout(runs: ProbeRuns, layout: InputLayout | None) -> bool:
     return keeps_layout(layout, runs.full_trace, indices, half, num_inputs=probe.size, rtol=rtol)
 
 
-def _copy_in_modes(
-    module: nn.Module, settings: Settings, gradient_dtype: torch.dtype, modes: tuple[str, ...] | None
-) -> tuple[Network, Any]:
+def _copy_in_modes(module: nn.Module, settings: Settings, modes: tuple[str, ...] | None) -> tuple[Network, Any]:
     """Copy a module and the loss: in evaluation mode, or with some modules in training mode."""
     dtype = settings.torch_dtype
     if modes is not None:
-        return in_training_mode(
-            module, settings.loss, settings.outputs, dtype=dtype, gradient_dtype=gradient_dtype, modes=modes
-        )
+        return in_training_mode(module, settings.loss, settings.outputs, dtype=dtype, modes=modes)
     replica, loss_fn, behavior = replicas(module, settings.loss, settings.outputs, dtype=dtype)
-    return Network(replica, behavior, dtype=dtype, gradient_dtype=gradient_dtype), loss_fn
+    return Network(replica, behavior, dtype=dtype), loss_fn
 
 
 def _copy_as_trained(
-    module: nn.Module, settings: Settings, probe: Probe, gradient_dtype: torch.dtype, clock: StageClock
+    module: nn.Module, settings: Settings, probe: Probe, clock: StageClock
 ) -> tuple[Network, LossFunction | None, tuple[Probe, Trace], AsTrained]:
     """Copy a module and the loss, so that the outputs have the gradients of training."""
     with clock("copy"):
-        network, loss_fn = _copy_in_modes(module, settings, gradient_dtype, None)
+        network, loss_fn = _copy_in_modes(module, settings, None)
     settle_embeddings(network.module, lambda: network.outputs(probe))
     sample, trace = _trace_sample(network, probe)
     check_copy(module, network.module, trace.outputs, "behavior")

@@ -73,7 +73,8 @@ def neural_tangent_kernel(
         )
 
     precision = settings.torch_dtype
-    with open_evaluation(module, probe, settings, make_plan, gradient_dtype=precision) as evaluation:
+    with open_evaluation(module, probe, settings, make_plan) as evaluation:
+        evaluation.network.gradient_dtype = precision
         kernel = GramMatrix(evaluation.num_rows, float64_device(evaluation.rows.device), dtype=precision)
         check = AutogradCheck(evaluation.runs, Generator().manual_seed(seed))
         for measured in layer_gradients(evaluation.runs, check, max_elements=evaluation.max_elements):

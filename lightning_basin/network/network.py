@@ -27,26 +27,21 @@ class Network:
         module: A copy in evaluation mode, which may be run and hooked.
         behavior: A function of the module and inputs that returns the outputs; ``None`` calls the module.
         dtype: The floating point type of the copy.
-        gradient_dtype: The type in which gradients are kept and multiplied, also where the copy is in float32.
 
     Attributes:
         layers: The layers of the module.
         named_parameters: All parameters of the module, by full name.
+        gradient_dtype: The type in which gradients are kept and multiplied, also where the copy is in float32.
         projection: The directions along which the outputs count, shape ``(outputs per input, directions)``; ``None``
             for all outputs.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        behavior: ModuleBehavior | None = None,
-        *,
-        dtype: torch.dtype = torch.float64,
-        gradient_dtype: torch.dtype = torch.float64,
+        self, module: nn.Module, behavior: ModuleBehavior | None = None, *, dtype: torch.dtype = torch.float64
     ) -> None:
         self.module = module
         self.dtype = dtype
-        self.gradient_dtype = gradient_dtype
+        self.gradient_dtype = torch.float64
         self.layers = find_layers(module)
         self.named_parameters = dict(module.named_parameters())
         self.projection: Tensor | None = None
@@ -56,7 +51,8 @@ class Network:
     def in_precision(self, dtype: torch.dtype) -> "Network":
         """Return a copy of the network that evaluates in another floating point type."""
         module, behavior = replicas(self.module, self._behavior, dtype=dtype)
-        network = Network(module, behavior, dtype=dtype, gradient_dtype=self.gradient_dtype)
+        network = Network(module, behavior, dtype=dtype)
+        network.gradient_dtype = self.gradient_dtype
         network.projection = self.projection
         return network
 

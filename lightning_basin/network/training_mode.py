@@ -157,7 +157,7 @@ def _in_training(
     if all(map(is_of_torch, network.module.modules())):
         return network, loss_fn
     try:
-        return in_training_mode(module, loss_fn, behavior, dtype=network.dtype, gradient_dtype=network.gradient_dtype)
+        return in_training_mode(module, loss_fn, behavior, dtype=network.dtype)
     except Exception as error:  # The `train` of a user may raise, for example of a module for predictions.
         if is_out_of_memory(error):
             raise
