@@ -163,17 +163,7 @@ def measure(
     cache: StructureCache | None = None,
     watch: Watcher | None = None,
 ) -> BasinRecord:
-    """Measure the quantities that the settings ask for, as `measure_basin` does.
-
-    Args:
-        module: The module to measure, which stays as it is.
-        probe: The inputs and targets.
-        settings: The settings of the measurement.
-        duplicates_over: The training set over which duplicated activations are counted too.
-        step: The number of optimizer steps taken, noted in the record.
-        cache: What earlier measurements of the same run have found out; ``None`` for a measurement by itself.
-        watch: A function that is told of each stage; ``None`` tells nobody.
-    """
+    """Measure the quantities that the settings ask for, as `measure_basin` does."""
     clock, settings = StageClock(watch=watch), settings.on_device(device_of(module, torch.float32))
     settings.check_targets(probe)
     training_set = None if duplicates_over is None else as_probes(duplicates_over)

@@ -81,14 +81,7 @@ def _copied_bytes(module: nn.Module, *, with_trained: bool) -> int:
 
 
 def still_fits(plan: MeasurementPlan, module: nn.Module, device: torch.device, memory_budget: int | None) -> bool:
-    """Return whether a measurement that was planned before fits into the memory that is free now.
-
-    Args:
-        plan: The plan.
-        module: The copy of the module, which is a part of what the plan takes.
-        device: The device on which the copy is.
-        memory_budget: The bytes that may be used, for which the plan was made; ``None`` means half of what is free.
-    """
+    """Return whether a measurement that was planned before fits into the memory that is free now."""
     return memory_budget is not None or plan.memory_bytes <= _free_budget(module, device)
 
 

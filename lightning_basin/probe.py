@@ -184,13 +184,7 @@ def _joined(leaves: Sequence[Any], size: int) -> Any:
 
 
 class ProbeCollector:
-    """Takes a probe from training batches as they come by.
-
-    Args:
-        size: The number of inputs to take.
-        batch_fn: The function from a batch to a pair of inputs and targets. ``None`` takes a pair as it is, and a
-            tensor, or a sequence of one, as inputs without targets.
-        whole_batches: Whether any other batch is taken as inputs without targets, instead of being refused.
+    """Takes a probe of some size from training batches as they come by, each split by `split_batch`.
 
     Attributes:
         probe: The inputs taken so far; ``None`` before the first batch.

@@ -18,9 +18,6 @@ from lightning_basin.tensors import map_tensors, tensors_of
 def step_behavior(calls: Sequence[int]) -> Callable[[nn.Module, Any], Tensor]:
     """Return the behavior that runs a training step up to its outputs.
 
-    Args:
-        calls: The positions, among all calls of the step, of those that have the outputs.
-
     Returns:
         A function of a copy with a ``training_step``, and of a batch of k inputs. It returns a single tensor of k rows
         as it is, else all side by side, shape ``(k, c)``; it raises a ValueError if the step calls fewer losses or

@@ -34,13 +34,7 @@ def tensorboard_loggers(loggers: Iterable[Logger]) -> list[Any]:
 
 
 def write_scalars(logger: Any, values: Mapping[str, float], *, step: int) -> None:
-    """Write values, each under its tag.
-
-    Args:
-        logger: A TensorBoard logger. One of a class of the user's logs them as it does all others.
-        values: The values by tag, without the logger's own prefix.
-        step: The place on the x axis.
-    """
+    """Write values, each under its tag; a logger of a class of the user's logs them as it does all others."""
     if type(logger) in TENSORBOARD_LOGGERS and isinstance(logger.experiment, SummaryWriter):
         add_values(logger.experiment, with_prefix(logger, values), step=step)
     else:

@@ -20,12 +20,6 @@ def log_scalars(
 ) -> list[str]:
     """Hand values to every logger, as one row where it has rows.
 
-    Args:
-        loggers: The loggers.
-        scalars: The values by key.
-        step: The place on the x axis.
-        prefix: The first characters of every key, by which TensorBoard's tags are grouped.
-
     Returns:
         A sentence for each logger that failed: a training run is worth more than a curve.
     """

@@ -17,11 +17,6 @@ from lightning_basin.probe import Probe
 def read_first_step(request: Request, module: nn.Module, batch: Any) -> bool:
     """Read outputs, targets and loss from a training step, unless it trains just what the module returns.
 
-    Args:
-        request: What the measurements will be asked for; its findings take what was read, or why nothing was.
-        module: The module that will be measured.
-        batch: The first training batch.
-
     Returns:
         Whether the outputs of the training step are to be measured.
     """

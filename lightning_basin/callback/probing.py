@@ -181,11 +181,7 @@ class Probing:
             )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on with the probe of the run so far.
-
-        Args:
-            state: The state in a checkpoint, as far as it could be read.
-        """
+        """Go on with the probe of the run so far."""
         self.findings.step_calls = None if state["step_calls"] is None else tuple(state["step_calls"])
         before, size = state["probe_fingerprint"], state.get("probe_size", self.size)
         if before is None:  # No probe was full yet.

@@ -82,11 +82,6 @@ def _folder_of(loggers: Sequence[Logger], default_root_dir: str) -> Path | None:
 def write_page(path: Path, session: Session, *, stopped: str | None = None) -> bool:
     """Write the report of a session; a failure costs a message.
 
-    Args:
-        path: The path of the page.
-        session: The records of the run, of which there is at least one.
-        stopped: Why training was stopped; ``None`` where it ended by itself.
-
     Returns:
         Whether the page was written.
     """

@@ -73,9 +73,6 @@ MAX_LABELS = 12
 def labels_of(probe: Probe | None) -> Sequence[float | str] | None:
     """Return the target of each input as a label, where targets are few numbers; ``None`` elsewhere.
 
-    Args:
-        probe: The inputs and targets; ``None`` where there is no probe yet.
-
     Example:
         >>> import torch
         >>> labels_of(Probe(torch.eye(3), torch.tensor([[1.0], [0.0], [1.0]])))

@@ -33,13 +33,7 @@ def quiet_behavior(
 
 
 def quiet_step(module: nn.Module, trainer: Trainer | None, objectives: list[Tensor]) -> None:
-    """Let a copy run its training step without any effect.
-
-    Args:
-        module: The copy.
-        trainer: The trainer of the run; ``None`` outside of a fit.
-        objectives: A list that takes what the step hands to its manual backward passes.
-    """
+    """Let a copy run its training step without any effect."""
     for submodule in module.modules():
         if isinstance(submodule, LightningModule):
             _silence(submodule, trainer)

@@ -85,8 +85,7 @@ class StepWatch(TorchFunctionMode):
     def modules(self, root: nn.Module) -> Iterator[None]:
         """Watch modules too: one without parameters that makes a number is a loss, others make outputs.
 
-        Args:
-            root: The module with the step, whose ``forward`` counts as a call too, as a step often calls it directly.
+        The ``forward`` of the root, which has the step, counts as a call too: a step often calls it directly.
         """
         before = register_module_forward_pre_hook(lambda *_: self._enter())
         after = register_module_forward_hook(self._leave, with_kwargs=True, always_call=True)

@@ -29,14 +29,7 @@ def check_one_loader(trainer: Trainer, batch: Any) -> None:
 def whole_training_set(
     duplicates_over: Any, trainer: Trainer | None, *, batch_fn: Callable[..., Any] | None, whole_batches: bool
 ) -> Iterable[Probe] | None:
-    """Return the training set over which duplicates are counted; a loader's data set is read anew, in order.
-
-    Args:
-        duplicates_over: The argument of this name of `BasinMonitor`.
-        trainer: The trainer; ``None`` outside of a fit.
-        batch_fn: The function from a batch to a pair of inputs and targets.
-        whole_batches: Whether a batch is taken as inputs where there is no ``batch_fn``.
-    """
+    """Return the training set over which duplicates are counted; a loader's data set is read anew, in order."""
     data, prepare = duplicates_over, None
     if data is None:
         return None

@@ -59,12 +59,6 @@ def check_watchers(
 ) -> Iterator[str]:
     """Refuse what looks for a value that no measurement of a monitor can have.
 
-    Args:
-        watchers: The callbacks and schedulers of the run that monitor any value.
-        arguments: The monitor's arguments.
-        module: The module that the monitor measures.
-        prefixes: The prefixes of all monitors of the run, this one's among them.
-
     Returns:
         A warning for each watcher that goes on all the same.
     """

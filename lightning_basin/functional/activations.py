@@ -46,11 +46,6 @@ def activation_ranks(
     The singular values are those of `sketched_spectrum`, with the activations themselves in place of a sketch. On an
     accelerator matrices of one size are decomposed together, and the results of all layers are read at once.
 
-    Args:
-        activations: The activations of each layer, one row per input, float64, shape ``(k, d)``.
-        rtol: The tolerance, as in `activation_rank`.
-        epsilon: The rounding, as in `activation_rank`.
-
     Example:
         >>> layers = [torch.eye(3), torch.ones(3, 2), torch.zeros(3, 4)]
         >>> [rank for rank, _ in activation_ranks([layer.double() for layer in layers])]

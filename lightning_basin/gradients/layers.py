@@ -77,13 +77,7 @@ def _check_dense_size(layer: Layer, num_rows: int, max_elements: int) -> None:
 def dense_gradients(
     runs: ProbeRuns, group: Sequence[tuple[Layer, str | None]], check: AutogradCheck
 ) -> Iterator[MeasuredGradients]:
-    """Yield the gradients of a group of layers as dense rows, by the first route that autograd confirms.
-
-    Args:
-        runs: The network's runs over the probe.
-        group: The layers, whose rows fit into memory together, each with the note that its gradients shall bear.
-        check: The check against autograd.
-    """
+    """Yield the gradients of a group of layers as dense rows, by the first route that autograd confirms."""
     layers = [layer for layer, _ in group]
     pending = dict(group)
     for rows_of in _ROUTES:

@@ -53,15 +53,7 @@ def keeps_layout(
 ) -> bool:
     """Return whether some inputs, run without the others, have the results that they have among all inputs.
 
-    Everything is compared on the device, and read in one transfer.
-
-    Args:
-        layout: The rows of each input, as they were found before; ``None`` compares the outputs alone.
-        trace: The trace of all inputs.
-        indices: The places of some inputs among all.
-        some: The trace of these inputs alone.
-        num_inputs: The number of all inputs, k.
-        rtol: The relative tolerance within which two evaluations agree.
+    Everything is compared on the device, and read in one transfer; without a layout, the outputs alone.
     """
     pairs = [(trace.outputs, some.outputs, 1)]
     for rows, of in () if layout is None else ((layout.entering, entering_of), (layout.leaving, leaving_of)):

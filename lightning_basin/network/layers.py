@@ -69,13 +69,7 @@ def parameters_in_graph(result: Tensor, parameters: Mapping[str, Tensor]) -> set
 def reached_parameters(
     tensors: Iterable[Tensor], parameters: Sequence[Tensor], *, barrier: Tensor | None = None
 ) -> list[bool]:
-    """For each parameter whether the graph of some tensors leads to it on a way that does not pass a barrier.
-
-    Args:
-        tensors: The tensors where the ways begin.
-        parameters: The parameters.
-        barrier: The tensor that no way may pass; ``None`` for none.
-    """
+    """For each parameter whether the graph of some tensors leads to it on a way that does not pass a barrier."""
     stop = None if barrier is None else tuple(get_gradient_edge(barrier)[:2])
     waiting = [get_gradient_edge(tensor).node for tensor in tensors if tensor.requires_grad]
     seen = set(waiting)

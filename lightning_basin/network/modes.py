@@ -44,12 +44,7 @@ def in_training_mode(
 ) -> tuple[Network, Any]:
     """Copy a module and the loss into training mode, but for what makes outputs random.
 
-    Args:
-        module: The module of the user, which stays as it is.
-        loss_fn: The loss of the user, which may hold the module.
-        behavior: A function of the module and the inputs that returns the outputs; ``None`` calls the module.
-        dtype: The floating point type of the copy.
-        modes: The names of the modules to put into training mode; ``None`` means all that are not torch's own.
+    Without names of modules in that mode, all are in it that are not torch's own.
     """
     replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=dtype, training=True)
     for name, submodule in replica.named_modules():

@@ -91,11 +91,7 @@ class Network:
 
     @contextmanager
     def at(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, the trainable parameters have other values; graphs from before stay valid.
-
-        Args:
-            parameters: The values, in the order of `parameters`, with as many elements each.
-        """
+        """Inside, the trainable parameters have other values; graphs from before stay valid."""
         trainable = self.parameters()
         before = [parameter.data for parameter in trainable]
         try:
@@ -115,11 +111,7 @@ class Network:
         self.projection = torch.linalg.qr(drawn).Q
 
     def rows(self, outputs: Tensor) -> Tensor:
-        """Return the outputs whose gradients count, shape ``(k, c)``.
-
-        Args:
-            outputs: The outputs of the module, shape ``(k, ...)``.
-        """
+        """Return the outputs whose gradients count, shape ``(k, c)``."""
         flat = outputs.reshape(outputs.shape[0], -1)
         return flat if self.projection is None else flat @ self.projection.to(flat)
 

@@ -93,13 +93,7 @@ def _evaluate(replica: nn.Module) -> None:
 
 
 def perturb(module: nn.Module, size: float, names: Collection[str] | None = None) -> None:
-    """Move parameters, also one that is zero, and each element otherwise: a softmax notices no common change.
-
-    Args:
-        module: The copy, which is changed.
-        size: How far each parameter moves, relative to its largest element.
-        names: The names of the parameters to move; ``None`` for all.
-    """
+    """Move parameters, also one that is zero, and each element otherwise: a softmax notices no common change."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

@@ -77,14 +77,7 @@ def outputs_of_full_chunks(network: Network, probe: Probe) -> list[tuple[Tensor,
 
 
 class Chunk:
-    """Inputs of a probe that are run together.
-
-    Args:
-        network: The network.
-        indices: The places of the inputs in the whole probe.
-        probe: The inputs.
-        trace: The trace of these inputs; ``None`` runs them when the trace is asked for.
-    """
+    """Inputs of a probe that are run together, when their trace is asked for."""
 
     def __init__(self, network: Network, indices: Tensor, probe: Probe, trace: Trace | None = None) -> None:
         self.indices = indices
@@ -103,10 +96,7 @@ class Chunk:
 class ProbeRuns:
     """A network's runs over a probe: all inputs at once, or chunk by chunk where memory asks for it.
 
-    Args:
-        network: The network.
-        probe: The inputs.
-        chunk_size: The number of inputs per run; traces of several chunks are made anew at each iteration.
+    The traces of several chunks are made anew at each iteration.
     """
 
     def __init__(self, network: Network, probe: Probe, *, chunk_size: int | None = None) -> None:

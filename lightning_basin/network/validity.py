@@ -67,14 +67,7 @@ def _listed(items: Sequence[Any]) -> str:
 def check_independence(
     network: Network, probe: Probe, outputs: Tensor, regrouped: Sequence[tuple[Tensor, Trace]]
 ) -> None:
-    """Refuse outputs that depend on another input than their own, as far as regrouped inputs show it.
-
-    Args:
-        network: The network.
-        probe: The inputs.
-        outputs: The outputs on all inputs together, shape ``(k, ...)``.
-        regrouped: The results of `run_regrouped`.
-    """
+    """Refuse outputs that depend on another input than their own, as far as regrouped inputs show it."""
     tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
     deviations = torch.zeros_like(outputs)
     chunks = [(indices, trace.outputs) for indices, trace in regrouped]

@@ -89,13 +89,7 @@ def layer_activations(
     """Return the activations of each called layer, by name, in the order of first entry.
 
     A tensor with adjacent rows for each input is sliced. A tensor that all inputs share is left out. Any other tensor
-    is collected from runs of single inputs.
-
-    Args:
-        network: The network.
-        probe: The inputs.
-        trace: The trace of the network on the probe.
-        layout: The places of the inputs in the trace; ``None`` runs other batches to find them.
+    is collected from runs of single inputs. Without a layout, other batches are run to find it.
     """
     if layout is None:
         layout = input_layout(network, probe, trace, run_regrouped(network, probe) if probe.size > 1 else [])
@@ -106,13 +100,7 @@ def layer_activations(
 def measure_activation_ranks(
     evaluation: Evaluation, scopes: Sequence[Scope], activations: Mapping[str, LayerActivations]
 ) -> dict[Scope, dict[str, Any]]:
-    """Measure the rank of the input activations of each layer.
-
-    Args:
-        evaluation: The network on the probe.
-        scopes: The scopes to report; blocks and the network have no such rank.
-        activations: The activations of each called layer, by name.
-    """
+    """Measure the rank of the input activations of each layer."""
     layers = {scope: activations[scope.name] for scope in scopes if scope.kind == "layer" and scope.name in activations}
     entering = {scope: layer.entering for scope, layer in layers.items() if layer.entering is not None}
     distinct = distinct_activations(entering.values())
@@ -134,11 +122,7 @@ def distinct_activations(activations: Iterable[InputActivations | None]) -> list
 
 
 def activations_of(tensors: Sequence[Tensor]) -> InputActivations:
-    """Take tensors, side by side, as what is known of each input.
-
-    Args:
-        tensors: The tensors, each of shape ``(k, ...)``; infinite elements count in no scale.
-    """
+    """Take tensors, side by side, as what is known of each input."""
     return _side_by_side([tensors])[0]
 
 

@@ -82,11 +82,6 @@ def with_training_set(
 ) -> DuplicateCounts:
     """Count duplicates over a whole training set too, outside of the evaluation: its items are read as in training.
 
-    Args:
-        duplicates: The counts on the probe.
-        evaluation: The network on the probe.
-        training_set: The training set as a sequence of probes; iterated over several times.
-
     Returns:
         The counts on the probe, with those over the training set beside them.
 

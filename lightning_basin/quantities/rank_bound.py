@@ -41,11 +41,6 @@ def measure_rank_bound(evaluation: Evaluation, activations: Mapping[str, LayerAc
     """Find the tightest bound over nested cuts.
 
     Layers are looked at until the bound is the rank, those with the fewest distinct activations first.
-
-    Args:
-        evaluation: The network on the probe.
-        activations: The activations of each called layer, by name.
-        rank: The rank of the network: gradients of merged inputs may differ by less than its tolerance.
     """
     num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
     num_inputs, num_outputs = evaluation.probe.size, evaluation.num_outputs

@@ -110,13 +110,7 @@ class RankMeasurement:
             self._judge(scope)
 
     def try_last_layers(self, *, max_elements: int, clock: StageClock, layers: Sequence[Layer] | None = None) -> None:
-        """Look first at the last large layers, whose backward passes are short: they may prove the network's rank.
-
-        Args:
-            max_elements: The number of elements that the gradients of one layer may have.
-            clock: The clock of the stages, in which gradients are one of their own.
-            layers: The layers among which to look; ``None`` means all.
-        """
+        """Look first at the last large layers, whose backward passes are short: they may prove the network's rank."""
         if not self._large(self._open) or any(scope.kind != "network" for scope in self._open):
             return
         layers = self._runs.network.layers if layers is None else layers
@@ -219,14 +213,7 @@ def _are_distinct(outputs: Tensor) -> bool:
 def measure_ranks(
     evaluation: Evaluation, scopes: Sequence[Scope], hessian: HessianMeasurement | None, generator: Generator
 ) -> tuple[dict[Scope, GradientRank], dict[Scope, Spectrum]]:
-    """Find the ranks of the behavioral gradients of each scope.
-
-    Args:
-        evaluation: The network on the probe.
-        scopes: The scopes to report, the network last.
-        hessian: Is shown the gradients of the outputs on the way; ``None`` where the Hessian is not measured.
-        generator: A generator on the CPU, for random vectors.
-    """
+    """Find the ranks of each scope, and known spectra; the Hessian is shown the gradients of outputs on the way."""
     settings, jacobian, clock = evaluation.settings, behavior_jacobian(evaluation), evaluation.clock
     with clock("gradients"):
         check = AutogradCheck(evaluation.runs, generator)
@@ -276,12 +263,7 @@ def _add_layers(
 
 
 def rank_fields(rank: GradientRank, spectrum: Spectrum | None) -> dict[str, Any]:
-    """Return what a record says of a rank, by field.
-
-    Args:
-        rank: The rank of the gradients of a scope.
-        spectrum: Their singular values; ``None`` where the rank was proved without them.
-    """
+    """Return what a record says of a rank, by field; there is no spectrum where the rank was proved without it."""
     if spectrum is None:
         of_spectrum: dict[str, Any] = {}
     else:
