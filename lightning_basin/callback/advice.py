@@ -31,7 +31,7 @@ def sufficient_patience(checks: float, tolerated: int) -> int | None:
 
 
 def epochs_between(arguments: Arguments, steps_in_epoch: float) -> int:
-    """Return the largest number of epochs from one measurement to the next; an infinite number of steps is not known."""
+    """Return the largest number of epochs between measurements; the steps of an epoch are infinite if nobody knows."""
     steps = arguments.every_n_train_steps
     epochs = (arguments.every_n_epochs or 1) if steps is None else math.ceil(steps / max(1.0, steps_in_epoch))
     return max(1, epochs, arguments.every_n_epochs_after_zero_loss or 1)

@@ -159,13 +159,7 @@ def targets_of(calls: Sequence[Call], num_inputs: int) -> list[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class KnownStep:
-    """A step of which three runs have shown that its loss is a function of its outputs.
-
-    Attributes:
-        calls: The positions, among all calls, of those that have the outputs.
-        names: The names of the losses, or of the module that returned the outputs.
-        operations: The operations of the step in their order.
-    """
+    """What is kept of a `TrainingStep` of which three runs have shown that its loss is a function of its outputs."""
 
     calls: tuple[int, ...]
     names: tuple[str, ...]

@@ -74,7 +74,8 @@ class AutogradCheck:
         self._combined = _combination(runs, self._weights)
         self._norms = _norms(self._combined)
         # A norm may be infinite although all elements are finite.
-        if not math.isfinite(sum(self._norms.values())) and not _are_finite(self._combined):
+        known = [gradient for gradient in self._combined.values() if gradient is not None]
+        if not math.isfinite(sum(self._norms.values())) and not all(bool(tensor.isfinite().all()) for tensor in known):
             _refuse_infinite_gradients(runs)
 
     def _draw(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -282,10 +283,6 @@ def _norms(combined: Mapping[str, Tensor | None]) -> dict[str, float]:
 
 def _norm(norms: Mapping[str, float], layers: Iterable[Layer]) -> float:
     return math.hypot(*(norms.get(name, 0.0) for layer in layers for name in layer.parameters))
-
-
-def _are_finite(combined: Mapping[str, Tensor | None]) -> bool:
-    return all(bool(gradient.isfinite().all()) for gradient in combined.values() if gradient is not None)
 
 
 def _refuse_infinite_gradients(runs: ProbeRuns) -> None:
