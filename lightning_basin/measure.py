@@ -15,7 +15,6 @@ from lightning_basin.network.network import Network
 from lightning_basin.network.replica import device_of
 from lightning_basin.network.trace import Trace, layers_run_by
 from lightning_basin.probe import Probe
-from lightning_basin.progress_bar import progress_bar
 from lightning_basin.quantities.activations import measure_activation_ranks, measure_activations
 from lightning_basin.quantities.behavior import behavior_jacobian, project_outputs
 from lightning_basin.quantities.duplicates import (
@@ -38,7 +37,7 @@ from lightning_basin.settings import (
     behavioral_loss,
     check_order,
 )
-from lightning_basin.stages import StageClock, Watcher
+from lightning_basin.stages import StageClock, Watcher, progress_bar
 from lightning_basin.structure import Planner, StructureCache
 from lightning_basin.training_set import as_probes
 

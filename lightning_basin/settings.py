@@ -256,19 +256,12 @@ def _check_precision(dtype: DType, hessian: HessianMode, rtol: float | None) -> 
 
 def check_order(module: Any, **others: Any) -> None:
     """Refuse arguments in another order, or of another kind, before anything is done with them."""
-    modules = {name: other for name, other in others.items() if isinstance(other, nn.Module)}
     if isinstance(module, type):
         raise TypeError(f"module must be a torch.nn.Module, got the class {module.__name__}: pass an instance of it")
     if not isinstance(module, nn.Module):
-        swapped = ": pass the module first, then the inputs" if modules else ""
+        is_swapped = any(isinstance(other, nn.Module) for other in others.values())
+        swapped = ": pass the module first, then the inputs" if is_swapped else ""
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}{swapped}")
-    if not any(True for _ in module.parameters()):
-        for name, other in modules.items():
-            if any(True for _ in other.parameters()):
-                raise TypeError(
-                    f"module must have parameters, but {type(module).__name__} has none, and {name}, "
-                    f"{type(other).__name__}, has some: pass the one in place of the other"
-                )
     if others["behavior"] is module:
         raise TypeError("behavior must be a function of module and inputs, got the module, which is called without it")
     _check_data(others["inputs"], others["targets"])
