@@ -151,10 +151,7 @@ _HELD_ELEMENTS = 2**26  # most float64 elements in the activations that the sear
 def streamed_classes(network: Network, probes: Iterable[Probe], *, rtol: float) -> dict[str | None, Tensor]:
     """Find the classes of equal activations over more inputs than fit into memory, by `DuplicateSearch`.
 
-    Args:
-        network: The network, which is run under `isolated_evaluation`. Probes are read outside of it, as in training.
-        probes: The inputs as a sequence of probes; iterated over several times.
-        rtol: The largest difference of two equal activations, relative to the largest element.
+    The probes are iterated over several times, and read outside of `isolated_evaluation`, as in training.
 
     Returns:
         For each layer whose activation is known input by input, in the order of first entry, and last, as ``None``, for

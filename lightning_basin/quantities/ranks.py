@@ -45,16 +45,7 @@ _NUM_TRIED = 2  # layers, from the last, whose gradients may show that all rows 
 class RankMeasurement:
     """Ranks of scopes, whose gradients are added layer by layer.
 
-    Args:
-        scopes: The scopes to report.
-        runs: The network's runs over the probe.
-        check: The check of the gradients of the outputs.
-        rtol: The relative tolerance of ranks; ``None`` means the default of what is decomposed.
-        generator: A generator on the CPU, for random vectors.
-        max_waiting: The number of elements that may be held of the gradients of a scope.
-        needs_spectra: Whether singular values are needed also where the rank can be proved without them.
-        behavior_is_outputs: Whether the gradients that are added are those of the outputs.
-        finds_leading: Whether the leading left singular vector of the network's gradients is looked for.
+    Where no spectra are needed, a rank may be proved without them: of gradients of the outputs, which the check knows.
     """
 
     def __init__(
