@@ -74,7 +74,7 @@ class Probing:
         return Request(self.arguments, self.findings, records, self._notices, trainer)
 
     def start(self, module: nn.Module, probe: Probe | None, step_calls: Sequence[int] | None) -> None:
-        """Check a module outside of a fit; `Progress.start` says what the arguments are."""
+        """Check a module outside of a fit, and refuse one that cannot be measured, as `Progress.start` says."""
         if self.probe is None:
             self.probe = probe
             self.findings.step_calls = None if step_calls is None else tuple(step_calls)
@@ -181,7 +181,7 @@ class Probing:
             )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on with the probe of the run so far."""
+        """Go on with the probe of the run so far, or refuse a monitor whose probe is another one."""
         self.findings.step_calls = None if state["step_calls"] is None else tuple(state["step_calls"])
         before, size = state["probe_fingerprint"], state.get("probe_size", self.size)
         if before is None:  # No probe was full yet.

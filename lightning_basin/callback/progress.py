@@ -143,8 +143,9 @@ class Progress:
         self.probing.load(state)
         self.is_loaded = True
         settings = state.get("settings", {})
-        for name in [name for name in _COMPARED_ON_RESUME if name in settings]:
-            before, now = settings[name], getattr(self._arguments, name)
+        for name in _COMPARED_ON_RESUME:
+            now = getattr(self._arguments, name)
+            before = settings.get(name, now)
             # "auto" keeps the type of the records, float64 where they do not say it.
             if before != now and (name, before, now) != ("dtype", "float64", "auto"):
                 self.notices.warn(
