@@ -134,10 +134,6 @@ def as_builtin(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _is_at_least_one(value: Any) -> bool:
-    return not isinstance(value, int) or value >= 1
-
-
 def _is_function_or_none(value: Any) -> bool:
     """A class can be called too, and is not meant."""
     return value is None or (callable(value) and not isinstance(value, type))
@@ -158,7 +154,7 @@ _COUNTS = (
     *("zero_loss_patience", "memory_budget", "verify_null_space", "max_failures"),
 )
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    *((name, _is_at_least_one, "be at least 1") for name in _COUNTS),
+    *((name, lambda value: not isinstance(value, int) or value >= 1, "be at least 1") for name in _COUNTS),
     ("verify_null_space", _no_word_but("zero_loss"), "be a number or 'zero_loss'"),
     ("max_overhead", _no_word_but("auto"), "be inside (0, 1) or 'auto'"),
     ("max_overhead", lambda value: isinstance(value, str | None) or 0.0 < value < 1.0, "be inside (0, 1) or 'auto'"),
