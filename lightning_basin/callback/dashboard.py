@@ -13,6 +13,7 @@ from lightning_basin.callback.event_files import (
     prefix_of,
     tensorboard_loggers,
     with_prefix,
+    write_details,
     write_end_values,
     write_spectra,
 )
@@ -55,6 +56,7 @@ class Dashboard:
             self._each(lambda logger: _add_layout(logger, prefix, self._values(record)))
         if is_spectrum_written(len(results.records) - 1):
             self._each(lambda logger: write_spectra(logger, record, prefix, step=log_step))
+            self._each(lambda logger: write_details(logger, record, prefix, step=log_step))
         if record.step is not None and record.step == results.zero_loss_step:
             self._each(lambda logger: _mark(logger, self._values(record), log_step))
             self.show()
@@ -62,7 +64,9 @@ class Dashboard:
     def end(self) -> None:
         """Write the summary and the figures of the whole run, of which there is a record, and what it ended with."""
         self.show()
-        values, prefix = self._values(self._session.results.records[-1]), self._session.arguments.prefix
+        record, prefix = self._session.results.records[-1], self._session.arguments.prefix
+        values = self._values(record)
+        self._each(lambda logger: write_details(logger, record, prefix, step=self._log_step))
         self._each(lambda logger: write_end_values(logger, values, prefix, step=self._log_step))
 
     def _values(self, record: BasinRecord) -> dict[str, float]:

@@ -138,8 +138,8 @@ def _spectrum(history: History) -> Section:
     title = "Where singular values go: the spectrum"
     if None not in history.spectra:
         text = (
-            "This run has no singular values: its ranks were proved without (every_n_spectra, spectrum=False), or an "
-            "earlier version has measured them."
+            "This run has no singular values: its ranks were proved without (every_n_spectra, spectrum=False), or it "
+            "was read from the table of a logger, which holds single numbers only."
         )
         return Section(title, text)
     text = (

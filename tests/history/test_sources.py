@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,24 @@ def test_report_is_read_with_its_merged_inputs(tmp_path):
         history = read_history(source)
         assert_is_the_run(history)
         assert history.merged_inputs == history_of(records()).merged_inputs
+
+
+def test_curves_of_a_run_that_has_gone_on_count_more_than_its_report(tmp_path):
+    write_bare_page(tmp_path / "report.html", replace(history_of(records()[:2]), labels=[3, 3, 1, 1, 1]))
+    HistoryFile(tmp_path / "basin.csv").write(rows())
+    history = read_history(tmp_path)
+    assert_is_the_run(history)
+    assert history.labels == [3, 3, 1, 1, 1]
+
+
+def test_a_report_has_what_else_stands_in_the_table_beside_it(tmp_path):
+    write_bare_page(tmp_path / "report.html", history_of(records()))
+    HistoryFile(tmp_path / "metrics.csv").write([{**row, "val_loss": row["step"] / 10} for row in rows()])
+    history = read_history(tmp_path)
+    assert history.merged_inputs == history_of(records()).merged_inputs
+    assert history.logged["val_loss"].values.tolist() == [0, 1, 2, 3]
+    (tmp_path / "metrics.csv").write_text("step,val_loss\n0,1\n")
+    assert read_history(tmp_path).logged == {}
 
 
 def test_records_and_histories_are_sources(tmp_path):
