@@ -11,6 +11,7 @@ from lightning_basin.figures.style import (
     NULLITY,
     QUIET,
     RANK,
+    TOLERANCE_COLORS,
     at_least,
     axes_or_new,
     draw_known,
@@ -23,9 +24,6 @@ from lightning_basin.figures.style import (
 from lightning_basin.history.columns import History
 from lightning_basin.history.knowledge import counted_nullity, nullity_knowledge, rank_knowledge
 from lightning_basin.history.sources import Source, read_histories, read_history
-
-_TOLERANCE_COLORS = ("#5c0616", "#8f1026", "#c8102e", "#e5808f", "#f0b3bd")
-"""From the strictest tolerance to the loosest one, dark to light."""
 
 _LINE = 14.0
 """The height of a line of text, in points."""
@@ -66,7 +64,7 @@ def _draw_rank(ax: Axes, history: History) -> None:
     mark_zero_loss(ax, history)
     ends = {
         "rank": (last_known(rank), RANK),
-        "allowed by merged inputs": (last_known(bound), BOUND),
+        "allowed by merges": (last_known(bound), BOUND),
         "largest possible": (last_known(largest), QUIET),
     }
     _name_ends(ax, history, ends)
@@ -186,7 +184,7 @@ def plot_tolerances(source: Source, ax: Axes | None = None) -> Axes:
     columns = [history.column(f"gradient_rank_at_{tolerance}") for tolerance in tolerances]
     ends = {}
     for tolerance, color, column, looser in zip(
-        tolerances, _TOLERANCE_COLORS, columns, [*columns[1:], None], strict=True
+        tolerances, TOLERANCE_COLORS, columns, [*columns[1:], None], strict=True
     ):
         if looser is not None:
             is_known = ~np.isnan(column) & ~np.isnan(looser)
@@ -200,6 +198,6 @@ def plot_tolerances(source: Source, ax: Axes | None = None) -> Axes:
     at_least(ax, float(np.nanmax([np.nanmax(column) for column in [*columns, rank] if not np.isnan(column).all()])))
     label_steps(ax, history)
     mark_zero_loss(ax, history)
-    _name_ends(ax, history, ends)
+    _name_ends(ax, history, {**ends, "rank": (last_known(rank), INFORMATION)})
     ax.set_ylabel("rank")
     return ax

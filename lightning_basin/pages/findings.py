@@ -161,10 +161,8 @@ def layers_table(history: History) -> Table:
                 number_text(history.column("dead_units", layer)[-1]),
             )
         )
-    ranks = (f"rank, {moment}" for moment in moments)
-    return Table(
-        ("layer", "parameters", *ranks, "lost directions", "Hessian nullity", "duplicates", "dead units"), tuple(rows)
-    )
+    ranks = ("rank, start", *list(moments)[1:])  # TensorBoard breaks words where heads are longer.
+    return Table(("layer", "parameters", *ranks, "lost", "Hessian nullity", "duplicates", "dead units"), tuple(rows))
 
 
 def markdown_of(history: History) -> str:

@@ -18,7 +18,7 @@ def texts(ax):
 
 def test_rank_bound_and_largest_rank_are_drawn_with_their_last_value():
     ax = plot_history(history_of(records(), zero_loss_step=10))
-    assert {"rank 2", "allowed by merged inputs 2", "largest possible 8", "zero loss"} <= texts(ax)
+    assert {"rank 2", "allowed by merges 2", "largest possible 8", "zero loss"} <= texts(ax)
     drawn = [list(line.get_ydata()) for line in ax.lines]
     assert [8, 8, 8, 8] in drawn
     assert [8, 8, 6, 2] in drawn
