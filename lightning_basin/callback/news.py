@@ -1,6 +1,7 @@
 """What is said in a terminal: when something new is measured, and at the end of a fit."""
 
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,6 @@ def _places(trainer: Trainer, prefix: str, report: ReportFile) -> Iterator[str]:
     if report.path is not None and report.path.is_file():
         yield f"The report: {report.path}"
     for logger in tensorboard_loggers(trainer.loggers)[:1]:
-        yield f"The curves: tensorboard --logdir {logger.root_dir}"
+        yield f"The curves: tensorboard --logdir {shlex.quote(logger.root_dir)}"
         # Integers need no smoothing, and the network's curves come first.
         yield f"  http://localhost:6006/?smoothing=0&tagFilter=^{re.escape(escaped(prefix))}/#timeseries"

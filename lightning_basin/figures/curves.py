@@ -1,6 +1,6 @@
 """Curves over the steps of a run: the rank and what allows it, the null space in its bracket, the loss."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -75,16 +75,27 @@ def _name_ends(ax: Axes, history: History, ends: dict[str, tuple[float, str]]) -
     bottom, top = ax.get_ylim()
     points = ax.get_window_extent().height * 72 / ax.figure.dpi
     line = _LINE * (top - bottom) / max(points, 1.0)
-    taken: list[float] = []
-    for name, (value, color) in ends.items():
-        if np.isnan(value):
-            continue
-        place = value
-        while any(abs(place - other) < 0.99 * line for other in taken):
-            place += line
-        taken.append(place)
+    names = sorted((name for name in ends if not np.isnan(ends[name][0])), key=lambda name: ends[name][0])
+    for name, place in zip(names, _apart([ends[name][0] for name in names], line, top), strict=True):
+        value, color = ends[name]
         offset = (place - value) / line * _LINE
         name_end(ax, history, value, f"{name} {value:,.0f}", color=color, offset=offset)
+
+
+def _apart(values: Sequence[float], least: float, top: float) -> list[float]:
+    """Move ascending places apart: up to have their distance, and down again below the top.
+
+    Example:
+        >>> _apart([1.0, 1.0, 6.0], 2.0, 10.0), _apart([9.0, 9.0, 9.0], 2.0, 10.0)
+        ([1.0, 3.0, 6.0], [6.0, 8.0, 10.0])
+    """
+    places: list[float] = []
+    for value in values:
+        places.append(max([value, *(place + least for place in places[-1:])]))
+    for index in reversed(range(len(places))):
+        places[index] = min(places[index], top)
+        top = places[index] - least
+    return places
 
 
 def _draw_ranks(ax: Axes, histories: list[History]) -> None:

@@ -20,6 +20,7 @@ Source = History | str | Path | Iterable[BasinRecord]
 
 _TABLES = (".csv", ".jsonl")
 _EVENTS = "events.out.tfevents.*"
+_PATTERNS = (f"*{PAGE}", *(f"*{ending}" for ending in _TABLES), _EVENTS)
 _RANK = "/gradient_rank"
 """The end of a key that every measurement has: what is before it is the prefix of a monitor."""
 
@@ -32,8 +33,8 @@ def read_history(source: Source, *, name: str | None = None, prefix: str | None 
 
     Args:
         source: A history; records; a table, ``*.csv`` or ``*.jsonl``; a report; or a folder of these and of TensorBoard
-            events. Of a folder the report is read, unless events and tables, of which the newest counts, have more
-            measurements: those of a run that goes on, or that was killed.
+            events, or above the only run. Of a folder the report is read, unless events and tables, of which the newest
+            counts, have more measurements: those of a run that goes on, or that was killed.
         name: The name of the run; ``None`` takes that in the report, else that of the folder. A history keeps its own.
         prefix: The prefix of the monitor's keys; ``None`` takes the only one.
 
@@ -52,16 +53,22 @@ def read_history(source: Source, *, name: str | None = None, prefix: str | None 
     if path.suffix == ".html":
         page = read_page(path)
         return replace(page, name=name or page.name)
-    folder = path.parent if path.is_file() else path
+    folder = run_folder(path)
+    path = path if path.is_file() else folder
     pages = sorted(folder.glob(f"*{PAGE}")) if path.is_dir() else []
     if not pages:
-        own_name = name or folder.resolve().name
-        return _history_of_points(_points_of(path), name=own_name, prefix=prefix, source=path)
+        name = name or _name_of(folder.resolve())
+        return _history_of_points(_points_of(path), name=name, prefix=prefix, source=path)
     if prefix is None and len(pages) > 1:
         names = [page.name for page in pages]
         raise ValueError(f"{path} holds the reports {names} of several monitors: pass the prefix of one, or its report")
     history = read_page(pages[0] if prefix is None else folder / page_name(prefix))
     return _with_curves(replace(history, name=name or history.name), path, prefix)
+
+
+def _name_of(folder: Path) -> str:
+    """The name of a folder; with the one above it, where a logger has numbered it."""
+    return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("version_") else folder.name
 
 
 def _with_curves(history: History, folder: Path, prefix: str | None) -> History:
@@ -83,16 +90,32 @@ def run_folders(folder: str | Path) -> list[Path]:
     Args:
         folder: The folder to search.
     """
-    candidates = {
-        path.parent
-        for pattern in (f"**/*{PAGE}", *(f"**/*{ending}" for ending in _TABLES), f"**/{_EVENTS}")
-        for path in Path(folder).glob(pattern)
-    }
+    candidates = {path.parent for pattern in _PATTERNS for path in Path(folder).rglob(pattern)}
     runs: list[Path] = []
     for candidate in sorted(candidates):
         if not any(run in candidate.parents for run in runs) and _holds_a_run(candidate):
             runs.append(candidate)
     return runs
+
+
+def run_folder(path: Path) -> Path:
+    """Return the folder of one run: that of a file, or a folder with files of a run, or the only run below it.
+
+    Args:
+        path: The path of a table, a report or a folder.
+
+    Raises:
+        ValueError: If there are several runs below the folder.
+    """
+    if path.is_file():
+        return path.parent
+    if any(next(path.glob(pattern), None) for pattern in _PATTERNS):
+        return path
+    runs = run_folders(path)
+    if len(runs) > 1:
+        names = [str(run.relative_to(path)) for run in runs]
+        raise ValueError(f"{path} must be the folder of one run, but has {names} below it: pass one of them")
+    return runs[0] if runs else path
 
 
 def _holds_a_run(folder: Path) -> bool:

@@ -22,7 +22,7 @@ from lightning_basin.history.knowledge import counted_nullity, is_nullity_known
 from lightning_basin.pages.drawing import NARROW_WIDTH, WIDTH, svg_of
 from lightning_basin.pages.findings import Table, moments_table
 
-_INCHES_PER_LETTER, _LEFT = 0.066, 0.85
+_INCHES_PER_LETTER, _LEFT = 0.075, 0.85
 """The width of a letter of a layer's name, and the least space left of axes, for the vertical axis."""
 
 

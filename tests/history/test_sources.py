@@ -151,8 +151,17 @@ def test_several_runs_are_read_from_a_folder_above_them(tmp_path):
         HistoryFile(tmp_path / f"seed_{seed}" / "basin.csv").write(rows())
     write_events(tmp_path / "other" / "version_0")
     histories = read_histories(tmp_path)
-    assert [history.name for history in histories] == ["version_0", "seed_0", "seed_1", "seed_2"]
+    assert [history.name for history in histories] == ["other/version_0", "seed_0", "seed_1", "seed_2"]
     assert run_folders(tmp_path)[0] == tmp_path / "other" / "version_0"
+
+
+def test_the_only_run_below_a_folder_is_read_and_of_several_one_must_be_chosen(tmp_path):
+    write_events(tmp_path / "seed_0" / "version_0")
+    for above in (tmp_path, tmp_path / "seed_0"):
+        assert_is_the_run(read_history(above))
+    HistoryFile(tmp_path / "seed_1" / "basin.csv").write(rows())
+    with pytest.raises(ValueError, match=r"has \['seed_0/version_0', 'seed_1'\] below it: pass one of them"):
+        read_history(tmp_path)
 
 
 def test_points_at_zero_loss_and_folders_of_other_tools_are_no_runs(tmp_path):
