@@ -51,8 +51,8 @@ def read_history(source: Source, *, name: str | None = None, prefix: str | None 
     if not path.exists():
         raise FileNotFoundError(f"source must be a table or a folder, but there is nothing at {path}")
     if path.suffix == ".html":
-        page = read_page(path)
-        return replace(page, name=name or page.name)
+        history = read_page(path)
+        return replace(history, name=name or history.name)
     folder = run_folder(path)
     path = path if path.is_file() else folder
     pages = sorted(folder.glob(f"*{PAGE}")) if path.is_dir() else []
@@ -62,8 +62,9 @@ def read_history(source: Source, *, name: str | None = None, prefix: str | None 
     if prefix is None and len(pages) > 1:
         names = [page.name for page in pages]
         raise ValueError(f"{path} holds the reports {names} of several monitors: pass the prefix of one, or its report")
-    history = read_page(pages[0] if prefix is None else folder / page_name(prefix))
-    return _with_curves(replace(history, name=name or history.name), path, prefix)
+    page = pages[0] if prefix is None else folder / page_name(prefix)
+    history = read_page(page)
+    return _with_curves(replace(history, name=name or history.name), page, prefix)
 
 
 def _name_of(folder: Path) -> str:
@@ -71,12 +72,15 @@ def _name_of(folder: Path) -> str:
     return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("version_") else folder.name
 
 
-def _with_curves(history: History, folder: Path, prefix: str | None) -> History:
+def _with_curves(history: History, page: Path, prefix: str | None) -> History:
     """What a report says, with what else was logged; or the curves beside it, where a run has gone on."""
-    points = _points_of_folder(folder)
-    if not any(key.endswith(_RANK) for key in points):
+    points = _points_of_folder(page.parent)
+    prefixes = _prefixes(points)
+    own = prefix or page.name.removesuffix(PAGE).removesuffix("_") or "basin"
+    chosen = prefixes[0] if len(prefixes) == 1 else own
+    if chosen not in prefixes:
         return history
-    curves = _history_of_points(points, name=history.name, prefix=prefix, source=folder)
+    curves = _history_of_points(points, name=history.name, prefix=chosen, source=page.parent)
     if len(curves.steps) > len(history.steps):
         return replace(curves, labels=history.labels)
     return replace(history, logged=curves.logged)
@@ -190,7 +194,7 @@ def _points_of_events(folder: Path) -> Points:
 
 
 def _history_of_points(points: Points, *, name: str, prefix: str | None, source: Path) -> History:
-    prefixes = sorted(key.removesuffix(_RANK) for key in points if key.endswith(_RANK))
+    prefixes = _prefixes(points)
     if not prefixes:
         raise ValueError(f"{source} must hold values of a BasinMonitor, but no key ends in {_RANK!r}")
     if prefix is None and len(prefixes) > 1:
@@ -221,6 +225,11 @@ def _history_of_points(points: Points, *, name: str, prefix: str | None, source:
         logged=logged,
     )
     return with_details(history, details)
+
+
+def _prefixes(points: Points) -> list[str]:
+    """The prefixes of the monitors whose values these are, sorted."""
+    return sorted(key.removesuffix(_RANK) for key in points if key.endswith(_RANK))
 
 
 def _is_layer(quantities: Iterable[str]) -> bool:

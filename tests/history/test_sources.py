@@ -96,7 +96,11 @@ def test_a_report_has_what_else_stands_in_the_table_beside_it(tmp_path):
     history = read_history(tmp_path)
     assert history.merged_inputs == history_of(records()).merged_inputs
     assert history.logged["val_loss"].values.tolist() == [0, 1, 2, 3]
-    (tmp_path / "metrics.csv").write_text("step,val_loss\n0,1\n")
+    # Another monitor without a report has logged there, too.
+    HistoryFile(tmp_path / "held_out.csv").write(rows("held_out"))
+    assert read_history(tmp_path).logged["val_loss"].values.tolist() == [0, 1, 2, 3]
+    (tmp_path / "metrics.csv").unlink()
+    (tmp_path / "held_out.csv").write_text("step,val_loss\n0,1\n")
     assert read_history(tmp_path).logged == {}
 
 
