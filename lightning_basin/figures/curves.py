@@ -122,7 +122,7 @@ def plot_nullity(source: Source, ax: Axes | None = None) -> Axes:
     """Draw the dimension of the Hessian's null space in its bracket, down to ``N - rank``.
 
     Where eigenvalues were counted without a bracket, and a residual is left, the line is dotted: another tolerance
-    gives another number.
+    gives another number. The line of ``N - rank`` says what is known of the rank.
 
     Args:
         source: Records, or the path of a table or of a log directory.
@@ -139,7 +139,7 @@ def plot_nullity(source: Source, ax: Axes | None = None) -> Axes:
         draw_known(ax, history.steps, end, ["bracketed"] * len(end), color=NULLITY, linewidth=1.2)
     counted, knowledge = counted_nullity(history), nullity_knowledge(history)
     draw_known(ax, history.steps, counted, knowledge, color=NULLITY, linewidth=2.4, marker="o", markersize=3)
-    draw_steps(ax, history.steps, free, color=RANK, linewidth=1.2, linestyle=(0, (4, 2.5)))
+    draw_known(ax, history.steps, free, rank_knowledge(history), color=RANK, linewidth=1.2)
     _fit_between(ax, np.concatenate([lower, upper, counted, free, history.num_parameters()]))
     label_steps(ax, history)
     mark_zero_loss(ax, history)

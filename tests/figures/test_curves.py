@@ -62,6 +62,14 @@ def test_a_nullity_that_was_counted_without_a_bracket_is_drawn_as_ill_defined_un
     assert "nullity, ill-defined 32" in texts(plot_nullity(made[:3]))
 
 
+def test_the_line_of_parameters_minus_rank_says_what_is_known_of_the_rank():
+    bounds = [replace(record, projected=True) for record in records()]
+    (line,) = [line for line in plot_nullity(bounds).lines if line.get_ydata().tolist() == [32, 32, 35, 38]]
+    expected = Line2D([], [], linestyle=LINE_STYLES["lower bound"], linewidth=line.get_linewidth())
+    assert line.get_linestyle() == expected.get_linestyle() == "--"
+    assert line._dash_pattern == expected._dash_pattern
+
+
 def test_loss_is_drawn_as_its_logarithm():
     (line,) = plot_loss(records()).lines
     assert np.allclose(line.get_ydata(), [0, -8, -9, -12])
