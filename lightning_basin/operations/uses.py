@@ -109,7 +109,7 @@ class Elements:
             places = places.unsqueeze(-1) + along * stride
         if not source.is_contiguous():
             places = _order(source)[places]
-        return places.reshape(self.shape) if self.rows is None else places.reshape(len(self.rows), -1).mT
+        return places.reshape(self.shape) if self.rows is None else places.reshape(self.shape[::-1]).mT
 
     @property
     def _steps(self) -> list[tuple[int, int]]:
