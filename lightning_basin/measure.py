@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, nn
 
+from lightning_basin.checks import check_flag, check_number, check_order
 from lightning_basin.evaluation import Evaluation, open_evaluation
 from lightning_basin.functional.rank import GradientRank
 from lightning_basin.memory import MeasurementPlan, plan_measurement
@@ -28,15 +29,7 @@ from lightning_basin.quantities.rank_bound import measure_rank_bound
 from lightning_basin.quantities.ranks import measure_ranks, rank_fields
 from lightning_basin.quantities.scopes import Scope, select_scopes
 from lightning_basin.record import BasinRecord, LayerRecord
-from lightning_basin.settings import (
-    Behavior,
-    DType,
-    HessianMode,
-    LayerSelection,
-    Settings,
-    behavioral_loss,
-    check_order,
-)
+from lightning_basin.settings import Behavior, DType, HessianMode, LayerSelection, Settings, behavioral_loss
 from lightning_basin.stages import StageClock, Watcher, progress_bar
 from lightning_basin.structure import Planner, StructureCache
 from lightning_basin.training_set import as_probes
@@ -133,6 +126,8 @@ def measure_basin(
         (2, 1, 1)
     """
     check_order(module, inputs=inputs, targets=targets, loss_fn=loss_fn, behavior=behavior)
+    check_number("step", step, "at least 0", lambda steps: steps >= 0, is_optional=True)
+    check_flag("progress", progress, is_optional=True)
     settings = Settings(
         loss_fn=loss_fn,
         behavior=behavior,
@@ -149,7 +144,8 @@ def measure_basin(
     )
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
     with progress_bar(progress=progress) as watch:
-        return measure(module, probe, settings, duplicates_over=duplicates_over, step=step, watch=watch)
+        taken = None if step is None else int(step)
+        return measure(module, probe, settings, duplicates_over=duplicates_over, step=taken, watch=watch)
 
 
 def measure(

@@ -76,7 +76,7 @@ def neural_tangent_kernel(
     with open_evaluation(module, probe, settings, make_plan) as evaluation:
         evaluation.network.gradient_dtype = precision
         kernel = GramMatrix(evaluation.num_rows, float64_device(evaluation.rows.device), dtype=precision)
-        check = AutogradCheck(evaluation.runs, Generator().manual_seed(seed))
+        check = AutogradCheck(evaluation.runs, Generator().manual_seed(settings.seed))
         for measured in layer_gradients(evaluation.runs, check, max_elements=evaluation.max_elements):
             measured.gradients.add_gram(kernel)
         return kernel.whole()

@@ -117,7 +117,9 @@ class _Table:
             factors = product.gradients()
             assert isinstance(factors, KhatriRaoGradients), "a product has factors"
             signals = factors.output_gradients
-            of_rows = replace(factors, output_gradients=signals[..., rows]).rows().unflatten(1, (num_rows, width))
+            of_rows = (
+                replace(factors, output_gradients=signals[..., rows]).rows().view(factors.num_rows, num_rows, width)
+            )
             summed = of_rows if summed is None else summed.add_(of_rows)
             others = replace(factors, output_gradients=signals.index_fill(-1, rows, 0.0))
             parts.append((product.columns(starts), others))
