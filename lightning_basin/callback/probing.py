@@ -109,7 +109,7 @@ class Probing:
                     self.initial = (initial, trainer.global_step, batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
             if whole is not None:
-                return f"{error}{self._hint(batch)}"
+                return f"{error}{self._hint(batch, str(error))}"
             self.probe = self._collector.probe
             assert self.probe is not None, "a first batch was taken"
             self._notices.warn(f"The probe has {self.probe.size} inputs, not {self.size}: {error}")
@@ -141,12 +141,13 @@ class Probing:
             size = int(min(size, probe.size * request.trainer.num_training_batches))
         check_request(request, module, probe, num_inputs=size)
 
-    def _hint(self, batch: Any) -> str:
-        """Return the rest of what to say where the first batch cannot be measured."""
+    def _hint(self, batch: Any, problem: str) -> str:
+        """Return the rest of what to say where the first batch cannot be measured for a problem."""
         is_pair = callable(self.arguments.behavior) and self.arguments.batch_fn is None and not self._is_passed
         if is_pair and isinstance(batch, tuple | list) and len(batch) == 2:  # noqa: PLR2004
             return _PAIR_HINT
-        return self.findings.unread and f". It cannot be read from training_step: {self.findings.unread}"
+        unread = self.findings.unread
+        return f". It cannot be read from training_step: {unread}" if unread not in ("", problem) else ""
 
     def end_collection(self) -> None:
         """Make the probe of the inputs of an epoch, which has no more."""

@@ -83,7 +83,7 @@ def read_training_step(
             by_module = _compare_runs(module, trainer, runs, _returned_calls(module, trainer, runs[0]))
         except Exception as error:  # Whatever a step raises that is run on other values than those of its modules.
             if by_losses is None:
-                raise ValueError(f"{problem}; and {error}") from error
+                raise ValueError(problem if problem == str(error) else f"{problem}; and {error}") from error
             return by_losses
         if by_losses is None and by_module.loss is None:
             raise ValueError(
@@ -235,6 +235,6 @@ def _have_equal_constants(first: TrainingStep, second: TrainingStep) -> bool:
         constants.append([*tensors_of(step.probe.targets), *step.loss.weights])
     rtol = agreement_rtol(torch.float64)
     return len(constants[0]) == len(constants[1]) and all(
-        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol)
+        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol, equal_nan=True)
         for a, b in zip(*constants, strict=True)
     )

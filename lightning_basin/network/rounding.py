@@ -34,11 +34,16 @@ def agreement_rtol(dtype: torch.dtype) -> float:
 
 
 def agree(result: Tensor, expected: Tensor, dtype: torch.dtype = torch.float64) -> bool:
-    """Return whether two evaluations agree, relative to the largest element; results of two shapes do not."""
+    """Return whether two evaluations agree, relative to the largest element; results of two shapes do not.
+
+    NaN agrees with NaN, as in a run that diverged: it is refused for what it is, and not for a difference.
+    """
+    result, expected = result.detach(), expected.detach()
     if result.shape != expected.shape or expected.numel() == 0:
         return result.shape == expected.shape
-    difference, size = (result - expected).detach().abs(), expected.detach().abs().max()
-    return bool((difference <= agreement_rtol(dtype) * size).all())
+    size = expected.nan_to_num(posinf=0.0, neginf=0.0).abs().max()
+    is_same = (result == expected) | (result.isnan() & expected.isnan())
+    return bool((is_same | ((result - expected).abs() <= agreement_rtol(dtype) * size)).all())
 
 
 def in_other_precision(network: Network, probe: Probe) -> tuple[Network, Probe]:
