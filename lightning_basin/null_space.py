@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from lightning_basin.checks import check_number
+from lightning_basin.checks import check_number, check_order
 from lightning_basin.evaluation import Evaluation, open_evaluation
 from lightning_basin.functional.hessian import flat_vector
 from lightning_basin.functional.manifold import null_directions, surviving_fraction
@@ -88,6 +88,7 @@ def verify_null_space(
         >>> verification.nullity, round(verification.surviving_fraction, 4)
         (1, 1.0)
     """
+    check_order(module, inputs=inputs, targets=None, behavior=behavior)
     check_number("num_directions", num_directions, "at least 1", lambda number: number >= 1)
     check_number("step", step, "inside (0, 1)", lambda length: 0.0 < length < 1.0, kind=float)
     settings = Settings(behavior=behavior, rtol=rtol, dtype="float64", seed=seed)

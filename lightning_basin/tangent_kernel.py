@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
+from lightning_basin.checks import check_order
 from lightning_basin.evaluation import open_evaluation
 from lightning_basin.functional.gram import GramMatrix
 from lightning_basin.gradients.check import AutogradCheck
@@ -57,6 +58,7 @@ def neural_tangent_kernel(
         tensor([[ 6.,  4.],
                 [ 4., 10.]], dtype=torch.float64)
     """
+    check_order(module, inputs=inputs, targets=None, behavior=behavior)
     settings = Settings(behavior=behavior, hessian=False, memory_budget=memory_budget, dtype=dtype, seed=seed)
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs)
 

@@ -24,6 +24,13 @@ Its eigenvalues are squares and carry an absolute error near ``eps * sigma_max**
 stands at ``sqrt(eps) = 1.5e-8`` of ``sigma_max``; the margin leaves the last resolved value two digits.
 """
 
+LEAST_OF_GRAM = 1e-147
+"""Singular values below this cannot be read off a float64 Gram matrix either, however small the largest one is.
+
+Their squares come near the least normal number of float64, 2e-308, below which digits are lost: as in the first layers
+of a deep network whose gradients vanish.
+"""
+
 _LEAST_COLUMNS = (
     64  # columns of a wide matrix that count at least: rounding can move ten rows of attention by 6 epsilon
 )
@@ -189,7 +196,7 @@ def rank_gap(spectrum: Tensor, rank: int, *, epsilon: float = EPSILON) -> float 
     if rank == 0:
         return None
     values = [*spectrum.tolist(), 0.0]
-    return math.log10(values[rank - 1] / max(values[rank], epsilon * values[0]))
+    return math.log10(values[rank - 1] / max(values[rank], epsilon * values[0], math.ulp(0.0)))
 
 
 def effective_rank(spectrum: Tensor) -> float:
