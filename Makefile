@@ -11,6 +11,9 @@ SECONDS ?= 60
 demo: $(INSTALLED)
 	$(BIN)/python examples/threes.py
 
+# Tests start processes, of which each would compile all files again: their bytecode is kept.
+export PYTHONDONTWRITEBYTECODE :=
+
 # One worker a core, each of one thread: most matrices here are tiny.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 

@@ -19,11 +19,7 @@ from lightning_basin.probe import Probe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure checkpoints as a command line says, or run the command that it begins with.
-
-    Args:
-        arguments: The arguments of the command line; ``None`` takes the arguments of the process.
-    """
+    """Measure checkpoints as a command line says, or run the command that it begins with."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given and given[0] in COMMANDS:
         COMMANDS[given[0]](given[1:])

@@ -155,12 +155,6 @@ def cut_to_budget(
 ) -> ChunkedRun:
     """Choose how many inputs are run at once.
 
-    Args:
-        request: What is measured.
-        sizes: The size of the gradients of each layer, by name.
-        trace: The trace of some inputs, which shows how large the graph of all will be.
-        traced_inputs: The number of these inputs.
-
     Raises:
         MemoryBudgetError: If not even one input fits.
     """

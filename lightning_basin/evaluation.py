@@ -101,7 +101,6 @@ def open_evaluation(
     settings: Settings,
     make_plan: Planner | None = None,
     *,
-    gradient_dtype: torch.dtype = torch.float64,
     with_layout: bool = False,
     cache: StructureCache | None = None,
     clock: StageClock | None = None,
@@ -113,7 +112,6 @@ def open_evaluation(
         probe: The inputs and targets.
         settings: What is asked of the measurement.
         make_plan: A function that cuts the measurement to the memory that is free; ``None`` runs all inputs at once.
-        gradient_dtype: The floating point type in which gradients are kept and multiplied.
         with_layout: Whether to find the rows of each input in what enters and leaves each layer.
         cache: The structure that an evaluation of this kind has found before, which two calls of the module check;
             ``None`` finds it anew.
@@ -133,12 +131,10 @@ def open_evaluation(
         probe = probe.to(device, dtype)
         question = None if cache is None else question_of(module, probe, settings)
         structure = None if cache is None else cache.find(question)
-        copied = None if structure is None else copy_again(module, probe, settings, gradient_dtype, structure, clock)
+        copied = None if structure is None else copy_again(module, probe, settings, structure, clock)
         if copied is None:
             try:
-                copied = copy_and_find(
-                    module, probe, settings, gradient_dtype, make_plan, clock, with_layout=with_layout
-                )
+                copied = copy_and_find(module, probe, settings, make_plan, clock, with_layout=with_layout)
             except ValueError as error:
                 if dtype == torch.float64 and isinstance(error.__cause__, Exception):
                     _check_what_helps(module, settings, probe, error)
@@ -180,31 +176,25 @@ def _check_numbers(module: nn.Module, probe: Probe) -> None:
 
 
 def _check_what_helps(module: nn.Module, settings: Settings, probe: Probe, refused: ValueError) -> None:
-    """Where a module cannot be called, try what is most often meant instead.
-
-    Raises:
-        ValueError: If one of the attempts works: its message says what to pass. If the module runs in float32, but is
-            refused for another reason: its message says the reason.
-    """
-    attempts = {}
+    """Where a module cannot be called, try what is most often meant instead, and say what to pass if it works."""
+    attempts: list[tuple[str, Any, Precision]] = []
     if tensors_of(probe.targets):
-        attempts["the module runs on the targets: pass these as inputs, and the inputs as targets"] = probe.targets
+        text = "the module runs on the targets: pass these as inputs, and the inputs as targets"
+        attempts.append((text, probe.targets, "float64"))
     if isinstance(probe.inputs, tuple | list) and len(probe.inputs) == 2:  # noqa: PLR2004
-        attempts["it runs on the first of the pair that inputs is: pass inputs and targets apart"] = probe.inputs[0]
-    for text, inputs in attempts.items():
-        if _failure(module, settings, inputs, "float64") is None:
-            raise ValueError(f"{_call_failed(refused)}; {text}") from refused.__cause__
-    failure = _failure(module, settings, probe.inputs, "float32")
-    if failure is None:
-        text = "an operation that knows float32 only is measured with dtype='float32'"
-        raise ValueError(f"{_call_failed(refused)}; {text}") from refused.__cause__
-    if failure.__cause__ is None:  # It runs in float32, and is refused for another reason.
+        text = "it runs on the first of the pair that inputs is: pass inputs and targets apart"
+        attempts.append((text, probe.inputs[0], "float64"))
+    text = "an operation that knows float32 only is measured with dtype='float32'"
+    attempts.append((text, probe.inputs, "float32"))
+    failure: Exception | None = None
+    for text, inputs, dtype in attempts:
+        failure = _failure(module, settings, inputs, dtype)
+        if failure is None:
+            assert isinstance(refused.__cause__, Exception)
+            reason = f"calling the module on the inputs failed with {cause(refused.__cause__)}"
+            raise ValueError(f"{reason}; {text}") from refused.__cause__
+    if failure is not None and failure.__cause__ is None:  # It runs in float32, and is refused for another reason.
         raise ValueError(f"neither float64 nor float32 runs {type(module).__name__}: {failure}") from refused
-
-
-def _call_failed(refused: ValueError) -> str:
-    assert isinstance(refused.__cause__, Exception)
-    return f"calling the module on the inputs failed with {cause(refused.__cause__)}"
 
 
 def _failure(module: nn.Module, settings: Settings, inputs: Any, dtype: Precision) -> Exception | None:

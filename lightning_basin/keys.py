@@ -95,10 +95,6 @@ def tensorboard_values(values: Mapping[str, float], prefix: str) -> dict[str, fl
     It opens the first groups of the alphabet. There the `FIRST_QUANTITIES` stay; other values of the network go to
     ``<prefix>_more``; of layers and of statistics over them some are shown. About 100 tags are left.
 
-    Args:
-        values: The values of a record by key.
-        prefix: The first characters of every key.
-
     Example:
         >>> values = {"basin/gradient_rank": 6.0, "basin/saturated": 0.0, "basin_layer_dead_units/fc1": 2.0}
         >>> tensorboard_values(values, "basin")
@@ -130,11 +126,6 @@ def key_of_tag(tag: str) -> str:
 
 def possible_keys(prefix: str, layers: Sequence[str], selection: LayerSelection) -> list[str]:
     """Return every key that a record of a network can have, whatever is measured of it.
-
-    Args:
-        prefix: The first characters of every key.
-        layers: The names of the layers of the network, in order.
-        selection: The layers that are measured, as `measure_basin` takes them.
 
     Example:
         >>> keys = possible_keys("basin", ["fc1", "fc2"], "auto")
@@ -169,11 +160,6 @@ def did_you_mean(key: str, keys: Iterable[str]) -> str:
 
 def mistaken_for(key: str, keys: Collection[str], prefixes: Sequence[str]) -> str | None:
     """Return the key that was meant by one that no monitor has; ``None`` for what is most likely the user's own value.
-
-    Args:
-        key: A key that begins with none of the prefixes.
-        keys: The possible keys of one prefix.
-        prefixes: The prefixes of all monitors.
 
     Example:
         >>> keys = possible_keys("held_out", [], "auto")

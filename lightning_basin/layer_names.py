@@ -14,9 +14,6 @@ def layer_blocks(names: Sequence[str]) -> dict[str, list[str]]:
     The layers of a block share their names up to the first number. Where there are too many blocks, neighbours are
     joined.
 
-    Args:
-        names: The names of the layers, in order.
-
     Example:
         >>> names = [f"layers.{i}.{kind}" for i in range(17) for kind in ("norm", "linear")]
         >>> list(layer_blocks(names).items())[1]
@@ -74,10 +71,6 @@ def tags_of(layers: Iterable[str]) -> dict[str, str]:
 
 def shortened(name: str, length: int) -> str:
     """Leave out the beginning of a long name, whose end says more.
-
-    Args:
-        name: The name of a layer.
-        length: The largest number of characters.
 
     Example:
         >>> shortened("encoder.layers.11.attention.output.dense", 23)

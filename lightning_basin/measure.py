@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, nn
 
+from lightning_basin.checks import check_flag, check_number, check_order
 from lightning_basin.evaluation import Evaluation, open_evaluation
 from lightning_basin.functional.rank import GradientRank
 from lightning_basin.memory import MeasurementPlan, plan_measurement
@@ -15,7 +16,6 @@ from lightning_basin.network.network import Network
 from lightning_basin.network.replica import device_of
 from lightning_basin.network.trace import Trace, layers_run_by
 from lightning_basin.probe import Probe
-from lightning_basin.progress_bar import progress_bar
 from lightning_basin.quantities.activations import measure_activation_ranks, measure_activations
 from lightning_basin.quantities.behavior import behavior_jacobian, project_outputs
 from lightning_basin.quantities.duplicates import (
@@ -29,16 +29,8 @@ from lightning_basin.quantities.rank_bound import measure_rank_bound
 from lightning_basin.quantities.ranks import measure_ranks, rank_fields
 from lightning_basin.quantities.scopes import Scope, select_scopes
 from lightning_basin.record import BasinRecord, LayerRecord
-from lightning_basin.settings import (
-    Behavior,
-    DType,
-    HessianMode,
-    LayerSelection,
-    Settings,
-    behavioral_loss,
-    check_order,
-)
-from lightning_basin.stages import StageClock, Watcher
+from lightning_basin.settings import Behavior, DType, HessianMode, LayerSelection, Settings, behavioral_loss
+from lightning_basin.stages import StageClock, Watcher, progress_bar
 from lightning_basin.structure import Planner, StructureCache
 from lightning_basin.training_set import as_probes
 
@@ -134,6 +126,8 @@ def measure_basin(
         (2, 1, 1)
     """
     check_order(module, inputs=inputs, targets=targets, loss_fn=loss_fn, behavior=behavior)
+    check_number("step", step, "at least 0", lambda steps: steps >= 0, is_optional=True)
+    check_flag("progress", progress, is_optional=True)
     settings = Settings(
         loss_fn=loss_fn,
         behavior=behavior,
@@ -150,7 +144,8 @@ def measure_basin(
     )
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs, targets)
     with progress_bar(progress=progress) as watch:
-        return measure(module, probe, settings, duplicates_over=duplicates_over, step=step, watch=watch)
+        taken = None if step is None else int(step)
+        return measure(module, probe, settings, duplicates_over=duplicates_over, step=taken, watch=watch)
 
 
 def measure(
@@ -163,17 +158,7 @@ def measure(
     cache: StructureCache | None = None,
     watch: Watcher | None = None,
 ) -> BasinRecord:
-    """Measure the quantities that the settings ask for, as `measure_basin` does.
-
-    Args:
-        module: The module to measure, which stays as it is.
-        probe: The inputs and targets.
-        settings: The settings of the measurement.
-        duplicates_over: The training set over which duplicated activations are counted too.
-        step: The number of optimizer steps taken, noted in the record.
-        cache: What earlier measurements of the same run have found out; ``None`` for a measurement by itself.
-        watch: A function that is told of each stage; ``None`` tells nobody.
-    """
+    """Measure the quantities that the settings ask for, as `measure_basin` does."""
     clock, settings = StageClock(watch=watch), settings.on_device(device_of(module, torch.float32))
     settings.check_targets(probe)
     training_set = None if duplicates_over is None else as_probes(duplicates_over)
@@ -191,12 +176,13 @@ def measure(
         with clock("duplicates"):
             activations = measure_activations(evaluation)
             activation_ranks = measure_activation_ranks(evaluation, scopes, activations)
-            duplicates = measure_duplicates(evaluation, activations)
-            bound = measure_rank_bound(evaluation, activations, ranks[scopes[-1]])
+            rank = ranks[scopes[-1]]
+            duplicates = measure_duplicates(evaluation, activations, also_at=[rank.rtol])
+            bound = measure_rank_bound(evaluation, activations, rank)
     if training_set is not None:
         with clock("duplicates"):
             duplicates = with_training_set(duplicates, evaluation, training_set)
-    _note_precision(evaluation, ranks[scopes[-1]])
+    _note_precision(evaluation, rank)
     fields = {
         scope: rank_fields(ranks[scope], spectra.get(scope)) | activation_ranks.get(scope, {}) for scope in scopes
     }
@@ -227,11 +213,6 @@ def check_measurable(
 
     Returns:
         The plan, which says how large a measurement will be.
-
-    Raises:
-        TypeError: If `measure_basin` would raise it.
-        ValueError: If `measure_basin` would raise it.
-        MemoryBudgetError: If `measure_basin` would raise it.
     """
     settings = settings.on_device(device_of(module, torch.float32))
     settings.check_targets(probe)
@@ -291,14 +272,7 @@ def _assemble(
     duplicates: DuplicateCounts,
     **network_fields: Any,
 ) -> BasinRecord:
-    """Put the record together from the fields of each scope.
-
-    Args:
-        evaluation: The network on the probe.
-        fields: The record's fields of each scope, the network last.
-        duplicates: The record's fields of duplicated activations and dead units.
-        network_fields: Further fields of the network.
-    """
+    """Put the record together from the fields of each scope."""
     records: dict[Scope, LayerRecord] = {}
     for scope in list(fields)[:-1]:
         members = [duplicates.layers.get(layer.name, {}) for layer in scope.layers]

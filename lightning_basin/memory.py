@@ -71,12 +71,7 @@ class MeasurementPlan:
 
 
 def _copied_bytes(module: nn.Module, *, with_trained: bool) -> int:
-    """The bytes of a module's tensors, registered or not.
-
-    Args:
-        module: The module.
-        with_trained: Whether trainable parameters count, too.
-    """
+    """The bytes of a module's tensors, registered or not."""
     held = {id(tensor): tensor for submodule in module.modules() for tensor in tensors_held_by(vars(submodule))}
     return sum(
         tensor.numel() * tensor.element_size()
@@ -86,14 +81,7 @@ def _copied_bytes(module: nn.Module, *, with_trained: bool) -> int:
 
 
 def still_fits(plan: MeasurementPlan, module: nn.Module, device: torch.device, memory_budget: int | None) -> bool:
-    """Return whether a measurement that was planned before fits into the memory that is free now.
-
-    Args:
-        plan: The plan.
-        module: The copy of the module, which is a part of what the plan takes.
-        device: The device on which the copy is.
-        memory_budget: The bytes that may be used, for which the plan was made; ``None`` means half of what is free.
-    """
+    """Return whether a measurement that was planned before fits into the memory that is free now."""
     return memory_budget is not None or plan.memory_bytes <= _free_budget(module, device)
 
 
@@ -128,9 +116,6 @@ def plan_measurement(
         with_readout: Whether the behavior is a function of the outputs, whose derivative combines all rows.
         hessian: How the Hessian's null space is measured; ``False`` where it is not.
         memory_budget: The bytes that may be used; ``None`` means half of what is free.
-
-    Raises:
-        MemoryBudgetError: If it does not fit, however it is cut.
     """
     copied = _copied_bytes(network.module, with_trained=False)
     if memory_budget is None:

@@ -17,9 +17,6 @@ def escaped(name: str) -> str:
 
     Two names that differ stay different. A name of letters, digits, spaces and ``._-/`` stays as it is.
 
-    Args:
-        name: Any string.
-
     Example:
         >>> escaped("encoder.0"), escaped("[bold]")
         ('encoder.0', '%5Bbold%5D')

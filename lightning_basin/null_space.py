@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from lightning_basin.checks import check_number, check_order
 from lightning_basin.evaluation import Evaluation, open_evaluation
 from lightning_basin.functional.hessian import flat_vector
 from lightning_basin.functional.manifold import null_directions, surviving_fraction
@@ -87,10 +88,9 @@ def verify_null_space(
         >>> verification.nullity, round(verification.surviving_fraction, 4)
         (1, 1.0)
     """
-    if num_directions < 1:
-        raise ValueError(f"num_directions must be at least 1, got {num_directions}")
-    if not 0.0 < step < 1.0:
-        raise ValueError(f"step must be inside (0, 1), got {step}")
+    check_order(module, inputs=inputs, targets=None, behavior=behavior)
+    check_number("num_directions", num_directions, "at least 1", lambda number: number >= 1)
+    check_number("step", step, "inside (0, 1)", lambda length: 0.0 < length < 1.0, kind=float)
     settings = Settings(behavior=behavior, rtol=rtol, dtype="float64", seed=seed)
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs)
     with open_evaluation(module, probe, settings) as evaluation:
@@ -102,7 +102,7 @@ def verify_null_space(
         rank = numerical_rank(singular_values(gradients), rtol=tolerance)
         if rank == start.numel():
             return NullSpaceVerification(nullity=0, surviving_fractions=(), residuals=())
-        generator = Generator().manual_seed(seed)
+        generator = Generator().manual_seed(settings.seed)
         drawn = torch.randn(num_directions, start.numel(), generator=generator, dtype=torch.float64).to(start.device)
         length = step * max(1.0, float(start.norm()))
         fractions, residuals = zip(
@@ -116,11 +116,7 @@ def verify_null_space(
 
 
 class _MovableOutputs:
-    """All outputs on the probe, and their gradients, as functions of the parameters in one vector.
-
-    Args:
-        evaluation: The network on the probe.
-    """
+    """All outputs on the probe, and their gradients, as functions of the parameters in one vector."""
 
     def __init__(self, evaluation: Evaluation) -> None:
         self._network, self._probe = evaluation.network, evaluation.probe

@@ -17,7 +17,7 @@ from lightning_basin.callback.lightnings import CSVLogger, LightningModule, Logg
 from lightning_basin.callback.loggers import log_scalars
 from lightning_basin.callback.monitor import BasinMonitor
 from lightning_basin.callback.report_file import write_page
-from lightning_basin.callback.resuming import read_probe
+from lightning_basin.callback.state import read_probe
 from lightning_basin.history.page import page_name
 from lightning_basin.layer_names import tag
 from lightning_basin.probe import Probe

@@ -37,11 +37,7 @@ def heading(record: "BasinRecord") -> list[str]:
 
 
 def in_words(record: "BasinRecord") -> str:
-    """Say in a sentence what can still change, what was lost, and how many inputs became one.
-
-    Args:
-        record: The record.
-    """
+    """Say in a sentence what can still change, what was lost, and how many inputs became one."""
     rank = f"{'at least ' if record.projected else ''}{record.gradient_rank:,}"
     possible = record.gradient_rank + record.gradient_rank_deficit
     if record.saturated:
@@ -140,9 +136,6 @@ def table(record: "BasinRecord") -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Write rows of cells below each other, the first cell to the left and all others to the right.
-
-    Args:
-        rows: The rows, each with the same number of cells.
 
     Example:
         >>> print(aligned([["layer", "rank"], ["fc1", "12"]]))

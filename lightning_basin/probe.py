@@ -184,44 +184,33 @@ def _joined(leaves: Sequence[Any], size: int) -> Any:
 
 
 class ProbeCollector:
-    """Takes a probe from training batches as they come by.
+    """Takes a probe of some size from training batches as they come by, each split by `split_batch`.
 
-    Args:
-        size: The number of inputs to take.
-        batch_fn: The function from a batch to a pair of inputs and targets. ``None`` takes a pair as it is, and a
-            tensor, or a sequence of one, as inputs without targets.
-        whole_batches: Whether any other batch is taken as inputs without targets, instead of being refused.
+    Attributes:
+        probe: The inputs taken so far; ``None`` before the first batch.
 
     Example:
         >>> import torch
         >>> collector = ProbeCollector(size=5)
         >>> collector.add((torch.zeros(3, 2), torch.zeros(3)))
-        >>> collector.complete, collector.probe().size
+        >>> collector.is_complete, collector.probe.size
         (False, 3)
     """
 
     def __init__(self, size: int, *, batch_fn: Callable[[Any], Any] | None = None, whole_batches: bool = False) -> None:
+        self.probe: Probe | None = None
         self._size = size
         self._batch_fn = batch_fn
         self._whole_batches = whole_batches
         self._batches: list[tuple[Any, Any]] = []
-        self._probe: Probe | None = None
 
     @property
-    def num_inputs(self) -> int:
-        """The number of inputs taken so far, at most ``size``."""
-        return 0 if self._probe is None else self._probe.size
-
-    @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether all inputs have been taken."""
-        return self.num_inputs == self._size
+        return self.probe is not None and self.probe.size == self._size
 
     def add(self, batch: Any) -> None:
         """Take the inputs and targets of a batch, as copies: a training step may write to the batch.
-
-        Args:
-            batch: The batch as the training step gets it.
 
         Raises:
             TypeError: If the batch does not say which tensors are inputs and which are targets.
@@ -230,16 +219,8 @@ class ProbeCollector:
         pair = split_batch(batch, self._batch_fn, whole_batches=self._whole_batches)
         check_containers(pair)
         pair = map_tensors(copied, pair)
-        self._probe = Probe.from_batches([*self._batches, pair], self._size)
+        self.probe = Probe.from_batches([*self._batches, pair], self._size)
         self._batches.append(pair)
-
-    def probe(self) -> Probe:
-        """Return the probe of the inputs taken so far.
-
-        Raises:
-            ValueError: If no batch has been taken.
-        """
-        return Probe.from_batches(self._batches, self._size) if self._probe is None else self._probe
 
 
 def split_batch(

@@ -48,6 +48,7 @@ NETWORK_QUANTITIES = (
     *BLOCK_QUANTITIES,
     *_RANKS_AT,
     "gradient_rank_bound",
+    "projected",
     "surviving_fraction",
     "loss",
     "log10_loss",

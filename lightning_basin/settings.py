@@ -1,15 +1,14 @@
 """What may be asked of a measurement, checked once."""
 
 import math
-import numbers
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
+from lightning_basin.checks import check_flag, check_function, check_number, is_number
 from lightning_basin.functional.rank import check_rtol
 from lightning_basin.limits import AUTO_ROWS, MAX_ROWS
 from lightning_basin.network.calls import LossFunction, ModuleBehavior, call_module
@@ -54,19 +53,7 @@ class Settings:
     """What is asked of a measurement. `measure_basin` says what each value means.
 
     Attributes:
-        loss_fn: The loss, ``"behavioral"``, or ``None`` for no loss.
-        behavior: The behavior whose gradients count.
-        layers: The layers to report.
-        hessian: How the Hessian is measured.
-        rtol: The relative tolerance of ranks.
-        duplicate_rtol: The relative tolerance within which two activations are the same.
-        max_outputs: The largest number of outputs per input that are measured one by one.
-        spectrum: Whether singular values are computed where the rank can be proved without them.
-        memory_budget: The bytes that a measurement may use.
-        dtype: The name of the floating point type in which the network is run, or ``"auto"``.
         taken_dtype: The type that ``"auto"`` has taken; ``None`` where this is not known yet.
-        seed: The seed of all random vectors.
-        trained: The names of parameters that are known to get a gradient in training.
 
     Raises:
         TypeError: If a value has another type.
@@ -93,43 +80,39 @@ class Settings:
     trained: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        _check_function("loss_fn", self.loss_fn, "a function of outputs and targets", ["behavioral"])
+        check_function("loss_fn", self.loss_fn, "a function of outputs and targets", ["behavioral"])
         if not isinstance(self.behavior, Probabilities):
-            _check_function("behavior", self.behavior, "a function of module and inputs", ["outputs", "probabilities"])
+            check_function("behavior", self.behavior, "a function of module and inputs", ["outputs", "probabilities"])
         if self.hessian is not False and self.hessian not in HESSIAN_MODES:
             raise ValueError(f"hessian must be one of {HESSIAN_MODES} or False, got {self.hessian!r}")
         if not isinstance(self.layers, Sequence) or not all(isinstance(name, str) for name in self.layers):
             raise TypeError(f"layers must be 'auto', 'all' or a list of names of layers, got {self.layers!r}")
+        if isinstance(self.trained, str) or not isinstance(self.trained, Collection):
+            raise TypeError(f"trained must be a collection of names of parameters, got {self.trained!r}")
+        check_flag("spectrum", self.spectrum)
         check_rtol(self.rtol)
         _check_precision(self.dtype, self.hessian, self.rtol)
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        if not _is_number(self.duplicate_rtol, float):
-            raise TypeError(f"duplicate_rtol must be a number, got {self.duplicate_rtol!r}")
-        if not 0.0 <= self.duplicate_rtol < 1.0:
-            raise ValueError(f"duplicate_rtol must be inside [0, 1), got {self.duplicate_rtol}")
+        check_number("duplicate_rtol", self.duplicate_rtol, "inside [0, 1)", lambda rtol: 0.0 <= rtol < 1.0, kind=float)
         if isinstance(self.max_outputs, str) and self.max_outputs != "auto":
             raise ValueError(f"max_outputs must be a number, 'auto' or None, got {self.max_outputs!r}")
-        if not isinstance(self.max_outputs, str | None) and not _is_number(self.max_outputs, int):
+        if not isinstance(self.max_outputs, str | None) and not is_number(self.max_outputs, int):
             raise TypeError(f"max_outputs must be an integer, 'auto' or None, got {self.max_outputs!r}")
         if isinstance(self.max_outputs, int) and self.max_outputs < 1:
             raise ValueError(f"max_outputs must be at least 1, got {self.max_outputs}")
-        if self.memory_budget is not None and not _is_number(self.memory_budget, float):
+        if self.memory_budget is not None and not is_number(self.memory_budget, float):
             raise TypeError(f"memory_budget must be a number of bytes or None, got {self.memory_budget!r}")
         if self.memory_budget is not None and not math.isfinite(self.memory_budget):
             raise ValueError(
                 f"memory_budget must be a finite number of bytes, got {self.memory_budget}: pass 2**60 for no limit"
             )
-        if not _is_number(self.seed, int):
-            raise TypeError(f"seed must be an integer, got {self.seed!r}")
+        check_number("seed", self.seed, "inside [-2**63, 2**64)", lambda seed: -(2**63) <= seed < 2**64)
+        object.__setattr__(self, "seed", int(self.seed))  # Generators of torch take none of NumPy's integers.
 
     def on_device(self, device: torch.device) -> "Settings":
-        """Return the settings of a measurement on a device, for which ``dtype="auto"`` has been decided.
-
-        Args:
-            device: The device of the module.
-        """
+        """Return the settings of a measurement on a device, for which ``dtype="auto"`` has been decided."""
         return replace(self, taken_dtype=choose_dtype(self, device, is_slow=has_slow_float64))
 
     @property
@@ -176,10 +159,6 @@ class Settings:
     def num_directions(self, num_inputs: int, num_outputs: int) -> int:
         """Return along how many directions the outputs of an input are seen: all, unless some are projected away.
 
-        Args:
-            num_inputs: The number of inputs, k.
-            num_outputs: The number of outputs per input.
-
         Raises:
             ValueError: If there are more outputs than one decomposition can take, or probabilities would be left out.
         """
@@ -201,11 +180,7 @@ class Settings:
         return directions
 
     def check_targets(self, probe: Probe) -> None:
-        """Refuse a loss without targets.
-
-        Raises:
-            ValueError: If the loss takes targets and the probe has none.
-        """
+        """Refuse a loss without targets."""
         if callable(self.loss_fn) and probe.targets is None:
             is_pair = isinstance(probe.inputs, tuple | list) and len(probe.inputs) == 2  # noqa: PLR2004
             raise ValueError(
@@ -249,17 +224,6 @@ def squared_distance(outputs: Tensor, others: Tensor) -> Tensor:
     return (outputs - others).square().sum()
 
 
-def _check_function(name: str, value: Any, kind: str, words: Sequence[str]) -> None:
-    """Refuse what is neither a function nor one of some words; a class can be called too, and is not meant."""
-    requirement = f"{name} must be {kind}{', ' if len(words) > 1 else ' or '}{' or '.join(map(repr, words))}"
-    if isinstance(value, str) and value not in words:
-        raise ValueError(f"{requirement}, got {value!r}")
-    if isinstance(value, type):
-        raise TypeError(f"{requirement}, got {_named(value)}: pass an instance of it")
-    if not (callable(value) or isinstance(value, str | None)):
-        raise TypeError(f"{requirement}, got {type(value).__name__}")
-
-
 def _check_precision(dtype: DType, hessian: HessianMode, rtol: float | None) -> None:
     """Refuse a floating point type that no network is evaluated in, or that is too coarse for what is asked."""
     if dtype not in ("auto", *DTYPES):
@@ -276,54 +240,3 @@ def _check_precision(dtype: DType, hessian: HessianMode, rtol: float | None) -> 
         raise ValueError(
             f"rtol must be at least {epsilon:.1e} with dtype='float32', whose rounding that is, got {rtol}"
         )
-
-
-def check_order(module: Any, **others: Any) -> None:
-    """Refuse arguments in another order, or of another kind, before anything is done with them.
-
-    Args:
-        module: The first argument of `measure_basin`.
-        others: The next four arguments of `measure_basin` by name.
-
-    Raises:
-        TypeError: If an argument is of another kind; the error says what to pass.
-    """
-    modules = {name: other for name, other in others.items() if isinstance(other, nn.Module)}
-    if isinstance(module, type):
-        raise TypeError(f"module must be a torch.nn.Module, got the class {module.__name__}: pass an instance of it")
-    if not isinstance(module, nn.Module):
-        swapped = ": pass the module first, then the inputs" if modules else ""
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}{swapped}")
-    if not any(True for _ in module.parameters()):
-        for name, other in modules.items():
-            if any(True for _ in other.parameters()):
-                raise TypeError(
-                    f"module must have parameters, but {type(module).__name__} has none, and {name}, "
-                    f"{type(other).__name__}, has some: pass the one in place of the other"
-                )
-    if others["behavior"] is module:
-        raise TypeError("behavior must be a function of module and inputs, got the module, which is called without it")
-    _check_data(others["inputs"], others["targets"])
-
-
-def _check_data(inputs: Any, targets: Any) -> None:
-    if isinstance(inputs, DataLoader | Dataset):
-        raise TypeError(
-            f"inputs must be a batch, got {type(inputs).__name__}: pass the parts of next(iter(loader)) of a loader"
-        )
-    if callable(inputs):
-        raise TypeError(f"inputs must be data, got {_named(inputs)}: pass the inputs second, and functions by name")
-    if callable(targets):
-        raise TypeError(f"targets must be data, got {_named(targets)}, which can be called: pass loss_fn=...")
-    if isinstance(inputs, Probe) and targets is not None:
-        raise TypeError("targets must be None where inputs is a Probe, which has its own: pass Probe(inputs, targets)")
-
-
-def _named(function: Any) -> str:
-    """How a message calls what can be called."""
-    return f"the class {function.__name__}" if isinstance(function, type) else type(function).__name__
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    """Whether a value is an integer, or any real number where ``kind`` is ``float``; truth is no number."""
-    return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)

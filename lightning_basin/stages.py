@@ -1,9 +1,11 @@
-"""The wall time of a measurement, split by stage."""
+"""The wall time of a measurement, split by stage, and a progress bar that shows them."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeVar
+
+from tqdm import tqdm
 
 Stage = Literal["copy", "trace", "gradients", "ranks", "hessian", "duplicates"]
 """The stages of a measurement."""
@@ -87,3 +89,34 @@ class StageClock:
         if self._watch is not None and stage != outer:
             self._watch(stage, self._num_done, self._num_items)
         return outer
+
+
+_DELAY = 1.0  # seconds of a measurement before which nobody wants to see a bar
+
+
+@contextmanager
+def progress_bar(*, progress: bool | None) -> Iterator[Watcher | None]:
+    """Show the stage of a measurement, and how many layers are differentiated, while the body runs.
+
+    Args:
+        progress: Whether to show a bar. ``None`` shows one where standard error is a terminal, after a second.
+
+    Yields:
+        The function that a `StageClock` tells what goes on; ``None`` where no bar is shown.
+    """
+    if progress is False:
+        yield None
+        return
+    delay = 0.0 if progress else _DELAY
+    with tqdm(
+        desc="Measuring", unit="layer", delay=delay, leave=False, disable=None if progress is None else False
+    ) as bar:
+        shown_from = time.monotonic() + delay
+
+        def watch(stage: Stage, num_done: int, num_items: int) -> None:
+            bar.total, bar.n = num_items or None, num_done
+            bar.set_description_str(f"Measuring, {stage}", refresh=False)
+            if time.monotonic() >= shown_from:
+                bar.refresh()
+
+        yield None if bar.disable else watch

@@ -71,12 +71,6 @@ class StructureCache:
     """Keeps the structure that the last measurement of a run has found, for the next one.
 
     A structure that other weights may show to be another one is not kept.
-
-    Example:
-        >>> cache = StructureCache()
-        >>> cache.keep("one probe", Structure(None, None, (), None, None))
-        >>> cache.find("another probe") is None
-        True
     """
 
     def __init__(self) -> None:
@@ -92,13 +86,7 @@ class StructureCache:
 
 
 def question_of(module: nn.Module, probe: Probe, settings: Settings) -> Hashable:
-    """Return what the structure depends on before a forward pass: parameters, inputs, and what is asked for.
-
-    Args:
-        module: The module.
-        probe: The inputs.
-        settings: The settings of the measurement.
-    """
+    """Return what the structure depends on before a forward pass: parameters, inputs, and what is asked for."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     is_training = [submodule.training for submodule in module.modules()]
     return (
@@ -134,28 +122,13 @@ def copy_and_find(
     module: nn.Module,
     probe: Probe,
     settings: Settings,
-    gradient_dtype: torch.dtype,
     make_plan: Planner | None,
     clock: StageClock,
     *,
     with_layout: bool,
 ) -> Copied:
-    """Copy a module, run the copy, and find out and check its structure.
-
-    Args:
-        module: The module, which stays as it is.
-        probe: The inputs and targets, on the device and in the type of the copy.
-        settings: What is asked of the measurement.
-        gradient_dtype: The floating point type in which gradients are kept and multiplied.
-        make_plan: A function that cuts the measurement to the memory that is free; ``None`` runs all inputs at once.
-        clock: The clock of the stages.
-        with_layout: Whether to find the rows of each input in what enters and leaves each layer.
-
-    Raises:
-        TypeError: If the outputs are not floating point tensors.
-        ValueError: If the outputs are not finite, or not functions of the inputs alone.
-    """
-    network, loss_fn, sample, trained = _copy_as_trained(module, settings, probe, gradient_dtype, clock)
+    """Copy a module, run the copy, and find out and check its structure."""
+    network, loss_fn, sample, trained = _copy_as_trained(module, settings, probe, clock)
     plan = None if make_plan is None else make_plan(network, *sample)
     del sample  # And its graph.
     runs = ProbeRuns(network, probe, chunk_size=None if plan is None else plan.chunk_size)
@@ -176,28 +149,15 @@ def copy_and_find(
 
 
 def copy_again(
-    module: nn.Module,
-    probe: Probe,
-    settings: Settings,
-    gradient_dtype: torch.dtype,
-    structure: Structure,
-    clock: StageClock,
+    module: nn.Module, probe: Probe, settings: Settings, structure: Structure, clock: StageClock
 ) -> Copied | None:
     """Copy and run a module whose structure is known.
-
-    Args:
-        module: The module, which stays as it is.
-        probe: The inputs and targets, on the device and in the type of the copy.
-        settings: What is asked of the measurement.
-        gradient_dtype: The floating point type in which gradients are kept and multiplied.
-        structure: The structure.
-        clock: The clock of the stages.
 
     Returns:
         What `copy_and_find` returns, with the same structure; ``None`` where it is no longer that of the module.
     """
     with clock("copy"):
-        network, loss_fn = _copy_in_modes(module, settings, gradient_dtype, structure.modes)
+        network, loss_fn = _copy_in_modes(module, settings, structure.modes)
     plan = structure.plan
     if plan is not None and not still_fits(
         plan, network.module, device_of(network.module, network.dtype), settings.memory_budget
@@ -222,29 +182,21 @@ def _keeps_layout(runs: ProbeRuns, layout: InputLayout | None) -> bool:
     return keeps_layout(layout, runs.full_trace, indices, half, num_inputs=probe.size, rtol=rtol)
 
 
-def _copy_in_modes(
-    module: nn.Module, settings: Settings, gradient_dtype: torch.dtype, modes: tuple[str, ...] | None
-) -> tuple[Network, Any]:
+def _copy_in_modes(module: nn.Module, settings: Settings, modes: tuple[str, ...] | None) -> tuple[Network, Any]:
     """Copy a module and the loss: in evaluation mode, or with some modules in training mode."""
     dtype = settings.torch_dtype
     if modes is not None:
-        return in_training_mode(
-            module, settings.loss, settings.outputs, dtype=dtype, gradient_dtype=gradient_dtype, modes=modes
-        )
+        return in_training_mode(module, settings.loss, settings.outputs, dtype=dtype, modes=modes)
     replica, loss_fn, behavior = replicas(module, settings.loss, settings.outputs, dtype=dtype)
-    return Network(replica, behavior, dtype=dtype, gradient_dtype=gradient_dtype), loss_fn
+    return Network(replica, behavior, dtype=dtype), loss_fn
 
 
 def _copy_as_trained(
-    module: nn.Module, settings: Settings, probe: Probe, gradient_dtype: torch.dtype, clock: StageClock
+    module: nn.Module, settings: Settings, probe: Probe, clock: StageClock
 ) -> tuple[Network, LossFunction | None, tuple[Probe, Trace], AsTrained]:
-    """Copy a module and the loss, so that the outputs have the gradients of training.
-
-    Returns:
-        The network, the loss, some inputs with their trace, and what was found out about training.
-    """
+    """Copy a module and the loss, so that the outputs have the gradients of training."""
     with clock("copy"):
-        network, loss_fn = _copy_in_modes(module, settings, gradient_dtype, None)
+        network, loss_fn = _copy_in_modes(module, settings, None)
     settle_embeddings(network.module, lambda: network.outputs(probe))
     sample, trace = _trace_sample(network, probe)
     check_copy(module, network.module, trace.outputs, "behavior")

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
+from lightning_basin.checks import check_order
 from lightning_basin.evaluation import open_evaluation
 from lightning_basin.functional.gram import GramMatrix
 from lightning_basin.gradients.check import AutogradCheck
@@ -57,6 +58,7 @@ def neural_tangent_kernel(
         tensor([[ 6.,  4.],
                 [ 4., 10.]], dtype=torch.float64)
     """
+    check_order(module, inputs=inputs, targets=None, behavior=behavior)
     settings = Settings(behavior=behavior, hessian=False, memory_budget=memory_budget, dtype=dtype, seed=seed)
     probe = inputs if isinstance(inputs, Probe) else Probe(inputs)
 
@@ -73,9 +75,10 @@ def neural_tangent_kernel(
         )
 
     precision = settings.torch_dtype
-    with open_evaluation(module, probe, settings, make_plan, gradient_dtype=precision) as evaluation:
+    with open_evaluation(module, probe, settings, make_plan) as evaluation:
+        evaluation.network.gradient_dtype = precision
         kernel = GramMatrix(evaluation.num_rows, float64_device(evaluation.rows.device), dtype=precision)
-        check = AutogradCheck(evaluation.runs, Generator().manual_seed(seed))
+        check = AutogradCheck(evaluation.runs, Generator().manual_seed(settings.seed))
         for measured in layer_gradients(evaluation.runs, check, max_elements=evaluation.max_elements):
             measured.gradients.add_gram(kernel)
         return kernel.whole()

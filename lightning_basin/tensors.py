@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -17,18 +17,10 @@ def is_sequence_of(length: int, item: Any) -> bool:
 
 
 def check_containers(collection: Any) -> None:
-    """Refuse tensors without plain axes, and containers that cannot be built again from other tensors.
-
-    Args:
-        collection: A nested collection, which is searched at all depths.
-
-    Raises:
-        TypeError: If a container cannot be built again.
-        ValueError: If a tensor is not dense.
-    """
+    """Refuse tensors without plain axes, and containers that cannot be built again from other tensors."""
     if isinstance(collection, Tensor) and (dense := dense_form(collection)) is not None:
         raise ValueError(
-            f"all tensors of a probe must be dense, got {dense.kind}: pass tensor.{dense.method}, by batch_fn in a "
+            f"all tensors of a probe must be dense, got {dense[0]}: pass tensor.{dense[1]}, by batch_fn in a "
             f"run, and a behavior that turns it into what the module takes"
         )
     if isinstance(collection, PackedSequence):
@@ -54,36 +46,20 @@ def check_containers(collection: Any) -> None:
             check_containers(item)
 
 
-class DenseForm(NamedTuple):
-    """How to make a tensor dense.
-
-    Attributes:
-        kind: The kind of the tensor, for messages.
-        method: The call of the tensor's method that makes it dense.
-    """
-
-    kind: str
-    method: str
-
-
-def dense_form(tensor: Tensor) -> DenseForm | None:
-    """Say how to make a tensor dense; ``None`` for a dense tensor.
+def dense_form(tensor: Tensor) -> tuple[str, str] | None:
+    """Return the kind of a tensor that is not dense, and the call that makes it dense; ``None`` for a dense tensor.
 
     Example:
-        >>> dense_form(torch.eye(2).to_sparse()).method
-        'to_dense()'
+        >>> dense_form(torch.eye(2).to_sparse())
+        ('torch.sparse_coo', 'to_dense()')
     """
     if tensor.is_nested:
-        return DenseForm("a nested tensor", "to_padded_tensor(0.0)")
-    return None if tensor.layout == torch.strided else DenseForm(str(tensor.layout), "to_dense()")
+        return "a nested tensor", "to_padded_tensor(0.0)"
+    return None if tensor.layout == torch.strided else (str(tensor.layout), "to_dense()")
 
 
 def written_as_pair(batch: Any, name: str = "batch") -> str:
     """Write a pair of inputs and targets in Python, of the first two items of a batch with the most common size.
-
-    Args:
-        batch: The batch, of any type.
-        name: The name of the batch in the code that is written.
 
     Example:
         >>> written_as_pair({"size": torch.tensor(8), "image": torch.zeros(8, 2), "label": torch.zeros(8)})
@@ -154,10 +130,6 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a tensor of a network to a floating point type, unless it holds integers or booleans.
 
     For float64, a tensor of a device without it comes to the CPU. Float64 holds every element of a lower precision.
-
-    Args:
-        tensor: The tensor.
-        dtype: The floating point type in which the network is run.
     """
     if dtype == torch.float64:
         tensor = tensor.to(float64_device(tensor.device))
@@ -169,10 +141,6 @@ def as_result(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
     A tensor of a device without float64 comes to the CPU. A network in float32 stays on its device: each tensor that
     leaves it passes here.
-
-    Args:
-        tensor: The tensor, of any type.
-        dtype: The floating point type of what is computed from it.
 
     Example:
         >>> as_result(torch.ones(1)).dtype

@@ -72,9 +72,9 @@ def test_runs_are_compared_in_a_table_a_file_and_a_figure(folder, tmp_path, caps
     files = ["--csv", str(tmp_path / "runs.csv"), "--figure", str(tmp_path / "runs.svg")]
     main(["compare", str(folder), str(other), "--against", "val_loss", *files])
     head, first, second = capsys.readouterr().out.strip().splitlines()
-    assert head.split()[:2] == ["run", "gradient_rank"]
-    assert (first.split()[:2], first.split()[-1]) == (["run", "2"], "7")
-    assert (second.split()[:2], second.split()[-1]) == (["other", "5"], "2")
+    assert head.split()[:5] == ["run", "zero", "loss", "rank", "lost"]
+    assert (first.split()[:3], first.split()[-1]) == (["run", "never", "2"], "7")
+    assert (second.split()[:3], second.split()[-1]) == (["other", "never", "5"], "2")
     assert (tmp_path / "runs.csv").read_text().splitlines()[1].startswith("run,,2.0,")
     assert "<svg" in (tmp_path / "runs.svg").read_text()
 

@@ -152,7 +152,7 @@ def test_tensorboard_shows_eight_values_first_and_about_a_hundred_in_all(num_lay
     assert min(groups) == "basin"  # TensorBoard sorts them.
     of_layers = sum(number for group, number in groups.items() if group.startswith(("basin_layer", "basin_block")))
     assert of_layers == curves_of_layers + 1  # The duplicates of the outputs.
-    assert groups["basin_more"] == 20
+    assert groups["basin_more"] == 21
     assert groups["basin_stats"] == (6 if num_layers > 1 else 0)
     assert {key_of_tag(tag): value for tag, value in shown.items()}.items() <= values.items()
     assert len(shown) <= 100

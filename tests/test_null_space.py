@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_basin import Probe, measure_basin, verify_null_space
+from lightning_basin import Probe, measure_basin, neural_tangent_kernel, verify_null_space
 from tests.models import Crossing, SquaredDistances
 from tests.networks import drawn, filled
 
@@ -114,6 +114,20 @@ def test_same_seed_gives_the_same_directions():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         verify_null_space(nn.Linear(2, 1), torch.zeros(3, 2), **settings)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Linear, "module must be a torch.nn.Module, got the class Linear: pass an instance"),
+        (torch.zeros(3, 2), "module must be a torch.nn.Module, got Tensor: pass the module first"),
+    ],
+    ids=["class", "other order"],
+)
+@pytest.mark.parametrize("function", [verify_null_space, neural_tangent_kernel])
+def test_arguments_in_another_order_are_refused(function, module, message):
+    with pytest.raises(TypeError, match=message):
+        function(module, nn.Linear(2, 1) if isinstance(module, torch.Tensor) else torch.zeros(3, 2))
 
 
 def test_direction_that_is_free_everywhere_has_converged():

@@ -56,6 +56,7 @@ def test_keys_of_a_bare_record_are_the_documented_ones():
         "basin/gradient_rank_at_1e-06": 4.0,
         "basin/gradient_rank_at_1e-04": 3.0,
         "basin/gradient_rank_at_1e-02": 2.0,
+        "basin/projected": 0.0,
         "basin/measure_seconds": 0.0,
     }
     assert basin_record().scalars() == expected
@@ -72,7 +73,7 @@ def test_keys_of_a_whole_record_follow_one_scheme():
         "saturated",
     }
     whole = gradient | set(WHOLE) | {"hessian_certified"}
-    network = whole | {"gradient_rank_bound", "loss", "log10_loss", "measure_seconds"}
+    network = whole | {"gradient_rank_bound", "projected", "loss", "log10_loss", "measure_seconds"}
     network |= {f"gradient_rank_at_1e-{digits}" for digits in ("12", "08", "06", "04", "02")}
     expected = {f"basin/{name}" for name in network}
     expected |= {f"basin_layer_{name}/fc1" for name in whole}

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -70,11 +71,27 @@ def test_fewer_than_one_direction_is_refused():
         ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
         ({"max_outputs": 2.5}, TypeError, "max_outputs must be an integer, 'auto' or None, got 2.5"),
         ({"max_outputs": True}, TypeError, "max_outputs must be an integer, 'auto' or None, got True"),
+        ({"seed": 2**64}, ValueError, r"seed must be inside \[-2\*\*63, 2\*\*64\), got 18446744073709551616"),
+        ({"spectrum": "no"}, TypeError, "spectrum must be True or False, got 'no'"),
+        ({"progress": "bar"}, TypeError, "progress must be True, False or None, got 'bar'"),
+        ({"step": "last"}, TypeError, "step must be an integer or None, got 'last'"),
+        ({"step": -1}, ValueError, "step must be at least 0, got -1"),
+        ({"trained": "weight"}, TypeError, "trained must be a collection of names of parameters, got 'weight'"),
+        ({"trained": None}, TypeError, "trained must be a collection of names of parameters, got None"),
     ],
 )
 def test_arguments_of_another_type_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         measure_basin(nn.Linear(4, 2), torch.ones(5, 4), **arguments)
+
+
+def test_integers_of_numpy_count_as_those_of_python():
+    module, inputs = nn.Linear(4, 2), drawn32(5, 4)
+    record = measure_basin(module, inputs, seed=np.int64(3), step=np.int64(7))
+    assert record.to_dict() | {"seconds": {}, "measure_seconds": 0.0} == (
+        measure_basin(module, inputs, seed=3, step=7).to_dict() | {"seconds": {}, "measure_seconds": 0.0}
+    )
+    assert type(record.step) is int
 
 
 GPU, CPU, MPS = torch.device("cuda"), torch.device("cpu"), torch.device("mps")

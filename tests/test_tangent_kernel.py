@@ -62,7 +62,8 @@ def test_in_float32_the_same_layers_come_from_factors(name):
     ways = {}
     for dtype in DTYPES.values():
         with isolated_evaluation(torch.device("cpu"), dtype):
-            network = Network(replicas(case.module, dtype=dtype)[0], dtype=dtype, gradient_dtype=dtype)
+            network = Network(replicas(case.module, dtype=dtype)[0], dtype=dtype)
+            network.gradient_dtype = dtype
             found = measured(network, Probe(case.inputs).to(torch.device("cpu"), dtype))
             ways[dtype] = {layer: gradients.structured for layer, gradients in found.items()}
             assert {gradients.gradients.rows().dtype for gradients in found.values()} == {dtype}

@@ -115,4 +115,4 @@ def test_a_tensordict_is_refused_by_its_keys_and_taken_as_a_whole():
     collector = ProbeCollector(100, whole_batches=True)
     collector.add(batch)
     collector.add(batch)
-    assert (Probe(batch).size, collector.probe().size) == (64, 100)
+    assert (Probe(batch).size, collector.probe.size) == (64, 100)

@@ -31,12 +31,7 @@ def sufficient_patience(checks: float, tolerated: int) -> int | None:
 
 
 def epochs_between(arguments: Arguments, steps_in_epoch: float) -> int:
-    """Return the largest number of epochs from one measurement to the next.
-
-    Args:
-        arguments: The monitor's arguments, of which the cadence is read.
-        steps_in_epoch: The number of optimizer steps in an epoch; infinity where nobody knows.
-    """
+    """Return the largest number of epochs between measurements; the steps of an epoch are infinite if nobody knows."""
     steps = arguments.every_n_train_steps
     epochs = (arguments.every_n_epochs or 1) if steps is None else math.ceil(steps / max(1.0, steps_in_epoch))
     return max(1, epochs, arguments.every_n_epochs_after_zero_loss or 1)
@@ -44,11 +39,6 @@ def epochs_between(arguments: Arguments, steps_in_epoch: float) -> int:
 
 def advise_patience(trainer: Trainer, watchers: Iterable[Watcher], arguments: Arguments) -> Iterator[str]:
     """Say which callbacks and schedulers count their checks, and give up before there can be a new value.
-
-    Args:
-        trainer: The trainer at the start of training.
-        watchers: The callbacks and schedulers that monitor a value of this monitor.
-        arguments: The monitor's arguments, of which the cadence is read.
 
     Returns:
         One sentence for each, with the patience to pass.
@@ -84,23 +74,13 @@ _COUNTING = [stopping.on_train_epoch_end for stopping in EARLY_STOPPINGS]
 
 
 class RankedSaves:
-    """Notices where a ``ModelCheckpoint`` ranks weights by the value of others.
-
-    Args:
-        watchers: The callbacks and schedulers that monitor a value of this monitor.
-    """
+    """Notices where a ``ModelCheckpoint`` ranks weights by the value of others."""
 
     def __init__(self, watchers: Iterable[Watcher]) -> None:
         self._rankings = [(watcher, _ranking(watcher.owner)) for watcher in watchers if watcher.is_saving]
 
     def misjudged(self, step: int, measured_step: int | None, arguments: Arguments) -> list[str]:
-        """Say once of each ``ModelCheckpoint`` that it saves weights that were not measured.
-
-        Args:
-            step: The number of optimizer steps taken when a checkpoint is written.
-            measured_step: The number of optimizer steps at the newest record.
-            arguments: The monitor's arguments, of which the cadence is read.
-        """
+        """Say once of each ``ModelCheckpoint`` that it saves weights that were not measured."""
         interval = arguments.every_n_train_steps
         cadence = f"every_n_epochs={epochs_between(arguments, math.inf)} and save_on_train_epoch_end=True"
         remedy = cadence if interval is None else f"every_n_train_steps={interval}"

@@ -1,18 +1,26 @@
 """What the arguments of a `BasinMonitor` are, and what they must be."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from lightning_basin.callback.lightnings import MisconfigurationException
+from lightning_basin.checks import is_flag, is_number
 from lightning_basin.layer_names import tag
 from lightning_basin.probe import Probe
 from lightning_basin.settings import DType, HessianMode, LayerSelection, Settings
 
 PACED_SHARE = 0.1
 """The share of the wall time that measuring takes in a long run without a cadence."""
+
+
+Rule = tuple[str, Callable[[Any], bool], str]
+"""The name of an argument, whether a value of it is valid, and what it must do otherwise."""
+
+FLAG = "be True or False"
+"""What an argument must do that is true or false."""
 
 
 class Arguments:
@@ -64,26 +72,24 @@ class Arguments:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse values that mean nothing, before anything is measured.
-
-    Args:
-        arguments: The arguments by name.
-
-    Raises:
-        MisconfigurationException: For the first argument that is out of range; it says what the value must be.
-    """
-    for name, is_valid, requirement in _RULES:
-        value = arguments[name]
-        if not is_valid(value):
-            shown = repr(value)
-            shown = shown if len(shown) <= _LONGEST_SHOWN and "\n" not in shown else type(value).__name__
-            raise MisconfigurationException(f"`BasinMonitor({name}={shown})` must {requirement}")
+    """Refuse values that mean nothing, before anything is measured."""
+    check_rules("BasinMonitor", _RULES, arguments)
     try:
         Settings(**{name: arguments[name] for name in _SHARED})
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(f"`BasinMonitor(...)`: {error}") from error
     if arguments["history"] is not None:
         _check_file_name(arguments["prefix"], arguments["history"])
+
+
+def check_rules(callback: str, rules: Sequence[Rule], arguments: Mapping[str, Any]) -> None:
+    """Refuse the first argument that breaks a rule."""
+    for name, is_valid, requirement in rules:
+        value = arguments[name]
+        if not is_valid(value):
+            shown = repr(value)
+            shown = shown if len(shown) <= _LONGEST_SHOWN and "\n" not in shown else type(value).__name__
+            raise MisconfigurationException(f"`{callback}({name}={shown})` must {requirement}")
 
 
 def _check_file_name(prefix: str, ending: str) -> None:
@@ -141,8 +147,13 @@ def as_builtin(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _is_at_least_one(value: Any) -> bool:
-    return not isinstance(value, int) or value >= 1
+def is_count(value: Any) -> bool:
+    """Whether a value is an integer, and at least 1."""
+    return is_number(value, int) and value >= 1
+
+
+def _is_count_or_none(value: Any) -> bool:
+    return value is None or is_count(value)
 
 
 def _is_function_or_none(value: Any) -> bool:
@@ -160,16 +171,23 @@ _SHARED = (
 )
 """The arguments that `Settings` checks, for `measure_basin` too."""
 
-_COUNTS = (
-    *("every_n_epochs", "every_n_train_steps", "every_n_epochs_after_zero_loss", "every_n_spectra"),
-    *("zero_loss_patience", "memory_budget", "verify_null_space", "max_failures"),
-)
-_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    *((name, _is_at_least_one, "be at least 1") for name in _COUNTS),
-    ("verify_null_space", _no_word_but("zero_loss"), "be a number or 'zero_loss'"),
-    ("max_overhead", _no_word_but("auto"), "be inside (0, 1) or 'auto'"),
-    ("max_overhead", lambda value: isinstance(value, str | None) or 0.0 < value < 1.0, "be inside (0, 1) or 'auto'"),
-    ("zero_loss_threshold", lambda value: value >= 0.0, "be >= 0"),
+_OPTIONAL_COUNTS = ("every_n_epochs", "every_n_train_steps", "every_n_epochs_after_zero_loss", "max_failures")
+_RULES: tuple[Rule, ...] = (
+    *((name, _is_count_or_none, "be an integer, at least 1, or None") for name in _OPTIONAL_COUNTS),
+    *((name, is_count, "be an integer, at least 1") for name in ("every_n_spectra", "zero_loss_patience")),
+    ("memory_budget", lambda value: not is_number(value, float) or value >= 1, "be at least 1"),
+    (
+        "verify_null_space",
+        lambda value: value == "zero_loss" if isinstance(value, str) else _is_count_or_none(value),
+        "be an integer, at least 1, 'zero_loss' or None",
+    ),
+    (
+        "max_overhead",
+        lambda value: value in ("auto", None) or (is_number(value, float) and 0.0 < value < 1.0),
+        "be inside (0, 1) or 'auto'",
+    ),
+    ("zero_loss_threshold", lambda value: is_number(value, float) and value >= 0.0, "be a number, >= 0"),
+    *((name, is_flag, FLAG) for name in ("report", "figures")),
     ("duplicates_over", _no_word_but("train"), "be 'train', a data set or batches"),
     ("batch_fn", _is_function_or_none, "be callable, and no class"),
     ("on_other_probe", lambda value: value in ("raise", "replace"), "be 'raise' or 'replace'"),

@@ -50,11 +50,6 @@ class Cost:
 def advise(cost: Cost, cadence: tuple[str, int], arguments: Arguments) -> str | None:
     """Say what share of the wall time measuring takes, and what would bring it down.
 
-    Args:
-        cost: The cost of measuring so far.
-        cadence: The argument that sets the cadence, and its value.
-        arguments: The monitor's arguments.
-
     Returns:
         The message, with two settings and the share that each would leave; ``None`` where the share is tolerated, or no
         time has passed between measurements.

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from lightning_basin.callback.event_files import (
     prefix_of,
     tensorboard_loggers,
     with_prefix,
+    write_details,
     write_end_values,
     write_spectra,
 )
 from lightning_basin.callback.lightnings import Logger, Trainer
 from lightning_basin.callback.media import image_writer
-from lightning_basin.callback.probe_labels import labels_of
 from lightning_basin.callback.session import Session
-from lightning_basin.history.columns import History, history_of
+from lightning_basin.history.columns import History
 from lightning_basin.keys import tensorboard_values
 from lightning_basin.naming import escaped
 from lightning_basin.pages.findings import markdown_of
@@ -35,12 +34,7 @@ _LAYOUT = "custom_scalars__config__"
 
 
 class Dashboard:
-    """Writes to the loggers of one fit at its first record, at zero loss and at the end.
-
-    Args:
-        trainer: The trainer.
-        session: The records of the run, with the monitor's arguments and notices.
-    """
+    """Writes to the loggers of one fit at its first record, at zero loss and at the end."""
 
     def __init__(self, trainer: Trainer, session: Session) -> None:
         self._trainer = trainer
@@ -54,12 +48,7 @@ class Dashboard:
         self._num_shown = len(self._session.results.records)
 
     def add(self, record: BasinRecord, log_step: int) -> None:
-        """Take note of a record, and show what it changes.
-
-        Args:
-            record: The newest record.
-            log_step: The place on the x axis of the curves.
-        """
+        """Take note of a record, and show what it changes."""
         self._log_step = log_step
         prefix, results = self._session.arguments.prefix, self._session.results
         if not self._has_layout:
@@ -67,6 +56,7 @@ class Dashboard:
             self._each(lambda logger: _add_layout(logger, prefix, self._values(record)))
         if is_spectrum_written(len(results.records) - 1):
             self._each(lambda logger: write_spectra(logger, record, prefix, step=log_step))
+            self._each(lambda logger: write_details(logger, record, prefix, step=log_step))
         if record.step is not None and record.step == results.zero_loss_step:
             self._each(lambda logger: _mark(logger, self._values(record), log_step))
             self.show()
@@ -74,7 +64,9 @@ class Dashboard:
     def end(self) -> None:
         """Write the summary and the figures of the whole run, of which there is a record, and what it ended with."""
         self.show()
-        values, prefix = self._values(self._session.results.records[-1]), self._session.arguments.prefix
+        record, prefix = self._session.results.records[-1], self._session.arguments.prefix
+        values = self._values(record)
+        self._each(lambda logger: write_details(logger, record, prefix, step=self._log_step))
         self._each(lambda logger: write_end_values(logger, values, prefix, step=self._log_step))
 
     def _values(self, record: BasinRecord) -> dict[str, float]:
@@ -87,8 +79,7 @@ class Dashboard:
         if not results.records or len(results.records) == self._num_shown or not self._is_wanted:
             return
         self._num_shown = len(results.records)
-        history = history_of(results.records, zero_loss_step=results.zero_loss_step)
-        history = replace(history, labels=labels_of(results.probe))
+        history = results.history()
         prefix = escaped(self._session.arguments.prefix)
         self._each(lambda logger: logger.experiment.add_text(f"{prefix}/summary", markdown_of(history), self._log_step))
         drawn: dict[str, Any] = {}  # Once for all loggers, and only where one takes images.
@@ -132,11 +123,6 @@ def layout_of(prefix: str, tags: Collection[str], *, logger_prefix: str = "") ->
 
     Tags are expressions that match the curves of every run, so that the layouts of several runs are one; but those of
     a band, which TensorBoard takes as they are.
-
-    Args:
-        prefix: The prefix of the monitor's keys.
-        tags: The tags of the run.
-        logger_prefix: What the logger writes in front of each tag.
 
     Example:
         >>> layout_of("basin", ["basin/log10_loss"])

@@ -1,5 +1,6 @@
 """Stop training on a measured rank."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -7,7 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_basin.callback.arguments import as_builtin
+from lightning_basin.callback.arguments import FLAG, Rule, as_builtin, check_rules, is_count
 from lightning_basin.callback.lightnings import (
     BaseEarlyStopping,
     EarlyStoppingReason,
@@ -19,10 +20,11 @@ from lightning_basin.callback.lightnings import (
     plain_state,
 )
 from lightning_basin.callback.monitor import BasinMonitor
-from lightning_basin.callback.notices import Notices, warn
+from lightning_basin.callback.notices import Notices
 from lightning_basin.callback.reliability import passed_over_because
 from lightning_basin.callback.session import Session
 from lightning_basin.callback.watching import keys_of
+from lightning_basin.checks import is_flag, is_number
 from lightning_basin.keys import did_you_mean
 from lightning_basin.naming import printable
 from lightning_basin.record import BasinRecord
@@ -79,12 +81,13 @@ class RankEarlyStopping(BaseEarlyStopping):
         check_finite: bool = True,
         verbose: bool = False,
     ) -> None:
-        _check_arguments(mode, patience, min_delta, stopping_threshold)
+        arguments = {name: as_builtin(value) for name, value in locals().items()}
+        _check_arguments(arguments)
         self._reasons = early_stopping_reasons()
         super().__init__(
             monitor=monitor,
             min_delta=min_delta,
-            patience=as_builtin(patience),
+            patience=arguments["patience"],
             verbose=verbose,
             mode=mode,
             strict=strict,
@@ -118,20 +121,6 @@ class RankEarlyStopping(BaseEarlyStopping):
         basin_monitor = _find_monitor(self.monitor, trainer, pl_module)
         self._session, self._notices = basin_monitor.progress.session, Notices()
         basin_monitor.subscribe(self.on_measurement)
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        unread = self.state_dict()
-        try:
-            super().load_state_dict(state_dict)
-            counts = (self.wait_count, self.stopped_epoch, self.patience)
-            if not isinstance(self.best_score, Tensor) or not all(isinstance(count, int) for count in counts):
-                raise TypeError("it holds other values than numbers")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # Damaged, or of another version.
-            super().load_state_dict(unread)
-            warn(
-                f"{self._name} counts anew: its state in the checkpoint cannot be read. {type(error).__name__}: {error}"
-            )
 
     def on_measurement(self, trainer: Trainer, record: BasinRecord) -> None:
         """Take the newest measurement into account, and stop training if it decides so."""
@@ -197,27 +186,29 @@ class RankEarlyStopping(BaseEarlyStopping):
         return plain_state(self) | {"_session": None}
 
 
-def _check_arguments(mode: str, patience: int, min_delta: float, stopping_threshold: float | None) -> None:
-    modes = tuple(RankEarlyStopping.mode_dict)
-    if mode not in modes:
-        raise MisconfigurationException(f"`RankEarlyStopping(mode={mode!r})` must be in {modes}")
-    if patience < 1:
-        raise MisconfigurationException(f"`RankEarlyStopping(patience={patience})` must be at least 1")
-    if min_delta < 0:
-        raise MisconfigurationException(f"`RankEarlyStopping(min_delta={min_delta})` must not be negative")
-    if mode == "plateau" and stopping_threshold is not None:
+_MODES = tuple(RankEarlyStopping.mode_dict)
+_RULES: tuple[Rule, ...] = (
+    ("monitor", lambda value: isinstance(value, str), "be the key of a logged value"),
+    ("mode", lambda value: isinstance(value, str) and value in _MODES, f"be in {_MODES}"),
+    ("patience", is_count, "be an integer, at least 1"),
+    ("min_delta", lambda value: is_number(value, float) and value >= 0, "be a number, and not be negative"),
+    ("stopping_threshold", lambda value: value is None or is_number(value, float), "be a number or None"),
+    *((name, is_flag, FLAG) for name in ("after_zero_loss", "strict", "check_finite", "verbose")),
+)
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    check_rules("RankEarlyStopping", _RULES, arguments)
+    threshold = arguments["stopping_threshold"]
+    if arguments["mode"] == "plateau" and threshold is not None:
         raise MisconfigurationException(
-            f"`RankEarlyStopping(stopping_threshold={stopping_threshold})` needs a direction. HINT: pass mode='min' to "
-            f"stop below it, mode='max' to stop above it"
+            f"`RankEarlyStopping(stopping_threshold={threshold})` needs a direction. HINT: pass mode='min' to stop "
+            f"below it, mode='max' to stop above it"
         )
 
 
 def _find_monitor(key: str, trainer: Trainer, module: LightningModule) -> BasinMonitor:
-    """Return the monitor of a trainer that logs a key.
-
-    Raises:
-        MisconfigurationException: If there is none.
-    """
+    """Return the monitor of a trainer that logs a key."""
     monitors = [callback for callback in callbacks_of(trainer) if isinstance(callback, BasinMonitor)]
     for monitor in monitors:
         if monitor.progress.session.owns_key(key):

@@ -1,17 +1,20 @@
-"""What goes into the event files of TensorBoard: values and singular values of a measurement, and the end of a run.
+"""What goes into the event files of TensorBoard: values and details of a measurement, and the end of a run.
 
 All values of a measurement are one event, as each event costs a tenth of a millisecond and more.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, HistogramProto, Summary, SummaryMetadata
+from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from lightning_basin.callback.lightnings import TENSORBOARD_LOGGERS, Logger
 from lightning_basin.functional.rank import BINS_PER_DECADE
+from lightning_basin.history.details import DETAILS, details_of
 from lightning_basin.history.spectra import Counts
 from lightning_basin.keys import FIRST_QUANTITIES
 from lightning_basin.layer_names import MAX_LAYER_CURVES, tags_of
@@ -34,13 +37,7 @@ def tensorboard_loggers(loggers: Iterable[Logger]) -> list[Any]:
 
 
 def write_scalars(logger: Any, values: Mapping[str, float], *, step: int) -> None:
-    """Write values, each under its tag.
-
-    Args:
-        logger: A TensorBoard logger. One of a class of the user's logs them as it does all others.
-        values: The values by tag, without the logger's own prefix.
-        step: The place on the x axis.
-    """
+    """Write values, each under its tag; a logger of a class of the user's logs them as it does all others."""
     if type(logger) in TENSORBOARD_LOGGERS and isinstance(logger.experiment, SummaryWriter):
         add_values(logger.experiment, with_prefix(logger, values), step=step)
     else:
@@ -73,14 +70,7 @@ def is_spectrum_written(index: int) -> bool:
 
 
 def write_spectra(logger: Any, record: BasinRecord, prefix: str, *, step: int) -> None:
-    """Write the singular values of the network, and of up to 32 layers or blocks, as histograms of ``log10``.
-
-    Args:
-        logger: A TensorBoard logger.
-        record: A record.
-        prefix: The first characters of every tag.
-        step: The place on the x axis.
-    """
+    """Write the singular values of the network, and of up to 32 layers or blocks, as histograms of ``log10``."""
     scopes = record.blocks or record.layers
     named = {f"{escaped(prefix)}_spectrum/network": record.gradient_spectrum}
     if len(scopes) <= MAX_LAYER_CURVES:
@@ -91,6 +81,22 @@ def write_spectra(logger: Any, record: BasinRecord, prefix: str, *, step: int) -
     found = [Summary.Value(tag=tag, histo=_histogram(counts)) for tag, counts in named.items() if counts]
     if found:
         _add(logger.experiment, found, step)
+
+
+def write_details(logger: Any, record: BasinRecord, prefix: str, *, step: int) -> None:
+    """Write what no value says, for reports from event files. No pane of TensorBoard shows it.
+
+    Args:
+        logger: A TensorBoard logger.
+        record: A record.
+        prefix: The first characters of every tag.
+        step: The place on the x axis.
+    """
+    text = json.dumps(details_of(record), separators=(",", ":"))
+    plugin = SummaryMetadata.PluginData(plugin_name="lightning_basin")
+    (tag,) = with_prefix(logger, {f"{escaped(prefix)}/{DETAILS}": 0.0})
+    metadata = SummaryMetadata(plugin_data=plugin, data_class=DATA_CLASS_TENSOR)
+    _add(logger.experiment, [Summary.Value(tag=tag, metadata=metadata, tensor=make_tensor_proto(text))], step)
 
 
 def _histogram(counts: Counts) -> HistogramProto:
@@ -110,12 +116,6 @@ def write_end_values(logger: Any, values: Mapping[str, float], prefix: str, *, s
 
     Of all such records of a run only the first counts, and ``TensorBoardLogger(default_hp_metric=False)`` alone leaves
     it to others.
-
-    Args:
-        logger: A TensorBoard logger.
-        values: The last values by tag, without the logger's own prefix.
-        prefix: The first characters of every tag.
-        step: The place on the x axis.
     """
     if logger._default_hp_metric or _has_end_values(logger):
         return

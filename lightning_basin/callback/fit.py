@@ -30,17 +30,8 @@ Listener = Callable[[Trainer, BasinRecord], None]
 class Fit:
     """Decides at the batches and epochs of one fit what to do; every process makes the same calls.
 
-    Args:
-        trainer: The trainer at its set-up.
-        module: The module that will be trained.
-        progress: The probe, records and schedule, which outlive the fit.
-        listeners: The functions that are called after every measurement.
-
     Attributes:
         publisher: Hands the records to loggers, callbacks and the table.
-
-    Raises:
-        MisconfigurationException: If the module cannot be measured in this trainer.
     """
 
     def __init__(self, trainer: Trainer, module: nn.Module, progress: Progress, listeners: list[Listener]) -> None:
@@ -54,26 +45,14 @@ class Fit:
         self.publisher = Publisher(trainer, progress.session)
 
     def begin(self) -> None:
-        """Set up all for the first batch.
-
-        Raises:
-            MisconfigurationException: If the training set cannot be read, or a callback monitors what is not measured.
-        """
+        """Set up all for the first batch."""
         self._joint.open()
         self._progress.begin(self._module, self._trainer.global_step)
         self._request().training_set()
         self.publisher.begin(self._module, monitor_prefixes(self._trainer))
 
     def before_batch(self, batch: Any, batch_idx: int) -> None:
-        """Take the probe, and measure the baseline; or what a resumed run has left out.
-
-        Args:
-            batch: The training batch, as the training step takes it.
-            batch_idx: The index of the batch in its epoch.
-
-        Raises:
-            MisconfigurationException: If the first batch shows that the module cannot be measured.
-        """
+        """Take the probe, and measure the baseline; or what a resumed run has left out."""
         trainer, probing = self._trainer, self._probing
         epoch, step = trainer.current_epoch, trainer.global_step
         is_overdue = self._schedule.is_overdue(
@@ -164,16 +143,7 @@ class Fit:
 
 
 def check_trainer(trainer: Trainer, prefix: str) -> None:
-    """Refuse a trainer in which a module cannot be measured.
-
-    Args:
-        trainer: The trainer at its set-up.
-        prefix: The monitor's prefix.
-
-    Raises:
-        MisconfigurationException: If the trainer is of no installed package, another monitor has the same prefix, or
-            the strategy shards parameters in a way that cannot be undone.
-    """
+    """Refuse a trainer in which a module cannot be measured."""
     if not isinstance(trainer, Trainer):
         raise MisconfigurationException(
             f"BasinMonitor needs the Trainer of an installed Lightning package, got {type(trainer).__module__}."

@@ -19,10 +19,6 @@ class GatheredModule:
     A sharded module itself cannot be measured: `torch.func.functional_call` on it returns the outputs of its own
     parameters without a word, and its derivatives by what one passes are zero (torch 2.13).
 
-    Args:
-        module: The module, not sharded yet. Its copy is in float64, which holds any precision of training.
-        is_here: Whether this is the process that holds the copy.
-
     Raises:
         ValueError: If the module cannot be copied as it is: parameters have no shape, or no numbers yet.
         TypeError: If the module cannot be copied for another reason.
@@ -39,9 +35,6 @@ class GatheredModule:
 
     def gathered(self, sharded: nn.Module) -> Callable[[], nn.Module]:
         """Collect weights and buffers as they are now; all processes must call this together.
-
-        Args:
-            sharded: The module, whose parameters are sharded now.
 
         Returns:
             A function that returns the filled copy, on the process that holds it. It raises a ValueError if parameters

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 
 def find_unused(path: Path) -> Path:
@@ -20,6 +21,8 @@ def find_unused(path: Path) -> Path:
 
 class HistoryFile:
     """A table that grows row by row, and is complete after every one.
+
+    A value is a number, or an object of JSON.
 
     Args:
         path: The path of the file, ``*.csv``, or ``*.jsonl`` with one JSON object a line; `write` begins it anew.
@@ -43,7 +46,7 @@ class HistoryFile:
         self.path = path
         self._columns: list[str] = []
 
-    def write(self, rows: Iterable[Mapping[str, float]]) -> None:
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replace the file, also one that an earlier run left half-written."""
         rows = list(rows)
         self._columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -53,20 +56,25 @@ class HistoryFile:
             if self.path.suffix == ".csv" and rows:
                 writer = csv.DictWriter(file, self._columns)
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows(map(_cells, rows))
             elif rows:
                 file.writelines(f"{json.dumps(row)}\n" for row in rows)
         unfinished.replace(self.path)
 
-    def append(self, row: Mapping[str, float]) -> None:
+    def append(self, row: Mapping[str, Any]) -> None:
         """Add a row; a CSV file is written anew where the row has a column that was not there."""
         if self.path.suffix == ".jsonl":
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{json.dumps(row)}\n")
         elif row.keys() <= set(self._columns):
             with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns).writerow(row)
+                csv.DictWriter(file, self._columns).writerow(_cells(row))
         else:
             with self.path.open(newline="", encoding="utf-8") as file:
                 earlier = list(csv.DictReader(file))
-            self.write([*earlier, row])  # type: ignore[list-item]  # what was written before comes back as text
+            self.write([*earlier, row])
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a CSV file: a cell takes no object, but its JSON."""
+    return {key: json.dumps(value) if isinstance(value, dict) else value for key, value in row.items()}

@@ -12,36 +12,6 @@ from operator import or_
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "EARLY_STOPPINGS",
-    "TENSORBOARD_LOGGERS",
-    "BaseCallback",
-    "BaseEarlyStopping",
-    "CSVLogger",
-    "Callback",
-    "DDPStrategy",
-    "DeepSpeedStrategy",
-    "DummyLogger",
-    "EarlyStopping",
-    "EarlyStoppingReason",
-    "FSDPStrategy",
-    "LRSchedulerConfig",
-    "LightningModule",
-    "Logger",
-    "MLFlowLogger",
-    "MisconfigurationException",
-    "ModelCheckpoint",
-    "ModelParallelStrategy",
-    "Profiler",
-    "StochasticWeightAveraging",
-    "Strategy",
-    "TensorBoardLogger",
-    "Trainer",
-    "callbacks_of",
-    "early_stopping_reasons",
-    "plain_state",
-]
-
 
 def _installed() -> list[ModuleType]:
     packages, problems = [], []
@@ -76,37 +46,37 @@ def _accept_nothing(_: object) -> None:
 
 
 if TYPE_CHECKING:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch import Callback as BaseCallback
-    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
-    from lightning.pytorch.callbacks import EarlyStopping as BaseEarlyStopping
-    from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
-    from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
-    from lightning.pytorch.loggers.logger import DummyLogger
-    from lightning.pytorch.profilers import Profiler
-    from lightning.pytorch.strategies import (
-        DDPStrategy,
-        DeepSpeedStrategy,
-        FSDPStrategy,
-        ModelParallelStrategy,
-        Strategy,
-    )
-    from lightning.pytorch.utilities.types import LRSchedulerConfig
+    from lightning.fabric.utilities.exceptions import MisconfigurationException as MisconfigurationException
+    from lightning.pytorch import Callback as Callback
+    from lightning.pytorch import LightningModule as LightningModule
+    from lightning.pytorch import Trainer as Trainer
+    from lightning.pytorch.callbacks import EarlyStopping as EarlyStopping
+    from lightning.pytorch.callbacks import StochasticWeightAveraging as StochasticWeightAveraging
+    from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason as EarlyStoppingReason
+    from lightning.pytorch.loggers import CSVLogger as CSVLogger
+    from lightning.pytorch.loggers import Logger as Logger
+    from lightning.pytorch.loggers import MLFlowLogger as MLFlowLogger
+    from lightning.pytorch.loggers import TensorBoardLogger as TensorBoardLogger
+    from lightning.pytorch.loggers.logger import DummyLogger as DummyLogger
+    from lightning.pytorch.profilers import Profiler as Profiler
+    from lightning.pytorch.strategies import DeepSpeedStrategy as DeepSpeedStrategy
+    from lightning.pytorch.strategies import FSDPStrategy as FSDPStrategy
+    from lightning.pytorch.strategies import ModelParallelStrategy as ModelParallelStrategy
+    from lightning.pytorch.strategies import Strategy as Strategy
+
+    BaseCallback = Callback
+    BaseEarlyStopping = EarlyStopping
 else:
     Callback = reduce(or_, _each("callbacks", "Callback"))
     EarlyStopping = reduce(or_, _each("callbacks", "EarlyStopping"))
     EarlyStoppingReason = reduce(or_, _each("callbacks.early_stopping", "EarlyStoppingReason"))
-    ModelCheckpoint = reduce(or_, _each("callbacks", "ModelCheckpoint"))
     StochasticWeightAveraging = reduce(or_, _each("callbacks", "StochasticWeightAveraging"))
     LightningModule = reduce(or_, _each("core", "LightningModule"))
-    LRSchedulerConfig = reduce(or_, _each("utilities.types", "LRSchedulerConfig"))
     Trainer = reduce(or_, _each("trainer", "Trainer"))
     Logger = reduce(or_, _each("loggers", "Logger"))
     MLFlowLogger = reduce(or_, _each("loggers", "MLFlowLogger"))
     Profiler = reduce(or_, _each("profilers", "Profiler"))
     Strategy = reduce(or_, _each("strategies", "Strategy"))
-    DDPStrategy = reduce(or_, _each("strategies", "DDPStrategy"))
     DeepSpeedStrategy = reduce(or_, _each("strategies", "DeepSpeedStrategy"))
     FSDPStrategy = reduce(or_, _each("strategies", "FSDPStrategy"))
     ModelParallelStrategy = reduce(or_, _each("strategies", "ModelParallelStrategy"))

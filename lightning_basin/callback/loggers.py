@@ -20,12 +20,6 @@ def log_scalars(
 ) -> list[str]:
     """Hand values to every logger, as one row where it has rows.
 
-    Args:
-        loggers: The loggers.
-        scalars: The values by key.
-        step: The place on the x axis.
-        prefix: The first characters of every key, by which TensorBoard's tags are grouped.
-
     Returns:
         A sentence for each logger that failed: a training run is worth more than a curve.
     """
@@ -61,9 +55,6 @@ def _accepted(logger: Logger, scalars: Mapping[str, float]) -> list[dict[str, fl
 
 def mlflow_name(key: str) -> str:
     """Replace the characters of a key that MLflow refuses.
-
-    Args:
-        key: The key.
 
     Example:
         >>> mlflow_name("basin_layer_gradient_rank/größe (a)")

@@ -19,11 +19,7 @@ PageWriter = Callable[[str, Path, int], object]
 
 
 def image_writer(logger: Logger) -> ImageWriter | None:
-    """Return a function that hands an image to a logger; ``None`` for a logger that takes none.
-
-    Args:
-        logger: The logger.
-    """
+    """Return a function that hands an image to a logger; ``None`` for a logger that takes none."""
     log: Any = logger
     experiment: Any = getattr(log, "experiment", None)
     if hasattr(experiment, "add_image"):  # TensorBoard.
@@ -47,11 +43,7 @@ def _picture(image: NDArray[np.uint8]) -> Any:
 
 
 def page_writer(logger: Logger) -> PageWriter | None:
-    """Return a function that hands a page to a logger; ``None`` for a logger that takes none.
-
-    Args:
-        logger: The logger.
-    """
+    """Return a function that hands a page to a logger; ``None`` for a logger that takes none."""
     log: Any = logger
     experiment: Any = getattr(log, "experiment", None)
     if hasattr(experiment, "log_artifact") and hasattr(log, "run_id"):  # MLflow.

@@ -201,9 +201,6 @@ class BasinMonitor(Arguments, BaseCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # `trainer.test(ckpt_path="best")` loads callbacks too, and would take the history back to the best epoch.
         self.progress.is_loadable = trainer.state.fn == "fit"
-        states = checkpoint.get("callbacks") or {}
-        if not states.get(self.state_key, True):  # An empty state, which lightning 2.6 does not load.
-            self.load_state_dict(states[self.state_key])
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

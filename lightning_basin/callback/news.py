@@ -1,26 +1,23 @@
-"""What a measurement brings that the one before had not: zero loss, first merged inputs, a bracket that closes."""
+"""What is said in a terminal: when something new is measured, and at the end of a fit."""
 
+import re
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 
+from lightning_basin.callback.event_files import tensorboard_loggers
+from lightning_basin.callback.lightnings import Trainer
+from lightning_basin.callback.report_file import ReportFile
+from lightning_basin.callback.session import Session
 from lightning_basin.layer_names import tag
+from lightning_basin.naming import escaped, printable
+from lightning_basin.pages.terminal import summary_of
 from lightning_basin.record import BasinRecord
 
 
 def news(record: BasinRecord, earlier: list[BasinRecord], zero_loss_step: int | None) -> Iterator[str]:
-    """Say in one sentence each what is new, and so happens once in a run.
-
-    Args:
-        record: The newest record.
-        earlier: All records before it, oldest first.
-        zero_loss_step: The step at which the loss had reached zero; ``None`` where it has not.
-
-    Example:
-        >>> import torch
-        >>> from lightning_basin import measure_basin
-        >>> record = measure_basin(torch.nn.Linear(2, 1), torch.ones(3, 2))
-        >>> list(news(record, [], None))
-        []
-    """
+    """Say in one sentence each what is new, and so happens once in a run."""
     step = "" if record.step is None else f" at step {record.step:,}"
     if record.step is not None and record.step == zero_loss_step:
         yield f"The loss has reached zero{step}, with a gradient rank of {record.gradient_rank:,}"
@@ -40,3 +37,19 @@ def news(record: BasinRecord, earlier: list[BasinRecord], zero_loss_step: int | 
 
 def _has_merged(records: list[BasinRecord], layer: str) -> bool:
     return any(record.layers[layer].duplicated_activations for record in records if layer in record.layers)
+
+
+def closing_words(trainer: Trainer, session: Session, report: ReportFile) -> str:
+    """Return a sentence, a table and the places of report and curves, in characters that a terminal may show."""
+    history, width = session.results.history(), shutil.get_terminal_size((100, 24)).columns
+    summary = summary_of(history, width, has_colors=sys.stderr.isatty())  # Where messages of Lightning go.
+    return "\n".join([summary, *map(printable, _places(trainer, session.arguments.prefix, report))])
+
+
+def _places(trainer: Trainer, prefix: str, report: ReportFile) -> Iterator[str]:
+    if report.path is not None and report.path.is_file():
+        yield f"The report: {report.path}"
+    for logger in tensorboard_loggers(trainer.loggers)[:1]:
+        yield f"The curves: tensorboard --logdir {shlex.quote(logger.root_dir)}"
+        # Integers need no smoothing, and the network's curves come first.
+        yield f"  http://localhost:6006/?smoothing=0&tagFilter=^{re.escape(escaped(prefix))}/#timeseries"

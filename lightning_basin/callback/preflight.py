@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from lightning_basin.callback.described_step import step_behavior
 from lightning_basin.callback.request import LOSS_ATTRIBUTES, Request, loss_of
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
-from lightning_basin.callback.step_outputs import step_behavior
 from lightning_basin.callback.training_step import agrees_with, read_training_step
 from lightning_basin.limits import MemoryBudgetError
 from lightning_basin.measure import check_measurable
@@ -16,11 +16,6 @@ from lightning_basin.probe import Probe
 
 def read_first_step(request: Request, module: nn.Module, batch: Any) -> bool:
     """Read outputs, targets and loss from a training step, unless it trains just what the module returns.
-
-    Args:
-        request: What the measurements will be asked for; its findings take what was read, or why nothing was.
-        module: The module that will be measured.
-        batch: The first training batch.
 
     Returns:
         Whether the outputs of the training step are to be measured.
@@ -57,11 +52,6 @@ def check_request(request: Request, module: nn.Module, probe: Probe, *, num_inpu
         module: The module that will be measured.
         probe: The inputs that there are already.
         num_inputs: The number of inputs that the probe will have.
-
-    Raises:
-        TypeError: If the behavior, or the loss that was passed, cannot be measured.
-        ValueError: As for a TypeError.
-        MisconfigurationException: If the training set cannot be read.
     """
     for _ in request.training_set() or ():  # Whether inputs and targets of its first batch can be distinguished.
         break

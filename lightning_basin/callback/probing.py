@@ -35,12 +35,6 @@ _PAIR_HINT = (
 class Probing:
     """Takes the probe from the first training batches, and finds out how outputs and loss are read from them.
 
-    Args:
-        arguments: The monitor's arguments.
-        notices: Says each message once.
-        probe: A probe that was passed; ``None`` takes one from training batches.
-        size: The number of inputs to take; 0 where a probe was passed.
-
     Attributes:
         arguments: The monitor's arguments.
         size: The number of inputs to take; 0 where a probe was passed.
@@ -80,12 +74,7 @@ class Probing:
         return Request(self.arguments, self.findings, records, self._notices, trainer)
 
     def start(self, module: nn.Module, probe: Probe | None, step_calls: Sequence[int] | None) -> None:
-        """Check a module outside of a fit; `Progress.start` says what the arguments are.
-
-        Raises:
-            TypeError: If the module cannot be measured.
-            ValueError: If the module cannot be measured, or there is no probe.
-        """
+        """Check a module outside of a fit, and refuse one that cannot be measured, as `Progress.start` says."""
         if self.probe is None:
             self.probe = probe
             self.findings.step_calls = None if step_calls is None else tuple(step_calls)
@@ -120,8 +109,9 @@ class Probing:
                     self.initial = (initial, trainer.global_step, batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
             if whole is not None:
-                return f"{error}{self._hint(batch)}"
-            self.probe = self._collector.probe()
+                return f"{error}{self._hint(batch, str(error))}"
+            self.probe = self._collector.probe
+            assert self.probe is not None, "a first batch was taken"
             self._notices.warn(f"The probe has {self.probe.size} inputs, not {self.size}: {error}")
         except Exception as error:  # Not the configuration. The measurements will say whether they succeed.
             name = type(trainer.lightning_module).__name__
@@ -140,27 +130,29 @@ class Probing:
         if self.request([]).batch_fn is None and not callable(self.arguments.behavior):
             check_one_loader(trainer, batch)
         self._collector.add(batch)
-        if self._collector.complete:
-            self.probe = self._collector.probe()
+        if self._collector.is_complete:
+            self.probe = self._collector.probe
 
     def _check(self, request: Request, module: nn.Module) -> None:
-        probe = self.probe or self._collector.probe()
+        probe = self.probe or self._collector.probe
+        assert probe is not None, "a first batch was taken"
         size = self.size or probe.size
         if self.probe is None and request.trainer is not None:  # Fewer, where an epoch has no more.
             size = int(min(size, probe.size * request.trainer.num_training_batches))
         check_request(request, module, probe, num_inputs=size)
 
-    def _hint(self, batch: Any) -> str:
-        """Return the rest of what to say where the first batch cannot be measured."""
+    def _hint(self, batch: Any, problem: str) -> str:
+        """Return the rest of what to say where the first batch cannot be measured for a problem."""
         is_pair = callable(self.arguments.behavior) and self.arguments.batch_fn is None and not self._is_passed
         if is_pair and isinstance(batch, tuple | list) and len(batch) == 2:  # noqa: PLR2004
             return _PAIR_HINT
-        return self.findings.unread and f". It cannot be read from training_step: {self.findings.unread}"
+        unread = self.findings.unread
+        return f". It cannot be read from training_step: {unread}" if unread not in ("", problem) else ""
 
     def end_collection(self) -> None:
         """Make the probe of the inputs of an epoch, which has no more."""
-        if self.probe is None and self._collector.num_inputs:
-            self.probe = self._collector.probe()
+        if self.probe is None and self._collector.probe is not None:
+            self.probe = self._collector.probe
             self._notices.inform(
                 f"The probe has {self.probe.size} inputs, not {self.size}: an epoch has no more. HINT: for more, pass "
                 f"BasinMonitor(probe=(inputs, targets))"
@@ -190,14 +182,7 @@ class Probing:
             )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on with the probe of the run so far.
-
-        Args:
-            state: The state in a checkpoint, as far as it could be read.
-
-        Raises:
-            MisconfigurationException: If the monitor's probe is another one, and is not to replace it.
-        """
+        """Go on with the probe of the run so far, or refuse a monitor whose probe is another one."""
         self.findings.step_calls = None if state["step_calls"] is None else tuple(state["step_calls"])
         before, size = state["probe_fingerprint"], state.get("probe_size", self.size)
         if before is None:  # No probe was full yet.

@@ -12,10 +12,9 @@ from lightning_basin.callback.lightnings import MisconfigurationException
 from lightning_basin.callback.notices import Notices
 from lightning_basin.callback.probing import Probing
 from lightning_basin.callback.results import Latest, Results
-from lightning_basin.callback.resuming import read_state
 from lightning_basin.callback.schedule import Schedule
 from lightning_basin.callback.session import Session
-from lightning_basin.callback.state import probe_state
+from lightning_basin.callback.state import probe_state, read_state
 from lightning_basin.probe import Probe
 from lightning_basin.record import BasinRecord
 
@@ -25,11 +24,6 @@ _COMPARED_ON_RESUME = ("rtol", "duplicate_rtol", "max_outputs", "dtype", "seed")
 
 class Progress:
     """What outlives a fit of a monitor: its probe, its records, and when it has measured.
-
-    Args:
-        arguments: The monitor's arguments.
-        probe: A probe that was passed; ``None`` takes one from training batches.
-        size: The number of inputs to take; 0 where a probe was passed.
 
     Attributes:
         notices: Says each message once.
@@ -62,10 +56,6 @@ class Progress:
         """Begin a fit: go on with what was measured, or forget it.
 
         It goes on only where the same module is trained further, or a checkpoint held the records.
-
-        Args:
-            module: The module that will be trained.
-            step: The number of optimizer steps taken.
         """
         self._has_begun, self._latest.results = True, self.session.results
         self.session.num_failures = 0
@@ -84,11 +74,6 @@ class Progress:
     def start(self, module: nn.Module, probe: Probe | None, step_calls: Sequence[int] | None) -> None:
         """Begin to measure outside of a fit: forget what was measured, and see whether a module can be.
 
-        Args:
-            module: A module like those that will be measured.
-            probe: The probe to take where none was passed to the monitor.
-            step_calls: The calls in ``training_step`` whose outputs were measured with this probe.
-
         Raises:
             MisconfigurationException: If there is no probe, or the module cannot be measured on it.
         """
@@ -102,10 +87,6 @@ class Progress:
 
     def observe(self, module: nn.Module, step: int) -> BasinRecord | None:
         """Measure outside of a fit, as at a step of one, and add the record to the others.
-
-        Args:
-            module: The module to measure, which stays as it is.
-            step: The number of optimizer steps for which it was trained.
 
         Returns:
             The record; ``None``, after a warning, where measuring failed.
@@ -146,31 +127,25 @@ class Progress:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on with the run of a checkpoint, as far as its state can be read.
-
-        Args:
-            state_dict: Whatever a checkpoint holds.
-
-        Raises:
-            MisconfigurationException: If the monitor's probe is another one, and is not to replace it.
-        """
+        """Go on with the run of a checkpoint, as far as its state can be read."""
         if not self.is_loadable:
             return
-        state, problems = read_state(state_dict, _COMPARED_ON_RESUME, self.probing.passed_fingerprint())
+        state, problem = read_state(state_dict, self.probing.passed_fingerprint())
         self.reset()
-        if problems:
+        if problem:
             same = ", on the same probe" if state is not None and state["probe"] is not None else ""
-            done = "goes on with the rest" if state is not None and "records" in state else f"measures anew{same}"
             self.notices.warn(
-                f"BasinMonitor {done}: its state in the checkpoint is damaged, or of another version, with "
-                f"{'; '.join(problems)}"
+                f"BasinMonitor measures anew{same}: its state in the checkpoint is damaged, or of another version: "
+                f"{problem}"
             )
         if state is None:
             return
         self.probing.load(state)
         self.is_loaded = True
-        for name, before in state.get("settings", {}).items():
+        settings = state.get("settings", {})
+        for name in _COMPARED_ON_RESUME:
             now = getattr(self._arguments, name)
+            before = settings.get(name, now)
             # "auto" keeps the type of the records, float64 where they do not say it.
             if before != now and (name, before, now) != ("dtype", "float64", "auto"):
                 self.notices.warn(

@@ -6,12 +6,11 @@ from pathlib import Path
 from torch import nn
 
 from lightning_basin.callback.advice import RankedSaves, advise_patience
-from lightning_basin.callback.closing import closing_words
 from lightning_basin.callback.dashboard import Dashboard
 from lightning_basin.callback.history import HistoryFile, find_unused
 from lightning_basin.callback.lightnings import Trainer
 from lightning_basin.callback.loggers import log_scalars, set_callback_metrics
-from lightning_basin.callback.news import news
+from lightning_basin.callback.news import closing_words, news
 from lightning_basin.callback.notices import show
 from lightning_basin.callback.report_file import ReportFile
 from lightning_basin.callback.session import Session
@@ -22,12 +21,7 @@ from lightning_basin.record import BasinRecord
 
 
 class Publisher:
-    """Hands the records of one fit to whoever looks for them.
-
-    Args:
-        trainer: The trainer.
-        session: The records of the run, with the monitor's arguments and notices.
-    """
+    """Hands the records of one fit to whoever looks for them."""
 
     def __init__(self, trainer: Trainer, session: Session) -> None:
         self._trainer = trainer
@@ -42,15 +36,7 @@ class Publisher:
         self._ranked_saves = RankedSaves(())
 
     def begin(self, module: nn.Module, prefixes: Sequence[str]) -> None:
-        """Set up all that is published to, with the records of a run that is resumed.
-
-        Args:
-            module: The module that is trained.
-            prefixes: The prefixes of all monitors of the trainer.
-
-        Raises:
-            MisconfigurationException: If a callback monitors a value that no measurement can have.
-        """
+        """Set up all that is published to, with the records of a run that is resumed."""
         # Resumed: checkpoints do not hold callback_metrics, but a strict EarlyStopping asks for it.
         watchers = find_watchers(self._trainer)
         ours = [watcher for watcher in watchers if self._session.owns_key(watcher.key)]
@@ -92,12 +78,7 @@ class Publisher:
             self._notices.warn(problem)
 
     def log(self, record: BasinRecord, log_step: int) -> None:
-        """Hand a record to all loggers and to the table, and say what it has to say.
-
-        Args:
-            record: The newest record.
-            log_step: The place on the x axis of Lightning's own curves.
-        """
+        """Hand a record to all loggers and to the table, and say what it has to say."""
         self._log_step = log_step
         skipped: dict[str, float] = {}
         if self._arguments.overhead_limit is not None and not self._arguments.is_paced:

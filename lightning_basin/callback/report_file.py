@@ -1,11 +1,11 @@
 """The report of a fit in its log directory, written when the loss has reached zero and at the end."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_basin.callback.lightnings import Logger, Trainer, callbacks_of
 from lightning_basin.callback.media import page_writer
-from lightning_basin.callback.probe_labels import labels_of
 from lightning_basin.callback.session import Session
 from lightning_basin.history.page import page_name
 from lightning_basin.naming import escaped
@@ -16,10 +16,6 @@ class ReportFile:
     """Writes the report of one fit, and hands it to the loggers that take pages.
 
     A fit without a logger gets none, as it may be one of thousands.
-
-    Args:
-        trainer: The trainer.
-        session: The records of the run, with the monitor's arguments and notices.
 
     Attributes:
         path: The path of the page; ``None`` where there will be none.
@@ -45,11 +41,7 @@ class ReportFile:
                 self.path = folder if folder is None else folder / page_name(self._session.arguments.prefix)
 
     def write(self, log_step: int) -> None:
-        """Write the page anew, if there are records that it does not have.
-
-        Args:
-            log_step: The place on the x axis of the newest record.
-        """
+        """Write the page anew, if there are records that it does not have."""
         num_records = len(self._session.results.records)
         if self.path is not None and num_records != self._num_written:
             self._num_written = num_records
@@ -90,24 +82,12 @@ def _folder_of(loggers: Sequence[Logger], default_root_dir: str) -> Path | None:
 def write_page(path: Path, session: Session, *, stopped: str | None = None) -> bool:
     """Write the report of a session; a failure costs a message.
 
-    Args:
-        path: The path of the page.
-        session: The records of the run, of which there is at least one.
-        stopped: Why training was stopped; ``None`` where it ended by itself.
-
     Returns:
         Whether the page was written.
     """
-    results, folder = session.results, path.resolve().parent
+    folder = path.resolve().parent
     try:
-        report(
-            results.records,
-            path,
-            name=f"{folder.parent.name}/{folder.name}",
-            zero_loss_step=results.zero_loss_step,
-            labels=labels_of(results.probe),
-            stopped=stopped,
-        )
+        report(replace(session.results.history(), name=f"{folder.parent.name}/{folder.name}", stopped=stopped), path)
     except Exception as error:  # A full disk, or a package of figures that is not there.
         _inform_of(error, session)
         return False

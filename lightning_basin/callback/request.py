@@ -8,11 +8,10 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_basin.callback.arguments import Arguments
-from lightning_basin.callback.described_step import KnownStep
+from lightning_basin.callback.described_step import KnownStep, step_behavior
 from lightning_basin.callback.lightnings import Profiler, Trainer
 from lightning_basin.callback.notices import Notices
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
-from lightning_basin.callback.step_outputs import step_behavior
 from lightning_basin.callback.training_set import whole_training_set
 from lightning_basin.callback.training_step import read_training_step
 from lightning_basin.naming import escaped
@@ -122,11 +121,7 @@ class Request:
         return Probe(probe.inputs, step.probe.targets), quiet_loss(step.loss, self.trainer)
 
     def training_set(self) -> Iterable[Probe] | None:
-        """Return the training set over which duplicates are counted; ``None`` where they are counted on the probe only.
-
-        Raises:
-            MisconfigurationException: If it cannot be read beside the training.
-        """
+        """Return the training set over which duplicates are counted; ``None`` where only the probe is looked at."""
         return whole_training_set(
             self.arguments.duplicates_over,
             self.trainer,

@@ -13,6 +13,7 @@ from lightning_basin.callback.arguments import PACED_SHARE, Arguments
 from lightning_basin.callback.notices import Notices, inform, memory_hint, warn
 from lightning_basin.callback.request import Request
 from lightning_basin.callback.results import Results
+from lightning_basin.history.details import DETAILS, details_of
 from lightning_basin.keys import Key
 from lightning_basin.measure import measure
 from lightning_basin.naming import escaped
@@ -28,10 +29,6 @@ NEAR_ZERO = 100.0
 
 class Session:
     """Measures at a step, keeps the records, and counts zero losses and failures in a row.
-
-    Args:
-        arguments: The monitor's arguments.
-        notices: Says each message once.
 
     Attributes:
         arguments: The monitor's arguments.
@@ -149,9 +146,10 @@ class Session:
         """Return what callbacks see: the step of zero loss stays, as a strict ``EarlyStopping`` would miss it."""
         return self.log_values(record) | self._zero_loss_value
 
-    def table_row(self, record: BasinRecord) -> dict[str, float]:
-        """Return the values of a record as a row of a table, which begins with the step."""
-        return ({} if record.step is None else {"step": record.step}) | self.log_values(record)
+    def table_row(self, record: BasinRecord) -> dict[str, Any]:
+        """Return the values of a record as a row of a table, which begins with the step and ends with details."""
+        step = {} if record.step is None else {"step": record.step}
+        return {**step, **self.log_values(record), f"{escaped(self.arguments.prefix)}/{DETAILS}": details_of(record)}
 
     @property
     def _zero_loss_value(self) -> dict[str, float]:

@@ -19,12 +19,7 @@ from lightning_basin.settings import Behavior, Probabilities
 def quiet_behavior(
     behavior: Callable[..., Any] | Literal["outputs", "probabilities"] | None, trainer: Trainer | None
 ) -> Behavior:
-    """Return the behavior of a copy that finds its trainer, but logs nothing, and waits for no other process.
-
-    Args:
-        behavior: The behavior, as `BasinMonitor` takes it.
-        trainer: The trainer of the run; ``None`` outside of a fit.
-    """
+    """Return the behavior of a copy that finds its trainer, but logs nothing, and waits for no other process."""
     call = behavior if callable(behavior) else call_module
 
     def outputs(module: nn.Module, inputs: Any) -> Any:
@@ -38,13 +33,7 @@ def quiet_behavior(
 
 
 def quiet_step(module: nn.Module, trainer: Trainer | None, objectives: list[Tensor]) -> None:
-    """Let a copy run its training step without any effect.
-
-    Args:
-        module: The copy.
-        trainer: The trainer of the run; ``None`` outside of a fit.
-        objectives: A list that takes what the step hands to its manual backward passes.
-    """
+    """Let a copy run its training step without any effect."""
     for submodule in module.modules():
         if isinstance(submodule, LightningModule):
             _silence(submodule, trainer)
@@ -52,12 +41,7 @@ def quiet_step(module: nn.Module, trainer: Trainer | None, objectives: list[Tens
 
 
 def quiet_loss(loss_fn: Any, trainer: Trainer | None) -> Any:
-    """Return a loss that waits for no other process; what is no function stays as it is.
-
-    Args:
-        loss_fn: The loss, as `measure_basin` takes it.
-        trainer: The trainer of the run; ``None`` outside of a fit.
-    """
+    """Return a loss that waits for no other process; what is no function stays as it is."""
     if trainer is None or trainer.world_size == 1 or not callable(loss_fn):
         return loss_fn
 
@@ -153,9 +137,6 @@ def collectives_refused(trainer: Trainer | None) -> Iterator[None]:
 
     A mode below autograd would need fewer lines, but inside of one no module can make a tensor of a subclass
     (torch 2.13).
-
-    Args:
-        trainer: The trainer of the run; ``None`` outside of a fit.
     """
     if trainer is None or trainer.world_size == 1 or not torch.distributed.is_available():
         yield

@@ -1,12 +1,14 @@
-"""A probe in a checkpoint, and its fingerprint."""
+"""The state of a monitor in a checkpoint: how its probe is written, and how it is read."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_basin.probe import Probe
+from lightning_basin.record import BasinRecord
 from lightning_basin.tensors import map_tensors, tensors_of
 
 
@@ -55,3 +57,56 @@ def _is_plain(collection: Any) -> bool:
     if type(collection) in (tuple, list):
         return all(_is_plain(item) for item in collection)
     return isinstance(collection, Tensor) or type(collection) in (type(None), str, int, float, bool)
+
+
+def read_state(state: Any, passed_fingerprint: str | None) -> tuple[dict[str, Any] | None, str]:
+    """Return as much of a state as can be used, with a `Probe` and a list of `BasinRecord`, and what is wrong with it.
+
+    The curve of one probe does not go on with another: where the probe cannot be read, nothing is used. Where the
+    records cannot be read, they begin anew on the same probe.
+
+    Args:
+        state: Whatever a checkpoint holds.
+        passed_fingerprint: The fingerprint of a probe that was passed; ``None`` where it is taken from training.
+
+    Returns:
+        The entries that can be used, ``None`` where there are none; and what cannot be read, empty for nothing.
+    """
+    try:
+        of_probe = read_probe(state, passed_fingerprint)
+    except ValueError as error:
+        return None, str(error)
+    try:
+        records = [BasinRecord.from_dict(record) for record in state["records"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return of_probe, f"its records cannot be read ({type(error).__name__}: {error})"
+    return {**state, **of_probe, "records": records}, ""
+
+
+def read_probe(state: Any, passed_fingerprint: str | None = None) -> dict[str, Any]:
+    """Return the ``probe`` of a state, if it holds one, its ``probe_fingerprint`` and its ``step_calls``.
+
+    Args:
+        state: Whatever a checkpoint holds.
+        passed_fingerprint: The fingerprint of a probe that was passed, which need not be read again.
+
+    Raises:
+        ValueError: If the probe is not as it was written.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"it is no dict but a {type(state).__name__}")
+    plain, expected, calls = state.get("probe"), state.get("probe_fingerprint"), state.get("step_calls")
+    is_known = passed_fingerprint is not None and expected == passed_fingerprint
+    if plain is None or is_known:
+        has_none = (expected is None and state.get("records")) or (passed_fingerprint is None and "probe" not in state)
+        if has_none and not is_known:  # Else no probe was full yet, or a checkpoint cannot hold it.
+            raise ValueError("there is no probe in it")
+        return {"probe": None, "probe_fingerprint": expected, "step_calls": calls}
+    try:
+        probe = Probe(**plain)
+        actual = fingerprint(probe if calls is None else Probe(probe.inputs))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"its probe cannot be read ({error})") from error
+    if expected is not None and actual != expected:
+        raise ValueError("its probe is not the one that was written")
+    return {"probe": probe, "probe_fingerprint": actual, "step_calls": calls}

@@ -12,8 +12,8 @@ from lightning_basin.callback.silence import collectives_refused, quiet_step
 from lightning_basin.callback.step_watch import Call, LastCall, StepWatch
 from lightning_basin.network.isolation import at_rest, isolated_evaluation
 from lightning_basin.network.precision import RaisedPrecision
-from lightning_basin.network.replica import device_of, replicas
-from lightning_basin.operations.sequence import OperationSequence
+from lightning_basin.network.replica import device_of, perturb, replicas
+from lightning_basin.operations.recorder import OperationSequence
 from lightning_basin.probe import Probe
 from lightning_basin.tensors import map_tensors, tensors_of
 
@@ -22,14 +22,7 @@ _PERTURBATION = 1e-3
 
 
 def trained_parameters(module: nn.Module, batch: Any, trainer: Any, dtype: torch.dtype) -> frozenset[str]:
-    """Return the names of the parameters to which a training step gives a gradient; none where it cannot be run alone.
-
-    Args:
-        module: The module, which stays as it is.
-        batch: A training batch.
-        trainer: The trainer, which the copy finds without logging anything.
-        dtype: The floating point type of the copy.
-    """
+    """Return the names of the parameters to which a training step gives a gradient; none where it cannot run alone."""
     device = device_of(module, dtype)
     try:
         with isolated_evaluation(device, dtype), at_rest(module):
@@ -82,19 +75,10 @@ class StepRun:
         is_moved: bool = False,
         given: Mapping[int, Tensor] | None = None,
     ) -> "StepRun":
-        """Run the step of a copy.
-
-        Args:
-            module: The module, which stays as it is.
-            probe: The whole batch as inputs.
-            trainer: The trainer; ``None`` outside of a fit.
-            batch_idx: The index of the batch, which the step is told.
-            is_moved: Whether all parameters of the copy are moved before.
-            given: The tensors that take the place of what modules return, by position among all calls.
-        """
+        """Run the step of a copy: also of another batch, with moved parameters, or with outputs that are given."""
         (replica,) = replicas(module)
         if is_moved:
-            _move(replica)
+            perturb(replica, _PERTURBATION)
         watch, result = run_step(
             replica, map_tensors(Tensor.clone, probe.inputs), trainer, batch_idx=batch_idx, given=given
         )
@@ -112,16 +96,6 @@ class StepRun:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters of the copy, by name."""
         return {name: parameter for name, parameter in self.replica.named_parameters() if parameter.requires_grad}
-
-
-def _move(module: nn.Module) -> None:
-    """Move every parameter, also one that is zero, and each element otherwise: a softmax notices no common change."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            scale = float(parameter.abs().max()) if parameter.numel() else 0.0
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(noise.to(parameter), alpha=_PERTURBATION * (scale or 1.0))
 
 
 def run_step(

@@ -15,17 +15,6 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_basin.tensors import map_tensors, tensors_of
 
-_LOSSES = frozenset(
-    [
-        *("binary_cross_entropy", "binary_cross_entropy_with_logits", "cosine_embedding_loss", "cross_entropy"),
-        *("ctc_loss", "gaussian_nll_loss", "hinge_embedding_loss", "huber_loss", "kl_div", "l1_loss"),
-        *("margin_ranking_loss", "mse_loss", "multi_margin_loss", "multilabel_margin_loss", "nll_loss"),
-        *("multilabel_soft_margin_loss", "poisson_nll_loss", "smooth_l1_loss", "soft_margin_loss"),
-        *("triplet_margin_loss", "triplet_margin_with_distance_loss"),
-    ]
-)
-"""Losses of `torch.nn.functional`, which the modules of torch call too."""
-
 _BACKWARD = frozenset([Tensor.backward, torch.autograd.backward])
 
 
@@ -87,8 +76,7 @@ class StepWatch(TorchFunctionMode):
             self.objectives += tensors_of(args[:1])
             return None
         value = func(*args, **(kwargs or {}))
-        is_loss = getattr(func, "__module__", "") == "torch.nn.functional" and func.__name__ in _LOSSES
-        if is_loss and isinstance(value, Tensor):
+        if _is_loss(func) and isinstance(value, Tensor):
             self.calls.append(Call(func, args, kwargs or {}, value))
             self._end_unless_inside_a_module()
         return value
@@ -97,8 +85,7 @@ class StepWatch(TorchFunctionMode):
     def modules(self, root: nn.Module) -> Iterator[None]:
         """Watch modules too: one without parameters that makes a number is a loss, others make outputs.
 
-        Args:
-            root: The module with the step, whose ``forward`` counts as a call too, as a step often calls it directly.
+        The ``forward`` of the root, which has the step, counts as a call too: a step often calls it directly.
         """
         before = register_module_forward_pre_hook(lambda *_: self._enter())
         after = register_module_forward_hook(self._leave, with_kwargs=True, always_call=True)
@@ -153,6 +140,13 @@ class StepWatch(TorchFunctionMode):
             return
         if self.calls[self._last].is_loss:
             raise LastCall
+
+
+def _is_loss(function: Callable[..., Any]) -> bool:
+    """Whether a function is a loss of `torch.nn.functional`, which the modules of torch call too."""
+    name = getattr(function, "__name__", "")
+    is_named_so = name.endswith("_loss") or name.startswith(("cross_entropy", "binary_cross_entropy", "kl_div"))
+    return is_named_so and getattr(function, "__module__", "") == "torch.nn.functional"
 
 
 @dataclass(frozen=True)

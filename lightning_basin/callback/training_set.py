@@ -13,15 +13,7 @@ from lightning_basin.training_set import TrainingSet, as_probes
 
 
 def check_one_loader(trainer: Trainer, batch: Any) -> None:
-    """Refuse batches that hold a batch of each of some loaders: a pair of them is no pair of inputs and targets.
-
-    Args:
-        trainer: The trainer, in training.
-        batch: A training batch.
-
-    Raises:
-        TypeError: If a batch holds those of several loaders; the error says what to pass.
-    """
+    """Refuse batches that hold a batch of each of some loaders: a pair of them is no pair of inputs and targets."""
     loaders, place = trainer.train_dataloader, "batch"
     count = len(loaders) if isinstance(loaders, list | tuple | dict) else 0
     while isinstance(loaders, list | tuple | dict) and loaders:
@@ -37,17 +29,7 @@ def check_one_loader(trainer: Trainer, batch: Any) -> None:
 def whole_training_set(
     duplicates_over: Any, trainer: Trainer | None, *, batch_fn: Callable[..., Any] | None, whole_batches: bool
 ) -> Iterable[Probe] | None:
-    """Return the training set over which duplicates are counted; a loader's data set is read anew, in order.
-
-    Args:
-        duplicates_over: The argument of this name of `BasinMonitor`.
-        trainer: The trainer; ``None`` outside of a fit.
-        batch_fn: The function from a batch to a pair of inputs and targets.
-        whole_batches: Whether a batch is taken as inputs where there is no ``batch_fn``.
-
-    Raises:
-        MisconfigurationException: If the training set cannot be read in this way.
-    """
+    """Return the training set over which duplicates are counted; a loader's data set is read anew, in order."""
     data, prepare = duplicates_over, None
     if data is None:
         return None

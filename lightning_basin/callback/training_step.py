@@ -11,10 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_basin.callback.described_step import KnownStep, TrainingStep
+from lightning_basin.callback.described_step import (
+    KnownStep,
+    RunLoss,
+    StepLoss,
+    TrainingStep,
+    distinct_outputs,
+    join_outputs,
+    select_calls,
+    targets_of,
+)
 from lightning_basin.callback.silence import collectives_refused
-from lightning_basin.callback.step_loss import RunLoss, StepLoss, targets_of
-from lightning_basin.callback.step_outputs import distinct_outputs, join_outputs, select_calls
 from lightning_basin.callback.step_run import StepRun, contributing_calls
 from lightning_basin.callback.step_watch import Call
 from lightning_basin.network.isolation import at_rest, isolated_evaluation
@@ -22,7 +29,7 @@ from lightning_basin.network.layers import parameters_in_graph
 from lightning_basin.network.network import Network
 from lightning_basin.network.precision import RaisedPrecision
 from lightning_basin.network.replica import device_of, replicas
-from lightning_basin.network.rounding import agreement_rtol
+from lightning_basin.network.rounding import agree, agreement_rtol
 from lightning_basin.probe import Probe, split_batch
 from lightning_basin.tensors import float64_device, tensors_of
 
@@ -76,7 +83,7 @@ def read_training_step(
             by_module = _compare_runs(module, trainer, runs, _returned_calls(module, trainer, runs[0]))
         except Exception as error:  # Whatever a step raises that is run on other values than those of its modules.
             if by_losses is None:
-                raise ValueError(f"{problem}; and {error}") from error
+                raise ValueError(problem if problem == str(error) else f"{problem}; and {error}") from error
             return by_losses
         if by_losses is None and by_module.loss is None:
             raise ValueError(
@@ -94,16 +101,7 @@ def agrees_with(
     *,
     with_loss: bool,
 ) -> bool:
-    """Whether a training step trains just what a module makes of the first of a pair, compared with the second.
-
-    Args:
-        step: What the step showed of the batch.
-        module: The module, which stays as it is.
-        batch: The training batch.
-        behavior: A function from the module and inputs to outputs.
-        loss_fn: The loss that stands on the module, if any.
-        with_loss: Whether the losses must agree too.
-    """
+    """Whether a training step trains just what a module makes of the first of a pair, compared with the second."""
     device = float64_device(step.outputs.device)
     try:
         inputs, targets = split_batch(batch)
@@ -112,7 +110,7 @@ def agrees_with(
             replica, loss_fn, behavior = replicas(module, loss_fn, behavior)
             network = Network(replica, behavior)
             outputs = network.outputs(probe)
-            if not _is_close(outputs.detach(), step.outputs):
+            if not agree(outputs.detach(), step.outputs):
                 return False
             if not step.reached <= parameters_in_graph(outputs, dict(replica.named_parameters())):
                 return False
@@ -122,21 +120,15 @@ def agrees_with(
                 return False
             with RaisedPrecision(torch.float64):
                 value = loss_fn(outputs, probe.targets).detach()
-            return _is_close(value, value.new_tensor(step.value))
+            return agree(value, value.new_tensor(step.value))
     except Exception:  # Whatever a module or a loss raises that is not called in this way.
         return False
-
-
-def _is_close(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and bool(
-        ((first - second).abs() <= agreement_rtol(torch.float64) * second.abs().max()).all()
-    )
 
 
 def _compare_runs(module: nn.Module, trainer: Any, runs: Sequence[StepRun], calls: Sequence[int]) -> TrainingStep:
     """Return what a run shows, compared with one of another batch index and with one of other parameters."""
     step, of_index, of_parameters = (_describe_run(module, trainer, run, calls) for run in runs)
-    if not _is_close(of_index.outputs, step.outputs):
+    if not agree(of_index.outputs, step.outputs):
         raise ValueError("training_step draws random numbers, or its outputs change with the index of the batch")
     if not all(_has_same_loss(module, step, other) for other in (of_index, of_parameters)):
         return replace(step, loss=None, is_whole=False)
@@ -154,7 +146,7 @@ def _has_same_loss(module: nn.Module, step: TrainingStep, other: TrainingStep) -
     else:
         expected = other.value
     _, loss = replicas(module, step.loss)  # Of a copy that has run no step.
-    return _is_close(loss(other.outputs, step.probe.targets).detach(), other.outputs.new_tensor(expected))
+    return agree(loss(other.outputs, step.probe.targets).detach(), other.outputs.new_tensor(expected))
 
 
 def _describe_run(module: nn.Module, trainer: Any, run: StepRun, calls: Sequence[int]) -> TrainingStep:
@@ -177,7 +169,7 @@ def _describe_run(module: nn.Module, trainer: Any, run: StepRun, calls: Sequence
         shapes = tuple(tensor.shape for tensor in tensors)
         loss, is_whole, targets = RunLoss(module, trainer, tuple(calls), shapes, probe.size), True, probe.inputs
     # A step with several optimizers minimizes the same for each, or there is more than was read.
-    is_whole = is_whole and all(_is_close(other.detach(), run.total.detach()) for other in run.objectives)
+    is_whole = is_whole and all(agree(other.detach(), run.total.detach()) for other in run.objectives)
     return TrainingStep(
         calls=tuple(calls),
         probe=Probe(probe.inputs, targets),
@@ -193,11 +185,7 @@ def _describe_run(module: nn.Module, trainer: Any, run: StepRun, calls: Sequence
 
 
 def _returned_calls(module: nn.Module, trainer: Any, run: StepRun) -> list[int]:
-    """Return the positions of the tensors that one module returns, and of which alone the step makes all of its loss.
-
-    Raises:
-        ValueError: If there is no such module.
-    """
+    """Return the positions of the tensors that one module returns, if the step makes all of its loss of them alone."""
     calls = {index: call for index, call in enumerate(run.calls) if not call.is_loss and call.value.requires_grad}
     given = {index: call.value.detach().requires_grad_() for index, call in calls.items()}
     cut = StepRun.of(module, run.probe, trainer, given=given)
@@ -247,6 +235,6 @@ def _have_equal_constants(first: TrainingStep, second: TrainingStep) -> bool:
         constants.append([*tensors_of(step.probe.targets), *step.loss.weights])
     rtol = agreement_rtol(torch.float64)
     return len(constants[0]) == len(constants[1]) and all(
-        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol)
+        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol, equal_nan=True)
         for a, b in zip(*constants, strict=True)
     )

@@ -59,18 +59,8 @@ def check_watchers(
 ) -> Iterator[str]:
     """Refuse what looks for a value that no measurement of a monitor can have.
 
-    Args:
-        watchers: The callbacks and schedulers of the run that monitor any value.
-        arguments: The monitor's arguments.
-        module: The module that the monitor measures.
-        prefixes: The prefixes of all monitors of the run, this one's among them.
-
     Returns:
         A warning for each watcher that goes on all the same.
-
-    Raises:
-        MisconfigurationException: For a key that is mistyped, or a value that the arguments leave out where the run
-            would end without it.
     """
     keys = keys_of(arguments, module)
     later = _later_keys(arguments, module, keys)
@@ -144,11 +134,6 @@ class Lenience:
 
     A strict ``EarlyStopping`` is lenient until then, a scheduler does not step, and a ``ModelCheckpoint`` ranks no
     weights. No value is made up: a provisional one could stop a run.
-
-    Args:
-        watchers: The callbacks and schedulers that monitor a value of this monitor.
-        arguments: The monitor's arguments.
-        present: The keys that have a value already.
     """
 
     def __init__(self, watchers: Iterable[Watcher], arguments: Arguments, present: Collection[str]) -> None:
@@ -161,11 +146,7 @@ class Lenience:
                 _set(watcher.owner, lenient)
 
     def unmet(self, keys: Collection[str]) -> Iterator[str]:
-        """Say who waits on after a measurement that should have brought the value.
-
-        Args:
-            keys: The keys that have a value.
-        """
+        """Say who waits on after a measurement that should have brought the value."""
         for watcher, _ in self._waiting:
             key = Key.of(watcher.key, self._arguments.prefix)
             assert key is not None, "one of this monitor's"
@@ -202,9 +183,6 @@ def _set(owner: Any, values: Mapping[str, Any]) -> None:
 
 def left_out(arguments: Arguments) -> dict[str, str]:
     """Return the quantities that no measurement has with some arguments, each with the argument that leaves it out.
-
-    Args:
-        arguments: The monitor's arguments.
 
     Example:
         >>> from lightning_basin import BasinMonitor

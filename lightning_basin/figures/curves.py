@@ -1,6 +1,6 @@
 """Curves over the steps of a run: the rank and what allows it, the null space in its bracket, the loss."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,6 +11,7 @@ from lightning_basin.figures.style import (
     NULLITY,
     QUIET,
     RANK,
+    TOLERANCE_COLORS,
     at_least,
     axes_or_new,
     draw_known,
@@ -23,9 +24,6 @@ from lightning_basin.figures.style import (
 from lightning_basin.history.columns import History
 from lightning_basin.history.knowledge import counted_nullity, nullity_knowledge, rank_knowledge
 from lightning_basin.history.sources import Source, read_histories, read_history
-
-_TOLERANCE_COLORS = ("#5c0616", "#8f1026", "#c8102e", "#e5808f", "#f0b3bd")
-"""From the strictest tolerance to the loosest one, dark to light."""
 
 _LINE = 14.0
 """The height of a line of text, in points."""
@@ -66,7 +64,7 @@ def _draw_rank(ax: Axes, history: History) -> None:
     mark_zero_loss(ax, history)
     ends = {
         "rank": (last_known(rank), RANK),
-        "allowed by merged inputs": (last_known(bound), BOUND),
+        "allowed by merges": (last_known(bound), BOUND),
         "largest possible": (last_known(largest), QUIET),
     }
     _name_ends(ax, history, ends)
@@ -77,16 +75,27 @@ def _name_ends(ax: Axes, history: History, ends: dict[str, tuple[float, str]]) -
     bottom, top = ax.get_ylim()
     points = ax.get_window_extent().height * 72 / ax.figure.dpi
     line = _LINE * (top - bottom) / max(points, 1.0)
-    taken: list[float] = []
-    for name, (value, color) in ends.items():
-        if np.isnan(value):
-            continue
-        place = value
-        while any(abs(place - other) < 0.99 * line for other in taken):
-            place += line
-        taken.append(place)
+    names = sorted((name for name in ends if not np.isnan(ends[name][0])), key=lambda name: ends[name][0])
+    for name, place in zip(names, _apart([ends[name][0] for name in names], line, top), strict=True):
+        value, color = ends[name]
         offset = (place - value) / line * _LINE
         name_end(ax, history, value, f"{name} {value:,.0f}", color=color, offset=offset)
+
+
+def _apart(values: Sequence[float], least: float, top: float) -> list[float]:
+    """Move ascending places apart: up to have their distance, and down again below the top.
+
+    Example:
+        >>> _apart([1.0, 1.0, 6.0], 2.0, 10.0), _apart([9.0, 9.0, 9.0], 2.0, 10.0)
+        ([1.0, 3.0, 6.0], [6.0, 8.0, 10.0])
+    """
+    places: list[float] = []
+    for value in values:
+        places.append(max([value, *(place + least for place in places[-1:])]))
+    for index in reversed(range(len(places))):
+        places[index] = min(places[index], top)
+        top = places[index] - least
+    return places
 
 
 def _draw_ranks(ax: Axes, histories: list[History]) -> None:
@@ -113,7 +122,7 @@ def plot_nullity(source: Source, ax: Axes | None = None) -> Axes:
     """Draw the dimension of the Hessian's null space in its bracket, down to ``N - rank``.
 
     Where eigenvalues were counted without a bracket, and a residual is left, the line is dotted: another tolerance
-    gives another number.
+    gives another number. The line of ``N - rank`` says what is known of the rank.
 
     Args:
         source: Records, or the path of a table or of a log directory.
@@ -130,7 +139,7 @@ def plot_nullity(source: Source, ax: Axes | None = None) -> Axes:
         draw_known(ax, history.steps, end, ["bracketed"] * len(end), color=NULLITY, linewidth=1.2)
     counted, knowledge = counted_nullity(history), nullity_knowledge(history)
     draw_known(ax, history.steps, counted, knowledge, color=NULLITY, linewidth=2.4, marker="o", markersize=3)
-    draw_steps(ax, history.steps, free, color=RANK, linewidth=1.2, linestyle=(0, (4, 2.5)))
+    draw_known(ax, history.steps, free, rank_knowledge(history), color=RANK, linewidth=1.2)
     _fit_between(ax, np.concatenate([lower, upper, counted, free, history.num_parameters()]))
     label_steps(ax, history)
     mark_zero_loss(ax, history)
@@ -186,7 +195,7 @@ def plot_tolerances(source: Source, ax: Axes | None = None) -> Axes:
     columns = [history.column(f"gradient_rank_at_{tolerance}") for tolerance in tolerances]
     ends = {}
     for tolerance, color, column, looser in zip(
-        tolerances, _TOLERANCE_COLORS, columns, [*columns[1:], None], strict=True
+        tolerances, TOLERANCE_COLORS, columns, [*columns[1:], None], strict=True
     ):
         if looser is not None:
             is_known = ~np.isnan(column) & ~np.isnan(looser)
@@ -200,6 +209,6 @@ def plot_tolerances(source: Source, ax: Axes | None = None) -> Axes:
     at_least(ax, float(np.nanmax([np.nanmax(column) for column in [*columns, rank] if not np.isnan(column).all()])))
     label_steps(ax, history)
     mark_zero_loss(ax, history)
-    _name_ends(ax, history, ends)
+    _name_ends(ax, history, {**ends, "rank": (last_known(rank), INFORMATION)})
     ax.set_ylabel("rank")
     return ax

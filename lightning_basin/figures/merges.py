@@ -44,7 +44,8 @@ def plot_merges(
     """Draw which inputs become one, and at which layer, as they were at one measurement.
 
     Args:
-        source: Records, or the path of a log directory with records. Tables and TensorBoard events hold no merges.
+        source: Records, the path of a report or a table, or a log directory. A table that a logger has written holds
+            no merges.
         ax: The axes; ``None`` makes a new figure.
         step: The optimizer step of the measurement; ``None`` takes the last one.
         labels: A label for each input of the probe, by which lines are sorted and coloured: its class, for example.

@@ -22,10 +22,10 @@ def comparison_figure(histories: Sequence[History], against: str | None) -> Figu
     """
     figure = Figure(figsize=(7.2, 5.6 if against is None else 9.0), layout="constrained")
     axes = figure.subplots(2 if against is None else 3, 1)
-    plot_history(histories, axes[0])
-    plot_band(histories, axes[1])
+    plot_history(histories, axes[0]).set_title("The rank of each run, with a dot at zero loss")
+    plot_band(histories, axes[1]).set_title("Their median, and the band of their middle eight tenths")
     if against is not None:
-        plot_final(histories, axes[2], against=against)
+        plot_final(histories, axes[2], against=against).set_title("Each run at its end")
     return figure
 
 

@@ -19,8 +19,8 @@ def plot_spectrum(source: Source, ax: Axes | None = None, *, layer: str | None =
     which a singular value counts as zero; what is rounding is not drawn.
 
     Args:
-        source: Records, or the path of a report or of its folder. A report holds the singular values of the network
-            and of the eight layers that have lost most; tables and TensorBoard events hold none.
+        source: Records, the path of a report or a table, or a log directory. A report holds the singular values of the
+            network and of the eight layers that have lost most; a table that a logger has written holds none.
         ax: The axes; ``None`` makes a new figure.
         layer: The layer's name in logged keys; ``None`` draws the network.
 

@@ -16,6 +16,9 @@ INK, QUIET, PALE = "#222222", "#767676", "#f1f1ef"
 RANK, NULLITY, INFORMATION, BOUND, ZERO_LOSS = "#c8102e", "#1f6f8b", "#0b5d7a", "#444444", "#b26a00"
 """Colours that colour-blind readers can tell apart by their lightness too; the report exchanges them in the dark."""
 
+TOLERANCE_COLORS = ("#5c0616", "#8f1026", "#b8142d", "#d9566d", "#e88a9a")
+"""The colours of ranks at five tolerances, the strictest one first; a page exchanges dark and light in the dark."""
+
 LINE_STYLES: dict[Knowledge, Any] = {
     "proved": "-",
     "bracketed": (0, (1, 1)),

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_basin.functional.duplicates import activation_rows
-from lightning_basin.functional.rank import EPSILON, GRAM_RESOLUTION, check_rtol, default_rtol, singular_values
+from lightning_basin.functional.rank import (
+    EPSILON,
+    GRAM_RESOLUTION,
+    LEAST_OF_GRAM,
+    check_rtol,
+    default_rtol,
+    singular_values,
+)
 from lightning_basin.functional.reading import Array, read
 
 _STACKED_ELEMENTS = 2**22  # elements of square matrices that are decomposed together: 32 MiB
@@ -46,14 +53,6 @@ def activation_ranks(
     The singular values are those of `sketched_spectrum`, with the activations themselves in place of a sketch. On an
     accelerator matrices of one size are decomposed together, and the results of all layers are read at once.
 
-    Args:
-        activations: The activations of each layer, one row per input, float64, shape ``(k, d)``.
-        rtol: The tolerance, as in `activation_rank`.
-        epsilon: The rounding, as in `activation_rank`.
-
-    Raises:
-        ValueError: If ``rtol`` is not inside ``(0, 1)``.
-
     Example:
         >>> layers = [torch.eye(3), torch.ones(3, 2), torch.zeros(3, 4)]
         >>> [rank for rank, _ in activation_ranks([layer.double() for layer in layers])]
@@ -63,7 +62,7 @@ def activation_ranks(
     wide = [rows if rows.shape[0] <= rows.shape[1] else rows.mT for rows in activations]
     # The Gram matrix costs a fraction of what a decomposition of wide rows costs, and most often it decides.
     spectra = [np.sqrt(values[::-1].clip(min=0.0)) for values in read(_eigenvalues_of_grams(wide))]
-    num_resolved = [int((sigmas > GRAM_RESOLUTION * sigmas[:1]).sum()) for sigmas in spectra]
+    num_resolved = [int((sigmas > np.maximum(GRAM_RESOLUTION * sigmas[:1], LEAST_OF_GRAM)).sum()) for sigmas in spectra]
     places = [
         place
         for place, (sigmas, resolved) in enumerate(zip(spectra, num_resolved, strict=True))

@@ -158,15 +158,7 @@ def gauss_newton_eigenvalues(
 ) -> GaussNewtonEigenvalues:
     """Square the singular values of rows whose products are P, with what the method that found them leaves unknown.
 
-    Args:
-        num_parameters: The number N of parameters.
-        rows: The singular values of the rows.
-        scale: The number by which the products of the rows are multiplied to give P.
-        rtol: The size, relative to the largest eigenvalue, below which an eigenvalue counts as zero, beside the
-            residual; ``None`` means the square of the tolerance of ``rows``.
-
-    Raises:
-        ValueError: If ``rtol`` is not inside ``(0, 1)``.
+    The arguments are those of `null_space_bracket`.
 
     Example:
         >>> import torch

@@ -6,6 +6,7 @@ off by a factor of 10 or so, which is enough where none of them is near the tole
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -120,7 +121,7 @@ def independent_rows(gram: GramMatrix, *, resolution: float = GRAM_RESOLUTION) -
     inverse, square = largest_eigenvalues(gram, factor.solve, gram.times)
     # All in one transfer, for which a device waits: whether there is a factor, too.
     failed, least, inverse, square = torch.stack([factor.failed.to(shift), shift, inverse, square]).tolist()
-    if failed or not 0.0 < least < math.inf:
+    if failed or not sys.float_info.min < least < math.inf:
         return None
     return IndependentRows(
         num_rows=gram.num_rows,
@@ -135,10 +136,6 @@ def rows_independent_in_few_columns(gradients: LayerGradients, generator: Genera
 
     The columns are the gradients times random orthonormal vectors. Rows that are independent in these are so in all
     columns, whose singular values are no smaller (Weyl, 1912).
-
-    Args:
-        gradients: The gradients.
-        generator: A generator on the CPU, for random vectors.
 
     Returns:
         ``None`` where the rows are not independent, or the proof would not be cheaper.

@@ -82,12 +82,7 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _steady_index(slopes: Sequence[Tensor], derivative: Tensor) -> int | None:
-    """The last of the smallest three steps in a row that show the same error; differences of zero count if all are.
-
-    Args:
-        slopes: The differences, by ascending steps.
-        derivative: The claimed derivative.
-    """
+    """The last of the smallest three steps in a row that show the same error; differences of zero count if all are."""
     if not any(bool(slope.any()) for slope in slopes):
         return _NUM_STEADY - 1
     for first in range(len(slopes) - _NUM_STEADY + 1):

@@ -37,37 +37,14 @@ def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6, scales: Tensor
         tensor([0, 1, 0])
     """
     check_duplicate_rtol(rtol)
-    return _classes_alone(activation_rows(activations), rtol, scales)
-
-
-def finer_classes(classes: Tensor, activations: Tensor, *, rtol: float, scales: Tensor) -> Tensor:
-    """Find the classes of `duplicate_classes` from those at a coarser tolerance: only their members are compared.
-
-    Args:
-        classes: The classes of the same activations and scales, at a tolerance at least as large.
-        activations: The activations, as in `duplicate_classes`.
-        rtol: The finer tolerance.
-        scales: The scales, as in `duplicate_classes`.
-
-    Example:
-        >>> activations, scales = torch.tensor([[1.0], [5.0], [1.1], [1.0]]), torch.tensor([5.0])
-        >>> classes = duplicate_classes(activations, rtol=0.1, scales=scales)
-        >>> classes, finer_classes(classes, activations, rtol=0.0, scales=scales)
-        (tensor([0, 1, 0, 0]), tensor([0, 1, 2, 0]))
-    """
-    return _classes_alone(activation_rows(activations), rtol, scales, coarser=classes.numpy())
-
-
-def _classes_alone(rows: Tensor, rtol: float, scales: Tensor | None, coarser: Array | None = None) -> Tensor:
+    rows = activation_rows(activations)
     largest = float(largest_entry(rows))
     magnitudes = np.full(rows.shape[1], largest) if scales is None else read([scales.to(torch.float64)])[0]
-    (classes,) = read_together([search_classes(rows, [rtol], scales=magnitudes, largest=largest, coarser=coarser)])
+    (classes,) = read_together([search_classes(rows, [rtol], scales=magnitudes, largest=largest)])
     return torch.from_numpy(classes[0])
 
 
-def search_classes(
-    rows: Tensor, rtols: Sequence[float], *, scales: Array, largest: float, coarser: Array | None = None
-) -> Reading[list[Array]]:
+def search_classes(rows: Tensor, rtols: Sequence[float], *, scales: Array, largest: float) -> Reading[list[Array]]:
     """Find the classes of `duplicate_classes` at several tolerances, beside other computations of `read_together`.
 
     Args:
@@ -75,7 +52,6 @@ def search_classes(
         rtols: The tolerances, from the largest to the smallest.
         scales: The scales of `duplicate_classes`, float64.
         largest: The largest finite magnitude of all elements.
-        coarser: The classes at a tolerance at least as large as the first; only their members are compared.
 
     Returns:
         The smallest index of each input's class, int64, shape ``(k,)``, at each tolerance.
@@ -84,8 +60,7 @@ def search_classes(
     if num_inputs == 0 or width == 0:
         return [np.zeros(num_inputs, dtype=np.int64) for _ in rtols]
     places = yield from place_rows(rows, mean_scale=float((scales / width).sum()), largest=largest)
-    groups = np.zeros(num_inputs) if coarser is None else coarser
-    members, groups = places.near_groups(places.members, groups[places.members], rtols[0])
+    members, groups = places.near_groups(places.members, np.zeros(len(places.members)), rtols[0])
     equal = yield from _equal_rows(rows, members)
     is_first = equal[members] == members
     members, groups = members[is_first], groups[is_first]
@@ -262,12 +237,7 @@ def dead_units(outputs: Tensor, *, rtol: float = 1e-6) -> int:
 
 
 def count_dead_units(outputs: Tensor, *, rtol: float) -> Reading[int]:
-    """Count what `dead_units` counts, beside other computations of `read_together`.
-
-    Args:
-        outputs: The outputs of the layer, float64, as in `dead_units`.
-        rtol: The tolerance, as in `dead_units`.
-    """
+    """Count what `dead_units` counts, beside other computations of `read_together`."""
     rows = outputs.flatten(1, -2) if outputs.ndim > 2 else outputs.unsqueeze(1)
     if rows.numel() == 0:
         return 0

@@ -144,8 +144,8 @@ class KhatriRaoGradients:
     def combination(self, weights: Tensor) -> Tensor:
         """Compute ``weights @ rows()`` without the rows; weights and result have shapes ``(m,)`` and ``(N,)``."""
         k, c, t, d_out = self.output_gradients.shape
-        signals = weights.view(k, 1, c).to(self.dtype).bmm(self.output_gradients.reshape(k, c, -1)).view(k * t, d_out)
-        return signals.mT.mm(self.activations.reshape(k * t, -1)).flatten().to(weights.dtype)
+        signals = weights.view(k, 1, c).to(self.dtype).bmm(self.output_gradients.flatten(2)).view(k * t, d_out)
+        return signals.mT.mm(self.activations.flatten(0, 1)).flatten().to(weights.dtype)
 
     def weighted(self, blocks: Tensor) -> "KhatriRaoGradients | DenseGradients":
         """Combine rows within each input, ``weighted_rows(rows(), blocks)``, by combining their factors.
@@ -156,7 +156,7 @@ class KhatriRaoGradients:
         k, _, t, d_out = self.output_gradients.shape
         if blocks.shape[0] != k:
             return DenseGradients(self.rows()).weighted(blocks)
-        signals = (blocks @ self.output_gradients.flatten(2)).view(k, -1, t, d_out)
+        signals = (blocks @ self.output_gradients.flatten(2)).view(k, blocks.shape[1], t, d_out)
         return replace(self, output_gradients=signals)
 
 

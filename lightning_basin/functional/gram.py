@@ -4,6 +4,7 @@ Only the lower half is computed, in tiles of rows, where a device works best in 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -151,20 +152,17 @@ class GramMatrix:
         return slices(self.num_rows, size)
 
 
+@dataclass(frozen=True, eq=False)
 class TriangularFactor:
     """The factor L of a positive matrix ``L @ L.T``.
 
-    Args:
+    Attributes:
         lower: The factor, shape ``(m, m)``; elements above the diagonal are ignored.
         failed: Not zero where the matrix is not positive, and the factor of no use; shape ``()``.
-
-    Attributes:
-        failed: The same.
     """
 
-    def __init__(self, lower: Tensor, failed: Tensor) -> None:
-        self._lower = lower
-        self.failed = failed
+    lower: Tensor
+    failed: Tensor
 
     @property
     def is_known_to_fail(self) -> bool:
@@ -173,8 +171,8 @@ class TriangularFactor:
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Multiply vectors by the inverse of ``L @ L.T``, shape ``(m, count)``."""
-        half = torch.linalg.solve_triangular(self._lower, vectors, upper=False)
-        whole: Tensor = torch.linalg.solve_triangular(self._lower.mT, half, upper=True)
+        half = torch.linalg.solve_triangular(self.lower, vectors, upper=False)
+        whole: Tensor = torch.linalg.solve_triangular(self.lower.mT, half, upper=True)
         return whole
 
 

@@ -47,19 +47,10 @@ def hessian_matrix(
 def gradient_derivative(
     gradient: Tensor, variables: Sequence[Tensor], *, chunk_size: int = 64, atol: float = 0.0
 ) -> Tensor:
-    """Differentiate a gradient by all of its variables.
-
-    Args:
-        gradient: The gradient by ``variables``, attached to their graph, which is kept; shape ``(n,)``.
-        variables: The variables, with n elements in all.
-        chunk_size: The number of columns per batched backward pass; bounds the memory.
-        atol: The asymmetry to allow beside 1e-8 of the largest entry.
+    """Differentiate a gradient by all of its variables, as `hessian_matrix` and `hessian_product` do with theirs.
 
     Returns:
         The matrix, shape ``(n, n)``, which is symmetric but for rounding.
-
-    Raises:
-        RuntimeError: If the result is not symmetric.
     """
     size = len(gradient)
     hessian = gradient.new_zeros(size, size).detach()
@@ -95,9 +86,6 @@ def check_connected(connected: Sequence[bool], is_curved: Sequence[bool]) -> Non
     Args:
         connected: For each parameter whether the gradient depends on it, as far as its graph shows.
         is_curved: For each parameter whether its Gauss-Newton part is known not to vanish.
-
-    Raises:
-        RuntimeError: If a dependence is lost, where torch would return a silent zero as second derivative.
     """
     num_lost = sum(curved and not reached for curved, reached in zip(is_curved, connected, strict=True))
     if num_lost:

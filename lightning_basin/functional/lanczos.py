@@ -216,9 +216,6 @@ def check_symmetry(asymmetry: float, scale: float, *, atol: float = 0.0) -> None
         asymmetry: The largest difference of two entries that should be equal.
         scale: The largest magnitude of an entry.
         atol: The asymmetry to allow beside 1e-8 of the largest entry.
-
-    Raises:
-        RuntimeError: If the difference is larger.
     """
     if asymmetry > _SYMMETRY_RTOL * scale + atol:
         raise RuntimeError(

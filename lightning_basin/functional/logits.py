@@ -201,11 +201,6 @@ def _groups_that_sum_to_one(
 ) -> list[Tensor]:
     """Stretches of outputs along one axis whose probabilities sum to one for all inputs, at all weights.
 
-    Args:
-        outputs: The outputs, shape ``(k, ...)``.
-        outputs_elsewhere: Outputs at other weights.
-        probabilities: From outputs to what they would be as probabilities.
-
     Returns:
         The groups, as numbers of flattened outputs of one input, shapes ``(g, s)``.
     """
@@ -230,12 +225,7 @@ def _rows_along(axis: int, tensor: Tensor) -> Tensor:
 
 
 def _spans(rows: Tensor, *, is_unique: bool = False) -> list[tuple[int, int]]:
-    """First and last (exclusive) column of each stretch that sums to one in every row.
-
-    Args:
-        rows: The probabilities, shape ``(n, c)``.
-        is_unique: Whether to return nothing where a stretch could end at different columns.
-    """
+    """First and last (exclusive) column of each stretch that sums to one in every row."""
     sums = torch.cat([torch.zeros_like(rows[:, :1]), rows.cumsum(1)], 1)
     if not bool(sums.isfinite().all()) or bool((rows < 0).any()):
         return []

@@ -38,12 +38,7 @@ def random_directions(width: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def rounding_of_distances(width: int, largest: float) -> float:
-    """Bound the rounding of the distance of two rows along a direction; it is above zero where products underflow.
-
-    Args:
-        width: The length of a row, d.
-        largest: The largest magnitude of an element of the rows.
-    """
+    """Bound the rounding of the distance of two rows along a direction; it is above zero where products underflow."""
     return 4 * width * _FLOAT64.eps * largest + _FLOAT64.tiny
 
 
@@ -135,7 +130,7 @@ class Places:
             if num_waiting >= limit:
                 yield from _batches(waiting, labels)
                 waiting, num_waiting, limit = [], 0, min(2 * num_waiting, _WAITING_PAIRS)
-                active = active[_has_several(labels[members], groups)[active]]
+                active = active[has_several(labels[members], groups)[active]]
         yield from _batches(waiting, labels)
 
     def _window(self, rtol: float) -> float:
@@ -158,7 +153,7 @@ def _batches(waiting: Sequence[Array], labels: Array) -> Iterator[tuple[Array, A
             yield left, right
 
 
-def _has_several(labels: Array, groups: Array) -> Array:
+def has_several(labels: Array, groups: Array) -> Array:
     """Whether the group of each row, of rows that are in the order of groups, has rows of several classes."""
     is_first = np.append(True, np.diff(groups) != 0)
     starts = np.flatnonzero(is_first)

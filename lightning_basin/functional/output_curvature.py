@@ -160,9 +160,6 @@ def check_second_derivative(loss_fn: LossOfOutputs, outputs: Tensor, curvature: 
         loss_fn: The loss, from outputs in the shape of ``outputs`` to a scalar.
         outputs: The outputs, shape ``(k, ...)``.
         curvature: The curvature of the loss at the outputs.
-
-    Raises:
-        RuntimeError: If they disagree, as where an operation of the loss forgets a term.
     """
     values = outputs.detach().reshape(outputs.shape[0], -1)
     # Each output moves by its size, or by its distance to 1: a loss may be defined on probabilities only.

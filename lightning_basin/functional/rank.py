@@ -24,6 +24,13 @@ Its eigenvalues are squares and carry an absolute error near ``eps * sigma_max**
 stands at ``sqrt(eps) = 1.5e-8`` of ``sigma_max``; the margin leaves the last resolved value two digits.
 """
 
+LEAST_OF_GRAM = 1e-147
+"""Singular values below this cannot be read off a float64 Gram matrix either, however small the largest one is.
+
+Their squares come near the least normal number of float64, 2e-308, below which digits are lost: as in the first layers
+of a deep network whose gradients vanish.
+"""
+
 _LEAST_COLUMNS = (
     64  # columns of a wide matrix that count at least: rounding can move ten rows of attention by 6 epsilon
 )
@@ -161,12 +168,7 @@ def _count_above(values: Sequence[float], rtol: float) -> int:
 
 
 def check_rtol(rtol: float | None, name: str = "rtol") -> None:
-    """Refuse a relative tolerance that cannot separate anything.
-
-    Raises:
-        TypeError: If ``rtol`` is given and no number.
-        ValueError: If it is not inside ``(0, 1)``.
-    """
+    """Refuse a relative tolerance that cannot separate anything."""
     if rtol is not None and not isinstance(rtol, int | float):
         raise TypeError(f"{name} must be a number or None, got {rtol!r}")
     if rtol is not None and not 0.0 < rtol < 1.0:
@@ -194,7 +196,7 @@ def rank_gap(spectrum: Tensor, rank: int, *, epsilon: float = EPSILON) -> float 
     if rank == 0:
         return None
     values = [*spectrum.tolist(), 0.0]
-    return math.log10(values[rank - 1] / max(values[rank], epsilon * values[0]))
+    return math.log10(values[rank - 1] / max(values[rank], epsilon * values[0], math.ulp(0.0)))
 
 
 def effective_rank(spectrum: Tensor) -> float:

@@ -48,9 +48,6 @@ def read(tensors: Sequence[Tensor]) -> list[Array]:
 def read_together(computations: Iterable[Reading[_Result]]) -> list[_Result]:
     """Run computations side by side, step by step, and return their results in the same order.
 
-    Args:
-        computations: The computations, none of which has been started.
-
     Example:
         >>> def doubled(number: Tensor) -> Reading[float]:
         ...     (read_number,) = yield [2 * number]

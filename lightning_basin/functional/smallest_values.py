@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_basin.functional.gram import GramMatrix, largest_eigenvalues, random_vectors
-from lightning_basin.functional.rank import EPSILON, GRAM_RESOLUTION, singular_values
+from lightning_basin.functional.rank import EPSILON, GRAM_RESOLUTION, LEAST_OF_GRAM, singular_values
 
 _SHIFT = 1e-13  # multiple of the norm that is added, so that rounding leaves a matrix positive
 _INVERSE_STEPS = 2  # steps of the inverse iteration
@@ -94,9 +94,9 @@ def _near_null_space(gram: GramMatrix) -> tuple[Tensor, float, float] | None:
     failed, norm, square = torch.stack(
         [factor.failed.to(scale), scale, *largest_eigenvalues(gram, gram.times)]
     ).tolist()
-    if failed:
-        return None
     unresolved = GRAM_RESOLUTION**2 * norm
+    if failed or unresolved < LEAST_OF_GRAM**2:
+        return None
     width = min(num_rows, _SPARE + num_rows // 8)
     while True:
         basis = random_vectors(gram, width)

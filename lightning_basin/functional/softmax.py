@@ -100,10 +100,6 @@ def _coupled_groups(derivatives: Sequence[OutputDerivatives]) -> Iterator[Tensor
 def _softmax_scales(derivatives: OutputDerivatives, samples: Sequence[OutputDerivatives]) -> Tensor:
     """Find by which number the curvature of a softmax is multiplied in each group.
 
-    Args:
-        derivatives: The derivatives by the groups at the outputs.
-        samples: The derivatives by the groups at random outputs.
-
     Returns:
         The scales, shape ``(n, g)``; NaN where a group is no softmax.
     """
@@ -165,14 +161,7 @@ def _formula_error(derivatives: OutputDerivatives, scales: Tensor) -> Tensor:
 def _softmax_factors(
     derivatives: OutputDerivatives, sample: OutputDerivatives, members: Tensor, scales: Tensor
 ) -> GroupFactors:
-    """Factor the curvature of softmaxes in closed form.
-
-    Args:
-        derivatives: The derivatives of the loss at the outputs.
-        sample: The derivatives at outputs where nothing is saturated, which show the labels.
-        members: The outputs of each group whose curvature is that of a softmax, shape ``(g, s)``.
-        scales: The number by which the curvature of each softmax is multiplied, shape ``(n, g)``.
-    """
+    """Factor the curvature of softmaxes in closed form."""
     size = members.shape[1]
     probabilities = _with_alternative(derivatives.outputs[:, members]).softmax(-1)
     centring = _centring(probabilities)

@@ -18,6 +18,7 @@ from lightning_basin.functional.projections import WAITING_ELEMENTS
 from lightning_basin.functional.rank import (
     EPSILON,
     GRAM_RESOLUTION,
+    LEAST_OF_GRAM,
     Spectrum,
     default_rtol,
     gradient_rank,
@@ -208,7 +209,7 @@ def sketched_spectrum(
 def _singular_values_of_gram(gram: Tensor) -> tuple[Tensor, int]:
     """Singular values by the lower half of a Gram matrix, descending, on the CPU, and how many of them it resolves."""
     values = torch.linalg.eigvalsh(gram, UPLO="L").flip(0).clamp_(min=0).sqrt_().cpu()
-    return values, numerical_rank(values, rtol=GRAM_RESOLUTION)
+    return values, min(numerical_rank(values, rtol=GRAM_RESOLUTION), int((values > LEAST_OF_GRAM).sum()))
 
 
 def behavioral_gradient_rank(gradients: Tensor, *, rtol: float | None = None) -> int:

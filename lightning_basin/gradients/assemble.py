@@ -79,11 +79,7 @@ class _JoinedUses:
         return KhatriRaoGradients(activations, concatenate(output_gradients, 2))
 
     def columns(self, starts: Mapping[int, int]) -> Columns:
-        """Find the places of the elements among the parameters of the layer.
-
-        Args:
-            starts: The place at which each source starts, by the identity of the source.
-        """
+        """Find the places of the elements among the parameters of the layer."""
         joined = [self] if self.bias is None else [self, self.bias]
         if all(map(_is_block, joined)):
             return tuple(
@@ -113,11 +109,7 @@ class _Table:
     products: list[_JoinedUses]
 
     def parts(self, starts: Mapping[int, int]) -> list[_Part]:
-        """The gradients: dense by the rows that are looked up, and by products, which are zero in these rows.
-
-        Args:
-            starts: The place at which each source starts, by the identity of the source.
-        """
+        """The gradients: dense by the rows that are looked up, and by products, which are zero in these rows."""
         parts: list[_Part] = []
         summed: Tensor | None = None
         rows, (width, num_rows) = _rows_of(self.looked_up), self.looked_up.shape
@@ -125,7 +117,9 @@ class _Table:
             factors = product.gradients()
             assert isinstance(factors, KhatriRaoGradients), "a product has factors"
             signals = factors.output_gradients
-            of_rows = replace(factors, output_gradients=signals[..., rows]).rows().view(-1, num_rows, width)
+            of_rows = (
+                replace(factors, output_gradients=signals[..., rows]).rows().view(factors.num_rows, num_rows, width)
+            )
             summed = of_rows if summed is None else summed.add_(of_rows)
             others = replace(factors, output_gradients=signals.index_fill(-1, rows, 0.0))
             parts.append((product.columns(starts), others))
@@ -193,12 +187,7 @@ def combine_uses(parameters: Mapping[str, Tensor], measured: Sequence[MeasuredUs
 
 
 def num_summed_columns(parameters: Mapping[str, Tensor], uses: Sequence[Use]) -> int:
-    """Return the number of columns that `combine_uses` adds up as dense rows; 0 where all uses stay factored.
-
-    Args:
-        parameters: The layer's parameters by name.
-        uses: All uses of these parameters.
-    """
+    """Return the number of columns that `combine_uses` adds up as dense rows; 0 where all uses stay factored."""
     tables, joined = _split_tables(_joined_uses([MeasuredUse(use, use.source.tensor, None) for use in uses]))
     if any(uses.source.name is None for uses in joined) or not _are_disjoint(joined):
         return sum(parameter.numel() for parameter in parameters.values())

@@ -90,17 +90,7 @@ def measure_uses(network: Network, trace: Trace, uses: Mapping[int, Use], max_el
 def _output_gradients(
     outputs: Tensor, uses: Mapping[int, Use], dtype: torch.dtype, *, is_batched: bool
 ) -> dict[int, tuple[InputAxis, Tensor]]:
-    """The order of the inputs and the output gradients of some uses, as in `MeasuredUse`.
-
-    Args:
-        outputs: Outputs of a chunk, shape ``(k, c)``.
-        uses: Recorded uses.
-        dtype: The dtype of the result.
-        is_batched: Whether one backward pass differentiates all outputs, and not one pass each of them.
-
-    Raises:
-        RuntimeError: If an operation has no batching rule, and one pass shall differentiate all outputs.
-    """
+    """The order of the inputs and the output gradients of some uses, as in `MeasuredUse`."""
     num_inputs, num_outputs = outputs.shape
     places, choices = output_places(uses), _choices(outputs)
     units = torch.eye(num_outputs, dtype=outputs.dtype, device=outputs.device).unsqueeze(1)
@@ -136,11 +126,7 @@ def _output_gradients(
 def _arranged(use: Use, axis: InputAxis, num_inputs: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The function from the derivative of an output, summed over the inputs, to its gradients, input by input.
 
-    Args:
-        use: The use.
-        axis: The order of the inputs.
-        num_inputs: Inputs of the chunk, k.
-        dtype: The dtype of the gradients, of shape ``(k, t, d_out)`` for a product, else ``(k, n)``.
+    Their shape is ``(k, t, d_out)`` for a product, else ``(k, n)``.
     """
 
     def arranged(derivative: Tensor) -> Tensor:
@@ -184,13 +170,6 @@ def _input_axes(
     """Where the inputs lie in the result of each use; absent where unclear.
 
     Where only one order is possible it is taken: whether it is right shows when autograd confirms the gradients.
-
-    Args:
-        outputs: Outputs of a chunk, shape ``(k, c)``.
-        uses: The uses.
-        derivatives: The derivatives of a combination of the chosen inputs' outputs, as in `differentiate_at`.
-        chosen: The inputs that are chosen.
-        choices: Further choices with the weights of their combinations, for uses that are not clear yet.
     """
     axes = _possible_input_axes(uses, derivatives, chosen)
     while unclear := {index: uses[index] for index, possible in axes.items() if len(possible) > 1}:
@@ -209,11 +188,6 @@ def _possible_input_axes(
 
     The derivative is exactly zero in all that belongs to other inputs. It may be zero elsewhere too, where a layer is
     dead; then further choices of inputs decide.
-
-    Args:
-        uses: The uses.
-        derivatives: The derivatives of a combination of the chosen inputs' outputs, as in `differentiate_at`.
-        chosen: The inputs that are chosen, shape ``(k,)``; all of them leave every order possible.
     """
     num_inputs = len(chosen)
     possible: dict[int, list[InputAxis]] = {index: [] for index in uses}

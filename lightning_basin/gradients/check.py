@@ -74,7 +74,8 @@ class AutogradCheck:
         self._combined = _combination(runs, self._weights)
         self._norms = _norms(self._combined)
         # A norm may be infinite although all elements are finite.
-        if not math.isfinite(sum(self._norms.values())) and not _are_finite(self._combined):
+        known = [gradient for gradient in self._combined.values() if gradient is not None]
+        if not math.isfinite(sum(self._norms.values())) and not all(bool(tensor.isfinite().all()) for tensor in known):
             _refuse_infinite_gradients(runs)
 
     def _draw(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -118,9 +119,6 @@ class AutogradCheck:
             structured: Whether they come from the operations that use the layers. Then only rounding is allowed for, so
                 that no use is missed, however weak.
             notes: The record's notes on them; layers without one have no entry.
-
-        Returns:
-            The gradients that are confirmed, by layer.
         """
         rtol = self._structured_rtol if structured else agreement_rtol(self._runs.network.dtype)
         differences = self._differences(gradients)
@@ -167,9 +165,6 @@ class AutogradCheck:
         In a deep network rounding of the output gradients exceeds that of the sums in which a layer ends. It is
         measured: by two backward passes whose combinations add up to the one that is checked. That every use is known
         shows within one backward pass, where both ways take the same output gradients.
-
-        Args:
-            layers: The layers that are held together.
 
         Returns:
             The relative difference that is rounding, of layers of which every use is known, and whose combination is
@@ -260,15 +255,7 @@ def disagreement(names: Sequence[str]) -> str:
 
 
 def _combination(runs: ProbeRuns, weights: Tensor) -> dict[str, Tensor | None]:
-    """The derivatives of a combination of all outputs, in float64; ``None`` where no output depends on a parameter.
-
-    Args:
-        runs: The network's runs over the probe.
-        weights: The weights of the outputs, shape ``(k, c)``.
-
-    Returns:
-        The derivatives by the full names of the parameters.
-    """
+    """The derivatives of a combination of all outputs, in float64; ``None`` where no output depends on a parameter."""
     names = [name for layer in runs.network.layers for name in layer.parameters]
     combined: dict[str, Tensor | None] = dict.fromkeys(names)
     for gradients in runs.each(_combination_of_chunk, weights):
@@ -298,16 +285,8 @@ def _norm(norms: Mapping[str, float], layers: Iterable[Layer]) -> float:
     return math.hypot(*(norms.get(name, 0.0) for layer in layers for name in layer.parameters))
 
 
-def _are_finite(combined: Mapping[str, Tensor | None]) -> bool:
-    return all(bool(gradient.isfinite().all()) for gradient in combined.values() if gradient is not None)
-
-
 def _refuse_infinite_gradients(runs: ProbeRuns) -> None:
-    """Say on which inputs, and in which layers, gradients of finite outputs are not finite.
-
-    Raises:
-        ValueError: Always.
-    """
+    """Say on which inputs, and in which layers, gradients of finite outputs are not finite."""
     network, parameters = runs.network, runs.network.parameters()
     owners = [layer.name for layer in network.layers for _ in layer.parameters]
     layers: dict[str, None] = {}

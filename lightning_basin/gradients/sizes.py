@@ -53,17 +53,7 @@ class LayerSize:
 
 
 def layer_sizes(network: Network, trace: Trace, *, num_inputs: int, num_outputs: int) -> dict[str, LayerSize]:
-    """Find how large the gradients of each layer are.
-
-    Args:
-        network: The network that was run.
-        trace: The trace of some inputs.
-        num_inputs: The number of inputs that will be measured, k.
-        num_outputs: The number of outputs per input, c.
-
-    Returns:
-        The sizes by the name of the layer.
-    """
+    """Find how large the gradients of each layer are."""
     reached = parameters_in_graph(trace.outputs, network.named_parameters)
     sizes = {}
     for layer, recorded in find_uses(network, trace).items():
@@ -84,14 +74,7 @@ def layer_sizes(network: Network, trace: Trace, *, num_inputs: int, num_outputs:
 
 
 def _num_factor_elements(uses: Sequence[Use], num_inputs: int, num_outputs: int, scale: float) -> int:
-    """Elements of the output gradients and input activations of all uses.
-
-    Args:
-        uses: The uses of a layer.
-        num_inputs: The number of inputs that will be measured, k.
-        num_outputs: The number of outputs per input, c.
-        scale: The ratio of the inputs that will be measured to those that were run.
-    """
+    """Elements of the output gradients and input activations of all uses."""
     total = 0.0
     for use in uses:
         if isinstance(use, ElementwiseUse):
@@ -115,10 +98,6 @@ def find_uses(network: Network, trace: Trace) -> dict[Layer, dict[int, Use]]:
     """Find the recorded uses of each layer's parameters, by their position in the record.
 
     A tensor that was computed from parameters of several layers is used by each of these layers.
-
-    Args:
-        network: The network that was run.
-        trace: A trace with its graph.
     """
     owners = {name: layer for layer in network.layers for name in layer.parameters}
     uses: dict[Layer, dict[int, Use]] = {layer: {} for layer in network.layers}
@@ -147,13 +126,7 @@ _Item = TypeVar("_Item")
 
 
 def split_by_size(items: Sequence[_Item], size_of: Callable[[_Item], int], max_size: int) -> Iterator[list[_Item]]:
-    """Split a sequence into groups of neighbours that fit into memory together; an item that is too large is alone.
-
-    Args:
-        items: The items, in order.
-        size_of: The function from an item to its size.
-        max_size: Largest sum of the sizes of a group.
-    """
+    """Split a sequence into groups of neighbours that fit into memory together; an item that is too large is alone."""
     group: list[_Item] = []
     size = 0
     for item in items:

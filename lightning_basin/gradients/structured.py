@@ -23,14 +23,7 @@ from lightning_basin.operations.uses import Use
 def structured_gradients(
     runs: ProbeRuns, check: AutogradCheck, layers: Sequence[Layer], max_elements: int
 ) -> Iterator[dict[Layer, LayerGradients | None]]:
-    """Yield layers that are held together with their gradients, ``None`` where uses are not known or too large.
-
-    Args:
-        runs: The network's runs over the probe.
-        check: The check, which knows the layers that no output depends on.
-        layers: The layers to measure.
-        max_elements: Elements that the factors or the dense rows of one layer may have.
-    """
+    """Yield layers that are held together with their gradients, ``None`` where uses are not known or too large."""
     network, num_inputs = runs.network, runs.probe.size
     sizes = layer_sizes(network, _first_trace(runs), num_inputs=num_inputs, num_outputs=check.num_rows // num_inputs)
     factored, group_elements = [], min(max_elements, GROUP_ELEMENTS)
@@ -135,13 +128,7 @@ def _joined(uses: Sequence[Use], chunks: Sequence[_UsesInChunk | None]) -> list[
 def _of_all_rows(
     use: Use, rows: Sequence[Tensor], activations: Sequence[Tensor | None]
 ) -> tuple[Use, list[Tensor | None]]:
-    """A look-up of the rows of a table that any chunk looks up, with its one-hot activations of each chunk.
-
-    Args:
-        use: The look-up.
-        rows: The rows that each chunk looks up.
-        activations: The input activations of each chunk, shape ``(inputs, t, rows of the chunk)``.
-    """
+    """A look-up of the rows of a table that any chunk looks up, with its one-hot activations of each chunk."""
     every: Tensor = torch.unique(torch.cat(list(rows)))
     of_all: list[Tensor | None] = []
     for looked_up, one_hot in zip(rows, activations, strict=True):

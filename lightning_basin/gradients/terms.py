@@ -21,13 +21,6 @@ def compare_backward_passes(
 ) -> list[tuple[Tensor, Tensor]]:
     """Differentiate a combination of outputs by uses and by autograd in one pass, and by autograd in two passes.
 
-    Args:
-        network: The network.
-        chunk: The inputs.
-        layers: The layers, whose known uses are compared with autograd.
-        weights: The combination's weights on all inputs, shape ``(k, c)``.
-        split: The weights of the first of two combinations that add up to this one.
-
     Returns:
         For each layer two vectors, shape ``(N,)``: the difference between uses and autograd, which take the same output
         gradients; and that between the sum of the two passes and the single one.
@@ -75,12 +68,6 @@ def sum_term_magnitudes(network: Network, chunk: Chunk, layer: Layer, weights: T
     The gradient with respect to a weight is a sum over inputs and positions of output gradients times input
     activations; that of a bias is a sum of output gradients. Their rounding errors are in proportion to these terms,
     also where the sum is zero.
-
-    Args:
-        network: The network.
-        chunk: The inputs.
-        layer: The layer, whose uses must be known; unknown uses add nothing.
-        weights: The combination's weights on all inputs, shape ``(k, c)``.
 
     Returns:
         The sums for all elements of the layer's parameters, in their order, shape ``(N,)``.

@@ -16,6 +16,16 @@ DATA_ID = "lightning-basin-history"
 _DATA = re.compile(rf'<script type="application/json" id="{DATA_ID}">(.*?)</script>', re.DOTALL)
 
 
+_LARGE = 2**20
+"""The number of characters above which a history's layers keep only `_SHOWN`: a page has less than two mebibytes."""
+
+_SHOWN = (
+    *("gradient_rank", "gradient_rank_deficit", "gradient_nullity", "hessian_nullity", "hessian_nullity_lower"),
+    *("hessian_nullity_upper", "duplicated_activations", "dead_units"),
+)
+"""Quantities of layers that a page shows."""
+
+
 def page_name(prefix: str) -> str:
     """Return the name of the report of a monitor.
 
@@ -30,7 +40,7 @@ def page_name(prefix: str) -> str:
 
 
 def write_data(history: History) -> str:
-    r"""Write a history as JSON that may stand inside of a page.
+    r"""Write a history as JSON that may stand inside of a page; of a long run of many layers, what the page shows.
 
     Args:
         history: The run.
@@ -40,8 +50,15 @@ def write_data(history: History) -> str:
         >>> write_data(History(name="</script>", steps=np.array([0]), network={}))[:35]
         '{"schema":1,"name":"\\u003c/script>"'
     """
-    # No element of a page can end inside of the data.
-    return json.dumps(history.to_dict(), separators=(",", ":")).replace("<", "\\u003c")
+    data = history.to_dict()
+    text = json.dumps(data, separators=(",", ":"))
+    if len(text) > _LARGE:
+        data["layers"] = {
+            layer: {name: columns[name] for name in _SHOWN if name in columns}
+            for layer, columns in data["layers"].items()
+        }
+        text = json.dumps(data, separators=(",", ":"))
+    return text.replace("<", "\\u003c")  # No element of a page can end inside of the data.
 
 
 def read_page(path: Path) -> History:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightning_basin.history.columns import History, Logged, columns_of, history_of
+from lightning_basin.history.details import DETAILS, with_details
 from lightning_basin.history.page import PAGE, page_name, read_page
 from lightning_basin.keys import Key, key_of_tag
 from lightning_basin.record import BasinRecord
@@ -19,11 +20,12 @@ Source = History | str | Path | Iterable[BasinRecord]
 
 _TABLES = (".csv", ".jsonl")
 _EVENTS = "events.out.tfevents.*"
+_PATTERNS = (f"*{PAGE}", *(f"*{ending}" for ending in _TABLES), _EVENTS)
 _RANK = "/gradient_rank"
 """The end of a key that every measurement has: what is before it is the prefix of a monitor."""
 
-Points = Mapping[str, Mapping[int, float]]
-"""Values by key and by step."""
+Points = Mapping[str, Mapping[int, Any]]
+"""Numbers by key and by step; under a key that ends in `DETAILS`, what `details_of` returned."""
 
 
 def read_history(source: Source, *, name: str | None = None, prefix: str | None = None) -> History:
@@ -31,7 +33,8 @@ def read_history(source: Source, *, name: str | None = None, prefix: str | None 
 
     Args:
         source: A history; records; a table, ``*.csv`` or ``*.jsonl``; a report; or a folder of these and of TensorBoard
-            events. Of a folder the report is read, else events and all tables, of which the newest counts.
+            events, or above the only run. Of a folder the report is read, unless events and tables, of which the newest
+            counts, have more measurements: those of a run that goes on, or that was killed.
         name: The name of the run; ``None`` takes that in the report, else that of the folder. A history keeps its own.
         prefix: The prefix of the monitor's keys; ``None`` takes the only one.
 
@@ -48,22 +51,39 @@ def read_history(source: Source, *, name: str | None = None, prefix: str | None 
     if not path.exists():
         raise FileNotFoundError(f"source must be a table or a folder, but there is nothing at {path}")
     if path.suffix == ".html":
-        page = read_page(path)
-        return replace(page, name=name or page.name)
-    folder = path.parent if path.is_file() else path
+        history = read_page(path)
+        return replace(history, name=name or history.name)
+    folder = run_folder(path)
+    path = path if path.is_file() else folder
     pages = sorted(folder.glob(f"*{PAGE}")) if path.is_dir() else []
     if not pages:
-        own_name = name or folder.resolve().name
-        return _history_of_points(_points_of(path), name=own_name, prefix=prefix, source=path)
+        name = name or _name_of(folder.resolve())
+        return _history_of_points(_points_of(path), name=name, prefix=prefix, source=path)
     if prefix is None and len(pages) > 1:
         names = [page.name for page in pages]
         raise ValueError(f"{path} holds the reports {names} of several monitors: pass the prefix of one, or its report")
-    history = read_page(pages[0] if prefix is None else folder / page_name(prefix))
-    history = replace(history, name=name or history.name)
-    if not any(path.glob(_EVENTS)):
+    page = pages[0] if prefix is None else folder / page_name(prefix)
+    history = read_page(page)
+    return _with_curves(replace(history, name=name or history.name), page, prefix)
+
+
+def _name_of(folder: Path) -> str:
+    """The name of a folder; with the one above it, where a logger has numbered it."""
+    return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("version_") else folder.name
+
+
+def _with_curves(history: History, page: Path, prefix: str | None) -> History:
+    """What a report says, with what else was logged; or the curves beside it, where a run has gone on."""
+    points = _points_of_folder(page.parent)
+    prefixes = _prefixes(points)
+    own = prefix or page.name.removesuffix(PAGE).removesuffix("_") or "basin"
+    chosen = prefixes[0] if len(prefixes) == 1 else own
+    if chosen not in prefixes:
         return history
-    events = _history_of_points(_points_of_events(path), name=history.name, prefix=prefix, source=path)
-    return replace(history, logged=events.logged)
+    curves = _history_of_points(points, name=history.name, prefix=chosen, source=page.parent)
+    if len(curves.steps) > len(history.steps):
+        return replace(curves, labels=history.labels)
+    return replace(history, logged=curves.logged)
 
 
 def run_folders(folder: str | Path) -> list[Path]:
@@ -74,16 +94,32 @@ def run_folders(folder: str | Path) -> list[Path]:
     Args:
         folder: The folder to search.
     """
-    candidates = {
-        path.parent
-        for pattern in (f"**/*{PAGE}", *(f"**/*{ending}" for ending in _TABLES), f"**/{_EVENTS}")
-        for path in Path(folder).glob(pattern)
-    }
+    candidates = {path.parent for pattern in _PATTERNS for path in Path(folder).rglob(pattern)}
     runs: list[Path] = []
     for candidate in sorted(candidates):
         if not any(run in candidate.parents for run in runs) and _holds_a_run(candidate):
             runs.append(candidate)
     return runs
+
+
+def run_folder(path: Path) -> Path:
+    """Return the folder of one run: that of a file, or a folder with files of a run, or the only run below it.
+
+    Args:
+        path: The path of a table, a report or a folder.
+
+    Raises:
+        ValueError: If there are several runs below the folder.
+    """
+    if path.is_file():
+        return path.parent
+    if any(next(path.glob(pattern), None) for pattern in _PATTERNS):
+        return path
+    runs = run_folders(path)
+    if len(runs) > 1:
+        names = [str(run.relative_to(path)) for run in runs]
+        raise ValueError(f"{path} must be the folder of one run, but has {names} below it: pass one of them")
+    return runs[0] if runs else path
 
 
 def _holds_a_run(folder: Path) -> bool:
@@ -94,12 +130,17 @@ def _points_of(path: Path) -> Points:
     """All values at a path. What a table says is exact; events hold float32."""
     if path.is_file():
         return _points_of_rows(_rows_of(path))
-    tables = sorted((table for ending in _TABLES for table in path.glob(f"*{ending}")), key=lambda p: p.stat().st_mtime)
-    points: dict[str, Mapping[int, float]] = dict(_points_of_events(path)) if any(path.glob(_EVENTS)) else {}
-    for table in tables:
-        points |= _points_of_rows(_rows_of(table))
+    points = _points_of_folder(path)
     if not points:
         raise ValueError(f"{path} must hold TensorBoard events or a table ({' or '.join(_TABLES)}), but holds neither")
+    return points
+
+
+def _points_of_folder(folder: Path) -> Points:
+    tables = [table for ending in _TABLES for table in folder.glob(f"*{ending}")]
+    points: dict[str, Mapping[int, Any]] = dict(_points_of_events(folder)) if any(folder.glob(_EVENTS)) else {}
+    for table in sorted(tables, key=lambda path: path.stat().st_mtime):
+        points |= _points_of_rows(_rows_of(table))
     return points
 
 
@@ -114,13 +155,19 @@ def _rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _points_of_rows(rows: Iterable[Mapping[str, Any]]) -> Points:
-    points: dict[str, dict[int, float]] = {}
+    points: dict[str, dict[int, Any]] = {}
     for index, row in enumerate(rows):
         step = int(float(row.get("step") or index))
-        for key, value in row.items():
-            if key != "step" and (number := _number(value)) is not None:
-                points.setdefault(key, {})[step] = number
+        for key, cell in row.items():
+            value = _details(cell) if key.endswith(f"/{DETAILS}") else _number(cell)
+            if key != "step" and value is not None:
+                points.setdefault(key, {})[step] = value
     return points
+
+
+def _details(cell: Any) -> Mapping[str, Any] | None:
+    """An object of JSON lines, or its text in a cell of a CSV file, which may be empty."""
+    return json.loads(cell) if isinstance(cell, str) and cell else cell or None
 
 
 def _number(value: Any) -> float | None:
@@ -133,14 +180,21 @@ def _number(value: Any) -> float | None:
 def _points_of_events(folder: Path) -> Points:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # Loading it takes a second.
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    tags = events.Reload().Tags()
     # In the order of their first values, which is that of the layers.
-    return {key_of_tag(tag): {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    points: dict[str, Mapping[int, Any]] = {
+        key_of_tag(tag): {event.step: event.value for event in events.Scalars(tag)} for tag in tags["scalars"]
+    }
+    texts = {tag: events.Tensors(tag) for tag in tags["tensors"] if tag.endswith(f"/{DETAILS}")}
+    return points | {
+        tag: {event.step: json.loads(event.tensor_proto.string_val[0]) for event in found}
+        for tag, found in texts.items()
+    }
 
 
 def _history_of_points(points: Points, *, name: str, prefix: str | None, source: Path) -> History:
-    prefixes = sorted(key.removesuffix(_RANK) for key in points if key.endswith(_RANK))
+    prefixes = _prefixes(points)
     if not prefixes:
         raise ValueError(f"{source} must hold values of a BasinMonitor, but no key ends in {_RANK!r}")
     if prefix is None and len(prefixes) > 1:
@@ -149,7 +203,7 @@ def _history_of_points(points: Points, *, name: str, prefix: str | None, source:
     if chosen not in prefixes:
         raise ValueError(f"prefix must be among {prefixes}, got {chosen!r}")
     steps = sorted(points[f"{chosen}{_RANK}"])
-    network: dict[str, Mapping[int, float]] = {}
+    network: dict[str, Mapping[int, Any]] = {}
     layers: dict[str, dict[str, Mapping[int, float]]] = {}
     logged: dict[str, Logged] = {}
     for key_name, values in points.items():
@@ -160,15 +214,22 @@ def _history_of_points(points: Points, *, name: str, prefix: str | None, source:
             network[key.quantity] = values
         elif key.scope:
             layers.setdefault(key.scope, {})[key.quantity] = values
-    zero_loss = network.pop("zero_loss_step", {})
-    return History(
+    zero_loss, details = network.pop("zero_loss_step", {}), network.pop(DETAILS, {})
+    history = History(
         name=name,
         steps=np.array(steps),
         network=_aligned(network, steps),
         layers={layer: _aligned(columns, steps) for layer, columns in layers.items() if _is_layer(columns)},
         zero_loss_step=next((int(value) for value in zero_loss.values()), None),
+        is_projected=any(network.get("projected", {}).values()),
         logged=logged,
     )
+    return with_details(history, details)
+
+
+def _prefixes(points: Points) -> list[str]:
+    """The prefixes of the monitors whose values these are, sorted."""
+    return sorted(key.removesuffix(_RANK) for key in points if key.endswith(_RANK))
 
 
 def _is_layer(quantities: Iterable[str]) -> bool:

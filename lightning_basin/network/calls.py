@@ -26,10 +26,6 @@ def call_module(module: nn.Module, inputs: Any) -> Any:
     A dict whose keys are parameters of ``forward`` becomes keyword arguments. A tuple or list that fits the positional
     parameters becomes positional arguments. Anything else is passed as one argument.
 
-    Args:
-        module: The module.
-        inputs: The inputs of a probe.
-
     Example:
         >>> call_module(nn.Bilinear(1, 1, 1), (torch.ones(2, 1), torch.ones(2, 1))).shape
         torch.Size([2, 1])
@@ -56,15 +52,6 @@ def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
 def call_behavior(behavior: ModuleBehavior, module: nn.Module, probe: Probe, dtype: torch.dtype) -> Any:
     """Call a behavior on the inputs of a probe.
 
-    Args:
-        behavior: The behavior.
-        module: A copy of the user's module.
-        probe: The probe, whose inputs stay as they are.
-        dtype: The type in which code of the user computes.
-
-    Returns:
-        Whatever the behavior returns.
-
     Raises:
         ValueError: If the behavior raises, unless memory has run out.
     """
@@ -83,10 +70,6 @@ def call_behavior(behavior: ModuleBehavior, module: nn.Module, probe: Probe, dty
 def checked_outputs(outputs: Any, num_inputs: int) -> Tensor:
     """Return what a behavior returned, as a plain tensor with one row per input, or refuse it.
 
-    Args:
-        outputs: What the behavior returned.
-        num_inputs: The number of inputs, k.
-
     Raises:
         TypeError: If the outputs are not a dense floating point tensor.
         ValueError: If the outputs do not have one row per input.
@@ -95,9 +78,7 @@ def checked_outputs(outputs: Any, num_inputs: int) -> Tensor:
     if not isinstance(outputs, Tensor):
         raise TypeError(f"the outputs must be a tensor, got {described(outputs)}: {hint}")
     if (dense := dense_form(outputs)) is not None:
-        raise TypeError(
-            f"the outputs must be dense, got {dense.kind}: pass a behavior that returns outputs.{dense.method}"
-        )
+        raise TypeError(f"the outputs must be dense, got {dense[0]}: pass a behavior that returns outputs.{dense[1]}")
     rows: Tensor = as_plain(outputs)
     if not rows.is_floating_point():
         result = "torch.view_as_real of them" if rows.is_complex() else "the numbers from which they are made"

@@ -33,14 +33,7 @@ class InputLayout:
 def input_layout(
     network: Network, probe: Probe, trace: Trace, regrouped: Sequence[tuple[Tensor, Trace]]
 ) -> InputLayout:
-    """Find the rows of each input in traced tensors, by comparison with runs of regrouped inputs.
-
-    Args:
-        network: The network that was run.
-        probe: The inputs.
-        trace: The trace of the probe.
-        regrouped: The results of `run_regrouped`; none are needed for a single input.
-    """
+    """Find the rows of each input in traced tensors, by comparison with runs of regrouped inputs."""
     rtol = agreement_rtol(network.dtype)
 
     def rows(of: Callable[[str, Trace], list[Tensor]], name: str) -> Rows:
@@ -60,15 +53,7 @@ def keeps_layout(
 ) -> bool:
     """Return whether some inputs, run without the others, have the results that they have among all inputs.
 
-    Everything is compared on the device, and read in one transfer.
-
-    Args:
-        layout: The rows of each input, as they were found before; ``None`` compares the outputs alone.
-        trace: The trace of all inputs.
-        indices: The places of some inputs among all.
-        some: The trace of these inputs alone.
-        num_inputs: The number of all inputs, k.
-        rtol: The relative tolerance within which two evaluations agree.
+    Everything is compared on the device, and read in one transfer; without a layout, the outputs alone.
     """
     pairs = [(trace.outputs, some.outputs, 1)]
     for rows, of in () if layout is None else ((layout.entering, entering_of), (layout.leaving, leaving_of)):
@@ -126,14 +111,7 @@ def _rows_per_input(
 
 
 def _count_rows(tensor: Tensor, chunks: Sequence[tuple[Tensor, Tensor]], num_inputs: int, rtol: float) -> int | None:
-    """Count the rows per input of a tensor: 0 if it is the same for all inputs, ``None`` if they are not adjacent.
-
-    Args:
-        tensor: The tensor of all inputs.
-        chunks: For each regrouped chunk the indices of its inputs, and the tensor in the same place.
-        num_inputs: The number of inputs, k.
-        rtol: The relative tolerance within which two evaluations agree.
-    """
+    """Count the rows per input of a tensor: 0 if it is the same for all inputs, ``None`` if they are not adjacent."""
     elements = real_elements(tensor)
     tolerance = rtol * largest_entry(elements)
 

@@ -22,9 +22,6 @@ def at_rest(module: nn.Module) -> Iterator[None]:
     """Refuse that this thread runs a module or one of its submodules, while a copy is measured.
 
     A copy may find its original in places that are not copied, as in a global variable.
-
-    Args:
-        module: The original.
     """
     names = {id(submodule): name for name, submodule in module.named_modules()}
     thread = threading.get_ident()
@@ -99,10 +96,6 @@ def isolated_evaluation(device: torch.device, dtype: torch.dtype = torch.float64
     products are computed in ``dtype``. Code of the user needs `RaisedPrecision` around it, too.
     Afterwards, the random states of Python, NumPy, torch and ``device`` are as before. These belong to the process:
     numbers that another thread draws from them meanwhile are drawn again.
-
-    Args:
-        device: The device on which the evaluation runs.
-        dtype: The floating point type of the evaluation.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     default_dtype = torch.get_default_dtype()

@@ -1,9 +1,10 @@
 """Which module of a network owns which parameter."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,6 @@ def find_layers(module: nn.Module) -> tuple[Layer, ...]:
     """Find the layers of a module, in the order of ``named_modules()``.
 
     A parameter without elements, which some modules hold to know their device, is left out like a frozen one.
-
-    Args:
-        module: The module.
 
     Raises:
         ValueError: If the module has no trainable parameters.
@@ -58,25 +56,27 @@ def find_layers(module: nn.Module) -> tuple[Layer, ...]:
 def parameters_in_graph(result: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
     """Return the names of the parameters on which a result depends, by its graph.
 
-    Args:
-        result: A tensor with or without a graph.
-        parameters: The parameters that may be in the graph, by name.
-
     Example:
         >>> import torch
         >>> layer = nn.Linear(2, 1)
         >>> sorted(parameters_in_graph(layer(torch.ones(1, 2)), dict(layer.named_parameters())))
         ['bias', 'weight']
     """
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    reached: set[str] = set()
-    waiting, seen = [result.grad_fn], {result.grad_fn}
+    reached = reached_parameters([result], [*parameters.values()])
+    return {name for name, is_reached in zip(parameters, reached, strict=True) if is_reached}
+
+
+def reached_parameters(
+    tensors: Iterable[Tensor], parameters: Sequence[Tensor], *, barrier: Tensor | None = None
+) -> list[bool]:
+    """For each parameter whether the graph of some tensors leads to it on a way that does not pass a barrier."""
+    stop = None if barrier is None else tuple(get_gradient_edge(barrier)[:2])
+    waiting = [get_gradient_edge(tensor).node for tensor in tensors if tensor.requires_grad]
+    seen = set(waiting)
     while waiting:
-        node = waiting.pop()
-        name = names.get(id(getattr(node, "variable", None)))
-        reached |= set() if name is None else {name}
-        for following, _ in () if node is None else node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    return reached
+        for edge in waiting.pop().next_functions:
+            if edge[0] is not None and edge[0] not in seen and edge != stop:
+                seen.add(edge[0])
+                waiting.append(edge[0])
+    reached = {id(getattr(node, "variable", None)) for node in seen}
+    return [id(parameter) in reached for parameter in parameters]

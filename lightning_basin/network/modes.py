@@ -40,24 +40,11 @@ def in_training_mode(
     behavior: ModuleBehavior | None,
     *,
     dtype: torch.dtype,
-    gradient_dtype: torch.dtype,
     modes: Collection[str] | None = None,
 ) -> tuple[Network, Any]:
     """Copy a module and the loss into training mode, but for what makes outputs random.
 
-    Args:
-        module: The module of the user, which stays as it is.
-        loss_fn: The loss of the user, which may hold the module.
-        behavior: A function of the module and the inputs that returns the outputs; ``None`` calls the module.
-        dtype: The floating point type of the copy.
-        gradient_dtype: The type in which gradients are kept.
-        modes: The names of the modules to put into training mode; ``None`` means all that are not torch's own.
-
-    Returns:
-        The copy as a network, and the copy of the loss.
-
-    Raises:
-        TypeError: If the module cannot be copied.
+    Without names of modules in that mode, all are in it that are not torch's own.
     """
     replica, loss_fn, behavior = replicas(module, loss_fn, behavior, dtype=dtype, training=True)
     for name, submodule in replica.named_modules():
@@ -68,7 +55,7 @@ def in_training_mode(
         with _WithoutRandomness():
             return call(module, inputs)
 
-    return Network(replica, outputs, dtype=dtype, gradient_dtype=gradient_dtype), loss_fn
+    return Network(replica, outputs, dtype=dtype), loss_fn
 
 
 def is_of_torch(module: nn.Module) -> bool:

@@ -27,26 +27,21 @@ class Network:
         module: A copy in evaluation mode, which may be run and hooked.
         behavior: A function of the module and inputs that returns the outputs; ``None`` calls the module.
         dtype: The floating point type of the copy.
-        gradient_dtype: The type in which gradients are kept and multiplied, also where the copy is in float32.
 
     Attributes:
         layers: The layers of the module.
         named_parameters: All parameters of the module, by full name.
+        gradient_dtype: The type in which gradients are kept and multiplied, also where the copy is in float32.
         projection: The directions along which the outputs count, shape ``(outputs per input, directions)``; ``None``
             for all outputs.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        behavior: ModuleBehavior | None = None,
-        *,
-        dtype: torch.dtype = torch.float64,
-        gradient_dtype: torch.dtype = torch.float64,
+        self, module: nn.Module, behavior: ModuleBehavior | None = None, *, dtype: torch.dtype = torch.float64
     ) -> None:
         self.module = module
         self.dtype = dtype
-        self.gradient_dtype = gradient_dtype
+        self.gradient_dtype = torch.float64
         self.layers = find_layers(module)
         self.named_parameters = dict(module.named_parameters())
         self.projection: Tensor | None = None
@@ -54,49 +49,24 @@ class Network:
         self._needs_gradients = False
 
     def in_precision(self, dtype: torch.dtype) -> "Network":
-        """Return a copy of the network that evaluates in another floating point type.
-
-        Args:
-            dtype: The floating point type of the copy.
-
-        Raises:
-            TypeError: If the module cannot be copied.
-        """
+        """Return a copy of the network that evaluates in another floating point type."""
         module, behavior = replicas(self.module, self._behavior, dtype=dtype)
-        network = Network(module, behavior, dtype=dtype, gradient_dtype=self.gradient_dtype)
+        network = Network(module, behavior, dtype=dtype)
+        network.gradient_dtype = self.gradient_dtype
         network.projection = self.projection
         return network
 
     def parameters(self, layers: Sequence[Layer] | None = None) -> list[Tensor]:
-        """Return the parameters of some layers, in the order of the columns of their gradients.
-
-        Args:
-            layers: The layers; ``None`` for all.
-        """
+        """Return the parameters of some layers, in the order of the columns of their gradients."""
         chosen = self.layers if layers is None else layers
         return [self.named_parameters[name] for layer in chosen for name in layer.parameters]
 
     def outputs(self, probe: Probe) -> Tensor:
-        """Return the outputs on a probe, shape ``(k, ...)``; attached to the graph where gradients are enabled.
-
-        Args:
-            probe: The inputs.
-
-        Raises:
-            TypeError: If the outputs are not a floating point tensor.
-            ValueError: If the outputs do not have one row per input, or the module raises.
-        """
+        """Return the outputs on a probe, shape ``(k, ...)``; attached to the graph where gradients are enabled."""
         return self._run(lambda: self._outputs(probe), Tensor.detach)
 
     def call(self, probe: Probe) -> Any:
-        """Return whatever the behavior returns on a probe.
-
-        Args:
-            probe: The inputs.
-
-        Raises:
-            ValueError: If the behavior raises, unless memory has run out.
-        """
+        """Return whatever the behavior returns on a probe."""
         return call_behavior(self._behavior, self.module, probe, self.dtype)
 
     def _outputs(self, probe: Probe) -> Tensor:
@@ -107,10 +77,6 @@ class Network:
 
         A module that takes derivatives by its inputs (forces, the residual of a differential equation) cannot run
         where gradients are disabled. It is run with gradients, and the result is detached.
-
-        Args:
-            function: A function that runs the module.
-            detach: A function that takes the result out of the graph.
         """
         if torch.is_grad_enabled() or not self._needs_gradients:
             try:
@@ -125,11 +91,7 @@ class Network:
 
     @contextmanager
     def at(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, the trainable parameters have other values; graphs from before stay valid.
-
-        Args:
-            parameters: The values, in the order of `parameters`, with as many elements each.
-        """
+        """Inside, the trainable parameters have other values; graphs from before stay valid."""
         trainable = self.parameters()
         before = [parameter.data for parameter in trainable]
         try:
@@ -144,21 +106,12 @@ class Network:
         """Let the rows of `rows` be the outputs along random orthonormal directions from now on.
 
         Ranks are then lower bounds, as linear combinations of rows cannot have a higher rank than the rows.
-
-        Args:
-            num_outputs: The number of outputs per input, c.
-            num_directions: The number of directions, at most c.
-            generator: The generator of the directions, on the CPU.
         """
         drawn = torch.randn(num_outputs, num_directions, generator=generator, dtype=torch.float64)
         self.projection = torch.linalg.qr(drawn).Q
 
     def rows(self, outputs: Tensor) -> Tensor:
-        """Return the outputs whose gradients count, shape ``(k, c)``.
-
-        Args:
-            outputs: The outputs of the module, shape ``(k, ...)``.
-        """
+        """Return the outputs whose gradients count, shape ``(k, c)``."""
         flat = outputs.reshape(outputs.shape[0], -1)
         return flat if self.projection is None else flat @ self.projection.to(flat)
 
@@ -184,11 +137,7 @@ class Network:
         return self.rows(outputs.reshape(tensors[0].shape[0], -1))
 
     def trace(self, probe: Probe) -> Trace:
-        """Run once; record what enters and leaves each layer, and which operations use its parameters.
-
-        Args:
-            probe: The inputs.
-        """
+        """Run once; record what enters and leaves each layer, and which operations use its parameters."""
         return self._run(lambda: self._trace(probe), Trace.detached)
 
     def _trace(self, probe: Probe) -> Trace:
@@ -206,11 +155,7 @@ class Network:
         return trace
 
     def trace_layers(self, probe: Probe) -> Trace:
-        """Run once; record what enters and leaves each layer.
-
-        Args:
-            probe: The inputs.
-        """
+        """Run once; record what enters and leaves each layer."""
         return self._run(lambda: self._trace_layers(probe), Trace.detached)
 
     def _trace_layers(self, probe: Probe) -> Trace:

@@ -40,9 +40,6 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory has run out.
 
-    Args:
-        error: The error.
-
     Example:
         >>> is_out_of_memory(MemoryError())
         True
@@ -55,9 +52,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def cause(error: Exception) -> str:
     r"""Return an error in one line: torch adds backtraces, lists of kernels and advice to some messages.
 
-    Args:
-        error: The error.
-
     Example:
         >>> cause(RuntimeError("no such kernel. This could be because\nCPU: registered at ..."))
         'RuntimeError: no such kernel'
@@ -68,10 +62,6 @@ def cause(error: Exception) -> str:
 
 def remedy(error: BaseException, inputs: Sequence[Tensor]) -> str:
     """Return what helps against an error; to pass a behavior, where the cause is not known.
-
-    Args:
-        error: The error that the module raised.
-        inputs: The tensors on which the module was called.
 
     Example:
         >>> remedy(TypeError("forward() missing 1 required positional argument: 'y'"), [])[:40]

@@ -34,9 +34,6 @@ def replicas(
         training: Whether the copies are in training mode instead: with the train flags of ``module`` if its own flag is
             set, else with all flags set.
 
-    Returns:
-        The copy of ``module``, then the copies of ``callables``.
-
     Raises:
         ValueError: If a parameter or buffer has no shape yet, because the module is lazily built.
         TypeError: If a trainable parameter is complex, or a submodule is scripted or cannot be copied.
@@ -95,18 +92,20 @@ def _evaluate(replica: nn.Module) -> None:
         parameter.requires_grad_(name in trained)
 
 
+def perturb(module: nn.Module, size: float, names: Collection[str] | None = None) -> None:
+    """Move parameters, also one that is zero, and each element otherwise: a softmax notices no common change."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.numel() and (names is None or name in names):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(noise.to(parameter), alpha=size * (float(parameter.abs().max()) or 1.0))
+
+
 def check_computed(module: nn.Module, replica: nn.Module, result: Tensor) -> None:
     """Refuse a result that depends on tensors which the module computed from its parameters before the call.
 
     Copies of these tensors lead to no parameter.
-
-    Args:
-        module: The module of the user.
-        replica: The copy that was run.
-        result: The result, attached to its graph.
-
-    Raises:
-        ValueError: If the result depends on one; the message names the attributes.
     """
     computed: list[Tensor] = vars(replica)["_computed"]
     if not computed or not result.requires_grad:
@@ -126,12 +125,7 @@ def check_computed(module: nn.Module, replica: nn.Module, result: Tensor) -> Non
 
 
 def settle_embeddings(module: nn.Module, run: Callable[[], Any]) -> None:
-    """Let embeddings with ``max_norm``, which shorten a row when they look it up, do this once and never again.
-
-    Args:
-        module: The copy, which is changed.
-        run: A function that runs the copy on all inputs.
-    """
+    """Let embeddings with ``max_norm``, which shorten a row when they look it up, do this once and never again."""
     embeddings = [module for module in module.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
     if any(embedding.max_norm is not None for embedding in embeddings):
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """How far rounding moves the results of a network."""
 
 import torch
+from torch import Tensor
 
 from lightning_basin.network.network import Network
 from lightning_basin.probe import Probe
@@ -15,9 +16,6 @@ _GROWTH = 1e4
 def rounding_rtol(dtype: torch.dtype) -> float:
     """Return how far rounding moves an element of a result, relative to the largest element of its tensor.
 
-    Args:
-        dtype: The dtype in which the network is evaluated.
-
     Example:
         >>> f"{rounding_rtol(torch.float64):.0e} {rounding_rtol(torch.float32):.1e}"
         '1e-14 3.8e-06'
@@ -28,9 +26,6 @@ def rounding_rtol(dtype: torch.dtype) -> float:
 def agreement_rtol(dtype: torch.dtype) -> float:
     """Return the tolerance, relative to the largest element, within which evaluations agree but wrong formulas do not.
 
-    Args:
-        dtype: The dtype in which the network is evaluated.
-
     Example:
         >>> f"{agreement_rtol(torch.float64):.0e} {agreement_rtol(torch.float32):.1e}"
         '1e-09 1.2e-03'
@@ -38,18 +33,27 @@ def agreement_rtol(dtype: torch.dtype) -> float:
     return max(1e-9, _GROWTH * torch.finfo(dtype).eps)
 
 
+def agree(result: Tensor, expected: Tensor, dtype: torch.dtype = torch.float64) -> bool:
+    """Return whether two evaluations agree, relative to the largest element; results of two shapes do not.
+
+    NaN agrees with NaN, as in a run that diverged: it is refused for what it is, and not for a difference.
+    """
+    if result.shape != expected.shape or expected.numel() == 0:
+        return result.shape == expected.shape
+    result, expected = result.detach(), expected.detach()
+    difference, rtol = (result - expected).abs(), agreement_rtol(dtype)
+    if bool((difference / expected.abs().max() <= rtol).all()):  # Never with an infinite one.
+        return True
+    is_same = (result == expected) | (result.isnan() & expected.isnan())
+    size = expected.nan_to_num(posinf=0.0, neginf=0.0).abs().max()
+    return bool((is_same | (difference <= rtol * size)).all())
+
+
 def in_other_precision(network: Network, probe: Probe) -> tuple[Network, Probe]:
     """Copy a network and a probe from float64 to float32, or from float32 to float64.
 
     The results in two precisions differ by the rounding of the lower one, in all operations together. The difference
     shows how much of a result is rounding, also where terms cancel inside of the network.
-
-    Args:
-        network: The network.
-        probe: The probe, on the network's device and in its dtype.
-
-    Raises:
-        TypeError: If the module cannot be copied.
     """
     dtype = torch.float32 if network.dtype == torch.float64 else torch.float64
     return network.in_precision(dtype), probe.to(network.parameters()[0].device, dtype)

@@ -16,9 +16,6 @@ _Result = TypeVar("_Result")
 def _regroupings(num_inputs: int) -> Iterator[list[Tensor]]:
     """Regroup the inputs into chunks, in which an input's results must not change.
 
-    Args:
-        num_inputs: The number of inputs, k.
-
     Yields:
         The indices of two random halves; then, for modules that cannot run fewer inputs, two chunks of k inputs, in
         which inputs of one half replace those of the other. Of a single input only itself.
@@ -51,32 +48,25 @@ def run_regrouped(
 
     Returns:
         For each chunk the indices of its inputs, and its trace without a graph.
-
-    Raises:
-        TypeError: If the outputs are not a floating point tensor.
-        ValueError: If the module can run neither.
     """
 
     def run(indices: Tensor) -> tuple[Tensor, Trace]:
         chunk = probe.select(indices)
         return indices, network.trace_layers(chunk) if with_layers else Trace(network.outputs(chunk))
 
-    halves, *full_chunks = _regroupings(probe.size)
+    regroupings = _regroupings(probe.size)
     with torch.no_grad():
         try:
-            return [run(indices) for indices in halves[:num_chunks]]
+            return [run(indices) for indices in next(regroupings)[:num_chunks]]
         except (TypeError, ValueError):  # Some modules cannot run so few inputs.
-            if not full_chunks:
+            full_chunks = next(regroupings, None)
+            if full_chunks is None:
                 raise
-            return [run(indices) for indices in full_chunks[0][:num_chunks]]
+            return [run(indices) for indices in full_chunks[:num_chunks]]
 
 
 def outputs_of_full_chunks(network: Network, probe: Probe) -> list[tuple[Tensor, Tensor]]:
     """Run the inputs in two chunks of k inputs, in which inputs of one half replace those of the other.
-
-    Args:
-        network: The network.
-        probe: The inputs.
 
     Returns:
         For each chunk the indices of its inputs, and their outputs.
@@ -87,14 +77,7 @@ def outputs_of_full_chunks(network: Network, probe: Probe) -> list[tuple[Tensor,
 
 
 class Chunk:
-    """Inputs of a probe that are run together.
-
-    Args:
-        network: The network.
-        indices: The places of the inputs in the whole probe.
-        probe: The inputs.
-        trace: The trace of these inputs; ``None`` runs them when the trace is asked for.
-    """
+    """Inputs of a probe that are run together, when their trace is asked for."""
 
     def __init__(self, network: Network, indices: Tensor, probe: Probe, trace: Trace | None = None) -> None:
         self.indices = indices
@@ -113,10 +96,7 @@ class Chunk:
 class ProbeRuns:
     """A network's runs over a probe: all inputs at once, or chunk by chunk where memory asks for it.
 
-    Args:
-        network: The network.
-        probe: The inputs.
-        chunk_size: The number of inputs per run; traces of several chunks are made anew at each iteration.
+    The traces of several chunks are made anew at each iteration.
     """
 
     def __init__(self, network: Network, probe: Probe, *, chunk_size: int | None = None) -> None:
@@ -135,12 +115,7 @@ class ProbeRuns:
             yield Chunk(self.network, chosen, self.probe.select(chosen))
 
     def each(self, function: Callable[..., _Result], *args: Any) -> list[_Result]:
-        """Return what a function returns for each chunk, in the order of the inputs.
-
-        Args:
-            function: A function of the network, a chunk and further arguments.
-            args: The further arguments.
-        """
+        """Return what a function of the network, a chunk and further arguments returns for each chunk, in order."""
         return [function(self.network, chunk, *args) for chunk in self.chunks()]
 
     @property

@@ -17,9 +17,6 @@ _SLOW = 8.0
 def has_slow_float64(device: torch.device) -> bool:
     """Whether a device takes much longer for products in float64 than in float32; found once in a process.
 
-    Args:
-        device: The device.
-
     Returns:
         ``True`` for MPS, which has no float64; ``False`` for a CPU, whose ratio is 2, and for a device of another kind.
 

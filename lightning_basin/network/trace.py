@@ -51,13 +51,7 @@ class Trace:
 
 @contextmanager
 def recording(module: nn.Module, layers: Sequence[Layer], trace: Trace) -> Iterator[None]:
-    """Record what enters and leaves the layers of a module, by hooks that are removed afterwards.
-
-    Args:
-        module: The module.
-        layers: The layers of the module.
-        trace: The trace, which is filled.
-    """
+    """Record what enters and leaves the layers of a module, by hooks that are removed afterwards."""
     handles = []
     clones = _Clones()
 
@@ -76,7 +70,7 @@ def recording(module: nn.Module, layers: Sequence[Layer], trace: Trace) -> Itera
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
             first = tensors_of(output)[:1]
             if first and (dense := dense_form(first[0])) is not None:
-                raise TypeError(f"layer {escaped(name)!r} must return dense tensors, got {dense.kind}")
+                raise TypeError(f"layer {escaped(name)!r} must return dense tensors, got {dense[0]}")
             first = [as_plain(tensor) for tensor in first]
             trace.leaving.setdefault(name, []).extend(map(without_transforms, first))
             # A clone of a subclass would lack the attributes of the instance.
@@ -96,13 +90,7 @@ def recording(module: nn.Module, layers: Sequence[Layer], trace: Trace) -> Itera
 
 
 def layers_run_by(module: nn.Module, layers: Sequence[Layer], function: Callable[[], Any]) -> list[str]:
-    """Return the names of the layers that a function calls.
-
-    Args:
-        module: The module.
-        layers: The layers of the module.
-        function: The function.
-    """
+    """Return the names of the layers that a function calls."""
     trace = Trace(outputs=NO_OUTPUTS)
     with recording(module, layers, trace):
         function()
@@ -111,9 +99,6 @@ def layers_run_by(module: nn.Module, layers: Sequence[Layer], function: Callable
 
 def as_plain(tensor: Tensor) -> Tensor:
     """Return a tensor of a subclass as one of torch, without calling a method that the subclass overrides.
-
-    Args:
-        tensor: Any tensor.
 
     Example:
         >>> class Labelled(Tensor): ...
@@ -128,9 +113,6 @@ def as_plain(tensor: Tensor) -> Tensor:
 
 def without_transforms(tensor: Tensor) -> Tensor:
     """Return the elements of a tensor inside of `torch.func` transforms, which is of no use after these have ended.
-
-    Args:
-        tensor: Any tensor; outside of transforms it is returned as it is.
 
     Returns:
         A tensor whose first axes are those over which `torch.func.vmap` maps, the axis of the outermost `vmap` first.

@@ -23,8 +23,8 @@ from lightning_basin.network.layers import parameters_in_graph
 from lightning_basin.network.modes import in_training_mode, is_of_torch, names_in_training
 from lightning_basin.network.network import Network
 from lightning_basin.network.remedies import is_out_of_memory
-from lightning_basin.network.replica import replicas
-from lightning_basin.network.rounding import agreement_rtol, rounding_rtol
+from lightning_basin.network.replica import perturb, replicas
+from lightning_basin.network.rounding import agree, agreement_rtol, rounding_rtol
 from lightning_basin.probe import Probe
 from lightning_basin.tensors import tensors_of
 
@@ -157,7 +157,7 @@ def _in_training(
     if all(map(is_of_torch, network.module.modules())):
         return network, loss_fn
     try:
-        return in_training_mode(module, loss_fn, behavior, dtype=network.dtype, gradient_dtype=network.gradient_dtype)
+        return in_training_mode(module, loss_fn, behavior, dtype=network.dtype)
     except Exception as error:  # The `train` of a user may raise, for example of a module for predictions.
         if is_out_of_memory(error):
             raise
@@ -177,7 +177,7 @@ def _with_other_gradients(candidate: Network, network: Network, chunk: Probe, ou
         in_training = candidate.outputs(chunk)
     except (TypeError, ValueError):
         return set(), False
-    if not _agree(in_training, outputs, network.dtype):
+    if not agree(in_training, outputs, network.dtype):
         return set(), False
     names = [name for layer in candidate.layers for name in layer.parameters]
     weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(outputs)
@@ -216,24 +216,13 @@ def _has_effect(
     if not names:
         return False
     changed, behavior = replicas(module, behavior, dtype=network.dtype, training=True)
-    generator, size = torch.Generator().manual_seed(0), agreement_rtol(network.dtype) ** 0.5
+    perturb(changed, agreement_rtol(network.dtype) ** 0.5, names)
     with torch.no_grad():
-        for name, parameter in changed.named_parameters():
-            if name in names:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
-                parameter += size * (float(parameter.abs().max()) or 1.0) * noise
         changed, behavior = replicas(changed, behavior, dtype=network.dtype)  # In evaluation mode weights merge anew.
         expected, again = (network.outputs(probe) for _ in range(2))
         outputs = Network(changed, behavior, dtype=network.dtype).outputs(probe)
-    is_function = _agree(again, expected, network.dtype)  # If not, the module is refused for this.
-    return is_function and not _agree(outputs, expected, network.dtype)
-
-
-def _agree(outputs: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    if outputs.shape != expected.shape or outputs.numel() == 0:
-        return outputs.shape == expected.shape
-    difference, expected = (outputs - expected).detach().abs(), expected.detach().abs()
-    return bool((difference <= agreement_rtol(dtype) * expected.max()).all())
+    is_function = agree(again, expected, network.dtype)  # If not, the module is refused for this.
+    return is_function and not agree(outputs, expected, network.dtype)
 
 
 def _reached_by(network: Network, probe: Probe, names: Collection[str], *, start: int = 0) -> set[str]:
@@ -295,7 +284,7 @@ def _has_same_outputs(candidate: Network, network: Network, probe: Probe) -> boo
     except (TypeError, ValueError):
         return False
     is_random = _random_states(expected.device) != before
-    return not is_random and all(_agree(result, expected, network.dtype) for result in results)
+    return not is_random and all(agree(result, expected, network.dtype) for result in results)
 
 
 def _random_states(device: torch.device) -> bytes:

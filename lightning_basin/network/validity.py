@@ -26,16 +26,7 @@ _SHOWN = 5
 
 
 def check_outputs(network: Network, probe: Probe, trace: Trace) -> None:
-    """Refuse outputs that are empty or not finite, and say where they began to be.
-
-    Args:
-        network: The network.
-        probe: The inputs.
-        trace: The trace of the inputs.
-
-    Raises:
-        ValueError: If the outputs are empty or not finite.
-    """
+    """Refuse outputs that are empty or not finite, and say where they began to be."""
     outputs = trace.outputs
     if outputs.numel() == 0:
         raise ValueError(f"the outputs must hold at least one number per input, got shape {tuple(outputs.shape)}")
@@ -76,17 +67,7 @@ def _listed(items: Sequence[Any]) -> str:
 def check_independence(
     network: Network, probe: Probe, outputs: Tensor, regrouped: Sequence[tuple[Tensor, Trace]]
 ) -> None:
-    """Refuse outputs that depend on another input than their own, as far as regrouped inputs show it.
-
-    Args:
-        network: The network.
-        probe: The inputs.
-        outputs: The outputs on all inputs together, shape ``(k, ...)``.
-        regrouped: The results of `run_regrouped`.
-
-    Raises:
-        ValueError: If an output changes with the other inputs of its chunk, or from one evaluation to the next.
-    """
+    """Refuse outputs that depend on another input than their own, as far as regrouped inputs show it."""
     tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
     deviations = torch.zeros_like(outputs)
     chunks = [(indices, trace.outputs) for indices, trace in regrouped]
@@ -148,15 +129,6 @@ def check_copy(module: nn.Module, replica: nn.Module, result: Tensor, name: str)
 
     A global variable or the trainer may lead the copy back to the original module; the result would then depend on
     the original's parameters.
-
-    Args:
-        module: The original.
-        replica: The copy.
-        result: The result.
-        name: The name of the argument that computed the result.
-
-    Raises:
-        ValueError: If the result depends on the original, or on tensors that were computed from parameters before.
     """
     check_computed(module, replica, result)
     originals = [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -76,7 +76,7 @@ def _lookup(call: Call, table: Tensor, indices: Tensor, rows: Tensor, weights: T
         table,
         lambda elements: _rows_of(elements, used),
         read_activations=read_activations,
-        arrange=lambda derivative: derivative.reshape(num_rows, 1, -1),
+        arrange=lambda derivative: derivative.reshape(num_rows, 1, math.prod(table.shape[1:])),
         num_activations=num_rows * used.numel(),
     )
 

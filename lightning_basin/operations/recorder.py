@@ -9,7 +9,7 @@ Operations that are not known here are not recorded. Whether the recorded uses a
 check.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_basin.operations import elementwise, lookups, products
-from lightning_basin.operations.sequence import described_operation
 from lightning_basin.operations.uses import (
     Call,
     Elements,
@@ -177,3 +176,33 @@ def _is_view(func: Any) -> bool:
 def _memory(tensor: Tensor) -> int:
     """What a tensor shares with its views; a sparse tensor has no storage, and no views."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
+
+
+class OperationSequence(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.13 leaves its base untyped
+    """Notes each operation below autograd.
+
+    Example:
+        >>> import torch
+        >>> sequences = []
+        >>> for number in (1.0, 2.0):
+        ...     with OperationSequence() as sequence:
+        ...         _ = torch.full((2,), number).exp()
+        ...     sequences.append(sequence.operations)
+        >>> sequences[0] == sequences[1], len(sequences[0])
+        (True, 2)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[Hashable] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.operations.append(described_operation(func, tensors_of((args, kwargs))))
+        return func(*args, **(kwargs or {}))
+
+
+def described_operation(func: Any, tensors: Any) -> Hashable:
+    """Describe an operation by the shapes and types of the tensors that it takes, and which of them have gradients."""
+    return (func.name(), *((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors))

@@ -109,7 +109,7 @@ class Elements:
             places = places.unsqueeze(-1) + along * stride
         if not source.is_contiguous():
             places = _order(source)[places]
-        return places.reshape(self.shape) if self.rows is None else places.reshape(len(self.rows), -1).mT
+        return places.reshape(self.shape) if self.rows is None else places.reshape(self.shape[::-1]).mT
 
     @property
     def _steps(self) -> list[tuple[int, int]]:
@@ -263,13 +263,6 @@ class Call:
     def bias(
         self, bias: Any, num_axes: int, products: Sequence[ProductUse], *, axis: int | None = None
     ) -> list[ElementwiseUse]:
-        """Return the use of a bias that the operation adds to its product; none without a source.
-
-        Args:
-            bias: The tensor.
-            num_axes: The number of axes of the output.
-            products: The products of the operation.
-            axis: The axis of the output along which the bias stands; ``None`` for the last axes.
-        """
+        """Return the use of a bias that the operation adds to its product; none without a source."""
         shifts = products[0] if len(products) == 1 else None
         return self.elementwise(bias, num_axes, lambda derivative: derivative, axis=axis, shifts=shifts)

@@ -51,7 +51,13 @@ def sentence(history: History) -> str:
     first, last = rank[0], rank[-1]
     change = f"stayed at {last:,.0f}" if first == last else f"went from {first:,.0f} to {last:,.0f}"
     whole = f"The rank {change} of {history.largest_rank()[-1]:,.0f} directions."
-    return " ".join([whole, *_zero_loss(history), *_merged(history)])
+    return " ".join([whole, *_saturated(history), *_zero_loss(history), *_merged(history)])
+
+
+def _saturated(history: History) -> Iterator[str]:
+    """At most one sentence: a rank that fills the probe says nothing of the network."""
+    if history.column("saturated")[-1] == 1:
+        yield "This is all that the probe can show: a larger probe may show more."
 
 
 def _zero_loss(history: History) -> Iterator[str]:
@@ -92,7 +98,7 @@ def headlines(history: History) -> list[Headline]:
         ),
         _nullity(history),
         Headline(
-            "duplicated activations, most at one layer",
+            "duplicates, most at one layer",
             number_text(history.column("duplicated_activations")[-1]),
             _way(history, history.column("duplicated_activations")),
             "proved",
@@ -161,10 +167,8 @@ def layers_table(history: History) -> Table:
                 number_text(history.column("dead_units", layer)[-1]),
             )
         )
-    ranks = (f"rank, {moment}" for moment in moments)
-    return Table(
-        ("layer", "parameters", *ranks, "lost directions", "Hessian nullity", "duplicates", "dead units"), tuple(rows)
-    )
+    ranks = ("rank, start", *list(moments)[1:])  # TensorBoard breaks words where heads are longer.
+    return Table(("layer", "parameters", *ranks, "lost", "Hessian nullity", "duplicates", "dead units"), tuple(rows))
 
 
 def markdown_of(history: History) -> str:

@@ -11,7 +11,7 @@ from jinja2 import Environment
 
 from lightning_basin.history.columns import History
 from lightning_basin.history.page import DATA_ID, PAGE, write_data
-from lightning_basin.history.sources import Source, read_history
+from lightning_basin.history.sources import Source, read_history, run_folder
 from lightning_basin.pages.findings import headlines, layers_table, sentence
 
 
@@ -48,8 +48,7 @@ def report(
     given: dict[str, Any] = {"zero_loss_step": zero_loss_step, "labels": labels, "stopped": stopped}
     history = replace(history, **{field: value for field, value in given.items() if value is not None})
     if path is None:
-        folder = Path(source) if isinstance(source, str | Path) else Path()
-        path = (folder if folder.is_dir() else folder.parent) / PAGE
+        path = (run_folder(Path(source)) if isinstance(source, str | Path) else Path()) / PAGE
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page_of(history), encoding="utf-8")

@@ -19,11 +19,11 @@ from lightning_basin.figures import (
 from lightning_basin.figures.layers import NAME_LENGTH, LayerQuantity, map_height
 from lightning_basin.history.columns import History
 from lightning_basin.history.knowledge import counted_nullity, is_nullity_known
-from lightning_basin.pages.drawing import svg_of
+from lightning_basin.pages.drawing import NARROW_WIDTH, WIDTH, svg_of
 from lightning_basin.pages.findings import Table, moments_table
 
-_INCHES_PER_LETTER = 0.066
-"""The width of a letter of a layer's name."""
+_INCHES_PER_LETTER, _LEFT = 0.075, 0.85
+"""The width of a letter of a layer's name, and the least space left of axes, for the vertical axis."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _rank(history: History) -> Section:
     )
     rows = {
         "rank": history.column("gradient_rank"),
-        "allowed by merged inputs": history.column("gradient_rank_bound"),
+        "allowed by merges": history.column("gradient_rank_bound"),
         "lost directions": history.column("gradient_rank_deficit"),
         "digits of the gap": history.column("gradient_rank_gap"),
     }
@@ -117,6 +117,7 @@ def _merges(history: History) -> Section:
         name="merges",
         height=5.2,
         description="Tree of the inputs that become one from layer to layer",
+        narrow=min(WIDTH, max(NARROW_WIDTH, len(history.layers) + 2)),  # An inch for the name of each layer.
     )
     text = (
         f"Each line is an input of the probe, as it was at step {history.steps[-1]:,}. Lines meet in front of the "
@@ -138,8 +139,8 @@ def _spectrum(history: History) -> Section:
     title = "Where singular values go: the spectrum"
     if None not in history.spectra:
         text = (
-            "This run has no singular values: its ranks were proved without (every_n_spectra, spectrum=False), or an "
-            "earlier version has measured them."
+            "This run has no singular values: its ranks were proved without (every_n_spectra, spectrum=False), or it "
+            "was read from the table of a logger, which holds single numbers only."
         )
         return Section(title, text)
     text = (
@@ -154,5 +155,12 @@ def _spectrum(history: History) -> Section:
 def _over_steps(history: History, draw: Callable[..., Axes], name: str, height: float, what: str) -> str:
     """A figure whose axes begin and end where those of all others over steps do."""
     longest = min(NAME_LENGTH, max((len(layer) for layer in history.layers), default=0))
-    left = max(1.0, 0.15 + _INCHES_PER_LETTER * longest)
-    return svg_of(lambda ax: draw(ax=ax), name=name, height=height, description=f"{what} over steps", left=left)
+    left = max(_LEFT, 0.15 + _INCHES_PER_LETTER * longest)
+    return svg_of(
+        lambda ax: draw(ax=ax),
+        name=name,
+        height=height,
+        description=f"{what} over steps",
+        left=left,
+        narrow=NARROW_WIDTH + left - _LEFT,
+    )

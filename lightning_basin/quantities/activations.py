@@ -52,40 +52,15 @@ class InputActivations:
     _classes: dict[float, Array] = field(default_factory=dict, init=False, repr=False)
 
     def classes(self, rtol: float) -> Array:
-        """Return the smallest index of each input's class, as `duplicate_classes` does, shape ``(k,)``.
-
-        Args:
-            rtol: The tolerance, relative to the scales; one for which the classes have been searched.
-        """
+        """Return the smallest index of each input's class at a tolerance that has been searched, shape ``(k,)``."""
         return self._classes[rtol]
 
     def search(self, rtols: Sequence[float]) -> Reading[None]:
-        """Find the classes at some tolerances and keep them, beside other computations of `read_together`.
-
-        Args:
-            rtols: The tolerances.
-        """
+        """Find the classes at some tolerances and keep them, beside other computations of `read_together`."""
         unknown = sorted(set(rtols) - set(self._classes), reverse=True)
-        for rtol in list(unknown):
-            coarser, finer = self._known_around(rtol)
-            if coarser is not None and finer is not None and np.array_equal(coarser, finer):
-                self._classes[rtol] = coarser
-                unknown.remove(rtol)
         if unknown:
-            coarser, _ = self._known_around(unknown[0])
-            classes = yield from search_classes(
-                self.rows, unknown, scales=self.scales, largest=self.largest, coarser=coarser
-            )
+            classes = yield from search_classes(self.rows, unknown, scales=self.scales, largest=self.largest)
             self._classes.update(zip(unknown, classes, strict=True))
-
-    def _known_around(self, rtol: float) -> tuple[Array | None, Array | None]:
-        """The classes at the next larger and the next smaller tolerance, as far as they are known."""
-        larger = min((known for known in self._classes if known > rtol), default=None)
-        smaller = max((known for known in self._classes if known < rtol), default=None)
-        return (
-            None if larger is None else self._classes[larger],
-            None if smaller is None else self._classes[smaller],
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +89,7 @@ def layer_activations(
     """Return the activations of each called layer, by name, in the order of first entry.
 
     A tensor with adjacent rows for each input is sliced. A tensor that all inputs share is left out. Any other tensor
-    is collected from runs of single inputs.
-
-    Args:
-        network: The network.
-        probe: The inputs.
-        trace: The trace of the network on the probe.
-        layout: The places of the inputs in the trace; ``None`` runs other batches to find them.
+    is collected from runs of single inputs. Without a layout, other batches are run to find it.
     """
     if layout is None:
         layout = input_layout(network, probe, trace, run_regrouped(network, probe) if probe.size > 1 else [])
@@ -131,16 +100,7 @@ def layer_activations(
 def measure_activation_ranks(
     evaluation: Evaluation, scopes: Sequence[Scope], activations: Mapping[str, LayerActivations]
 ) -> dict[Scope, dict[str, Any]]:
-    """Measure the rank of the input activations of each layer.
-
-    Args:
-        evaluation: The network on the probe.
-        scopes: The scopes to report; blocks and the network have no such rank.
-        activations: The activations of each called layer, by name.
-
-    Returns:
-        The record's fields of the rank, for each layer whose input activations are known.
-    """
+    """Measure the rank of the input activations of each layer."""
     layers = {scope: activations[scope.name] for scope in scopes if scope.kind == "layer" and scope.name in activations}
     entering = {scope: layer.entering for scope, layer in layers.items() if layer.entering is not None}
     distinct = distinct_activations(entering.values())
@@ -157,20 +117,12 @@ def measure_activation_ranks(
 
 
 def distinct_activations(activations: Iterable[InputActivations | None]) -> list[InputActivations]:
-    """List activations once that enter several layers, and leave out what is ``None``.
-
-    Args:
-        activations: The activations.
-    """
+    """List activations once that enter several layers, and leave out what is ``None``."""
     return list({id(entering): entering for entering in activations if entering is not None}.values())
 
 
 def activations_of(tensors: Sequence[Tensor]) -> InputActivations:
-    """Take tensors, side by side, as what is known of each input.
-
-    Args:
-        tensors: The tensors, each of shape ``(k, ...)``; infinite elements count in no scale.
-    """
+    """Take tensors, side by side, as what is known of each input."""
     return _side_by_side([tensors])[0]
 
 

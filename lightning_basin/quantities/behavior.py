@@ -27,10 +27,6 @@ def behavior_jacobian(evaluation: Evaluation) -> Tensor | None:
 def project_outputs(evaluation: Evaluation, generator: Generator) -> bool:
     """See the outputs along fewer random directions, where there are too many of them to be measured one by one.
 
-    Args:
-        evaluation: The network on the probe; its rows are projected from now on.
-        generator: A generator on the CPU, which draws the directions.
-
     Returns:
         Whether they are, so that ranks are lower bounds.
     """

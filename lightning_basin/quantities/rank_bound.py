@@ -5,14 +5,13 @@ premises are checked on a network: which parameters act before a layer, whether 
 behind it, and whether everything before it acts through one earlier layer, the passage.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from lightning_basin.evaluation import Evaluation
 from lightning_basin.functional.duplicates import duplicate_classes, num_classes
@@ -26,6 +25,7 @@ from lightning_basin.functional.rank_bound import (
     merged_linear_directions,
 )
 from lightning_basin.functional.reading import read_together
+from lightning_basin.network.layers import reached_parameters
 from lightning_basin.network.rounding import agreement_rtol
 from lightning_basin.network.runs import Chunk, ProbeRuns
 from lightning_basin.quantities.activations import LayerActivations, distinct_activations
@@ -41,11 +41,6 @@ def measure_rank_bound(evaluation: Evaluation, activations: Mapping[str, LayerAc
     """Find the tightest bound over nested cuts.
 
     Layers are looked at until the bound is the rank, those with the fewest distinct activations first.
-
-    Args:
-        evaluation: The network on the probe.
-        activations: The activations of each called layer, by name.
-        rank: The rank of the network: gradients of merged inputs may differ by less than its tolerance.
     """
     num_parameters = sum(layer.num_parameters for layer in evaluation.network.layers)
     num_inputs, num_outputs = evaluation.probe.size, evaluation.num_outputs
@@ -83,15 +78,7 @@ def _candidates(activations: Mapping[str, LayerActivations], num_inputs: int, rt
 
 
 def _cuts_before(evaluation: Evaluation, name: str, classes: Tensor, rank: GradientRank, share: float) -> list[_Cut]:
-    """The cuts before a layer: none where more than its input crosses; else one, and one through a passage.
-
-    Args:
-        evaluation: The network on the probe.
-        name: The name of the layer.
-        classes: The first member of each input's class, by the layer's input activation.
-        rank: The rank of the network.
-        share: The fraction of the rank's tolerance for the error of merging these inputs.
-    """
+    """The cuts before a layer: none where more than its input crosses; else one, and one through a passage."""
     runs, parameters = evaluation.runs, evaluation.network.parameters()
     is_before = [False] * len(parameters)
     for chunk in runs.chunks():
@@ -112,28 +99,6 @@ def _cuts_before(evaluation: Evaluation, name: str, classes: Tensor, rank: Gradi
         if merging_error(runs, classes, is_before, passage) <= tolerance:
             cuts.append((classes, partial(_directions_through, passage, classes, num_before, rank, share)))
     return cuts
-
-
-def reached_parameters(
-    tensors: Iterable[Tensor], parameters: Sequence[Tensor], *, barrier: Tensor | None = None
-) -> list[bool]:
-    """For each parameter whether the graph of some tensors leads to it on a way that does not pass a barrier.
-
-    Args:
-        tensors: The tensors where the ways begin.
-        parameters: The parameters.
-        barrier: The tensor that no way may pass; ``None`` for none.
-    """
-    stop = None if barrier is None else tuple(get_gradient_edge(barrier)[:2])
-    waiting = [get_gradient_edge(tensor).node for tensor in tensors if tensor.requires_grad]
-    seen = set(waiting)
-    while waiting:
-        for edge in waiting.pop().next_functions:
-            if edge[0] is not None and edge[0] not in seen and edge != stop:
-                seen.add(edge[0])
-                waiting.append(edge[0])
-    reached = {id(getattr(node, "variable", None)) for node in seen}
-    return [id(parameter) in reached for parameter in parameters]
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,11 +174,6 @@ def _combined_gradient(tensor: Tensor, parameters: Sequence[Tensor], weights: Te
 
 def _find_passage(evaluation: Evaluation, cut: str, before: Sequence[Tensor]) -> Passage | None:
     """The layer called last before a cut, if everything trained before the cut acts on the outputs through it alone.
-
-    Args:
-        evaluation: The network on the probe.
-        cut: The name of the layer whose input is all that crosses.
-        before: The parameters that act before the cut, on any input.
 
     Returns:
         The passage; ``None`` where there is no such layer, where its outputs are not laid out input by input, and where

@@ -45,16 +45,7 @@ _NUM_TRIED = 2  # layers, from the last, whose gradients may show that all rows 
 class RankMeasurement:
     """Ranks of scopes, whose gradients are added layer by layer.
 
-    Args:
-        scopes: The scopes to report.
-        runs: The network's runs over the probe.
-        check: The check of the gradients of the outputs.
-        rtol: The relative tolerance of ranks; ``None`` means the default of what is decomposed.
-        generator: A generator on the CPU, for random vectors.
-        max_waiting: The number of elements that may be held of the gradients of a scope.
-        needs_spectra: Whether singular values are needed also where the rank can be proved without them.
-        behavior_is_outputs: Whether the gradients that are added are those of the outputs.
-        finds_leading: Whether the leading left singular vector of the network's gradients is looked for.
+    Where no spectra are needed, a rank may be proved without them: of gradients of the outputs, which the check knows.
     """
 
     def __init__(
@@ -110,13 +101,7 @@ class RankMeasurement:
             self._judge(scope)
 
     def try_last_layers(self, *, max_elements: int, clock: StageClock, layers: Sequence[Layer] | None = None) -> None:
-        """Look first at the last large layers, whose backward passes are short: they may prove the network's rank.
-
-        Args:
-            max_elements: The number of elements that the gradients of one layer may have.
-            clock: The clock of the stages, in which gradients are one of their own.
-            layers: The layers among which to look; ``None`` means all.
-        """
+        """Look first at the last large layers, whose backward passes are short: they may prove the network's rank."""
         if not self._large(self._open) or any(scope.kind != "network" for scope in self._open):
             return
         layers = self._runs.network.layers if layers is None else layers
@@ -219,17 +204,7 @@ def _are_distinct(outputs: Tensor) -> bool:
 def measure_ranks(
     evaluation: Evaluation, scopes: Sequence[Scope], hessian: HessianMeasurement | None, generator: Generator
 ) -> tuple[dict[Scope, GradientRank], dict[Scope, Spectrum]]:
-    """Find the ranks of the behavioral gradients of each scope.
-
-    Args:
-        evaluation: The network on the probe.
-        scopes: The scopes to report, the network last.
-        hessian: Is shown the gradients of the outputs on the way; ``None`` where the Hessian is not measured.
-        generator: A generator on the CPU, for random vectors.
-
-    Returns:
-        The ranks, and the singular values where the rank was not proved without them.
-    """
+    """Find the ranks of each scope, and known spectra; the Hessian is shown the gradients of outputs on the way."""
     settings, jacobian, clock = evaluation.settings, behavior_jacobian(evaluation), evaluation.clock
     with clock("gradients"):
         check = AutogradCheck(evaluation.runs, generator)
@@ -261,16 +236,7 @@ def _add_layers(
     jacobian: Tensor | None,
     hessian: HessianMeasurement | None,
 ) -> None:
-    """Add the gradients of some layers until all ranks are known.
-
-    Args:
-        evaluation: The network on the probe.
-        measurement: The ranks.
-        check: The check of the gradients of the outputs.
-        layers: The layers.
-        jacobian: The behavior's derivative by the outputs; ``None`` where they are the same.
-        hessian: Is shown the gradients of the outputs; ``None`` where the Hessian is not measured.
-    """
+    """Add the gradients of some layers until all ranks are known."""
     if measurement.is_complete:
         return
     gradients = layer_gradients(evaluation.runs, check, layers=layers, max_elements=evaluation.max_elements)
@@ -288,12 +254,7 @@ def _add_layers(
 
 
 def rank_fields(rank: GradientRank, spectrum: Spectrum | None) -> dict[str, Any]:
-    """Return what a record says of a rank, by field.
-
-    Args:
-        rank: The rank of the gradients of a scope.
-        spectrum: Their singular values; ``None`` where the rank was proved without them.
-    """
+    """Return what a record says of a rank, by field; there is no spectrum where the rank was proved without it."""
     if spectrum is None:
         of_spectrum: dict[str, Any] = {}
     else:

@@ -258,6 +258,13 @@ def test_run_resumed_from_any_checkpoint_stops_where_the_uninterrupted_one_does(
         ({"min_delta": -1.0}, r"min_delta=-1.0\).* not be negative"),
         ({"stopping_threshold": 3}, "needs a direction"),
         ({"mode": "down"}, "must be in "),
+        ({"monitor": None}, r"monitor=None\)` must be the key of a logged value"),
+        ({"patience": "5"}, r"patience='5'\)` must be an integer, at least 1"),
+        ({"patience": 2.5}, r"patience=2.5\)` must be an integer, at least 1"),
+        ({"min_delta": None}, r"min_delta=None\)` must be a number"),
+        ({"min_delta": float("nan")}, r"min_delta=nan\)` must be a number, and not be negative"),
+        ({"mode": "min", "stopping_threshold": "5"}, r"stopping_threshold='5'\)` must be a number or None"),
+        ({"after_zero_loss": "False"}, r"after_zero_loss='False'\)` must be True or False"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

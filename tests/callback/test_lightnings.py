@@ -181,7 +181,7 @@ def test_what_cannot_be_measured_raises_what_the_package_calls_a_misconfiguratio
     exceptions = import_module(f"{package.__name__}.utilities.exceptions")
     with pytest.raises(exceptions.MisconfigurationException, match="needs a BasinMonitor that logs this key"):
         fit(package, tmp_path, RankEarlyStopping())
-    with pytest.raises(exceptions.MisconfigurationException, match="must be at least 1"):
+    with pytest.raises(exceptions.MisconfigurationException, match="at least 1"):
         BasinMonitor(every_n_epochs=0)
 
 

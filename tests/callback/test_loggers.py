@@ -3,8 +3,11 @@
 import csv
 import json
 import struct
+import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from torch import nn
 
 from lightning_basin import BasinMonitor
 from lightning_basin.callback.loggers import log_scalars
-from tests.lightning_packages import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning_basin.callback.media import image_writer, page_writer
+from lightning_basin.history.details import details_of
+from tests.lightning_packages import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger, loggers
 from tests.training import Regressor, loader, make_trainer, repeated_loader, steps
 
 pytestmark = pytest.mark.fits
@@ -33,6 +38,31 @@ def test_a_logger_that_fails_does_not_keep_the_others_from_logging(tmp_path):
     (event,) = EventAccumulator(first.log_dir).Reload().Scalars("basin/gradient_rank")
     assert (event.step, event.value) == (3, 6.0)
     assert last.experiment.metrics == [{"basin/gradient_rank": 6.0, "step": 3}]
+
+
+class Experiment(defaultdict):
+    """Stands for that of the package litlogger, which needs an account: one series of values for each key."""
+
+    class Series(list):
+        def append(self, value, step):
+            super().append((step, value))
+
+    def __init__(self, **_):
+        super().__init__(self.Series)
+
+    def print_url(self):
+        pass
+
+
+def test_litlogger_gets_values_at_their_step_and_neither_figures_nor_report(tmp_path, monkeypatch):
+    if not hasattr(loggers, "LitLogger"):
+        pytest.skip("this version of lightning has no LitLogger")
+    monkeypatch.setitem(sys.modules, "litlogger", SimpleNamespace(Experiment=Experiment))
+    logger = loggers.LitLogger(tmp_path, name="run")
+    assert log_scalars([logger], {"basin/gradient_rank": 6.0}, step=3) == []
+    assert log_scalars([logger], {"basin/gradient_rank": 5.0}, step=7) == []
+    assert logger.experiment["basin/gradient_rank"] == [(3, 6.0), (7, 5.0)]
+    assert (image_writer(logger), page_writer(logger)) == (None, None)
 
 
 def test_without_a_logger_nothing_is_logged():
@@ -201,14 +231,16 @@ def rows_of(path):
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text().splitlines()]
     with path.open(newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+        return [{key: json.loads(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize("history", ["csv", "jsonl"])
 def test_history_holds_one_row_a_measurement_in_the_log_directory(tmp_path, history):
     monitor, logger = BasinMonitor(probe=20, history=history), CSVLogger(tmp_path)
     make_trainer(tmp_path, monitor, logger=logger).fit(Regressor(), loader())
-    expected = [{"step": record.step} | record.scalars() for record in monitor.records]
+    expected = [
+        {"step": record.step, **record.scalars(), "basin/details": details_of(record)} for record in monitor.records
+    ]
     assert rows_of(tmp_path / "lightning_logs" / "version_0" / f"basin.{history}") == expected
 
 

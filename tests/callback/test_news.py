@@ -1,6 +1,10 @@
+import shlex
 from dataclasses import replace
+from types import SimpleNamespace
 
-from lightning_basin.callback.news import news
+from lightning_basin.callback.news import closing_words, news
+from lightning_basin.callback.results import Results
+from tests.lightning_packages import TensorBoardLogger
 from tests.runs import ZERO_LOSS_STEP, records
 
 
@@ -35,3 +39,11 @@ def test_equal_inputs_are_no_merge_of_the_first_layer():
     made = records()
     layers = {name: replace(layer, duplicated_activations=int(name == "fc1")) for name, layer in made[0].layers.items()}
     assert list(news(replace(made[1], layers=layers), made[:1], None)) == []
+
+
+def test_the_command_that_shows_the_curves_may_be_pasted_whatever_the_folder_is_called(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="a run; <b>")
+    session = SimpleNamespace(results=Results(records()), arguments=SimpleNamespace(prefix="basin"))
+    words = closing_words(SimpleNamespace(loggers=[logger]), session, SimpleNamespace(path=None))
+    (line,) = [line for line in words.splitlines() if line.startswith("The curves: ")]
+    assert shlex.split(line)[-3:] == ["tensorboard", "--logdir", logger.root_dir]

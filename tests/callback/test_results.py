@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 
-from lightning_basin import BasinMonitor
+from lightning_basin import BasinMonitor, Probe
+from lightning_basin.callback.results import labels_of
 from lightning_basin.offline import measure_checkpoints
 from tests.lightning_packages import ModelCheckpoint
-from tests.training import Regressor, loader, make_trainer, steps
+from tests.training import Regressor, loader, make_trainer, regression_data, steps
 
 pytestmark = pytest.mark.fits
 
@@ -108,3 +109,14 @@ def test_measuring_checkpoints_leaves_what_a_monitor_shows(tmp_path):
     found = measure_checkpoints(tmp_path, Regressor, monitor, progress=False)
     assert [record.step for record in found] == [3, 6]
     assert monitor.records == before
+
+
+def test_labels_are_targets_that_are_few_numbers():
+    inputs = torch.eye(3)
+    assert labels_of(Probe(inputs, torch.tensor([2, 0, 2]))) == [2, 0, 2]
+    assert labels_of(Probe(inputs, torch.tensor([[0.5], [1.0], [0.5]]))) == [0.5, 1, 0.5]
+    assert labels_of(Probe(inputs)) is None
+    assert labels_of(Probe(inputs, {"label": torch.zeros(3)})) is None
+    assert labels_of(Probe(*regression_data(20).tensors)) is None
+    assert labels_of(Probe(torch.zeros(20, 1), torch.arange(20))) is None
+    assert labels_of(None) is None

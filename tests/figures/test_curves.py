@@ -18,7 +18,7 @@ def texts(ax):
 
 def test_rank_bound_and_largest_rank_are_drawn_with_their_last_value():
     ax = plot_history(history_of(records(), zero_loss_step=10))
-    assert {"rank 2", "allowed by merged inputs 2", "largest possible 8", "zero loss"} <= texts(ax)
+    assert {"rank 2", "allowed by merges 2", "largest possible 8", "zero loss"} <= texts(ax)
     drawn = [list(line.get_ydata()) for line in ax.lines]
     assert [8, 8, 8, 8] in drawn
     assert [8, 8, 6, 2] in drawn
@@ -60,6 +60,14 @@ def test_a_nullity_that_was_counted_without_a_bracket_is_drawn_as_ill_defined_un
     assert pieces[0].get_linestyle() == dotted != solid
     assert "nullity 33" in texts(ax)
     assert "nullity, ill-defined 32" in texts(plot_nullity(made[:3]))
+
+
+def test_the_line_of_parameters_minus_rank_says_what_is_known_of_the_rank():
+    bounds = [replace(record, projected=True) for record in records()]
+    (line,) = [line for line in plot_nullity(bounds).lines if line.get_ydata().tolist() == [32, 32, 35, 38]]
+    expected = Line2D([], [], linestyle=LINE_STYLES["lower bound"], linewidth=line.get_linewidth())
+    assert line.get_linestyle() == expected.get_linestyle() == "--"
+    assert line._dash_pattern == expected._dash_pattern
 
 
 def test_loss_is_drawn_as_its_logarithm():

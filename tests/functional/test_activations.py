@@ -73,9 +73,10 @@ def test_activations_that_cannot_be_squared_have_no_rank(value):
     assert activation_rank(activations) == (None, None)
 
 
-@pytest.mark.parametrize("scale", [1e-200, 1e-20, 1e100])
+@pytest.mark.parametrize("scale", [1e-200, 2.0**-540, 1e-20, 1e100])  # Squares are 0, or hold few digits.
 def test_rank_does_not_depend_on_the_scale(scale):
     assert activation_rank(scale * integer_activations(9, 30, 4).double())[0] == 4
+    assert activation_rank(scale * integer_activations(60, 300, 20).double())[0] == 20
 
 
 def test_in_float32_what_lies_below_its_rounding_does_not_count():

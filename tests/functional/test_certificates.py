@@ -45,6 +45,12 @@ def test_what_the_gram_matrix_cannot_resolve_is_never_called_full(size, smallest
         assert independent(with_singular_values(size, 2 * size, values, seed=seed)) is None
 
 
+@pytest.mark.parametrize("scale", [2.0**-500, 2.0**-530, 2.0**-540, 2.0**-900])
+def test_rounding_of_squares_to_denormal_numbers_is_never_called_full(scale):
+    matrix = with_singular_values(40, 90, np.append(np.geomspace(1.0, 1e-3, 39), 0.0), seed=0)
+    assert independent(scale * matrix) is None
+
+
 @pytest.mark.parametrize(("resolution", "is_proved"), [(1e-5, True), (1e-3, False)])
 def test_a_coarser_resolution_is_asked_of_every_singular_value(resolution, is_proved):
     matrix = with_singular_values(40, 90, np.geomspace(1.0, 1e-4, 40), seed=0)

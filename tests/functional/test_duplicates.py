@@ -6,7 +6,6 @@ from lightning_basin.functional.duplicates import (
     dead_units,
     duplicate_classes,
     duplicated_activations,
-    finer_classes,
     join_classes,
     largest_elements,
     search_classes,
@@ -74,8 +73,9 @@ def test_classes_are_those_of_the_definition_whatever_the_activations_hold(seed,
     activations, by_entry = torch.from_numpy(rows), torch.from_numpy(scales)
     classes = duplicate_classes(activations, rtol=rtol, scales=by_entry)
     assert classes.tolist() == classes_by_definition(rows, rtol, scales)
-    finer = finer_classes(classes, activations, rtol=rtol / 2, scales=by_entry)
-    assert finer.tolist() == classes_by_definition(rows, rtol / 2, scales)
+    rtols, largest = [rtol, rtol / 2, 0.0], float(np.abs(rows).max(where=np.isfinite(rows), initial=0.0))
+    (together,) = read_together([search_classes(activations, rtols, scales=scales, largest=largest)])
+    assert [classes.tolist() for classes in together] == [classes_by_definition(rows, rtol, scales) for rtol in rtols]
 
 
 def test_equal_rows_whose_projections_leave_the_range_of_float64_are_one_class():

@@ -210,6 +210,12 @@ def test_rank_of_an_integer_product_is_its_inner_dimension(shape, rank):
     assert behavioral_gradient_rank(integer_product(*shape, rank, seed=rank)) == rank
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-500, 2.0**-530, 2.0**-540, 2.0**-900])
+def test_rank_does_not_depend_on_the_scale_whatever_squares_hold(scale):
+    matrix = scale * integer_product(60, 300, 20, seed=1)
+    assert gradient_rank(sketched_spectrum(matrix @ matrix.mT, lambda: matrix, num_columns=300)).rank == 20
+
+
 def test_rank_of_a_float32_matrix_is_taken_in_float64():
     matrix = integer_product(30, 50, 11, seed=0).to(torch.float32)
     assert behavioral_gradient_rank(matrix) == 11

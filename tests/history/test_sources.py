@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,28 @@ def test_report_is_read_with_its_merged_inputs(tmp_path):
         assert history.merged_inputs == history_of(records()).merged_inputs
 
 
+def test_curves_of_a_run_that_has_gone_on_count_more_than_its_report(tmp_path):
+    write_bare_page(tmp_path / "report.html", replace(history_of(records()[:2]), labels=[3, 3, 1, 1, 1]))
+    HistoryFile(tmp_path / "basin.csv").write(rows())
+    history = read_history(tmp_path)
+    assert_is_the_run(history)
+    assert history.labels == [3, 3, 1, 1, 1]
+
+
+def test_a_report_has_what_else_stands_in_the_table_beside_it(tmp_path):
+    write_bare_page(tmp_path / "report.html", history_of(records()))
+    HistoryFile(tmp_path / "metrics.csv").write([{**row, "val_loss": row["step"] / 10} for row in rows()])
+    history = read_history(tmp_path)
+    assert history.merged_inputs == history_of(records()).merged_inputs
+    assert history.logged["val_loss"].values.tolist() == [0, 1, 2, 3]
+    # Another monitor without a report has logged there, too.
+    HistoryFile(tmp_path / "held_out.csv").write(rows("held_out"))
+    assert read_history(tmp_path).logged["val_loss"].values.tolist() == [0, 1, 2, 3]
+    (tmp_path / "metrics.csv").unlink()
+    (tmp_path / "held_out.csv").write_text("step,val_loss\n0,1\n")
+    assert read_history(tmp_path).logged == {}
+
+
 def test_records_and_histories_are_sources(tmp_path):
     history = read_history(records(), name="a run")
     assert_is_the_run(history)
@@ -132,8 +155,17 @@ def test_several_runs_are_read_from_a_folder_above_them(tmp_path):
         HistoryFile(tmp_path / f"seed_{seed}" / "basin.csv").write(rows())
     write_events(tmp_path / "other" / "version_0")
     histories = read_histories(tmp_path)
-    assert [history.name for history in histories] == ["version_0", "seed_0", "seed_1", "seed_2"]
+    assert [history.name for history in histories] == ["other/version_0", "seed_0", "seed_1", "seed_2"]
     assert run_folders(tmp_path)[0] == tmp_path / "other" / "version_0"
+
+
+def test_the_only_run_below_a_folder_is_read_and_of_several_one_must_be_chosen(tmp_path):
+    write_events(tmp_path / "seed_0" / "version_0")
+    for above in (tmp_path, tmp_path / "seed_0"):
+        assert_is_the_run(read_history(above))
+    HistoryFile(tmp_path / "seed_1" / "basin.csv").write(rows())
+    with pytest.raises(ValueError, match=r"has \['seed_0/version_0', 'seed_1'\] below it: pass one of them"):
+        read_history(tmp_path)
 
 
 def test_points_at_zero_loss_and_folders_of_other_tools_are_no_runs(tmp_path):

@@ -391,6 +391,36 @@ def test_experts_that_are_not_called_in_a_chunk_add_nothing_there(loss_fn, memor
         assert record.hessian_nullity == record.gradient_nullity
 
 
+@pytest.mark.parametrize("max_outputs", [None, 1])
+@pytest.mark.parametrize(
+    ("layer", "inputs_of"),
+    [
+        (nn.Linear(4, 2), lambda x: x),
+        (nn.Embedding(3, 2), lambda x: x.argmax(1)),
+        (nn.EmbeddingBag(3, 2, mode="sum"), lambda x: x.argsort(1)[:, :2]),
+    ],
+)
+def test_a_layer_that_is_called_with_no_input_adds_nothing(layer, inputs_of, max_outputs):
+    def routed(m, x):
+        nobody = (x[:, 0] > torch.inf).nonzero().squeeze(1)
+        return m.all(x).index_add(0, nobody, m.layer(inputs_of(x[nobody])))
+
+    module, inputs = Composed(routed, layer=layer, all=nn.Linear(4, 2)), drawn32(9, 4)
+    record = measure_basin(module, inputs, max_outputs=max_outputs)
+    # [x, 1] has rank 5, once for each output. One combination of the two outputs has the same inputs.
+    assert record.gradient_rank == record.layers["all"].gradient_rank == 5 * (max_outputs or 2)
+    assert record.layers["layer"].gradient_rank == 0
+
+
+def test_a_tied_table_in_which_nothing_is_looked_up_has_the_rank_of_the_head():
+    def tied(m, x):
+        nobody = (x[:, 0] > torch.inf).nonzero().squeeze(1)
+        return (x @ m.table.weight.T).index_add(0, nobody, m.table(x[nobody].argmax(1)))
+
+    record = measure_basin(Composed(tied, table=nn.Embedding(4, 4)), drawn32(9, 4))
+    assert record.gradient_rank == 4 * 4  # x has rank 4, once for each output.
+
+
 def test_gradients_scaled_by_frequency_are_measured_as_derivatives():
     plain = Composed(
         lambda m, x: m.readout(m.table(x).sum(1)).relu(), table=nn.Embedding(6, 2), readout=nn.Linear(2, 1)

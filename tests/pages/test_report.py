@@ -44,7 +44,7 @@ def test_page_says_what_happened_in_words_and_integers(page):
     text = " ".join(page.texts)
     assert "The rank went from 8 to 2 of 8 directions. The loss reached zero at step 10, at rank 8." in text
     assert "no longer distinguishes all inputs is 'fc2' (duplicates: 1, at 'head': 2)." in text
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 2 * 8  # A wide and a narrow one.
     headlines = text[text.index("rank of the behavioral gradients") :]
     assert headlines.startswith("rank of the behavioral gradients 2 proved; start 8, zero loss 8")
     assert "flat directions of the loss 38 proved; of 40 parameters" in headlines

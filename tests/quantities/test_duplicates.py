@@ -79,7 +79,7 @@ def operations_of(num_layers):
         with Dispatched() as operations:
             activations = measure_activations(evaluation)
             ranks = measure_activation_ranks(evaluation, scopes, activations)
-            duplicates = measure_duplicates(evaluation, activations)
+            duplicates = measure_duplicates(evaluation, activations, also_at=[rank.rtol])
             measure_rank_bound(evaluation, activations, rank)
     assert [fields["activation_rank"] for fields in ranks.values()] == (num_layers + 1) * [8]
     assert duplicates.network["duplicated_activations"] == 0

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_basin import Probe, measure_basin
+from lightning_basin.network.layers import reached_parameters
 from lightning_basin.network.network import Network
 from lightning_basin.network.runs import ProbeRuns
-from lightning_basin.quantities.rank_bound import merging_error, reached_parameters
+from lightning_basin.quantities.rank_bound import merging_error
 from tests.measure.records import SEEDS, generic
 from tests.models import (
     Chain,

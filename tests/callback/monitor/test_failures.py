@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_basin import BasinMonitor, measure_basin
 from tests.callback.monitor.modules import measured_at_start
@@ -158,17 +158,47 @@ def test_trainable_layer_that_is_never_called_is_measured_as_null_space(tmp_path
     assert [r.hessian_nullity for r in monitor.records] == [r.hessian_nullity + 2 for r in ordinary.records]
 
 
-def test_weights_that_became_nan_cost_a_warning_and_no_run(tmp_path):
-    class Exploding(Regressor):
+class ByOperators(Unmeasurable):
+    """Makes its loss by operators, so that the step itself is the loss."""
+
+    def training_step(self, batch, batch_idx):
+        self.num_training_steps += 1
+        return (self(batch[0]) - batch[1]).square().mean()
+
+
+@pytest.mark.parametrize("kind", [Regressor, Unmeasurable, ByOperators], ids=["forward", "loss of the step", "step"])
+def test_weights_that_became_nan_cost_a_warning_and_no_run(tmp_path, kind):
+    class Exploding(kind):
         def on_train_epoch_start(self):
             if self.current_epoch == 1:
                 self.readout.weight.data.fill_(torch.nan)
 
     module, monitor = Exploding(), BasinMonitor(probe=20)
-    with pytest.warns(UserWarning, match="outputs must be finite, but are NaN or infinite on 20 of the 20 inputs"):
+    message = r"outputs must be finite, .*on 20 of the 20 inputs.*'readout.weight'.* of the module are not finite"
+    with pytest.warns(UserWarning, match=message):
         make_trainer(tmp_path, monitor).fit(module, loader())
     assert module.num_training_steps == 6
     assert steps(monitor) == [0, 3]
+
+
+@pytest.mark.parametrize("kind", [Regressor, Unmeasurable, ByOperators], ids=["forward", "loss of the step", "step"])
+def test_a_target_that_is_nan_leaves_the_loss_out_and_is_named(tmp_path, kind):
+    inputs, targets = regression_data(20).tensors
+    targets[3, 1] = torch.nan
+    monitor = BasinMonitor(probe=20)
+    with pytest.warns(UserWarning, match=r"got nan, as the targets of the inputs \[3\] are not: leave these out"):
+        make_trainer(tmp_path, monitor, max_steps=1).fit(kind(), DataLoader(TensorDataset(inputs, targets), 20))
+    assert monitor.records[0].loss is None
+    assert monitor.records[0].gradient_rank is not None
+
+
+def test_an_input_that_is_nan_is_refused_with_its_number_once(tmp_path):
+    inputs, targets = regression_data(20).tensors
+    inputs[3, 1] = torch.nan
+    with pytest.raises(
+        MisconfigurationException, match=r"leave out the inputs \[3\], which are not finite themselves$"
+    ):
+        make_trainer(tmp_path, BasinMonitor(20)).fit(Unmeasurable(), DataLoader(TensorDataset(inputs, targets), 20))
 
 
 class Sequences(IterableDataset):
