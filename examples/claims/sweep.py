@@ -157,7 +157,12 @@ def train_one(width: int, seed: int, max_steps: int) -> tuple[Run, Run]:
         )
 
     monitor = BasinMonitor(
-        probe=(pairs[seen], labels[seen]), hessian=False, zero_loss_threshold=1e-4, report=False, figures=False
+        probe=(pairs[seen], labels[seen]),
+        every_n_epochs=1,
+        hessian=False,
+        zero_loss_threshold=1e-4,
+        report=False,
+        figures=False,
     )
     trainer = L.Trainer(
         max_epochs=max_steps // EVERY,
