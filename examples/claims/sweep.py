@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from examples.claims.ensembles import multilayer_perceptron
 from examples.claims.information_loss import category_pairs
@@ -132,13 +132,27 @@ def prepare_process() -> None:
     warnings.simplefilter("ignore")
 
 
+def _make_trainer(max_epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
+    return L.Trainer(
+        max_epochs=max_epochs,
+        callbacks=callbacks,
+        precision="64-true",
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
 def train_one(width: int, seed: int, max_steps: int) -> tuple[Run, Run]:
     """Make one run, and tell how it was when the rank had settled, and at the end."""
     pairs, labels = category_pairs()
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
     seen, unseen = order[:48], order[48:]
     torch.manual_seed(seed)
-    module, runs = Perceptron(width), {}
+    module = Perceptron(width)
+    runs: dict[bool, Run] = {}
 
     def note(*, stops: bool) -> None:
         record = monitor.records[-1]
@@ -164,18 +178,11 @@ def train_one(width: int, seed: int, max_steps: int) -> tuple[Run, Run]:
         report=False,
         figures=False,
     )
-    trainer = L.Trainer(
-        max_epochs=max_steps // EVERY,
-        callbacks=[monitor, RankEarlyStopping(patience=3), Notes(partial(note, stops=True))],
-        precision="64-true",
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    stopping = RankEarlyStopping(patience=3)
+    trainer = _make_trainer(max_steps // EVERY, [monitor, stopping, Notes(partial(note, stops=True))])
     # One batch a step, and a measurement an epoch.
-    trainer.fit(module, DataLoader([(pairs[seen], labels[seen])] * EVERY, batch_size=None))
+    steps = [tensor.expand(EVERY, *tensor.shape) for tensor in (pairs[seen], labels[seen])]
+    trainer.fit(module, DataLoader(TensorDataset(*steps), batch_size=None))
     note(stops=False)
     full = runs[False]
     return runs.get(True, replace(full, stops=True)), full
