@@ -40,12 +40,16 @@ def read_history(source: Source, *, name: str | None = None, prefix: str | None 
 
     Raises:
         FileNotFoundError: If there is nothing at the path.
+        TypeError: If it is none of these.
         ValueError: If nothing of a monitor is in it, or if it holds several monitors and ``prefix`` chooses none.
     """
     if isinstance(source, History):
         return source
     if not isinstance(source, str | Path):
-        records = list(source)
+        records = _items(source)
+        for record in records:
+            if not isinstance(record, BasinRecord):
+                raise _no_source(record)
         return history_of(records, name=name or "run")
     path = Path(source)
     if not path.exists():
@@ -65,6 +69,16 @@ def read_history(source: Source, *, name: str | None = None, prefix: str | None 
     page = pages[0] if prefix is None else folder / page_name(prefix)
     history = read_page(page)
     return _with_curves(replace(history, name=name or history.name), page, prefix)
+
+
+def _items(source: Any) -> list[Any]:
+    if not isinstance(source, Iterable):
+        raise _no_source(source)
+    return list(source)
+
+
+def _no_source(item: Any) -> TypeError:
+    return TypeError(f"source must be records of a monitor, or the path of a table or folder, got {item!r:.80}")
 
 
 def _name_of(folder: Path) -> str:
@@ -258,11 +272,12 @@ def read_histories(sources: Source | Iterable[Source], *, prefix: str | None = N
 
     Raises:
         FileNotFoundError: If there is nothing at a path.
+        TypeError: If a source is none that `read_history` takes.
         ValueError: If a source holds nothing of a monitor.
     """
     if isinstance(sources, History | str | Path):
         sources = [sources]
-    items: list[Any] = list(sources)
+    items = _items(sources)
     if items and all(isinstance(item, BasinRecord) for item in items):
         items = [items]
     histories = [history for item in items for history in _histories_of(item, prefix)]

@@ -143,6 +143,14 @@ def test_what_is_no_run_is_refused(tmp_path):
         read_history(__file__)
 
 
+@pytest.mark.parametrize("source", [None, 3.5, [1], ["basin", None]])
+@pytest.mark.parametrize("read", [read_history, read_histories])
+def test_what_is_no_source_is_refused(read, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((TypeError, FileNotFoundError), match="source must be"):
+        read(source)
+
+
 def test_text_and_empty_cells_of_other_loggers_are_left_out(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,basin/gradient_rank,basin/gradient_nullity,note\n0,3,,hello\n,4,2,\n")
     history = read_history(tmp_path)
