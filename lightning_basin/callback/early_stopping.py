@@ -20,7 +20,7 @@ from lightning_basin.callback.lightnings import (
     plain_state,
 )
 from lightning_basin.callback.monitor import BasinMonitor
-from lightning_basin.callback.notices import Notices
+from lightning_basin.callback.notices import Notices, warn
 from lightning_basin.callback.reliability import passed_over_because
 from lightning_basin.callback.session import Session
 from lightning_basin.callback.watching import keys_of
@@ -56,8 +56,8 @@ class RankEarlyStopping(BaseEarlyStopping):
         verbose: Log improvements too; why training stopped is always logged.
 
     Raises:
-        MisconfigurationException: If ``mode``, ``patience``, ``min_delta`` or ``stopping_threshold`` are out of range;
-            at the start of the fit if no `BasinMonitor` of the trainer logs ``monitor``.
+        MisconfigurationException: If an argument is of another type, or out of range; at the start of the fit if no
+            `BasinMonitor` of the trainer logs ``monitor``.
 
     Example:
         >>> RankEarlyStopping(patience=5).monitor
@@ -121,6 +121,20 @@ class RankEarlyStopping(BaseEarlyStopping):
         basin_monitor = _find_monitor(self.monitor, trainer, pl_module)
         self._session, self._notices = basin_monitor.progress.session, Notices()
         basin_monitor.subscribe(self.on_measurement)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        unread = self.state_dict()
+        try:
+            super().load_state_dict(state_dict)
+            counts = (self.wait_count, self.stopped_epoch, self.patience)
+            if not isinstance(self.best_score, Tensor) or not all(isinstance(count, int) for count in counts):
+                raise TypeError("it holds other values than numbers")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # Damaged, or of another version.
+            super().load_state_dict(unread)
+            warn(
+                f"{self._name} counts anew: its state in the checkpoint cannot be read. {type(error).__name__}: {error}"
+            )
 
     def on_measurement(self, trainer: Trainer, record: BasinRecord) -> None:
         """Take the newest measurement into account, and stop training if it decides so."""

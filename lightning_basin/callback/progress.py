@@ -134,9 +134,9 @@ class Progress:
         self.reset()
         if problem:
             same = ", on the same probe" if state is not None and state["probe"] is not None else ""
+            goes_on = "goes on with the rest" if state is not None and "records" in state else f"measures anew{same}"
             self.notices.warn(
-                f"BasinMonitor measures anew{same}: its state in the checkpoint is damaged, or of another version: "
-                f"{problem}"
+                f"BasinMonitor {goes_on}: its state in the checkpoint is damaged, or of another version: {problem}"
             )
         if state is None:
             return

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from types import UnionType
 from typing import Any
 
 import torch
@@ -59,11 +60,23 @@ def _is_plain(collection: Any) -> bool:
     return isinstance(collection, Tensor) or type(collection) in (type(None), str, int, float, bool)
 
 
+_KINDS: Mapping[str, type | UnionType] = {
+    "settings": dict,
+    "measured_step": int | None,
+    "zero_loss_step": int | None,
+    "num_zero_losses": int,
+    "skipped_steps": list,
+    "leave_out_loss": bool,
+    "history_path": str | None,
+}
+"""Entries of a state that may be missing, and what each is."""
+
+
 def read_state(state: Any, passed_fingerprint: str | None) -> tuple[dict[str, Any] | None, str]:
     """Return as much of a state as can be used, with a `Probe` and a list of `BasinRecord`, and what is wrong with it.
 
     The curve of one probe does not go on with another: where the probe cannot be read, nothing is used. Where the
-    records cannot be read, they begin anew on the same probe.
+    records cannot be read, they begin anew on the same probe. Any other entry that is damaged counts as missing.
 
     Args:
         state: Whatever a checkpoint holds.
@@ -77,10 +90,26 @@ def read_state(state: Any, passed_fingerprint: str | None) -> tuple[dict[str, An
     except ValueError as error:
         return None, str(error)
     try:
-        records = [BasinRecord.from_dict(record) for record in state["records"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        records = _read_records(state["records"])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         return of_probe, f"its records cannot be read ({type(error).__name__}: {error})"
-    return {**state, **of_probe, "records": records}, ""
+    damaged = [name for name, kind in _KINDS.items() if name in state and not isinstance(state[name], kind)]
+    usable = {name: value for name, value in state.items() if name not in damaged}
+    return {**usable, **of_probe, "records": records}, f"values of another type in {damaged}" if damaged else ""
+
+
+def _read_records(plain: Any) -> list[BasinRecord]:
+    if not isinstance(plain, list):
+        raise TypeError(f"no list but a {type(plain).__name__}")
+    records = [BasinRecord.from_dict(record) for record in plain]
+    for record in records:
+        values: list[tuple[str, Any]] = [("step", record.step)]
+        for scope in (record, *record.layers.values(), *record.blocks.values()):
+            values += scope.quantities().items()
+        damaged = [name for name, value in values if not isinstance(value, int | float)]
+        if damaged:
+            raise TypeError(f"no numbers in {damaged}")
+    return records
 
 
 def read_probe(state: Any, passed_fingerprint: str | None = None) -> dict[str, Any]:

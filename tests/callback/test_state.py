@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lightning_basin import BasinMonitor, BasinRecord, Probe, measure_checkpoints
+from lightning_basin import BasinMonitor, BasinRecord, Probe, RankEarlyStopping, measure_checkpoints
 from lightning_basin.callback.state import fingerprint, probe_state, read_state
 from tests.lightning_packages import EarlyStopping
 from tests.training import Regressor, loader, make_trainer, repeated_loader, steps, timeless
@@ -71,7 +71,7 @@ def test_state_holds_what_weights_only_reads(tmp_path, inputs, is_plain):
 def written(tmp_path_factory):
     """A checkpoint after two epochs, with a probe of 30 inputs taken from the first two batches."""
     root = tmp_path_factory.mktemp("run")
-    trainer = make_trainer(root, BasinMonitor(30, hessian=False))
+    trainer = make_trainer(root, BasinMonitor(30, hessian=False), RankEarlyStopping(patience=9))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(Regressor(), loader())
@@ -125,11 +125,28 @@ OF_ANOTHER_VERSION = {
 }
 
 
+DAMAGED = {
+    "settings of another kind": changed("settings", to=[1]),
+    "a measured step that is a word": changed("measured_step", to="6"),
+    "a count that is a fraction": changed("num_zero_losses", to=0.5),
+    "steps that are none": changed("skipped_steps", to=None),
+    "a flag that is a number": changed("leave_out_loss", to=0),
+    "a path that is a number": changed("history_path", to=3),
+}
+
+
 SAME_PROBE = {
     "a field of a newer version": changed("records", 0, "new_field", to=1),
     "a record without a field": changed("records", 1, "gradient_rank", without=True),
     "a record without its layers": changed("records", 1, "layers", without=True),
     "a record that is none": changed("records", 1, to=None),
+    "a rank that is a word": changed("records", 1, "gradient_rank", to="26"),
+    "a rank that is none": changed("records", 1, "gradient_rank", to=None),
+    "a rank that is a tensor": changed("records", 1, "gradient_rank", to=torch.tensor(26)),
+    "a rank of a layer that is a word": changed("records", 0, "layers", "hidden", "gradient_rank", to="4"),
+    "a layer that is none": changed("records", 0, "layers", "hidden", to=None),
+    "a step that is a word": changed("records", 1, "step", to="3"),
+    "records that are a dictionary": changed("records", to={}),
     "no records": changed("records", without=True),
 }
 
@@ -151,6 +168,13 @@ def test_a_run_goes_on_from_a_state_of_another_version(tmp_path, written, kind):
     assert not said
     before = [BasinRecord.from_dict(record) for record in state_of(written)[1]["records"]]
     assert timeless(monitor.records[:3]) == timeless(before)
+    assert (steps(monitor), monitor.zero_loss_step) == ([0, 3, 6, 9, 12], None)
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_run_goes_on_without_an_entry_that_is_damaged_after_one_warning(tmp_path, written, kind):
+    said, monitor = resume(tmp_path, written, DAMAGED[kind])
+    assert [message.partition(":")[0] for message in said] == ["BasinMonitor goes on with the rest"]
     assert (steps(monitor), monitor.zero_loss_step) == ([0, 3, 6, 9, 12], None)
 
 
@@ -202,6 +226,27 @@ def test_a_strict_early_stopping_finds_a_value_after_a_damaged_state(tmp_path, w
         stopping = EarlyStopping("basin/gradient_rank", patience=99)
         _, monitor = resume(tmp_path, written, change, None, stopping)
         assert stopping.best_score in [record.gradient_rank for record in monitor.records]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("wait_count"),
+        lambda state: state.update(best_score=None),
+        lambda state: state.update(wait_count="3"),
+        lambda state: state.update(stopping_reason=77),
+    ],
+)
+def test_rank_early_stopping_counts_anew_where_its_state_is_damaged(tmp_path, written, change):
+    content = copy.deepcopy(written)
+    change(state_of(content, "RankEarlyStopping")[1])
+    torch.save(content, tmp_path / "b.ckpt")
+    stopping = RankEarlyStopping(patience=9)
+    trainer = make_trainer(tmp_path, BasinMonitor(30, hessian=False), stopping, max_epochs=3)
+    with pytest.warns(UserWarning, match="counts anew: its state in the checkpoint cannot be read"):
+        trainer.fit(Regressor(), loader(), ckpt_path=tmp_path / "b.ckpt")
+    assert trainer.current_epoch == 3
+    assert (stopping.wait_count, stopping.patience) == (0, 9)
 
 
 @pytest.mark.parametrize("change", [ANEW["no dictionary"], ANEW["a probe that is a tensor"]], ids=["list", "probe"])
