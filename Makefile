@@ -53,7 +53,7 @@ examples: $(patsubst %,example-%,merged_categories digits threes)
 example-%: $(INSTALLED)
 	$(BIN)/python examples/$*.py
 
-# All experiments of docs/claims in full size. Two of them need packages that no test asks for.
+# All experiments of docs/claims in full size. Two of them need packages without which their tests are skipped.
 claims: .venv/.claims
 	$(BIN)/python -m examples.claims
 

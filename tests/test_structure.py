@@ -94,8 +94,8 @@ def test_all_is_found_anew_after_a_change(change):
 @pytest.mark.parametrize(
     ("name", "layers", "num_operations", "num_waits"),
     [
-        ("seed", [], 320, 6),
-        ("seed", "all", 390, 8),
+        ("seed", [], 305, 6),
+        ("seed", "all", 375, 8),
         ("mlp", "all", 950, 10),
         ("cnn", "all", 1400, 10),
         ("transformer", [], 1500, 25),

@@ -31,8 +31,7 @@ from examples.claims.ensembles import Ensemble, make_ensemble, multilayer_percep
 from examples.claims.information_loss import category_pairs
 from examples.claims.page import publish, table
 from examples.claims.statistics import Interval, mean
-from examples.claims.volume import Outputs, cases, measure_at
-from lightning_basin.figures.style import NULLITY, QUIET, RANK, axes_or_new
+from examples.claims.volume import Outputs, cases, draw_bounds, measure_at
 
 INVERSE_TEMPERATURE, LOCALIZATION, STEP = 300.0, 5.0, 0.1
 NUM_COPIES = 64
@@ -244,14 +243,10 @@ def describe(result: Result) -> str:
 
 def draw(result: Result) -> Figure:
     """Draw each estimate over the coefficient from paper, between its bounds."""
-    ax = axes_or_new(None)
-    for place, point in enumerate(reversed(result.points)):
-        ax.plot([point.rank / 2, point.num_parameters / 2], [place, place], color=QUIET, linewidth=5, alpha=0.3)
-        ax.plot(point.rank / 2, place, "|", color=NULLITY, markersize=14, markeredgewidth=2)
-        value, lower, upper = point.estimate
-        ax.errorbar(value, place, xerr=[[value - lower], [upper - value]], fmt="o", color=RANK, markersize=5)
-    ax.set_yticks(range(len(result.points)), [point.where for point in reversed(result.points)])
-    ax.set(xlabel="local learning coefficient", xlim=(-0.2, 9), ylim=(-0.6, len(result.points) - 0.4))
+    ax = draw_bounds(
+        [(point.where, point.rank / 2, point.num_parameters / 2, point.estimate) for point in result.points]
+    )
+    ax.set(xlabel="local learning coefficient", xlim=(-0.2, 9))
     ax.set_title("Estimates (red), rank(H) / 2 (blue), up to N / 2", loc="left", fontsize="medium")
     figure = ax.figure
     assert isinstance(figure, Figure)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from torch import Tensor
@@ -178,16 +179,24 @@ def describe(result: Result) -> str:
     return table(header, rows)
 
 
+def draw_bounds(rows: Sequence[tuple[str, float, float, Interval]]) -> Axes:
+    """Draw the first row at the top, each with its name, the lower and the upper bound, and what was measured."""
+    ax = axes_or_new(None)
+    for place, (_, lowest, highest, (value, lower, upper)) in enumerate(reversed(rows)):
+        ax.plot([lowest, highest], [place, place], color=QUIET, linewidth=5, alpha=0.3)
+        ax.plot(lowest, place, "|", color=NULLITY, markersize=14, markeredgewidth=2)
+        ax.errorbar(value, place, xerr=[[value - lower], [upper - value]], fmt="o", color=RANK, markersize=5)
+    ax.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])
+    ax.set(ylim=(-0.6, len(rows) - 0.4))
+    return ax
+
+
 def draw(result: Result) -> Figure:
     """Draw each estimate between its two bounds."""
-    ax = axes_or_new(None)
-    for place, point in enumerate(reversed(result.points)):
-        ax.plot([point.rank / 2, point.codimension / 2], [place, place], color=QUIET, linewidth=5, alpha=0.3)
-        ax.plot(point.rank / 2, place, "|", color=NULLITY, markersize=14, markeredgewidth=2)
-        value, lower, upper = point.coefficient
-        ax.errorbar(value, place, xerr=[[value - lower], [upper - value]], fmt="o", color=RANK, markersize=5)
-    ax.set_yticks(range(len(result.points)), [point.where for point in reversed(result.points)])
-    ax.set(xlabel="slope of the volume", xlim=(-0.05, 1.7), ylim=(-0.6, len(result.points) - 0.4))
+    ax = draw_bounds(
+        [(point.where, point.rank / 2, point.codimension / 2, point.coefficient) for point in result.points]
+    )
+    ax.set(xlabel="slope of the volume", xlim=(-0.05, 1.7))
     ax.set_title("Counted slopes (red), rank(H) / 2 (blue)", loc="left", fontsize="medium")
     figure = ax.figure
     assert isinstance(figure, Figure)

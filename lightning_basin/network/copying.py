@@ -106,7 +106,8 @@ class DeepCopier:
     def _copy_tensor(self, item: Tensor) -> Tensor:
         if is_lazy(item):
             return copy.deepcopy(item)
-        with torch._C.DisableTorchFunction():  # A subclass may need attributes for `to` that it has lost.
+        # A subclass may need attributes for `to` that it has lost; and a mode around the copy would delay each call.
+        with torch._C.DisableTorchFunction():
             detached = item.detach()
             value = as_dtype(detached, self._dtype)
             value = value.clone() if value is detached else value  # Another type is a copy already.
