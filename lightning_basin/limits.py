@@ -40,6 +40,15 @@ class HessianLimits:
     waiting_elements: int = 2**26
 
 
+PROBE_ROWS = 640
+"""The number of outputs on a probe that ``probe="auto"`` takes: each decomposition then takes about 0.1 s."""
+
+MOST_PROBE_INPUTS = 128
+"""The number of inputs that ``probe="auto"`` takes where each has at most five outputs."""
+
+LEAST_PROBE_INPUTS = 32
+"""The number of inputs that ``probe="auto"`` takes where each has twenty outputs or more."""
+
 MAX_ROWS = 4096
 """Largest number of outputs on a probe: each decomposition then takes about ten seconds on two cores."""
 

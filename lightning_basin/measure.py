@@ -1,6 +1,6 @@
 """One measurement: a module and a probe in, a record out."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -199,7 +199,12 @@ def measure(
 
 
 def check_measurable(
-    module: nn.Module, probe: Probe, settings: Settings, *, num_inputs: int | None = None, is_loss_given: bool = True
+    module: nn.Module,
+    probe: Probe,
+    settings: Settings,
+    *,
+    num_inputs: int | Callable[[int], int] | None = None,
+    is_loss_given: bool = True,
 ) -> MeasurementPlan:
     """Evaluate once, so that a module that cannot be measured is refused before training.
 
@@ -207,7 +212,8 @@ def check_measurable(
         module: The module to measure, which stays as it is.
         probe: The first inputs of the probe, as far as there are any.
         settings: The settings of the measurement.
-        num_inputs: The number of inputs that the probe will have; ``None`` if it has all its inputs.
+        num_inputs: The number of inputs that the probe will have, or a function that returns it for the number of
+            outputs of an input; ``None`` if it has all its inputs.
         is_loss_given: Whether the loss was passed by a person. A loss that was taken from the module by its name must
             be a function of outputs and targets alone: methods of such a name often take inputs and run the module.
 
@@ -233,15 +239,17 @@ def _check_loss_runs_no_layer(evaluation: Evaluation, loss_fn: LossFunction) -> 
         raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {names}")
 
 
-def _planner(settings: Settings, num_inputs: int) -> Planner:
+def _planner(settings: Settings, size: int | Callable[[int], int]) -> Planner:
     def plan(network: Network, sample: Probe, trace: Trace) -> MeasurementPlan:
         scopes = select_scopes(network.layers, settings.layers)
+        num_outputs = network.rows(trace.outputs).shape[1]
+        num_inputs = size(num_outputs) if callable(size) else size
         return plan_measurement(
             network,
             sample,
             trace,
             num_inputs=num_inputs,
-            num_outputs=settings.num_directions(num_inputs, network.rows(trace.outputs).shape[1]),
+            num_outputs=settings.num_directions(num_inputs, num_outputs),
             num_blocks=sum(scope.kind == "block" for scope in scopes),
             with_readout=settings.counts_probabilities,
             hessian=settings.planned_hessian,

@@ -209,6 +209,12 @@ class ProbeCollector:
         """Whether all inputs have been taken."""
         return self.probe is not None and self.probe.size == self._size
 
+    def limit(self, size: int) -> None:
+        """Take another number of inputs, also of those that have been taken."""
+        self._size = size
+        if self._batches:
+            self.probe = Probe.from_batches(self._batches, size)
+
     def add(self, batch: Any) -> None:
         """Take the inputs and targets of a batch, as copies: a training step may write to the batch.
 

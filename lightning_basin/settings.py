@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_basin.checks import check_flag, check_function, check_number, is_number
 from lightning_basin.functional.rank import check_rtol
-from lightning_basin.limits import AUTO_ROWS, MAX_ROWS
+from lightning_basin.limits import AUTO_ROWS, LEAST_PROBE_INPUTS, MAX_ROWS, MOST_PROBE_INPUTS, PROBE_ROWS
 from lightning_basin.network.calls import LossFunction, ModuleBehavior, call_module
 from lightning_basin.network.rounding import rounding_rtol
 from lightning_basin.network.speed import has_slow_float64
@@ -178,6 +178,12 @@ class Settings:
                 f"take a smaller probe, or pass max_outputs"
             )
         return directions
+
+    def probe_size(self, num_outputs: int) -> int:
+        """Return the number of inputs that ``probe="auto"`` takes, where each has some number of outputs."""
+        if isinstance(self.max_outputs, int):
+            num_outputs = min(self.max_outputs, num_outputs)
+        return max(LEAST_PROBE_INPUTS, min(MOST_PROBE_INPUTS, PROBE_ROWS // num_outputs))
 
     def check_targets(self, probe: Probe) -> None:
         """Refuse a loss without targets."""

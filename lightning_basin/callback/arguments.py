@@ -107,12 +107,18 @@ def _check_file_name(prefix: str, ending: str) -> None:
     )
 
 
-def probe_or_size(probe: Any) -> tuple[Probe | None, int]:
+ProbeSize = int | Literal["auto"]
+"""The number of inputs to take from training batches; ``"auto"`` finds it from the number of outputs."""
+
+
+def probe_or_size(probe: Any) -> tuple[Probe | None, ProbeSize]:
     """Return a probe that was passed and 0, or ``None`` and the number of inputs to take from training batches.
 
     Raises:
-        MisconfigurationException: If it is neither a number of inputs, nor a `Probe`, nor a pair that makes one.
+        MisconfigurationException: If it is neither a number of inputs, nor ``"auto"``, a `Probe` or a pair.
     """
+    if probe == "auto":
+        return None, "auto"
     if isinstance(probe, int) and not isinstance(probe, bool):
         if probe < 1:
             raise MisconfigurationException(f"`BasinMonitor(probe={probe})` must be at least 1")
@@ -121,8 +127,8 @@ def probe_or_size(probe: Any) -> tuple[Probe | None, int]:
         return probe, 0
     if not isinstance(probe, tuple | list):
         raise MisconfigurationException(
-            f"`BasinMonitor(probe=...)` must be a number of inputs, a Probe or a pair of inputs and targets, "
-            f"got {type(probe).__name__}"
+            f"`BasinMonitor(probe=...)` must be a number of inputs, 'auto', a Probe or a pair of inputs and targets, "
+            f"got {repr(probe) if isinstance(probe, str) else type(probe).__name__}"
         )
     try:
         return Probe(*probe), 0

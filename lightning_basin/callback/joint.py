@@ -109,8 +109,11 @@ class JointMeasurement:
         limit = self._session.arguments.overhead_limit
         if limit is None:
             return True
-        is_free = self._session.arguments.is_paced and self._overhead.allows_in_all(_num_epochs_left(self._trainer))
-        is_allowed: bool = self._trainer.strategy.broadcast(is_free or self._overhead.allows_next(limit), 0)
+        if self._session.arguments.is_paced:
+            allows = self._overhead.allows_in_all(limit, _num_epochs_left(self._trainer))
+        else:
+            allows = self._overhead.allows_next(limit)
+        is_allowed: bool = self._trainer.strategy.broadcast(allows, 0)
         return is_allowed
 
     def _measured(self, step: int, whole: ModuleGetter) -> BasinRecord | None:

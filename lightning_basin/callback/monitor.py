@@ -30,6 +30,7 @@ class BasinMonitor(Arguments, BaseCallback):
 
     Args:
         probe: The number of inputs to take from the first training batches; or a `Probe`, or inputs and targets.
+            ``"auto"`` takes 128, but fewer where these have more than 640 outputs together, and 32 at least.
         loss_fn: The loss, from outputs and targets to a scalar, or ``"behavioral"``. ``None`` takes the module's own;
             without any, loss and Hessian are left out.
         behavior: The outputs whose gradients count, as a function of module and inputs, or ``"probabilities"``.
@@ -37,7 +38,7 @@ class BasinMonitor(Arguments, BaseCallback):
         batch_fn: A function from a training batch to a pair of inputs and targets (``None`` for no targets). ``None``
             takes a pair as it is, and a tensor, or with a function as ``behavior`` any batch, as inputs alone.
         every_n_epochs: The number of epochs from one measurement to the next, each at the end of an epoch. ``None`` is
-            each epoch where that takes ten seconds in all, else ten, or as many as take a tenth of the wall time.
+            each epoch where that takes five seconds in all, else as many as take a tenth of the wall time, or four.
         every_n_train_steps: The number of optimizer steps from one measurement to the next, instead of epochs.
         every_n_epochs_after_zero_loss: The number of epochs after the loss has reached zero; ``None`` changes nothing.
         every_n_spectra: The number of measurements from one with singular values to the next; others are faster.
@@ -77,7 +78,7 @@ class BasinMonitor(Arguments, BaseCallback):
 
     def __init__(
         self,
-        probe: int | Probe | tuple[Any, Any] = 128,
+        probe: int | Literal["auto"] | Probe | tuple[Any, Any] = "auto",
         *,
         loss_fn: Callable[..., Any] | Literal["behavioral"] | None = None,
         behavior: Callable[..., Any] | Literal["outputs", "probabilities"] | None = None,

@@ -15,11 +15,11 @@ from lightning_basin.record import BasinRecord
 LONG_SECONDS = 10.0
 """A measurement that takes longer is announced, so that nobody takes a run for dead."""
 
-FREE_SECONDS = 10.0
-"""The wall time that all measurements of a fit but the first may take together, however short the fit is."""
+FREE_SECONDS = 5.0
+"""The wall time that all measurements of a fit may take together, however short the fit is."""
 
-LEAST_MEASUREMENTS = 10
-"""The number of measurements after the first that a fit may take, however long they are: a curve has so many points."""
+LEAST_MEASUREMENTS = 4
+"""The number of measurements after the first that a fit may take, however long they are: they show how a curve runs."""
 
 _SHORTEST = 1e-6  # seconds of a measurement that took no time by the clock
 
@@ -50,7 +50,7 @@ class Overhead:
         self._spent = self._first = self._last = 0.0
         self._first_ended = self._last_ended = self._started
         self.num_measurements = 0
-        self._num_occasions = 0  # Since the last measurement.
+        self._num_occasions = self._num_passed = 0  # In the fit, and of these before the last measurement.
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -63,7 +63,7 @@ class Overhead:
             self._last = self._last_ended - started
             self._spent += self._last
             self.num_measurements += 1
-            self._num_occasions = 0
+            self._num_passed = self._num_occasions
             if self.num_measurements == 1:
                 self._first, self._first_ended = self._last, self._last_ended
 
@@ -72,22 +72,31 @@ class Overhead:
         elapsed = self._clock() - self._started
         return self._spent + self._last <= share * (elapsed + self._last)
 
-    def allows_in_all(self, num_left: float) -> bool:
-        """Whether it is time for the next of as many measurements as fit into `FREE_SECONDS`, to the end of a fit.
+    def allows_in_all(self, share: float, num_left: float) -> bool:
+        """Whether it is time for the next of as many measurements as fit into a share of the time of a whole fit.
 
-        They are at least `LEAST_MEASUREMENTS`, spread evenly, and the last of them is at the end. The first measurement
-        of the fit is not counted. The others are expected to take half of its time at first, as it makes checks. Each
-        call stands for an occasion to measure.
+        That is `FREE_SECONDS` at least, and the number of measurements after the first `LEAST_MEASUREMENTS` at least.
+        They are spread evenly, and the last of them is at the end. They are expected to take half of the time of the
+        first, which makes checks, and later as long as the last. Each call after the first measurement stands for an
+        occasion to measure.
 
         Args:
+            share: The share of the wall time.
             num_left: The number of occasions that are left, with this one; infinity where nobody knows.
         """
+        if self.num_measurements == 0:
+            return True
         self._num_occasions += 1
         expected = self._last if self.num_measurements > 1 else self._first / 2
-        num_fitting = (FREE_SECONDS - (self._spent - self._first)) // max(expected, _SHORTEST)
-        num_measurements = max(num_fitting, LEAST_MEASUREMENTS + 1 - self.num_measurements)
+        if math.isinf(num_left):
+            return self._spent + expected <= FREE_SECONDS or self.allows_next(share)
         num_in_all = self._num_occasions + num_left - 1
-        return num_measurements >= 1 and (math.isinf(num_left) or self._num_occasions * num_measurements >= num_in_all)
+        training = (self._clock() - self._started - self._spent) * num_in_all / self._num_occasions
+        allowed = max(FREE_SECONDS, training * share / (1 - share))
+        num_fitting = (allowed - self._spent) // max(expected, _SHORTEST)
+        num_measurements = max(num_fitting, LEAST_MEASUREMENTS + 1 - self.num_measurements)
+        num_waited = self._num_occasions - self._num_passed
+        return num_measurements >= 1 and num_waited * num_measurements >= num_waited + num_left - 1
 
     def cost(self, records: Sequence[BasinRecord]) -> Cost:
         """Return what the measurements have cost since the end of the first, which takes longer than others.

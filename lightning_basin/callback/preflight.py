@@ -1,5 +1,6 @@
 """What is looked at before training: the first training step, and whether a measurement is possible."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning_basin.callback.silence import quiet_behavior, quiet_loss
 from lightning_basin.callback.training_step import agrees_with, read_training_step
 from lightning_basin.limits import MemoryBudgetError
 from lightning_basin.measure import check_measurable
+from lightning_basin.memory import MeasurementPlan
 from lightning_basin.probe import Probe
 
 
@@ -44,7 +46,13 @@ def read_first_step(request: Request, module: nn.Module, batch: Any) -> bool:
     return True
 
 
-def check_request(request: Request, module: nn.Module, probe: Probe, *, num_inputs: int) -> None:
+NumInputs = int | Callable[[int], int]
+"""The number of inputs that a probe will have, or a function that returns it for the number of outputs of an input."""
+
+
+def check_request(
+    request: Request, module: nn.Module, probe: Probe, *, num_inputs: NumInputs
+) -> MeasurementPlan | None:
     """Evaluate a module once, without and with the loss, and say how large a measurement will be.
 
     Args:
@@ -52,6 +60,9 @@ def check_request(request: Request, module: nn.Module, probe: Probe, *, num_inpu
         module: The module that will be measured.
         probe: The inputs that there are already.
         num_inputs: The number of inputs that the probe will have.
+
+    Returns:
+        The plan of the measurement; ``None`` where memory does not allow any.
     """
     for _ in request.training_set() or ():  # Whether inputs and targets of its first batch can be distinguished.
         break
@@ -59,7 +70,7 @@ def check_request(request: Request, module: nn.Module, probe: Probe, *, num_inpu
         plan = check_measurable(module, probe, request.settings(), num_inputs=num_inputs)
     except MemoryBudgetError as error:  # The measurements will say so; training goes on.
         request.notices.warn(f"BasinMonitor will not be able to measure: {error}")
-        return
+        return None
     request.notices.inform(f"BasinMonitor measures {plan}")
     if plan.unseen:
         request.notices.warn(
@@ -68,9 +79,10 @@ def check_request(request: Request, module: nn.Module, probe: Probe, *, num_inpu
             f"BasinMonitor(behavior=...)"
         )
     _check_loss(request, module, probe, num_inputs=num_inputs)
+    return plan
 
 
-def _check_loss(request: Request, module: nn.Module, probe: Probe, *, num_inputs: int) -> None:
+def _check_loss(request: Request, module: nn.Module, probe: Probe, *, num_inputs: NumInputs) -> None:
     """Evaluate the loss once; a loss of the module that was not passed is left out where it does not fit."""
     is_passed, is_read = request.arguments.loss_fn is not None, request.findings.step_calls is not None
     probe, loss_fn = request.with_loss(module, probe)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_basin.callback.arguments import Arguments
+from lightning_basin.callback.arguments import Arguments, ProbeSize
 from lightning_basin.callback.lightnings import MisconfigurationException, Trainer
 from lightning_basin.callback.loggers import batches_that_stepped
 from lightning_basin.callback.notices import Notices, memory_hint, warn
@@ -16,6 +16,7 @@ from lightning_basin.callback.request import Findings, Request
 from lightning_basin.callback.state import fingerprint
 from lightning_basin.callback.step_run import trained_parameters
 from lightning_basin.callback.training_set import check_one_loader
+from lightning_basin.limits import MOST_PROBE_INPUTS
 from lightning_basin.network.replica import device_of, replicas
 from lightning_basin.probe import Probe, ProbeCollector
 from lightning_basin.record import BasinRecord
@@ -37,7 +38,7 @@ class Probing:
 
     Attributes:
         arguments: The monitor's arguments.
-        size: The number of inputs to take; 0 where a probe was passed.
+        size: The number of inputs to take, at most where it depends on the outputs; 0 where a probe was passed.
         probe: The inputs that are measured; ``None`` until there are enough.
         findings: What the first batch showed of the module.
         initial: The weights of the baseline, where training begins before there are enough inputs.
@@ -45,10 +46,10 @@ class Probing:
         is_refused: Whether the probe is not the one with which the run has begun, and is not measured.
     """
 
-    def __init__(self, arguments: Arguments, notices: Notices, probe: Probe | None, size: int) -> None:
+    def __init__(self, arguments: Arguments, notices: Notices, probe: Probe | None, size: ProbeSize) -> None:
         self.arguments = arguments
         self.probe = probe
-        self.size = size
+        self._asked_size = size
         self._notices = notices
         self._is_passed = probe is not None
         self.reset()
@@ -59,6 +60,8 @@ class Probing:
         self.initial: InitialWeights | None = None
         self.is_checked = False
         self.is_refused = False
+        self._is_size_open = self._asked_size == "auto"
+        self.size: int = MOST_PROBE_INPUTS if self._asked_size == "auto" else self._asked_size
         self._expected: str | None = None  # The fingerprint of a probe that has to be taken again on resuming.
         self.drop_batches()
         if not self._is_passed:
@@ -104,9 +107,11 @@ class Probing:
                 self._collect(batch, trainer)
             if module is not None:
                 self._check(request, module)
-                if self.probe is None and keeps_weights:
-                    (initial,) = replicas(module)
-                    self.initial = (initial, trainer.global_step, batches_that_stepped(trainer))
+            if self.probe is None and self._collector.is_complete:
+                self.probe = self._collector.probe
+            if module is not None and self.probe is None and keeps_weights:
+                (initial,) = replicas(module)
+                self.initial = (initial, trainer.global_step, batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
             if whole is not None:
                 return f"{error}{self._hint(batch, str(error))}"
@@ -130,16 +135,21 @@ class Probing:
         if self.request([]).batch_fn is None and not callable(self.arguments.behavior):
             check_one_loader(trainer, batch)
         self._collector.add(batch)
-        if self._collector.is_complete:
-            self.probe = self._collector.probe
 
     def _check(self, request: Request, module: nn.Module) -> None:
         probe = self.probe or self._collector.probe
         assert probe is not None, "a first batch was taken"
-        size = self.size or probe.size
+        settings, most = request.settings(), float(self.size or probe.size)
         if self.probe is None and request.trainer is not None:  # Fewer, where an epoch has no more.
-            size = int(min(size, probe.size * request.trainer.num_training_batches))
-        check_request(request, module, probe, num_inputs=size)
+            most = min(most, probe.size * request.trainer.num_training_batches)
+
+        def num_inputs(num_outputs: int) -> int:
+            return int(min(most, settings.probe_size(num_outputs)) if self._is_size_open else most)
+
+        plan = check_request(request, module, probe, num_inputs=num_inputs)
+        if self._is_size_open and plan is not None:
+            self.size = settings.probe_size(plan.num_outputs)
+            self._collector.limit(self.size)
 
     def _hint(self, batch: Any, problem: str) -> str:
         """Return the rest of what to say where the first batch cannot be measured for a problem."""
@@ -188,6 +198,8 @@ class Probing:
         if before is None:  # No probe was full yet.
             return
         passed, replaces = self.passed_fingerprint(), self.arguments.on_other_probe == "replace"
+        if self._asked_size == "auto":
+            self.size, self._is_size_open = size, False
         is_other = self.size != size if passed is None else passed != before
         if is_other and not replaces:
             raise MisconfigurationException(

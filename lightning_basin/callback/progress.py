@@ -7,7 +7,7 @@ from weakref import ref
 
 from torch import nn
 
-from lightning_basin.callback.arguments import Arguments
+from lightning_basin.callback.arguments import Arguments, ProbeSize
 from lightning_basin.callback.lightnings import MisconfigurationException
 from lightning_basin.callback.notices import Notices
 from lightning_basin.callback.probing import Probing
@@ -34,7 +34,7 @@ class Progress:
         is_loaded: Whether a checkpoint was loaded for the fit that begins.
     """
 
-    def __init__(self, arguments: Arguments, probe: Probe | None, size: int) -> None:
+    def __init__(self, arguments: Arguments, probe: Probe | None, size: ProbeSize) -> None:
         self._arguments = arguments
         self.notices = Notices()
         self.schedule = Schedule(arguments)

@@ -1,5 +1,6 @@
 import csv
 import time
+from datetime import timedelta
 
 import pytest
 
@@ -74,15 +75,23 @@ def test_a_run_with_time_to_spare_skips_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("seconds_a_batch", "options", "expected"),
     [
-        # Three seconds a measurement, so that ten of sixty epochs are measured: every sixth.
-        pytest.param(1.0, {}, [0, *range(18, 181, 18)], id="short run"),
-        pytest.param(1.0, {"max_epochs": -1, "max_steps": 180}, [0, *range(18, 181, 18)], id="so many steps"),
-        pytest.param(1.0, {"max_epochs": 10}, [*range(0, 31, 3)], id="few epochs"),
-        # The end of the k-th measurement is at most at a tenth: 3 k <= (3 k + 3 n) / 10 after n batches, so n >= 9 k.
-        # With 300 seconds a batch that is always so.
+        # Sixty epochs of three seconds: a ninth of the training time, 20 s, is measured. Three seconds have been, and
+        # 17 s hold 11 measurements of the expected 1.5 s. After the first of these, at the sixth epoch, they hold 4 of
+        # three seconds in 54 epochs, then 3 in 40, 2 in 26, and 1 in 13.
+        pytest.param(1.0, {}, [0, 18, 60, 102, 141, 180], id="run of minutes"),
+        pytest.param(1.0, {"max_epochs": -1, "max_steps": 180}, [0, 18, 60, 102, 141, 180], id="so many steps"),
+        # Ten epochs of three seconds leave 3.3 s, and five are free: 2 s more, which hold no measurement after one of
+        # 1.5 s. There are four all the same: one in 2.5 of ten epochs, then in 7/3 of seven, in 2 of 4, and in 2.
+        pytest.param(1.0, {"max_epochs": 10}, [0, 9, 18, 24, 30], id="short run"),
         pytest.param(300.0, {"max_epochs": 12}, [*range(0, 37, 3)], id="long run"),
-        # Of an epoch of 15 seconds: 3 k <= (3 k + 15 e) / 10, so that e >= 1.8 k.
-        pytest.param(5.0, {}, [0, *(3 * -(-18 * k // 10) for k in range(2, 34))], id="run of minutes"),
+        # Nobody knows how long it lasts. The second fits into the free 5 s. The k-th has to end within a tenth:
+        # 3 k <= (3 k + 15 e) / 10 after e epochs of 15 seconds, so that e >= 1.8 k.
+        pytest.param(
+            5.0,
+            {"max_epochs": -1, "max_time": timedelta(seconds=600)},
+            [0, 3, *(3 * -(-18 * k // 10) for k in range(3, 21))],
+            id="no end",
+        ),
     ],
 )
 def test_without_a_cadence_epochs_are_measured_as_time_allows(
