@@ -88,7 +88,7 @@ def test_a_run_with_time_to_spare_skips_nothing(tmp_path, monkeypatch):
         # 3 k <= (3 k + 15 e) / 10 after e epochs of 15 seconds, so that e >= 1.8 k.
         pytest.param(
             5.0,
-            {"max_epochs": -1, "max_time": timedelta(seconds=600)},
+            {"max_epochs": -1, "max_time": timedelta(seconds=597)},
             [0, 3, *(3 * -(-18 * k // 10) for k in range(3, 21))],
             id="no end",
         ),
