@@ -41,13 +41,13 @@ class HessianLimits:
 
 
 PROBE_ROWS = 640
-"""The number of outputs on a probe that ``probe="auto"`` takes: each decomposition then takes about 0.1 s."""
+"""The number of outputs on the probe of ``probe="auto"``: each decomposition then takes about 0.1 s."""
 
 MOST_PROBE_INPUTS = 128
-"""The number of inputs that ``probe="auto"`` takes where each has at most five outputs."""
+"""The number of inputs of ``probe="auto"`` where these have no more than `PROBE_ROWS` outputs."""
 
 LEAST_PROBE_INPUTS = 32
-"""The number of inputs that ``probe="auto"`` takes where each has twenty outputs or more."""
+"""The least number of inputs of ``probe="auto"``."""
 
 MAX_ROWS = 4096
 """Largest number of outputs on a probe: each decomposition then takes about ten seconds on two cores."""

@@ -183,6 +183,8 @@ class Settings:
         """Return the number of inputs that ``probe="auto"`` takes, where each has some number of outputs."""
         if isinstance(self.max_outputs, int):
             num_outputs = min(self.max_outputs, num_outputs)
+        if self.max_outputs == "auto" and LEAST_PROBE_INPUTS * num_outputs > AUTO_ROWS:
+            return MOST_PROBE_INPUTS  # Whose outputs are so many that they are combined.
         return max(LEAST_PROBE_INPUTS, min(MOST_PROBE_INPUTS, PROBE_ROWS // num_outputs))
 
     def check_targets(self, probe: Probe) -> None:

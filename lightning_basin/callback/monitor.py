@@ -30,7 +30,7 @@ class BasinMonitor(Arguments, BaseCallback):
 
     Args:
         probe: The number of inputs to take from the first training batches; or a `Probe`, or inputs and targets.
-            ``"auto"`` takes 128, but fewer where these have more than 640 outputs together, and 32 at least.
+            ``"auto"`` takes 128; where each has 6 to 64 outputs, as many as have 640 together, 32 at least.
         loss_fn: The loss, from outputs and targets to a scalar, or ``"behavioral"``. ``None`` takes the module's own;
             without any, loss and Hessian are left out.
         behavior: The outputs whose gradients count, as a function of module and inputs, or ``"probabilities"``.

@@ -12,7 +12,6 @@ from lightning_basin.callback.silence import quiet_behavior, quiet_loss
 from lightning_basin.callback.training_step import agrees_with, read_training_step
 from lightning_basin.limits import MemoryBudgetError
 from lightning_basin.measure import check_measurable
-from lightning_basin.memory import MeasurementPlan
 from lightning_basin.probe import Probe
 
 
@@ -36,7 +35,8 @@ def read_first_step(request: Request, module: nn.Module, batch: Any) -> bool:
         return False
     try:
         behavior = quiet_behavior(step_behavior(step.calls), trainer)
-        settings = replace(request.settings(), behavior=behavior, layers="auto", memory_budget=None)
+        # The batch may be larger than the probe.
+        settings = replace(request.settings(), behavior=behavior, layers="auto", memory_budget=None, max_outputs="auto")
         check_measurable(module, Probe(batch), settings)
     except (TypeError, ValueError) as error:  # Inputs that a loss couples, say.
         findings.unread = str(error)
@@ -50,9 +50,7 @@ NumInputs = int | Callable[[int], int]
 """The number of inputs that a probe will have, or a function that returns it for the number of outputs of an input."""
 
 
-def check_request(
-    request: Request, module: nn.Module, probe: Probe, *, num_inputs: NumInputs
-) -> MeasurementPlan | None:
+def check_request(request: Request, module: nn.Module, probe: Probe, *, num_inputs: NumInputs) -> None:
     """Evaluate a module once, without and with the loss, and say how large a measurement will be.
 
     Args:
@@ -60,9 +58,6 @@ def check_request(
         module: The module that will be measured.
         probe: The inputs that there are already.
         num_inputs: The number of inputs that the probe will have.
-
-    Returns:
-        The plan of the measurement; ``None`` where memory does not allow any.
     """
     for _ in request.training_set() or ():  # Whether inputs and targets of its first batch can be distinguished.
         break
@@ -70,7 +65,7 @@ def check_request(
         plan = check_measurable(module, probe, request.settings(), num_inputs=num_inputs)
     except MemoryBudgetError as error:  # The measurements will say so; training goes on.
         request.notices.warn(f"BasinMonitor will not be able to measure: {error}")
-        return None
+        return
     request.notices.inform(f"BasinMonitor measures {plan}")
     if plan.unseen:
         request.notices.warn(
@@ -79,7 +74,6 @@ def check_request(
             f"BasinMonitor(behavior=...)"
         )
     _check_loss(request, module, probe, num_inputs=num_inputs)
-    return plan
 
 
 def _check_loss(request: Request, module: nn.Module, probe: Probe, *, num_inputs: NumInputs) -> None:

@@ -139,16 +139,17 @@ class Probing:
     def _check(self, request: Request, module: nn.Module) -> None:
         probe = self.probe or self._collector.probe
         assert probe is not None, "a first batch was taken"
-        settings, most = request.settings(), float(self.size or probe.size)
+        settings, limit = request.settings(), float("inf")
         if self.probe is None and request.trainer is not None:  # Fewer, where an epoch has no more.
-            most = min(most, probe.size * request.trainer.num_training_batches)
+            limit = probe.size * request.trainer.num_training_batches
 
         def num_inputs(num_outputs: int) -> int:
-            return int(min(most, settings.probe_size(num_outputs)) if self._is_size_open else most)
+            if self._is_size_open:
+                self.size = settings.probe_size(num_outputs)
+            return int(min(self.size or probe.size, limit))
 
-        plan = check_request(request, module, probe, num_inputs=num_inputs)
-        if self._is_size_open and plan is not None:
-            self.size = settings.probe_size(plan.num_outputs)
+        check_request(request, module, probe, num_inputs=num_inputs)
+        if self._is_size_open:
             self._collector.limit(self.size)
 
     def _hint(self, batch: Any, problem: str) -> str:
@@ -198,7 +199,7 @@ class Probing:
         if before is None:  # No probe was full yet.
             return
         passed, replaces = self.passed_fingerprint(), self.arguments.on_other_probe == "replace"
-        if self._asked_size == "auto":
+        if self._asked_size == "auto" and size:  # As many as the run so far, however they were asked for.
             self.size, self._is_size_open = size, False
         is_other = self.size != size if passed is None else passed != before
         if is_other and not replaces:

@@ -32,7 +32,7 @@ from lightning_basin.functional.rank import (
     rank_gap,
     resolved_tolerances,
 )
-from lightning_basin.functional.smallest_values import smallest_singular_values
+from lightning_basin.functional.smallest_values import mixed_triangle, num_before_gap, values_behind_gap
 
 _OVERSAMPLING = 1.25  # columns of a narrow sketch, as a multiple of the rows or columns of the matrix (the fewer)
 _DISTORTION = 30.0
@@ -118,7 +118,7 @@ def independent_rows(gram: GramMatrix, *, resolution: float = GRAM_RESOLUTION) -
     factor = gram.factor(shift=shift)
     if factor.is_known_to_fail:
         return None
-    inverse, square = largest_eigenvalues(gram, factor.solve, gram.times)
+    inverse, square = largest_eigenvalues(gram.lower, factor.solve, gram.times)
     # All in one transfer, for which a device waits: whether there is a factor, too.
     failed, least, inverse, square = torch.stack([factor.failed.to(shift), shift, inverse, square]).tolist()
     if failed or not sys.float_info.min < least < math.inf:
@@ -236,11 +236,17 @@ def _rank_of_sketch(sketch: Tensor, *, rtol: float, epsilon: float) -> GradientR
     """The rank from a narrow sketch; ``None`` where its distortion may have moved a singular value over ``rtol``."""
     if not sketch.numel():
         return None
-    smallest = smallest_singular_values(sketch) if min(sketch.shape) >= _MANY_ROWS else None
-    spectrum = torch.linalg.svdvals(sketch).cpu() if smallest is None else smallest.spectrum
+    triangle = mixed_triangle(sketch)
+    num_before = num_before_gap(triangle)
+    small = values_behind_gap(triangle, num_before) if len(triangle) >= _MANY_ROWS else None
+    if small is None:
+        spectrum = torch.linalg.svdvals(triangle).cpu()
+    else:
+        others = [small.largest, *[small.least] * (num_before - 1)]
+        spectrum = torch.cat([small.values.new_tensor(others), small.values])
     largest, relative = float(spectrum[0]), (spectrum / spectrum[0]).tolist()
     # Singular values that are not known one by one are above this.
-    resolved = 1.0 if smallest is None else smallest.least / largest
+    resolved = 1.0 if small is None else small.least / largest
 
     def clear_rank(tolerance: float) -> int | None:
         if tolerance * _DISTORTION > resolved:

@@ -176,23 +176,24 @@ class TriangularFactor:
         return whole
 
 
-def random_vectors(gram: GramMatrix, count: int) -> Tensor:
-    """Draw random vectors, always the same, shape ``(m, count)``."""
+def _random_vectors(matrix: Tensor) -> Tensor:
+    """Draw random vectors, always the same, shape ``(m, count)``, for a matrix of m rows."""
     generator = Generator().manual_seed(0)
-    return torch.randn(gram.num_rows, count, generator=generator, dtype=torch.float32).to(gram.device, torch.float64)
+    vectors = torch.randn(len(matrix), _POWER_VECTORS, generator=generator, dtype=torch.float32)
+    return vectors.to(matrix.device, torch.float64)
 
 
-def largest_eigenvalues(gram: GramMatrix, *products: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def largest_eigenvalues(like: Tensor, *products: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Bound the largest eigenvalue of positive matrices from below, within 20 %, by power steps.
 
     Args:
-        gram: A Gram matrix of the same size, on the same device.
+        like: A matrix with as many rows, on the same device.
         products: For each matrix the function from vectors, shape ``(m, count)``, to their products with it.
 
     Returns:
         The bounds, each of shape ``()``.
     """
-    start = random_vectors(gram, _POWER_VECTORS)
+    start = _random_vectors(like)
     start /= start.norm(dim=0)
     return [_largest_eigenvalue(start, product) for product in products]
 
@@ -208,7 +209,7 @@ def leading_eigenvector(gram: GramMatrix) -> Tensor:
         >>> (leading_eigenvector(gram).abs() * 5).round()
         tensor([3., 4.], dtype=torch.float64)
     """
-    vectors = random_vectors(gram, _POWER_VECTORS)
+    vectors = _random_vectors(gram.lower)
     for _ in range(_POWER_STEPS):
         vectors = torch.linalg.qr(gram.times(vectors)).Q
     inside = torch.linalg.eigh(vectors.mT @ gram.times(vectors)).eigenvectors

@@ -1,121 +1,118 @@
-"""The singular values that a Gram matrix does not resolve, alone: a fraction of the cost of all."""
+"""The small singular values of a matrix, from a small block of its triangular factor where a gap is before them."""
 
 import math
-from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from lightning_basin.functional.gram import GramMatrix, largest_eigenvalues, random_vectors
-from lightning_basin.functional.rank import EPSILON, GRAM_RESOLUTION, LEAST_OF_GRAM, singular_values
+from lightning_basin.functional.gram import largest_eigenvalues
+from lightning_basin.functional.rank import EPSILON, GRAM_RESOLUTION
 
-_SHIFT = 1e-13  # multiple of the norm that is added, so that rounding leaves a matrix positive
-_INVERSE_STEPS = 2  # steps of the inverse iteration
-_SPARE = 32  # random vectors beyond the number of eigenvalues that they are to find
-_MOST_UNRESOLVED = 0.25  # fraction of all singular values: where more are not resolved, all are found as quickly
-_WIDEST_GAP = 100.0  # multiple of the resolution up to which the gap behind the unresolved eigenvalues may lie
-_MOST_REFINEMENTS = 6  # most refinement steps; each removes at least 15/16 of the error, most often nearly all
-_CLEARANCE = 16.0  # ratio between an eigenvalue as it was computed and what it is proved to be above
+_WIDEST_GAP = 10.0  # multiple of the resolution of a Gram matrix up to which the values behind a gap may lie
+_LEAST_GAP = 3.0  # least ratio of the values before and behind a gap: these are then exact to 10 %
 
 
 @dataclass(frozen=True, eq=False)
-class SmallestSingularValues:
-    """Singular values of which the smallest are known one by one.
+class SmallSingularValues:
+    """The singular values behind a gap, one by one.
 
     Attributes:
-        spectrum: The singular values, descending, on the CPU. The first is within 20 %; in place of the others that are
-            not known one by one stands the smallest of them.
-        least: A lower bound on the singular values that are not known one by one.
+        values: The singular values behind the gap, descending, on the CPU.
+        least: The smallest singular value before the gap, within 20 %.
+        largest: The largest singular value, within 20 %.
     """
 
-    spectrum: Tensor
+    values: Tensor
     least: float
+    largest: float
 
 
-def smallest_singular_values(matrix: Tensor) -> SmallestSingularValues | None:
-    r"""Find the singular values that a Gram matrix does not resolve, without squaring.
+def mixed_triangle(matrix: Tensor) -> Tensor:
+    """Find the lower triangular factor of a matrix whose rows are mixed at random: the singular values stay the same.
 
-    Inverse iteration gives a basis Z of what is nearly the null space of the Gram matrix K. A Cholesky factor of
-    :math:`K + \beta Z Z^T - \theta` proves that this is all of it: K has no more eigenvalues below :math:`\theta` than
-    Z has columns (Weyl, 1912). The rows :math:`Z^T Y` of the matrix itself are then small. What they still hold of
-    larger singular vectors is found by solving for it and removed, as in iterative refinement, until the rounding of
-    the matrix remains, and not the rounding of its square.
+    Its diagonal shows where they fall, as the first rows hardly ever miss a direction that all rows have (Demmel,
+    Dumitriu and Holtz, 2007, "Fast linear algebra is stable", section 5).
 
     Args:
-        matrix: The matrix Y, of any shape.
+        matrix: The matrix, of any shape; its columns are mixed where these are fewer.
 
     Returns:
-        The singular values, or ``None`` where too many are small, or no gap separates them from the others.
+        The factor, shape ``(m, m)`` for m rows or columns.
+    """
+    tall = matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix
+    factor: Tensor = torch.linalg.qr(_mixed(tall), mode="r").R.mT
+    return factor
+
+
+def num_before_gap(triangle: Tensor) -> int:
+    """Count the singular values before the widest gap among those that a Gram matrix hardly resolves.
+
+    Args:
+        triangle: The factor by `mixed_triangle`.
+
+    Returns:
+        The count; of all where none is so small.
 
     Example:
-        >>> smallest = smallest_singular_values(torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)))
-        >>> smallest.spectrum.round(decimals=6)
-        tensor([2., 1., 0.], dtype=torch.float64)
+        >>> num_before_gap(mixed_triangle(torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64))))
+        2
     """
-    rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    gram = GramMatrix(len(rows), rows.device)
-    gram.add_products(rows)
-    null_space = _near_null_space(gram)
-    if null_space is None:
-        return None
-    basis, following, largest = null_space
-    threshold = following / _CLEARANCE
-    gram.add_products(gram.norm.sqrt() * basis)
-    factor = gram.factor(shift=threshold)
-    if factor.is_known_to_fail:
-        return None
-    small, previous = basis.mT @ rows, math.inf
-    for _ in range(_MOST_REFINEMENTS):
-        before = small
-        basis = basis - _orthogonal_part(factor.solve(_orthogonal_part(rows @ small.mT, basis)), basis)
-        small = basis.mT @ rows
-        failed, change = torch.stack([factor.failed.to(small), (small - before).norm()]).tolist()
-        if failed:
-            return None
-        if change <= EPSILON * largest * len(small) ** 0.5 or change > previous / 2:  # The rest is rounding.
-            break
-        previous = change
-    others = [largest, *[math.sqrt(following)] * (len(rows) - len(small) - 1)]
-    spectrum = torch.tensor([*others, *singular_values(small).tolist()], dtype=matrix.dtype)
-    return SmallestSingularValues(spectrum, least=math.sqrt(threshold))
+    diagonal = triangle.diagonal().abs().cummin(0).values.cpu()
+    diagonal = diagonal.clamp(min=EPSILON * float(diagonal[0])).log()
+    falls = diagonal[:-1] - diagonal[1:]
+    falls[diagonal[1:] > diagonal[0] + math.log(_WIDEST_GAP * GRAM_RESOLUTION)] = 0.0
+    return int(falls.argmax()) + 1 if bool(falls.any()) else len(triangle)
 
 
-def _near_null_space(gram: GramMatrix) -> tuple[Tensor, float, float] | None:
-    """Find the eigenvectors that a Gram matrix does not resolve.
+def values_behind_gap(triangle: Tensor, num_before: int) -> SmallSingularValues | None:
+    r"""Find the singular values behind a gap, to the rounding of the matrix itself.
+
+    With the blocks :math:`A` before the gap, :math:`B` below it and :math:`C` beside that, the rows
+    :math:`[-B A^{-1}, I]` times the triangle are :math:`[0, C]`. Made orthonormal, they leave a block :math:`T`, whose
+    singular values are those behind the gap, but for the square of what the gap divides (Mathias and Stewart, 1993).
+
+    Args:
+        triangle: The factor by `mixed_triangle`, shape ``(m, m)``.
+        num_before: The number of singular values before the gap, at least 1.
 
     Returns:
-        An orthonormal basis of them, the eigenvalue after theirs, and the largest singular value within 20 %.
+        The singular values; ``None`` where there is no gap.
+
+    Example:
+        >>> small = values_behind_gap(torch.diag(torch.tensor([2.0, 1.0, 1e-9], dtype=torch.float64)), 2)
+        >>> small.values.log10().round().tolist(), round(small.least, 3), round(small.largest, 3)
+        ([-9.0], 1.0, 2.0)
     """
-    num_rows, scale = gram.num_rows, gram.norm
-    factor = gram.factor(shift=-_SHIFT * scale)
-    if factor.is_known_to_fail:
+    before, below = triangle[:num_before, :num_before], triangle[num_before:, :num_before]
+    beside = triangle[num_before:, num_before:]
+    rows = torch.linalg.solve_triangular(before, below, upper=False, left=False)
+    identity = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    length, failed = torch.linalg.cholesky_ex(rows @ rows.mT + identity)
+
+    def inverse_square(vectors: Tensor) -> Tensor:  # Of the columns before the gap, by Woodbury's formula.
+        vectors = torch.linalg.solve_triangular(before.mT, vectors, upper=True)
+        vectors = vectors - rows.mT @ torch.cholesky_solve(rows @ vectors, length)
+        inverse: Tensor = torch.linalg.solve_triangular(before, vectors, upper=False)
+        return inverse
+
+    (inverse,) = largest_eigenvalues(before, inverse_square)
+    (square,) = largest_eigenvalues(triangle, lambda vectors: triangle @ (triangle.mT @ vectors))
+    failed, norm, inverse, square = torch.stack([failed.to(inverse), beside.norm(), inverse, square]).tolist()
+    if failed or not 0.0 < inverse < math.inf or not _LEAST_GAP * norm <= inverse**-0.5:
         return None
-    failed, norm, square = torch.stack(
-        [factor.failed.to(scale), scale, *largest_eigenvalues(gram, gram.times)]
-    ).tolist()
-    unresolved = GRAM_RESOLUTION**2 * norm
-    if failed or unresolved < LEAST_OF_GRAM**2:
-        return None
-    width = min(num_rows, _SPARE + num_rows // 8)
-    while True:
-        basis = random_vectors(gram, width)
-        for _ in range(_INVERSE_STEPS):
-            basis = torch.linalg.qr(factor.solve(basis)).Q
-        values, vectors = torch.linalg.eigh(basis.mT @ gram.times(basis))
-        # The basis ends at the widest gap near the resolution, so that it is well determined.
-        eigenvalues = values.tolist()
-        fewest, most = (bisect_right(eigenvalues, limit) for limit in (unresolved, _WIDEST_GAP * unresolved))
-        if most <= width - _SPARE or (width == num_rows and most < width):
-            break
-        if width >= num_rows * _MOST_UNRESOLVED:
-            return None
-        width = min(2 * width, num_rows)
-    floored = [math.log(max(value, EPSILON * norm)) for value in eigenvalues]
-    count = max(range(fewest, most + 1), key=lambda i: floored[i] - floored[i - 1]) if fewest > 0 else 0
-    return basis @ vectors[:, :count], eigenvalues[count], math.sqrt(square)
+    values = torch.linalg.svdvals(torch.linalg.solve_triangular(length, beside, upper=False)).cpu()
+    return SmallSingularValues(values, least=inverse**-0.5, largest=math.sqrt(square))
 
 
-def _orthogonal_part(vectors: Tensor, basis: Tensor) -> Tensor:
-    """The part of vectors that is orthogonal to a basis."""
-    return vectors - basis @ (basis.mT @ vectors)
+def _mixed(matrix: Tensor) -> Tensor:
+    """Mix columns by random signs and a Fourier transform, orthogonal and in a random order."""
+    count, generator = matrix.shape[1], Generator().manual_seed(0)
+    order, mixed_order = (torch.randperm(count, generator=generator).to(matrix.device) for _ in range(2))
+    signs = torch.randint(0, 2, (count,), generator=generator).mul_(2).sub_(1).to(matrix)
+    spectrum = torch.fft.rfft(matrix[:, order] * signs, norm="ortho")
+    pairs = slice(
+        1, 1 + (count - 1) // 2
+    )  # The first frequency, and the last of an even number, have no imaginary part.
+    spectrum[:, pairs] *= math.sqrt(2)
+    return torch.cat([spectrum.real, spectrum.imag[:, pairs]], dim=1)[:, mixed_order]

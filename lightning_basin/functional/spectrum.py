@@ -25,6 +25,7 @@ from lightning_basin.functional.rank import (
     numerical_rank,
     singular_values,
 )
+from lightning_basin.functional.smallest_values import mixed_triangle, values_behind_gap
 
 _DENSE_ELEMENTS = 2e7  # elements of a matrix that is decomposed as it stands: 160 MB
 _DENSE_WORK = 2e9  # and rows**2 * columns, the cost of its triangular factor: about 0.1 s
@@ -199,7 +200,9 @@ def sketched_spectrum(
     values_of_gram, num_resolved = _singular_values_of_gram(gram)
     if num_resolved == values_of_gram.numel() or epsilon >= GRAM_RESOLUTION:
         return Spectrum(singular_values=values_of_gram, rtol=rtol, method="gram", epsilon=epsilon)
-    tail = singular_values(sketch()).cpu()[num_resolved:]
+    triangle = mixed_triangle(sketch())
+    small = values_behind_gap(triangle, num_resolved) if num_resolved else None
+    tail = torch.linalg.svdvals(triangle).cpu()[num_resolved:] if small is None else small.values
     if num_resolved:
         tail = tail.clamp(max=float(values_of_gram[num_resolved - 1]))
     values = torch.cat([values_of_gram[:num_resolved], tail])

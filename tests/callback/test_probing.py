@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_basin import BasinMonitor, Probe
 from tests.callback.monitor.modules import measured_at_start
+from tests.lightning_packages import LightningModule
 from tests.training import (
     Regressor,
     loader,
@@ -89,3 +90,46 @@ def test_what_is_said_before_the_first_measurement_counts_the_inputs_that_there_
     (message,) = [message for message in caplog.messages if message.startswith("BasinMonitor measures")]
     assert message.startswith(f"BasinMonitor measures {said} inputs x ")
     assert monitor.records[0].num_inputs == said
+
+
+class Wide(LightningModule):
+    """A linear map to any number of outputs."""
+
+    def __init__(self, num_outputs) -> None:
+        super().__init__()
+        self.readout = nn.Linear(3, num_outputs)
+        self.loss_fn = nn.MSELoss()
+
+    def forward(self, inputs):
+        return self.readout(inputs)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss_fn(self(batch[0]), batch[0].sum(1, keepdim=True).expand(-1, self.readout.out_features))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("num_outputs", "arguments", "expected"),
+    [
+        pytest.param(1, {}, 128, id="one output"),
+        pytest.param(5, {}, 128, id="640 outputs in all"),
+        pytest.param(10, {}, 64, id="ten classes"),
+        pytest.param(64, {}, 32, id="many classes"),
+        pytest.param(100, {}, 128, id="so many that they are combined"),
+        pytest.param(100, {"max_outputs": None}, 32, id="so many that are not combined"),
+        pytest.param(100, {"max_outputs": 8}, 80, id="combinations"),
+        pytest.param(10, {"probe": 100}, 100, id="a number that was passed"),
+    ],
+)
+def test_the_number_of_inputs_follows_from_the_number_of_outputs(tmp_path, caplog, num_outputs, arguments, expected):
+    monitor = BasinMonitor(hessian=False, **arguments)
+    for batch_size in (200, 30):  # Another fit takes another probe.
+        with caplog.at_level("INFO"):
+            make_trainer(tmp_path, monitor, max_epochs=1).fit(Wide(num_outputs), loader(200, batch_size))
+        assert monitor.records[0].num_inputs == monitor.probe.size == expected
+        assert monitor.records[0].step == 0
+    torch.testing.assert_close(monitor.probe.inputs[0], regression_data(200).tensors[0][:expected], rtol=0, atol=0)
+    (said,) = [message for message in caplog.messages if message.startswith("BasinMonitor measures")]
+    assert said.startswith(f"BasinMonitor measures {expected} inputs x ")

@@ -20,7 +20,7 @@ from lightning_basin.quantities.hessian.single_precision import BlockOperator, R
 from lightning_basin.quantities.scopes import Scope
 
 _SLACK = 2.0  # factor within which the norm of R is bounded
-_HOPELESS_SLACK = 4.0  # the same where no bound closes the bracket, nor moves its end by a hundredth of the rank
+_HOPELESS_SLACK = 4.0  # the same where no bound closes the bracket, nor moves its end by a twentieth of the rank
 _DECIDED_SLACK = 10.0  # the same where no product can change a count: the norm is then a point on a logarithmic axis
 _NEAREST = 1.9  # multiple of the norm below which a search for a factor of two hardly ends
 _LARGEST_PRODUCTS = 30  # most products for the largest eigenvalue of H
@@ -232,7 +232,7 @@ def _judge_of_residual(eigenvalues: GaussNewtonEigenvalues, known: float, uncert
         num_curved = eigenvalues.num_curved(residual)
         num_open = eigenvalues.num_curved(bound.value) - num_curved
         is_hopeless = _is_hopeless(eigenvalues, bound.value)
-        slack = _HOPELESS_SLACK if is_hopeless and 100 * num_open <= eigenvalues.rank else _SLACK
+        slack = _HOPELESS_SLACK if is_hopeless and 20 * num_open <= eigenvalues.rank else _SLACK
         # A bound within a factor of two would count no eigenvalue, nor one of a layer's block: these are no larger.
         counts_none = is_hopeless and eigenvalues.num_curved(_NEAREST * bound.value) == 0
         counts_all = num_open == 0 and num_curved == eigenvalues.rank

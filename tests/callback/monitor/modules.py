@@ -26,6 +26,7 @@ def axis(logger, tag) -> list[int]:
 
 PROBES = {
     "20": lambda: 20,
+    "auto": lambda: "auto",
     "10": lambda: 10,
     "given": lambda: regression_data(10, seed=9).tensors,
     "another given": lambda: regression_data(10, seed=8).tensors,

@@ -247,6 +247,7 @@ def test_run_resumes_from_what_weights_only_reads(tmp_path, weights_only):
         ("20", "10"),
         ("20", "given"),
         ("given", "20"),
+        ("given", "auto"),
         ("given", "another given"),
         ("given", "in another precision"),
     ],
@@ -257,7 +258,7 @@ def test_another_probe_on_resuming_is_refused_unless_it_is_asked_for(tmp_path, b
         resumed_run(tmp_path, BasinMonitor(PROBES[now]()))
     monitor = resumed_run(tmp_path, BasinMonitor(PROBES[now](), on_other_probe="replace"))
     assert steps(monitor) == [0, 4, 8, 12]
-    sizes = [20 if name == "20" else 10 for name in (before, now, now, now)]
+    sizes = [{"20": 20, "auto": 80}.get(name, 10) for name in (before, now, now, now)]
     assert [record.num_inputs for record in monitor.records[:1] + monitor.records[2:]] == [sizes[0], *sizes[2:]]
 
 
@@ -268,6 +269,13 @@ def test_the_same_probe_goes_on(tmp_path, same, on_other_probe):
     other_batches = loader(80, 20)  # From which no other probe may be taken.
     monitor = resumed_run(tmp_path, BasinMonitor(PROBES[same](), on_other_probe=on_other_probe), other_batches)
     torch.testing.assert_close(monitor.probe.inputs, before.probe.inputs, rtol=0, atol=0)
+
+
+def test_a_monitor_that_does_not_say_a_number_of_inputs_goes_on_with_that_of_the_run(tmp_path):
+    before = saved_run(tmp_path, BasinMonitor(probe=20))
+    monitor = resumed_run(tmp_path, BasinMonitor())
+    torch.testing.assert_close(monitor.probe.inputs, before.probe.inputs, rtol=0, atol=0)
+    assert {record.num_inputs for record in monitor.records} == {20}
 
 
 def test_settings_that_change_the_numbers_are_said_on_resuming(tmp_path):
