@@ -11,6 +11,7 @@ from lightning_basin.functional.rank import EPSILON, GRAM_RESOLUTION
 
 _WIDEST_GAP = 10.0  # multiple of the resolution of a Gram matrix up to which the values behind a gap may lie
 _LEAST_GAP = 3.0  # least ratio of the values before and behind a gap: these are then exact to 10 %
+_LONGEST_ROWS = 1e6  # norm of the rows that leave those behind: beyond it rounding would hide the unit rows beside them
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,21 +89,25 @@ def values_behind_gap(triangle: Tensor, num_before: int) -> SmallSingularValues 
     beside = triangle[num_before:, num_before:]
     rows = torch.linalg.solve_triangular(before, below, upper=False, left=False)
     identity = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-    length, failed = torch.linalg.cholesky_ex(rows @ rows.mT + identity)
+    factor, failed = torch.linalg.cholesky_ex(rows @ rows.mT + identity)
 
     def inverse_square(vectors: Tensor) -> Tensor:  # Of the columns before the gap, by Woodbury's formula.
         vectors = torch.linalg.solve_triangular(before.mT, vectors, upper=True)
-        vectors = vectors - rows.mT @ torch.cholesky_solve(rows @ vectors, length)
+        vectors = vectors - rows.mT @ torch.cholesky_solve(rows @ vectors, factor)
         inverse: Tensor = torch.linalg.solve_triangular(before, vectors, upper=False)
         return inverse
 
     (inverse,) = largest_eigenvalues(before, inverse_square)
     (square,) = largest_eigenvalues(triangle, lambda vectors: triangle @ (triangle.mT @ vectors))
-    failed, norm, inverse, square = torch.stack([failed.to(inverse), beside.norm(), inverse, square]).tolist()
-    if failed or not 0.0 < inverse < math.inf or not _LEAST_GAP * norm <= inverse**-0.5:
+    facts = torch.stack([failed.to(inverse), rows.norm(), beside.norm(), inverse, square]).tolist()
+    failed, norm_of_rows, norm, inverse, square = facts
+    if failed or not norm_of_rows < _LONGEST_ROWS or not 0.0 < inverse < math.inf:
         return None
-    values = torch.linalg.svdvals(torch.linalg.solve_triangular(length, beside, upper=False)).cpu()
-    return SmallSingularValues(values, least=inverse**-0.5, largest=math.sqrt(square))
+    least = inverse**-0.5
+    if not _LEAST_GAP * norm <= least:
+        return None
+    values = torch.linalg.svdvals(torch.linalg.solve_triangular(factor, beside, upper=False)).cpu()
+    return SmallSingularValues(values, least=least, largest=math.sqrt(square))
 
 
 def _mixed(matrix: Tensor) -> Tensor:

@@ -48,6 +48,11 @@ def test_rows_that_are_equal_at_first_do_not_hide_others():
     assert float(small.values.max()) < 1e-14 * small.largest
 
 
+def test_a_mixture_that_misses_a_direction_is_left_to_a_decomposition():
+    triangle = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1e-9, 0.0], [0.0, 1.0, 1e-12]], dtype=torch.float64)
+    assert values_behind_gap(triangle, 2) is None
+
+
 @pytest.mark.parametrize(
     ("num_before", "values"),
     [
