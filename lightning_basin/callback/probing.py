@@ -107,11 +107,9 @@ class Probing:
                 self._collect(batch, trainer)
             if module is not None:
                 self._check(request, module)
-            if self.probe is None and self._collector.is_complete:
-                self.probe = self._collector.probe
-            if module is not None and self.probe is None and keeps_weights:
-                (initial,) = replicas(module)
-                self.initial = (initial, trainer.global_step, batches_that_stepped(trainer))
+                if keeps_weights and self.probe is None and not self._collector.is_complete:
+                    (initial,) = replicas(module)
+                    self.initial = (initial, trainer.global_step, batches_that_stepped(trainer))
         except (TypeError, ValueError) as error:
             if whole is not None:
                 return f"{error}{self._hint(batch, str(error))}"
@@ -121,6 +119,8 @@ class Probing:
         except Exception as error:  # Not the configuration. The measurements will say whether they succeed.
             name = type(trainer.lightning_module).__name__
             warn(f"BasinMonitor could not check {name}. {type(error).__name__}: {error}{memory_hint(error)}")
+        if self.probe is None and self._collector.is_complete:
+            self.probe = self._collector.probe
         return None
 
     def _read_step(self, request: Request, module: nn.Module, batch: Any) -> None:
