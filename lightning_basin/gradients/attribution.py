@@ -50,17 +50,10 @@ class InputAxis:
 
 
 def measure_uses(network: Network, trace: Trace, uses: Mapping[int, Use], max_elements: int) -> dict[int, MeasuredUse]:
-    """Measure the uses in whose outputs the inputs can be distinguished.
+    """Measure the uses, by their position in the record, in whose outputs the inputs can be distinguished.
 
-    Args:
-        network: The network that was run.
-        trace: The trace of one chunk of inputs, with its graph.
-        uses: Recorded uses, by their position in the record.
-        max_elements: The elements that the derivatives of all outputs by all operations may have to be found at once.
-
-    Returns:
-        The output gradients and input activations, by the same positions. A use is left out where it is not clear
-        which slice of its output belongs to which input.
+    A use is left out where it is not clear which slice of its output belongs to which input. The derivatives of all
+    outputs are found at once where they have at most ``max_elements`` elements.
     """
     outputs, dtype = network.rows(trace.outputs), network.gradient_dtype
     num_inputs, num_outputs = outputs.shape
@@ -249,20 +242,11 @@ def output_places(uses: Mapping[int, Use]) -> list[OperationOutput]:
 def differentiate_at(
     places: Sequence[OperationOutput], outputs: Tensor, weights: Tensor, *, is_batched: bool = False
 ) -> dict[int, Tensor]:
-    """Differentiate a combination of outputs by the outputs of some operations.
+    """Differentiate a combination of outputs, whose graph is retained, by the outputs of some operations.
 
-    Args:
-        places: The outputs of the operations, as places in the graph.
-        outputs: The outputs of the network; their graph is retained.
-        weights: The weights of the combination, in the shape of the outputs; of several combinations along a first
-            axis, where these are batched.
-        is_batched: Whether there are several combinations.
-
-    Returns:
-        The derivatives by the identity of the place, zero where the combination does not depend on it.
-
-    Raises:
-        RuntimeError: If combinations are batched, and an operation does not support it.
+    Return the derivatives by the identity of the place, zero where the combination does not depend on it. The weights
+    of several combinations stand along a first axis; an operation that does not support such a batch raises a
+    RuntimeError.
     """
     edges = {id(place): place.edge for place in places if place.edge is not None}
     shapes = {id(place): (*weights.shape[: int(is_batched)], *place.shape) for place in places}

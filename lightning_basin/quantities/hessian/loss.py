@@ -109,17 +109,7 @@ class LossCurvature:
 
 
 def loss_curvature(loss_fn: LossOfOutputs, runs: ProbeRuns, *, behavior_is_outputs: bool) -> LossCurvature:
-    """Differentiate a loss at the outputs of a network.
-
-    Args:
-        loss_fn: The loss, from outputs to a scalar.
-        runs: The network's runs over the probe.
-        behavior_is_outputs: Whether the behavior, whose gradients are measured, is the outputs themselves.
-
-    Raises:
-        RuntimeError: If the loss cannot be differentiated twice, or its derivatives are not finite or wrong; if it is
-            a cross-entropy of probabilities whose logits are lost.
-    """
+    """Differentiate a loss at the outputs of a network, or refuse it with a RuntimeError."""
     network, outputs = runs.network, runs.full_trace.outputs.detach()
 
     def canonical(loss_fn: LossOfOutputs) -> CanonicalLoss:
