@@ -34,12 +34,7 @@ def _is_special(character: str) -> bool:
 
 
 def printable(text: str) -> str:
-    r"""Percent-encode a text's control characters, except for line ends.
-
-    Example:
-        >>> printable("red: \x1b[31m")
-        'red: %1B[31m'
-    """
+    """Percent-encode a text's control characters, except for line ends."""
     characters = (
         character if character.isprintable() or character == "\n" else quote(character, errors="surrogatepass")
         for character in text

@@ -135,13 +135,7 @@ def table(record: "BasinRecord") -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Write rows of cells below each other, the first cell to the left and all others to the right.
-
-    Example:
-        >>> print(aligned([["layer", "rank"], ["fc1", "12"]]))
-        layer  rank
-        fc1      12
-    """
+    """Write rows of cells below each other, the first cell to the left and all others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

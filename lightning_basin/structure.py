@@ -105,11 +105,7 @@ def question_of(module: nn.Module, probe: Probe, settings: Settings) -> Hashable
 
 
 def _forward_pass(trace: Trace) -> list[Hashable]:
-    """Return the operations of a forward pass, and the shapes of what enters and leaves each layer.
-
-    Returns:
-        A list that is equal for the same computation; empty where operations could not be recorded.
-    """
+    """List the operations and shapes of a forward pass, equal for the same computation; empty where not recorded."""
 
     def shapes(tensors: dict[str, list[torch.Tensor]]) -> Hashable:
         return tuple((name, *(tensor.shape for tensor in tensors[name])) for name in tensors)
@@ -151,11 +147,7 @@ def copy_and_find(
 def copy_again(
     module: nn.Module, probe: Probe, settings: Settings, structure: Structure, clock: StageClock
 ) -> Copied | None:
-    """Copy and run a module whose structure is known.
-
-    Returns:
-        What `copy_and_find` returns, with the same structure; ``None`` where it is no longer that of the module.
-    """
+    """Copy and run a module whose structure is known; return ``None`` where it is no longer that of the module."""
     with clock("copy"):
         network, loss_fn = _copy_in_modes(module, settings, structure.modes)
     plan = structure.plan

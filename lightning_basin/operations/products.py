@@ -106,14 +106,7 @@ def _convolution(
 
 @dataclass(frozen=True)
 class _Kernel:
-    """The geometry of a convolution.
-
-    Attributes:
-        size: The lengths of the kernel, one along each dimension.
-        stride: The steps between its places.
-        dilation: The steps between its elements.
-        padding: The zeros on each side of the input.
-    """
+    """The geometry of a convolution: lengths along each dimension, as torch names them."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
