@@ -58,8 +58,7 @@ class Publisher:
     def show(self, record: BasinRecord | None) -> None:
         """Put values where callbacks look for them, and let those check from now on who waited for one.
 
-        Args:
-            record: The newest record; ``None`` where a measurement was due and brought none.
+        There is no record where a measurement was due and brought none.
         """
         values: Mapping[str, float] = {}
         if record is not None:

@@ -49,15 +49,7 @@ class Findings:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What the next measurement is asked for.
-
-    Attributes:
-        arguments: The monitor's arguments.
-        findings: What the run showed of its module.
-        records: The records of the run so far.
-        notices: Says each message once.
-        trainer: The trainer; ``None`` outside of a fit.
-    """
+    """What the next measurement is asked for; there is no trainer outside of a fit."""
 
     arguments: Arguments
     findings: Findings
@@ -149,14 +141,7 @@ class Request:
 
 
 def loss_of(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the loss that a module keeps under one of the usual names.
-
-    Example:
-        >>> module = nn.Linear(2, 2)
-        >>> module.criterion = nn.MSELoss()
-        >>> loss_of(module)
-        MSELoss()
-    """
+    """Return the loss that a module keeps under one of the usual names."""
     attributes = (getattr(module, name, None) for name in LOSS_ATTRIBUTES)
     return next((attribute for attribute in attributes if callable(attribute)), None)
 

@@ -44,16 +44,10 @@ def read_training_step(
 ) -> TrainingStep:
     """Run the training step of a copy of a module, and read from it what is trained.
 
-    Args:
-        module: The module, which stays as it is.
-        batch: A training batch, or several in one.
-        trainer: The trainer, which the copy finds without logging anything; ``None`` outside of a fit.
-        calls: The positions, among all calls, of those that have the outputs. ``None`` takes the arguments of the
-            losses of which the result is the sum; where it is no such sum, what one module with parameters returns.
-        known: What an earlier reading of the same step has shown; where it still holds, one run is enough.
-
-    Raises:
-        ValueError: If the step cannot be run so, draws random numbers, or makes its loss of neither.
+    ``calls`` are the positions, among all calls, of those that have the outputs. ``None`` takes the arguments of the
+    losses of which the result is the sum; where it is no such sum, what one module with parameters returns. Where what
+    is ``known`` of an earlier reading still holds, one run is enough. A step that cannot be run so, draws random
+    numbers, or makes its loss of neither raises a ValueError.
     """
     device = device_of(module)
     probe = Probe(batch).to(device, torch.float64)

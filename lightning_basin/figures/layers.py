@@ -67,11 +67,7 @@ def plot_layers(source: Source, ax: Axes | None = None, *, quantity: LayerQuanti
 
 
 def map_height(num_layers: int) -> float:
-    """Return the height of a map, in inches.
-
-    Args:
-        num_layers: The number of layers.
-    """
+    """Return the height of a map, in inches."""
     return min(_ROW * num_layers, _HIGHEST)
 
 

@@ -75,19 +75,7 @@ def plot_merges(
 def merge_stages(merged: Sequence[MergedInput], layers: Sequence[str], num_inputs: int) -> dict[str, NDArray[np.int64]]:
     """Say at each stage of a network which inputs are still distinguished.
 
-    Args:
-        merged: The merged inputs.
-        layers: The names of the layers, in the order in which activations enter them.
-        num_inputs: The number of inputs.
-
-    Returns:
-        For ``"input"``, each layer and ``"output"``: the index of the first input with the same activation, by input,
-        shape ``(num_inputs,)``.
-
-    Example:
-        >>> stages = merge_stages([MergedInput(2, 0, "fc2"), MergedInput(1, 0, None)], ["fc1", "fc2"], 3)
-        >>> {name: stage.tolist() for name, stage in stages.items()}
-        {'input': [0, 1, 2], 'fc1': [0, 1, 2], 'fc2': [0, 1, 0], 'output': [0, 0, 0]}
+    Return for ``"input"``, each layer and ``"output"`` the index of the first input with the same activation, by input.
     """
     first = np.arange(num_inputs)
     stages = {"input": first.copy()}

@@ -31,17 +31,10 @@ Points = Mapping[str, Mapping[int, Any]]
 def read_history(source: Source, *, name: str | None = None, prefix: str | None = None) -> History:
     """Read the history of one run.
 
-    Args:
-        source: A history; records; a table, ``*.csv`` or ``*.jsonl``; a report; or a folder of these and of TensorBoard
-            events, or above the only run. Of a folder the report is read, unless events and tables, of which the newest
-            counts, have more measurements: those of a run that goes on, or that was killed.
-        name: The name of the run; ``None`` takes that in the report, else that of the folder. A history keeps its own.
-        prefix: The prefix of the monitor's keys; ``None`` takes the only one.
-
-    Raises:
-        FileNotFoundError: If there is nothing at the path.
-        TypeError: If it is none of these.
-        ValueError: If nothing of a monitor is in it, or if it holds several monitors and ``prefix`` chooses none.
+    Of a folder of tables (``*.csv``, ``*.jsonl``), TensorBoard events and reports, or above the only run, the report is
+    read, unless events and tables, of which the newest counts, have more measurements: those of a run that goes on, or
+    that was killed. Without ``name`` the run has the name in the report, else that of the folder; without ``prefix``
+    there must be one monitor.
     """
     if isinstance(source, History):
         return source
@@ -104,9 +97,6 @@ def run_folders(folder: str | Path) -> list[Path]:
     """Return all folders below one, and itself, which hold a run, sorted.
 
     A folder below that of a run is a part of this run: that of the single points at zero loss, for example.
-
-    Args:
-        folder: The folder to search.
     """
     candidates = {path.parent for pattern in _PATTERNS for path in Path(folder).rglob(pattern)}
     runs: list[Path] = []
@@ -117,14 +107,7 @@ def run_folders(folder: str | Path) -> list[Path]:
 
 
 def run_folder(path: Path) -> Path:
-    """Return the folder of one run: that of a file, or a folder with files of a run, or the only run below it.
-
-    Args:
-        path: The path of a table, a report or a folder.
-
-    Raises:
-        ValueError: If there are several runs below the folder.
-    """
+    """Return the folder of one run: that of a file, or a folder with files of a run, or the only run below it."""
     if path.is_file():
         return path.parent
     if any(next(path.glob(pattern), None) for pattern in _PATTERNS):
@@ -261,19 +244,9 @@ def _logged(values: Mapping[int, float]) -> Logged:
 
 
 def read_histories(sources: Source | Iterable[Source], *, prefix: str | None = None) -> list[History]:
-    """Read the histories of one run or of several.
+    """Read the histories of one run or of several, each as `read_history` does; runs of the same name are numbered.
 
-    Args:
-        sources: A source as `read_history` takes it, or several; of a folder without values of its own, all runs below.
-        prefix: The prefix of the monitors' keys; ``None`` takes the only one of each run.
-
-    Returns:
-        The histories; runs of the same name are numbered.
-
-    Raises:
-        FileNotFoundError: If there is nothing at a path.
-        TypeError: If a source is none that `read_history` takes.
-        ValueError: If a source holds nothing of a monitor.
+    Of a folder without values of its own, all runs below are read.
     """
     if isinstance(sources, History | str | Path):
         sources = [sources]
