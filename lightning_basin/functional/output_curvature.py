@@ -136,13 +136,7 @@ def _check_piecewise_linear(loss_fn: LossOfOutputs, values: Tensor, shape: Seque
 
 
 def is_quadratic(loss_fn: LossOfOutputs, outputs: Tensor, scale: float) -> bool:
-    """Whether the second derivative is a number times the identity at other outputs too, all within 0 and 1.
-
-    Args:
-        loss_fn: The loss, from outputs in the shape of ``outputs`` to a scalar.
-        outputs: The outputs, of which only the shape counts.
-        scale: The number by which the identity is multiplied at the outputs.
-    """
+    """Whether the second derivative is a number times the identity at other outputs too, all within 0 and 1."""
     values = _random_like(outputs, seed=0).sigmoid_().requires_grad_()
     direction = _random_like(outputs, seed=1)
     try:
@@ -154,13 +148,7 @@ def is_quadratic(loss_fn: LossOfOutputs, outputs: Tensor, scale: float) -> bool:
 
 
 def check_second_derivative(loss_fn: LossOfOutputs, outputs: Tensor, curvature: OutputCurvature) -> None:
-    """Compare the second derivative of a loss, where it is not in closed form, with differences of its first.
-
-    Args:
-        loss_fn: The loss, from outputs in the shape of ``outputs`` to a scalar.
-        outputs: The outputs, shape ``(k, ...)``.
-        curvature: The curvature of the loss at the outputs.
-    """
+    """Compare the second derivative of a loss, where it is not in closed form, with differences of its first."""
     values = outputs.detach().reshape(outputs.shape[0], -1)
     # Each output moves by its size, or by its distance to 1: a loss may be defined on probabilities only.
     direction = values * _random_like(values, seed=NUM_SAMPLES)

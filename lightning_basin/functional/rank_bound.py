@@ -155,16 +155,7 @@ def _ranks_above(matrices: Sequence[Tensor], tolerance: float) -> list[int]:
 
 
 def class_means(values: Tensor, classes: Tensor) -> Tensor:
-    """Replace each input's values by their mean over its class.
-
-    Args:
-        values: The values of each input, shape ``(k, ...)``.
-        classes: The first member of each input's class, shape ``(k,)``.
-
-    Example:
-        >>> class_means(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
-        tensor([2., 2., 2.])
-    """
+    """Replace each input's values, shape ``(k, ...)``, by their mean over its class."""
     classes = classes.to(values.device)
     sums = torch.zeros_like(values).index_add_(0, classes, values)[classes]
     counts = torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes]
