@@ -19,10 +19,7 @@ from lightning_basin.network.remedies import cause
 from lightning_basin.network.replica import device_of
 from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.network.trace import Trace
-from lightning_basin.network.validity import (
-    check_copy,
-    checked_loss,
-)
+from lightning_basin.network.validity import check_copy, checked_loss
 from lightning_basin.probe import Probe
 from lightning_basin.settings import Precision, Settings
 from lightning_basin.stages import StageClock

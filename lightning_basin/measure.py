@@ -188,14 +188,7 @@ def measure(
     }
     for scope, null_space in null_spaces.items():
         fields[scope] |= null_space_fields(null_space)
-    return _assemble(
-        evaluation,
-        fields,
-        duplicates,
-        gradient_rank_bound=bound,
-        projected=projected,
-        step=step,
-    )
+    return _assemble(evaluation, fields, duplicates, gradient_rank_bound=bound, projected=projected, step=step)
 
 
 def check_measurable(

@@ -130,7 +130,10 @@ def copy_and_find(
     runs = ProbeRuns(network, probe, chunk_size=None if plan is None else plan.chunk_size)
     trace = runs.full_trace
     check_outputs(network, probe, trace)
-    layout = _checked_layout(network, probe, trace, with_layers=with_layout)
+    # Regrouped inputs must have the same outputs, and show each input's rows in what was run.
+    regrouped = run_regrouped(network, probe, with_layers=with_layout)
+    check_independence(network, probe, trace.outputs.detach(), regrouped)
+    layout = input_layout(network, probe, trace, regrouped) if with_layout else None
     modes = None if trained.network is None else names_in_training(network)
     structure = Structure(
         modes=modes,
@@ -221,10 +224,3 @@ def _trace_sample(network: Network, probe: Probe) -> tuple[Probe, Trace]:
         return sample, network.trace(sample)
     except (TypeError, ValueError):  # Some modules cannot run so few inputs.
         return probe, network.trace(probe)
-
-
-def _checked_layout(network: Network, probe: Probe, trace: Trace, *, with_layers: bool) -> InputLayout | None:
-    """Run regrouped inputs, which must have the same outputs, and find each input's rows in what was run."""
-    regrouped = run_regrouped(network, probe, with_layers=with_layers)
-    check_independence(network, probe, trace.outputs.detach(), regrouped)
-    return input_layout(network, probe, trace, regrouped) if with_layers else None

@@ -6,12 +6,7 @@ from torch import nn
 
 from lightning_basin.callback.cost import advise
 from lightning_basin.callback.gathering import GatheredModule
-from lightning_basin.callback.lightnings import (
-    ModelParallelStrategy,
-    StochasticWeightAveraging,
-    Trainer,
-    callbacks_of,
-)
+from lightning_basin.callback.lightnings import ModelParallelStrategy, StochasticWeightAveraging, Trainer, callbacks_of
 from lightning_basin.callback.notices import inform
 from lightning_basin.callback.overhead import Overhead, announced
 from lightning_basin.callback.probing import ModuleGetter

@@ -60,7 +60,7 @@ class Request:
     @property
     def batch_fn(self) -> Callable[..., Any] | None:
         """The function that makes a pair of inputs and targets of a batch; a training step takes all of it."""
-        return self.arguments.batch_fn if self.findings.step_calls is None else _whole_batch
+        return self.arguments.batch_fn if self.findings.step_calls is None else lambda batch: (batch, None)
 
     @property
     def behavior(self) -> Behavior:
@@ -155,7 +155,3 @@ def _with_gradients(module: nn.Module, trainer: Trainer | None) -> set[str]:
     return {
         name for name, parameter in module.named_parameters() if parameter.grad is not None and id(parameter) in trained
     }
-
-
-def _whole_batch(batch: Any) -> tuple[Any, None]:
-    return batch, None

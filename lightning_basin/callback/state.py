@@ -18,7 +18,7 @@ def probe_state(probe: Probe) -> dict[str, Any] | None:
     state = {"inputs": probe.inputs, "targets": probe.targets}
     if not _is_plain(state):
         return None
-    copied: dict[str, Any] = map_tensors(_plain, state)
+    copied: dict[str, Any] = map_tensors(lambda tensor: tensor.cpu().clone().as_subclass(Tensor), state)
     return copied
 
 
@@ -30,10 +30,6 @@ def fingerprint(probe: Probe) -> str:
         plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.cpu().clone().as_subclass(Tensor)
 
 
 def _is_plain(collection: Any) -> bool:

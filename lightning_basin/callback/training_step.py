@@ -35,12 +35,7 @@ from lightning_basin.tensors import float64_device, tensors_of
 
 
 def read_training_step(
-    module: nn.Module,
-    batch: Any,
-    trainer: Any,
-    calls: Sequence[int] | None = None,
-    *,
-    known: KnownStep | None = None,
+    module: nn.Module, batch: Any, trainer: Any, calls: Sequence[int] | None = None, *, known: KnownStep | None = None
 ) -> TrainingStep:
     """Run the training step of a copy of a module, and read from it what is trained.
 
@@ -57,11 +52,7 @@ def read_training_step(
             step = _describe_run(module, trainer, run, known.calls)
             if step.known is not None and step.names == known.names:
                 return step
-        runs = (
-            run,
-            StepRun.of(module, probe, trainer, batch_idx=1),
-            StepRun.of(module, probe, trainer, is_moved=True),
-        )
+        runs = (run, StepRun.of(module, probe, trainer, batch_idx=1), StepRun.of(module, probe, trainer, is_moved=True))
         if calls is not None:
             return _compare_runs(module, trainer, runs, calls)
         by_losses, problem = None, "training_step calls no loss of torch, nor a module that makes a number"

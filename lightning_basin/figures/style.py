@@ -87,15 +87,13 @@ def mark_zero_loss(ax: Axes, history: History, *, named: bool = True) -> None:
 def name_end(ax: Axes, history: History, value: float, text: str, *, color: str, offset: float = 0.0) -> None:
     """Write the name of a curve, with its last value, some points above its right end; of NaN nothing is written."""
     if not np.isnan(value):
-        ax.annotate(
-            text,
-            (history.steps[-1], value),
-            xytext=(6, offset),
-            textcoords="offset points",
-            color=color,
-            va="center",
-            annotation_clip=False,
-        )
+        write_beside(ax, text, (float(history.steps[-1]), value), xytext=(6, offset), color=color)
+
+
+def write_beside(ax: Axes, text: str, place: tuple[float, float], **style: Any) -> None:
+    """Write some points to the right of a place, also outside of the axes."""
+    style = {"xytext": (6, 0), "va": "center", **style}
+    ax.annotate(text, place, textcoords="offset points", annotation_clip=False, **style)
 
 
 def edges_of(steps: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -9,13 +9,7 @@ from lightning_basin.functional.jacobian import vector_jacobian_products
 from lightning_basin.functional.lanczos import check_symmetry
 
 
-def hessian_matrix(
-    loss: Tensor,
-    parameters: Sequence[Tensor],
-    *,
-    chunk_size: int = 64,
-    atol: float = 0.0,
-) -> Tensor:
+def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor], *, chunk_size: int = 64, atol: float = 0.0) -> Tensor:
     """Compute all second derivatives of a loss, by double backward.
 
     Args:

@@ -110,7 +110,11 @@ def output_curvature(loss_fn: LossOfOutputs, outputs: Tensor) -> OutputCurvature
     # Squared errors have no closed form to find, and may have many outputs.
     is_square = (scale := _identity_scale(derivatives.matrices)) and is_quadratic(loss_fn, outputs, scale)
     curvature = _factored(derivatives, [] if is_square else _sampled(loss_fn, outputs), num_inputs=shape[0])
-    return replace(curvature, is_flat=curvature.is_flat and not _pulls_nearby(loss_fn, values.detach(), shape))
+    if not curvature.is_flat:
+        return curvature
+    # Beside a minimum of a higher order the slope is not zero where every output is moved a little.
+    pulls_nearby = bool((_slope_nearby(loss_fn, values.detach(), shape, _NEARBY**0.5) != 0).all())
+    return replace(curvature, is_flat=not pulls_nearby)
 
 
 def _slope_nearby(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int], distance: float) -> Tensor:
@@ -118,11 +122,6 @@ def _slope_nearby(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int], 
     moved = (values + distance * (1 + values.abs())).requires_grad_()
     (slope,) = torch.autograd.grad(loss_fn(moved.view(shape)), moved)
     return slope
-
-
-def _pulls_nearby(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int]) -> bool:
-    """Whether the slope is not zero where every output is moved a little, as beside a minimum of a higher order."""
-    return bool((_slope_nearby(loss_fn, values, shape, _NEARBY**0.5) != 0).all())
 
 
 def _check_piecewise_linear(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int], slope: Tensor) -> None:
@@ -250,6 +249,7 @@ def _factored(
             closed[group.members] = True
             slope[:, group.members] = group.slope
             matrices[:, rows, columns] = group.roots.mT @ group.roots
+    is_zero = not bool(slope.any() or matrices.any())
     return OutputCurvature(
         slope=slope.view(num_inputs, -1),
         matrices=matrices,
@@ -258,7 +258,8 @@ def _factored(
         rounding=max(group.slope_rounding for group in groups),
         factor_rounding=max(group.factor_rounding for group in groups),
         closed=closed,
-        is_flat=not bool(slope.any() or matrices.any()) and _is_curved_somewhere(samples),
+        # Where nothing is known of the loss at other outputs, it may be curved there.
+        is_flat=is_zero and (not samples or any(bool(sample.matrices.any()) for sample in samples)),
     )
 
 
@@ -267,8 +268,3 @@ def _identity_scale(matrices: Tensor) -> float:
     scale = float(matrices[0, 0, 0])
     identity = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
     return scale if bool((matrices == scale * identity).all()) else 0.0
-
-
-def _is_curved_somewhere(samples: Sequence[OutputDerivatives]) -> bool:
-    """Whether the loss is known to be curved somewhere, or nothing is known of it elsewhere."""
-    return not samples or any(bool(sample.matrices.any()) for sample in samples)

@@ -42,10 +42,8 @@ def gradient_rank_bound(
         (7, 7)
     """
     inputs = torch.arange(num_inputs)
-    costs, kept = (
-        [0],
-        torch.ones(1, num_inputs, dtype=torch.bool),
-    )  # For each set S that is left: its cost, its members.
+    # For each set S that is left: its cost, and its members.
+    costs, kept = [0], torch.ones(1, num_inputs, dtype=torch.bool)
     for classes, directions in cuts:
         first = _first_members(kept, classes)
         num_merged = (kept.sum(1) - first.sum(1)).tolist()

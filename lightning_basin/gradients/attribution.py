@@ -75,8 +75,11 @@ def measure_uses(network: Network, trace: Trace, uses: Mapping[int, Use], max_el
         measured[index] = MeasuredUse(use, output_gradients, activations)
     for index, product in products_of_biases.items():
         if product in measured:
-            of_bias = _summed_over_positions(measured[product].output_gradients)
-            measured[index] = MeasuredUse(uses[index], of_bias, None)
+            gradients = measured[product].output_gradients
+            summed = (
+                gradients.squeeze(2) if gradients.shape[2] == 1 else gradients.sum(2)
+            )  # One position is not copied.
+            measured[index] = MeasuredUse(uses[index], summed, None)
     return measured
 
 
@@ -146,11 +149,6 @@ def _products_of_biases(uses: Mapping[int, Use]) -> dict[int, int]:
         and use.shifts.output is use.output
         and use.elements.count == use.shifts.elements.shape[0]
     }
-
-
-def _summed_over_positions(output_gradients: Tensor) -> Tensor:
-    """Output gradients of a bias from those of its product, shape ``(k, c, t, d_out)``; not copied for one position."""
-    return output_gradients.squeeze(2) if output_gradients.shape[2] == 1 else output_gradients.sum(2)
 
 
 def _input_axes(

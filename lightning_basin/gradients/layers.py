@@ -27,11 +27,7 @@ _UNKNOWN_USE = "layer {!r} is measured row by row: its parameters are used in ot
 
 
 def layer_gradients(
-    runs: ProbeRuns,
-    check: AutogradCheck,
-    *,
-    layers: Sequence[Layer] | None = None,
-    max_elements: int = GROUP_ELEMENTS,
+    runs: ProbeRuns, check: AutogradCheck, *, layers: Sequence[Layer] | None = None, max_elements: int = GROUP_ELEMENTS
 ) -> Iterator[MeasuredGradients]:
     """Yield the behavioral gradients of each layer, checked against autograd.
 

@@ -101,7 +101,8 @@ def run_folders(folder: str | Path) -> list[Path]:
     candidates = {path.parent for pattern in _PATTERNS for path in Path(folder).rglob(pattern)}
     runs: list[Path] = []
     for candidate in sorted(candidates):
-        if not any(run in candidate.parents for run in runs) and _holds_a_run(candidate):
+        is_part = any(run in candidate.parents for run in runs)
+        if not is_part and (any(candidate.glob(f"*{PAGE}")) or _prefixes(_points_of(candidate))):
             runs.append(candidate)
     return runs
 
@@ -117,10 +118,6 @@ def run_folder(path: Path) -> Path:
         names = [str(run.relative_to(path)) for run in runs]
         raise ValueError(f"{path} must be the folder of one run, but has {names} below it: pass one of them")
     return runs[0] if runs else path
-
-
-def _holds_a_run(folder: Path) -> bool:
-    return any(folder.glob(f"*{PAGE}")) or any(key.endswith(_RANK) for key in _points_of(folder))
 
 
 def _points_of(path: Path) -> Points:
@@ -216,7 +213,8 @@ def _history_of_points(points: Points, *, name: str, prefix: str | None, source:
         name=name,
         steps=np.array(steps),
         network=_aligned(network, steps),
-        layers={layer: _aligned(columns, steps) for layer, columns in layers.items() if _is_layer(columns)},
+        # Of the outputs only duplicates are counted: they are no layer.
+        layers={layer: _aligned(columns, steps) for layer, columns in layers.items() if "gradient_rank" in columns},
         zero_loss_step=next((int(value) for value in zero_loss.values()), None),
         is_projected=any(network.get("projected", {}).values()),
         logged=logged,
@@ -227,11 +225,6 @@ def _history_of_points(points: Points, *, name: str, prefix: str | None, source:
 def _prefixes(points: Points) -> list[str]:
     """The prefixes of the monitors whose values these are, sorted."""
     return sorted(key.removesuffix(_RANK) for key in points if key.endswith(_RANK))
-
-
-def _is_layer(quantities: Iterable[str]) -> bool:
-    """Whether these are of a layer, and not of the outputs, of which only duplicates are counted."""
-    return "gradient_rank" in quantities
 
 
 def _aligned(columns: Mapping[str, Mapping[int, float]], steps: Sequence[int]) -> Mapping[str, Any]:

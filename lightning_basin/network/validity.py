@@ -71,9 +71,8 @@ def check_independence(
     tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
     deviations = torch.zeros_like(outputs)
     chunks = [(indices, trace.outputs) for indices, trace in regrouped]
-    if any(
-        again.shape[1:] != outputs.shape[1:] for _, again in chunks
-    ):  # The shape may depend on the number of inputs.
+    # The shape may depend on the number of inputs.
+    if any(again.shape[1:] != outputs.shape[1:] for _, again in chunks):
         chunks = outputs_of_full_chunks(network, probe)
     for indices, again in chunks:
         if again.shape[1:] != outputs.shape[1:]:

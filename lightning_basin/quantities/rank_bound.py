@@ -138,9 +138,7 @@ def merging_error(runs: ProbeRuns, classes: Tensor, is_before: Sequence[bool], p
     deviations = [weights - class_means(weights, classes) for weights in combinations]
     signals = None if passage is None else passage.signals - class_means(passage.signals, classes)
     norms = []
-    for weights, deviation in zip(
-        combinations, deviations, strict=True
-    ):  # One by one: each is as large as the network.
+    for weights, deviation in zip(combinations, deviations, strict=True):  # Each is as large as the network.
         errors: list[Tensor] = []
         for chunk in runs.chunks():
             rows, indices = network.rows(chunk.trace.outputs), chunk.indices.to(device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 from torch import Generator, Tensor
 
@@ -10,11 +10,7 @@ from lightning_basin.functional.bracket import GaussNewtonEigenvalues, NullSpace
 from lightning_basin.functional.lanczos import NormBound, NormIteration, next_bounds
 from lightning_basin.functional.rank import EPSILON
 from lightning_basin.limits import LAYER_PRODUCTS, NETWORK_PRODUCTS, HessianLimits
-from lightning_basin.quantities.hessian.products import (
-    ROUNDING_FACTOR,
-    check_finite,
-    pulled_back,
-)
+from lightning_basin.quantities.hessian.products import ROUNDING_FACTOR, check_finite, pulled_back
 from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel
 from lightning_basin.quantities.hessian.single_precision import BlockOperator, RoundedModel
 from lightning_basin.quantities.scopes import Scope
@@ -78,7 +74,10 @@ class BlockNorms:
         eigenvalues = {scope: values for scope, values in eigenvalues.items() if scope not in vanishing}
         uncertainty = self.model.slope_uncertainty
         judges = {scope: _judge_of_residual(values, known.bound, uncertainty) for scope, values in eigenvalues.items()}
-        is_coarse = {scope: partial(_has_large_value, values) for scope, values in eigenvalues.items()}
+        is_coarse = {
+            scope: lambda bound, values=values: _is_hopeless(values, bound.value)
+            for scope, values in eigenvalues.items()
+        }
         scales = {
             scope: values.largest if known.bound == float("inf") else max(values.largest, known.bound)
             for scope, values in eigenvalues.items()
@@ -189,10 +188,6 @@ class BlockNorms:
 def _is_hopeless(eigenvalues: GaussNewtonEigenvalues, residual: float) -> bool:
     """Whether a norm of R is so large that no bound on it closes the bracket: only its size is of interest then."""
     return eigenvalues.smallest is None or 2 * residual >= eigenvalues.smallest
-
-
-def _has_large_value(eigenvalues: GaussNewtonEigenvalues, bound: NormBound) -> bool:
-    return _is_hopeless(eigenvalues, bound.value)
 
 
 def _judge_of_residual(eigenvalues: GaussNewtonEigenvalues, known: float, uncertainty: float) -> _Judge:

@@ -26,13 +26,7 @@ class GaussNewtonAccumulator:
     """
 
     def __init__(
-        self,
-        network: Network,
-        loss: LossCurvature,
-        scopes: Sequence[Scope],
-        generator: Generator,
-        *,
-        max_waiting: int,
+        self, network: Network, loss: LossCurvature, scopes: Sequence[Scope], generator: Generator, *, max_waiting: int
     ) -> None:
         self._network, self._loss, self._scopes, self._generator = network, loss, scopes, generator
         self._num_rows = loss.outputs.numel()

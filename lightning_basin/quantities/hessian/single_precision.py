@@ -93,9 +93,7 @@ class BlockOperator:
     def __init__(self, rounded: RoundedModel, layers: Sequence[Layer]) -> None:
         self._rounded, self._layers = rounded, layers
         self._multiply = hessian_operator(rounded.model, layers)
-        self._first: tuple[Tensor, Tensor] | None = (
-            None  # A direction that is random in part, and its product in float64.
-        )
+        self._first: tuple[Tensor, Tensor] | None = None  # A direction, random in part, and its product in float64.
         self._may_round = rounded.pays
 
     def __call__(self, direction: Tensor) -> Tensor:
