@@ -202,8 +202,8 @@ def check_measurable(
     """Evaluate once, so that a module that cannot be measured is refused before training; return the plan.
 
     The probe holds the first inputs of ``num_inputs``, a number or a function that returns it for the number of outputs
-    of an input; ``None`` means that it has all. A loss that was taken from the module by its name, and not given by a
-    person, must be a function of outputs and targets alone: methods of such a name often take inputs and run the module.
+    of an input; ``None`` means that it has all. A loss that was taken from the module by its name, not given by a
+    person, must be a function of outputs and targets alone: methods of such a name often take inputs and run modules.
     """
     settings = settings.on_device(device_of(module, torch.float32))
     settings.check_targets(probe)
