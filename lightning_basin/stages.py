@@ -23,15 +23,14 @@ class StageClock:
     The time is that of the process, and no device is waited for. On a GPU work is queued: the stage that reads a result
     first has waited for everything that was queued before, also by earlier stages.
 
-    All time outside of the others belongs to the first ``stage``; ``watch`` is told what goes on.
+    All time outside of the others belongs to ``"trace"``; ``watch`` is told what goes on.
     """
 
-    def __init__(
-        self, stage: Stage = "trace", *, now: Callable[[], float] = time.perf_counter, watch: Watcher | None = None
-    ) -> None:
+    def __init__(self, *, now: Callable[[], float] = time.perf_counter, watch: Watcher | None = None) -> None:
         self._now, self._watch = now, watch
         self._num_done = self._num_items = 0
-        self._stage, self._since = stage, now()
+        self._stage: Stage = "trace"
+        self._since = now()
         self._seconds: dict[str, float] = {}
 
     @contextmanager
