@@ -150,7 +150,7 @@ class ChunkedRun:
 def cut_to_budget(
     request: MemoryRequest, sizes: Mapping[str, LayerSize], trace: Trace, traced_inputs: int
 ) -> ChunkedRun:
-    """Choose how many inputs are run at once, and refuse a budget for which one is too many."""
+    """Choose how many inputs are run at once; refuse a budget into which not even one fits."""
     num_inputs, element = request.num_inputs, trace.outputs.element_size()
     entering = [sum(tensor.numel() for tensor in tensors) for tensors in trace.entering.values()]
     # What leaves a layer and enters the next one is held once.

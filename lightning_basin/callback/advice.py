@@ -14,8 +14,8 @@ from lightning_basin.callback.watching import Watcher
 def sufficient_patience(checks: float, tolerated: int) -> int | None:
     """Return how many checks in a row must be tolerated so that patience outlasts the time between measurements.
 
-    They are the checks of ``tolerated + 1`` measurements but one; ``None`` where ``tolerated`` is enough, or where
-    nobody knows the number of checks from one measurement to the next (infinity).
+    The number is one less than that of the checks of ``tolerated + 1`` measurements. ``None`` means that ``tolerated``
+    is enough, or that nobody knows the number of checks from one measurement to the next (infinity).
     """
     if checks == math.inf or tolerated >= math.ceil(checks) - 1:  # The first check may see a better value.
         return None

@@ -44,7 +44,7 @@ def distinct_outputs(calls: Sequence[Call]) -> list[Tensor]:
 
 
 def join_outputs(outputs: Sequence[Tensor], num_inputs: int) -> Tensor:
-    """Return a single tensor of rows of all inputs as it is, else all side by side, shape ``(num_inputs, c)``."""
+    """Return a single tensor with one row per input as it is, else all side by side, shape ``(num_inputs, c)``."""
     if len(outputs) == 1 and outputs[0].ndim and outputs[0].shape[0] == num_inputs:
         return outputs[0]
     if not outputs:

@@ -70,7 +70,7 @@ class JointMeasurement:
         return record
 
     def advise(self, cadence: tuple[str, int]) -> None:
-        """Say once what measuring costs, where that is much and nothing limits it, beside the present cadence."""
+        """Say once what measuring costs, where that is much and nothing limits it, and which cadence would help."""
         session, arguments = self._session, self._session.arguments
         is_early = self._overhead.num_measurements < _NUM_BEFORE_ADVICE
         if is_early or session.is_cost_judged or arguments.is_paced or arguments.max_overhead is not None:

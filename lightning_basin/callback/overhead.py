@@ -95,7 +95,7 @@ class Overhead:
         return num_measurements >= 1 and num_waited * num_measurements >= num_waited + num_left - 1
 
     def cost(self, records: Sequence[BasinRecord]) -> Cost:
-        """Return what measurements have cost since the end of the first, with the mean stages of some records."""
+        """Return the cost of measurements since the end of the first, which takes longer; stages are records' means."""
         num_later = self.num_measurements - 1
         measuring = (self._spent - self._first) / num_later
         stages = {stage for record in records for stage in record.seconds}

@@ -16,7 +16,10 @@ from lightning_basin.probe import Probe
 
 
 def read_first_step(request: Request, module: nn.Module, batch: Any) -> bool:
-    """Read a training step; return whether its outputs are measured, which are not just what the module returns."""
+    """Read a training step, and return whether its outputs are to be measured.
+
+    They are not where the step trains just what the module returns.
+    """
     if not hasattr(module, "training_step"):
         return False
     findings, trainer = request.findings, request.trainer

@@ -146,7 +146,7 @@ def _is_loss(function: Callable[..., Any]) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """The place of an output or a target among the arguments of a loss: its index among all such, and its shape."""
+    """The place of an output or a target in a loss's arguments: its index among outputs or targets, and its shape."""
 
     is_output: bool
     index: int

@@ -30,7 +30,7 @@ def contradicted_blocks(derivative: Sequence[Tensor], function: Callable[[float]
 
     A block that one step confirms is right. Where none does and they do not agree among themselves, nothing is known.
     Nor is it at a kink that is met exactly, as by a rectifier of a zero, where each side has a derivative of its own.
-    From a step the function returns its value, in the blocks of the derivative at 0.
+    The function takes a step, and returns its value there in the same blocks.
     """
     differences: dict[float, list[Tensor]] = {}
     undecided = list(range(len(derivative)))

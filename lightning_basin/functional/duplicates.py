@@ -167,7 +167,7 @@ def _merged_rows(
 
 
 def join_classes(classes: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Join the class of each ``left[i]`` with that of ``right[i]``; classes are the smallest index of each input's."""
+    """Join the class of each ``left[i]`` with that of ``right[i]``; a class is named by the smallest index in it."""
     while True:
         of_left, of_right = classes[left], classes[right]
         if torch.equal(of_left, of_right):

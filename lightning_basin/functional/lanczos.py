@@ -210,7 +210,7 @@ def next_bounds(iterations: Sequence[NormIteration], products: Sequence[Tensor])
 
 
 def check_symmetry(asymmetry: float, scale: float, *, atol: float = 0.0) -> None:
-    """Refuse second derivatives whose asymmetry is above 1e-8 of the largest entry and ``atol``."""
+    """Refuse second derivatives whose asymmetry is larger than ``atol`` and 1e-8 of the largest entry together."""
     if asymmetry > _SYMMETRY_RTOL * scale + atol:
         raise RuntimeError(
             f"the Hessian must be symmetric, but entries differ by {asymmetry:.1e} of {scale:.1e}: an operation of the "

@@ -93,7 +93,7 @@ def _coupled_groups(derivatives: Sequence[OutputDerivatives]) -> Iterator[Tensor
 
 
 def _softmax_scales(derivatives: OutputDerivatives, samples: Sequence[OutputDerivatives]) -> Tensor:
-    """Find by which number the curvature of a softmax is multiplied, shape ``(n, g)``; NaN where a group is none."""
+    """Find by which number the curvature of a softmax is multiplied, ``(n, g)``; NaN where a group is no softmax."""
     num_rows, num_groups, size = derivatives.outputs.shape
     unknown = derivatives.outputs.new_full((num_rows, num_groups), math.nan)
     if len(samples) < NUM_SAMPLES:

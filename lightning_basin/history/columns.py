@@ -24,7 +24,7 @@ Column = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Logged:
-    """What else a run has logged under one key, at steps of its own, ascending; both of shape ``(n,)``."""
+    """What else a run has logged under one key: ascending steps of its own, and values, both of shape ``(n,)``."""
 
     steps: NDArray[np.int64]
     values: Column
@@ -123,7 +123,7 @@ class History:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "History":
-        """Read what `to_dict` wrote, but no form of a later version."""
+        """Read what `to_dict` wrote; what a later version wrote in a form of its own is refused."""
         if plain.get("schema") != SCHEMA:
             raise ValueError(
                 f"a history must have the schema {SCHEMA}, got {plain.get('schema')!r}: update the package"

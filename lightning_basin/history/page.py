@@ -27,7 +27,7 @@ _SHOWN = (
 
 
 def page_name(prefix: str) -> str:
-    """Return the name of the report of a monitor: ``report.html``, for another prefix with this in front."""
+    """Return the name of a monitor's report: ``report.html``, or ``<prefix>_report.html`` for a prefix of its own."""
     return PAGE if prefix == "basin" else f"{tag(prefix)}_{PAGE}"
 
 

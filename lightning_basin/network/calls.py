@@ -46,7 +46,7 @@ def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
 
 
 def call_behavior(behavior: ModuleBehavior, module: nn.Module, probe: Probe, dtype: torch.dtype) -> Any:
-    """Call a behavior on the inputs of a probe; what it raises is a ValueError, unless memory has run out."""
+    """Call a behavior on the inputs of a probe; what it raises becomes a ValueError, unless memory has run out."""
     try:
         inputs = map_tensors(Tensor.clone, probe.inputs)  # A module may write to its input.
         with RaisedPrecision(dtype):

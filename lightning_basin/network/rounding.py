@@ -19,7 +19,7 @@ def rounding_rtol(dtype: torch.dtype) -> float:
 
 
 def agreement_rtol(dtype: torch.dtype) -> float:
-    """Return the tolerance, relative to the largest element, within which evaluations agree but no wrong formula."""
+    """Return the tolerance, relative to the largest element, within which results agree but wrong formulas do not."""
     return max(1e-9, _GROWTH * torch.finfo(dtype).eps)
 
 

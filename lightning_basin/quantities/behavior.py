@@ -21,7 +21,7 @@ def behavior_jacobian(evaluation: Evaluation) -> Tensor | None:
 
 
 def project_outputs(evaluation: Evaluation, generator: Generator) -> bool:
-    """Let too many outputs be seen along fewer random directions; return whether, as ranks are then lower bounds."""
+    """See too many outputs along fewer random directions; return whether they are: ranks are then lower bounds."""
     num_outputs = evaluation.num_outputs
     num_directions = evaluation.settings.num_directions(evaluation.probe.size, num_outputs)
     if num_directions == num_outputs:

@@ -67,7 +67,7 @@ class BlockNorms:
     def residuals(
         self, eigenvalues: Mapping[Scope, GaussNewtonEigenvalues], *, known: ResidualNorm, max_products: int
     ) -> dict[Scope, ResidualNorm]:
-        """Bound the norms of blocks of R from above, where a bound on a larger block may be known already."""
+        """Bound the norms of blocks of R from above; ``known`` is what is known already of a larger block."""
         if known.bound == 0:
             return dict.fromkeys(eigenvalues, known)
         vanishing = self._vanishing(eigenvalues)

@@ -36,7 +36,7 @@ def hessian_operator(model: QuadraticModel, layers: Sequence[Layer]) -> HessianO
 
 
 def _sum_of_products(model: QuadraticModel, indices: Sequence[int], direction: Tensor) -> Tensor:
-    """Add up the products of all chunks with their Hessians, by the parameters with some numbers."""
+    """Add up the products of all chunks with their Hessians; ``indices`` are the numbers of the parameters."""
     variables = [model.parameters[index] for index in indices]
     total = torch.zeros_like(direction)
     for chunk in model.chunks:
@@ -76,7 +76,7 @@ def output_derivative(outputs: Tensor, variables: Sequence[Tensor], direction: T
 
 
 def residual_matrix(model: QuadraticModel, *, chunk_size: int, atol: float = 0.0) -> Tensor:
-    """Compute R itself, shape ``(N, N)``; asymmetry of ``atol`` is allowed beside 1e-8 of the largest entry."""
+    """Compute R itself, shape ``(N, N)``; an asymmetry of ``atol`` is allowed beside 1e-8 of the largest entry."""
     gradients = (flat_vector(model.linear_part.gradients(chunk)) for chunk in model.chunks)
     matrices = (
         gradient_derivative(gradient, model.parameters, chunk_size=chunk_size, atol=atol) for gradient in gradients
