@@ -29,12 +29,9 @@ _LANCZOS_VECTORS = NETWORK_PRODUCTS + 3  # the basis, a product and what it is o
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryRequest:
-    """What is measured, as far as memory depends on it. Other attributes are arguments of `plan_measurement`.
+    """What is measured, as far as memory depends on it; attributes are arguments of `plan_measurement`.
 
-    Attributes:
-        num_parameters: The number of trainable parameters, N.
-        copied: The bytes of other tensors of the module.
-        budget: The bytes that may be used.
+    ``copied`` counts the bytes of other tensors of the module, ``budget`` those that may be used.
     """
 
     num_inputs: int
@@ -153,11 +150,7 @@ class ChunkedRun:
 def cut_to_budget(
     request: MemoryRequest, sizes: Mapping[str, LayerSize], trace: Trace, traced_inputs: int
 ) -> ChunkedRun:
-    """Choose how many inputs are run at once.
-
-    Raises:
-        MemoryBudgetError: If not even one input fits.
-    """
+    """Choose how many inputs are run at once; refuse a budget into which not even one fits."""
     num_inputs, element = request.num_inputs, trace.outputs.element_size()
     entering = [sum(tensor.numel() for tensor in tensors) for tensors in trace.entering.values()]
     # What leaves a layer and enters the next one is held once.

@@ -12,12 +12,7 @@ from lightning_basin.probe import Probe
 
 
 def is_number(value: Any, kind: type) -> bool:
-    """Whether a value is an integer, or any real number where ``kind`` is ``float``; truth is no number.
-
-    Example:
-        >>> is_number(2, int), is_number(2, float), is_number(2.0, int), is_number(True, int)
-        (True, True, False, False)
-    """
+    """Whether a value is an integer, or any real number where ``kind`` is ``float``; truth is no number."""
     return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
 
 
@@ -35,13 +30,7 @@ def check_number(
     kind: type = int,
     is_optional: bool = False,
 ) -> None:
-    """Refuse what is no number, or out of range.
-
-    Example:
-        >>> check_number("step", -1, "at least 0", lambda value: value >= 0)
-        Traceback (most recent call last):
-        ValueError: step must be at least 0, got -1
-    """
+    """Refuse what is no number, or out of range."""
     if is_optional and value is None:
         return
     if not is_number(value, kind):

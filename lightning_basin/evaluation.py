@@ -19,10 +19,7 @@ from lightning_basin.network.remedies import cause
 from lightning_basin.network.replica import device_of
 from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.network.trace import Trace
-from lightning_basin.network.validity import (
-    check_copy,
-    checked_loss,
-)
+from lightning_basin.network.validity import check_copy, checked_loss
 from lightning_basin.probe import Probe
 from lightning_basin.settings import Precision, Settings
 from lightning_basin.stages import StageClock
@@ -35,8 +32,6 @@ class Evaluation:
     """A network on a probe, evaluated once. Nothing is checked after this.
 
     Attributes:
-        settings: What is asked of the measurement.
-        runs: The network's runs over the probe.
         loss_fn: The loss function, copied along with the network; ``None`` where there is none.
         loss: The loss on the probe, shape ``()``.
         layout: Which rows of what enters and leaves each layer belong to which input; ``None`` if not asked for.
@@ -107,22 +102,10 @@ def open_evaluation(
 ) -> Iterator[Evaluation]:
     """Evaluate a copy of a module once and check the results.
 
-    Args:
-        module: The module, which stays as it is.
-        probe: The inputs and targets.
-        settings: What is asked of the measurement.
-        make_plan: A function that cuts the measurement to the memory that is free; ``None`` runs all inputs at once.
-        with_layout: Whether to find the rows of each input in what enters and leaves each layer.
-        cache: The structure that an evaluation of this kind has found before, which two calls of the module check;
-            ``None`` finds it anew.
-        clock: The clock of the stages; ``None`` starts one.
-
-    Yields:
-        The evaluation. Random states and global settings that change inside of the context are put back.
-
-    Raises:
-        TypeError: If outputs or loss are not floating point tensors.
-        ValueError: If outputs or loss are not finite, or not functions of the inputs alone.
+    Random states and global settings that change inside of the context are put back. ``make_plan`` cuts the measurement
+    to the memory that is free; ``None`` runs all inputs at once. ``cache`` has the structure that an evaluation of this
+    kind has found before, which two calls of the module check. Outputs or loss that are not floating point tensors
+    raise a TypeError; those that are not finite, or no functions of the inputs alone, a ValueError.
     """
     _check_numbers(module, probe)
     device, dtype = device_of(module, settings.torch_dtype), settings.torch_dtype

@@ -50,13 +50,7 @@ _SIMILARITY = 0.85
 
 @dataclass(frozen=True)
 class Key:
-    """What a key is about.
-
-    Attributes:
-        group: Whether the value is of the network, of one of its layers or blocks, or a statistic over layers.
-        quantity: The quantity's name.
-        scope: The tag of the layer or block; empty for the other groups.
-    """
+    """What a key is about: a quantity, and the tag of its layer or block, which is empty for the other groups."""
 
     group: Group
     quantity: str
@@ -94,11 +88,6 @@ def tensorboard_values(values: Mapping[str, float], prefix: str) -> dict[str, fl
 
     It opens the first groups of the alphabet. There the `FIRST_QUANTITIES` stay; other values of the network go to
     ``<prefix>_more``; of layers and of statistics over them some are shown. About 100 tags are left.
-
-    Example:
-        >>> values = {"basin/gradient_rank": 6.0, "basin/saturated": 0.0, "basin_layer_dead_units/fc1": 2.0}
-        >>> tensorboard_values(values, "basin")
-        {'basin/gradient_rank': 6.0, 'basin_more/saturated': 0.0}
     """
     keys = {name: key for name in values if (key := Key.of(name, prefix)) is not None}
     num_scopes = sum(bool(key.scope) and key.quantity == _LAYER_CURVES[0] for key in keys.values())
@@ -113,25 +102,14 @@ def tensorboard_values(values: Mapping[str, float], prefix: str) -> dict[str, fl
 
 
 def key_of_tag(tag: str) -> str:
-    """Return the key that is shown under a tag in TensorBoard; the tag itself where they are the same.
-
-    Example:
-        >>> key_of_tag("basin_more/saturated"), key_of_tag("basin/gradient_rank")
-        ('basin/saturated', 'basin/gradient_rank')
-    """
+    """Return the key that is shown under a tag in TensorBoard; the tag itself where they are the same."""
     group, _, quantity = tag.rpartition("/")
     is_moved = group.endswith(_MORE) and quantity in _MOVED
     return f"{group.removesuffix(_MORE)}/{quantity}" if is_moved else tag
 
 
 def possible_keys(prefix: str, layers: Sequence[str], selection: LayerSelection) -> list[str]:
-    """Return every key that a record of a network can have, whatever is measured of it.
-
-    Example:
-        >>> keys = possible_keys("basin", ["fc1", "fc2"], "auto")
-        >>> "basin/gradient_rank" in keys, "basin_layer_gradient_rank/fc3" in keys
-        (True, False)
-    """
+    """Return every key that a record of a network can have, whatever is measured of it."""
     prefix = escaped(prefix)
     names = layers if isinstance(selection, str) else selection
     blocks = layer_blocks(names) if selection == "auto" else {}
@@ -148,25 +126,13 @@ def possible_keys(prefix: str, layers: Sequence[str], selection: LayerSelection)
 
 
 def did_you_mean(key: str, keys: Iterable[str]) -> str:
-    """Return a question that ends a sentence, where another key looks like this one; else nothing.
-
-    Example:
-        >>> did_you_mean("basin/gradient_rnak", ["basin/loss", "basin/gradient_rank"])
-        ". Did you mean 'basin/gradient_rank'?"
-    """
+    """Return a question that ends a sentence, where another key looks like this one; else nothing."""
     alike = get_close_matches(key, keys, n=1)
     return f". Did you mean {alike[0]!r}?" if alike else ""
 
 
 def mistaken_for(key: str, keys: Collection[str], prefixes: Sequence[str]) -> str | None:
-    """Return the key that was meant by one that no monitor has; ``None`` for what is most likely the user's own value.
-
-    Example:
-        >>> keys = possible_keys("held_out", [], "auto")
-        >>> mistaken_for("basin/gradient_rank", keys, ["held_out"])
-        'held_out/gradient_rank'
-        >>> mistaken_for("val/loss", keys, ["held_out"])
-    """
+    """Return the key that was meant by one that no monitor has; ``None`` for what is likely the user's own value."""
     if key_of_tag(key) != key and key_of_tag(key) in keys:  # As it stands in TensorBoard.
         return key_of_tag(key)
     if Key.of(key, "basin") is not None and "basin" not in prefixes:

@@ -13,11 +13,6 @@ def layer_blocks(names: Sequence[str]) -> dict[str, list[str]]:
 
     The layers of a block share their names up to the first number. Where there are too many blocks, neighbours are
     joined.
-
-    Example:
-        >>> names = [f"layers.{i}.{kind}" for i in range(17) for kind in ("norm", "linear")]
-        >>> list(layer_blocks(names).items())[1]
-        ('layers.1', ['layers.1.norm', 'layers.1.linear'])
     """
     if len(names) <= MAX_LAYER_CURVES:
         return {}

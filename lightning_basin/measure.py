@@ -188,14 +188,7 @@ def measure(
     }
     for scope, null_space in null_spaces.items():
         fields[scope] |= null_space_fields(null_space)
-    return _assemble(
-        evaluation,
-        fields,
-        duplicates,
-        gradient_rank_bound=bound,
-        projected=projected,
-        step=step,
-    )
+    return _assemble(evaluation, fields, duplicates, gradient_rank_bound=bound, projected=projected, step=step)
 
 
 def check_measurable(
@@ -206,19 +199,11 @@ def check_measurable(
     num_inputs: int | Callable[[int], int] | None = None,
     is_loss_given: bool = True,
 ) -> MeasurementPlan:
-    """Evaluate once, so that a module that cannot be measured is refused before training.
+    """Evaluate once, so that a module that cannot be measured is refused before training; return the plan.
 
-    Args:
-        module: The module to measure, which stays as it is.
-        probe: The first inputs of the probe, as far as there are any.
-        settings: The settings of the measurement.
-        num_inputs: The number of inputs that the probe will have, or a function that returns it for the number of
-            outputs of an input; ``None`` if it has all its inputs.
-        is_loss_given: Whether the loss was passed by a person. A loss that was taken from the module by its name must
-            be a function of outputs and targets alone: methods of such a name often take inputs and run the module.
-
-    Returns:
-        The plan, which says how large a measurement will be.
+    The probe holds the first inputs of ``num_inputs``, a number or a function that returns it for the number of outputs
+    of an input; ``None`` means that it has all. A loss that was taken from the module by its name, not given by a
+    person, must be a function of outputs and targets alone: methods of such a name often take inputs and run modules.
     """
     settings = settings.on_device(device_of(module, torch.float32))
     settings.check_targets(probe)

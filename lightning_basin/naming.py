@@ -22,24 +22,18 @@ def escaped(name: str) -> str:
         ('encoder.0', '%5Bbold%5D')
     """
     characters = [
-        quote(character, safe="", errors="surrogatepass") if _is_special(character) else character for character in name
+        character
+        if character.isprintable() and _MARKUP.match(character) is None
+        else quote(character, safe="", errors="surrogatepass")
+        for character in name
     ]
     if name.startswith(tuple(_FORMULA)):
         characters[0] = f"%{ord(name[0]):02X}"  # `quote` leaves a minus as it is.
     return "".join(characters)
 
 
-def _is_special(character: str) -> bool:
-    return not character.isprintable() or _MARKUP.match(character) is not None
-
-
 def printable(text: str) -> str:
-    r"""Percent-encode a text's control characters, except for line ends.
-
-    Example:
-        >>> printable("red: \x1b[31m")
-        'red: %1B[31m'
-    """
+    """Percent-encode a text's control characters, except for line ends."""
     characters = (
         character if character.isprintable() or character == "\n" else quote(character, errors="surrogatepass")
         for character in text

@@ -69,7 +69,9 @@ def measure_checkpoints(
     monitor = copy.deepcopy(monitor or BasinMonitor())
     run, session = monitor.progress, monitor.progress.session
     described = _find_checkpoints(checkpoints, monitor.checkpoint_key, weights_only=weights_only)
-    outputs = [*loggers, *([] if log_dir is None else _loggers_in(log_dir))]
+    outputs = list(loggers)
+    if log_dir is not None:
+        outputs += [logger(log_dir, name="", version="") for logger in (TensorBoardLogger, CSVLogger)]
     history = None if log_dir is None else HistoryFile(Path(log_dir) / f"{tag(monitor.prefix)}.jsonl")
     for index, checkpoint in enumerate(tqdm(described, desc="Measuring", unit="checkpoint", disable=not progress)):
         loaded = _load(checkpoint, module, weights_only=weights_only).to(device)
@@ -211,7 +213,3 @@ def _load(
         raise TypeError(f"module must return a module, got {type(loaded).__name__}")
     loaded.load_state_dict(weights)
     return loaded
-
-
-def _loggers_in(log_dir: str | Path) -> list[Logger]:
-    return [TensorBoardLogger(log_dir, name="", version=""), CSVLogger(log_dir, name="", version="")]

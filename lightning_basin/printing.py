@@ -135,13 +135,7 @@ def table(record: "BasinRecord") -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Write rows of cells below each other, the first cell to the left and all others to the right.
-
-    Example:
-        >>> print(aligned([["layer", "rank"], ["fc1", "12"]]))
-        layer  rank
-        fc1      12
-    """
+    """Write rows of cells below each other, the first cell to the left and all others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -159,16 +153,11 @@ def _merged_lines(inputs: str, merged: Sequence["MergedInput"]) -> Iterator[str]
     by_layer: dict[str | None, list[MergedInput]] = {}
     for item in merged:
         by_layer.setdefault(item.layer, []).append(item)
-    places = [
-        f"{len(items)} at {'output' if layer is None else tag(layer)} ({', '.join(map(_pair, items[:3]))}"
-        + (", ...)" if len(items) > 3 else ")")  # noqa: PLR2004 - some examples
-        for layer, items in by_layer.items()
-    ]
+    places = []
+    for layer, items in by_layer.items():
+        pairs = [*(f"{item.index}={item.equals}" for item in items[:3]), *(["..."] if items[3:] else [])]
+        places.append(f"{len(items)} at {'output' if layer is None else tag(layer)} ({', '.join(pairs)})")
     yield shorten(f"{len(merged):,} {inputs} merged, first {'; '.join(places)}", 100, placeholder=" ...")
-
-
-def _pair(merged: "MergedInput") -> str:
-    return f"{merged.index}={merged.equals}"
 
 
 def _cell(record: "LayerRecord", attribute: str) -> str:

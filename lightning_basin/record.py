@@ -316,13 +316,12 @@ class BasinRecord(LayerRecord):
 
 
 def _measured(record: LayerRecord, names: Sequence[str]) -> dict[str, float]:
-    values = {name: _value(record, name) for name in names}
+    values = {
+        name: record.gradient_rank_at.get(_RANKS_AT[name]) if name in _RANKS_AT else getattr(record, name)
+        for name in names
+    }
     # A plus makes numbers of False and True.
     return {name: +value for name, value in values.items() if value is not None}
-
-
-def _value(record: LayerRecord, name: str) -> Any:
-    return record.gradient_rank_at.get(_RANKS_AT[name]) if name in _RANKS_AT else getattr(record, name)
 
 
 def _fields(record: LayerRecord) -> dict[str, Any]:

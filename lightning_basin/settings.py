@@ -26,9 +26,6 @@ class Probabilities:
     """Probabilities as the behavior whose gradients count: the softmax over the second axis of a module's outputs.
 
     The loss still takes the outputs themselves.
-
-    Attributes:
-        outputs: A function of the module and the inputs that returns the outputs, shape ``(k, classes, ...)``.
     """
 
     outputs: ModuleBehavior = call_module
@@ -54,15 +51,6 @@ class Settings:
 
     Attributes:
         taken_dtype: The type that ``"auto"`` has taken; ``None`` where this is not known yet.
-
-    Raises:
-        TypeError: If a value has another type.
-        ValueError: If a value is out of range.
-
-    Example:
-        >>> Settings(rtol=2.0)
-        Traceback (most recent call last):
-        ValueError: rtol must be a relative tolerance inside (0, 1), got 2.0
     """
 
     loss_fn: LossFunction | Literal["behavioral"] | None = None
@@ -159,8 +147,7 @@ class Settings:
     def num_directions(self, num_inputs: int, num_outputs: int) -> int:
         """Return along how many directions the outputs of an input are seen: all, unless some are projected away.
 
-        Raises:
-            ValueError: If there are more outputs than one decomposition can take, or probabilities would be left out.
+        More outputs than one decomposition can take, and probabilities that would be left out, are refused.
         """
         directions = num_outputs
         if isinstance(self.max_outputs, int):
@@ -198,19 +185,9 @@ class Settings:
 
 
 def choose_dtype(settings: Settings, device: torch.device, *, is_slow: Callable[[torch.device], bool]) -> Precision:
-    """Decide in which floating point type a network is measured.
+    """Decide in which floating point type a network is measured; what ``"auto"`` has taken before stays.
 
-    Args:
-        settings: What is asked of the measurement. What ``dtype="auto"`` has taken before stays.
-        device: The device of the module.
-        is_slow: A function that says whether a device is slow in float64; called only where this decides.
-
-    Example:
-        >>> gpu = torch.device("cuda")
-        >>> [choose_dtype(Settings(), gpu, is_slow=lambda _: is_slow) for is_slow in (False, True)]
-        ['float64', 'float32']
-        >>> choose_dtype(Settings(hessian="dense"), gpu, is_slow=lambda _: True)
-        'float64'
+    ``is_slow`` says whether a device is slow in float64, and is called only where this decides.
     """
     if settings.dtype != "auto":
         return settings.dtype

@@ -23,28 +23,14 @@ class StageClock:
     The time is that of the process, and no device is waited for. On a GPU work is queued: the stage that reads a result
     first has waited for everything that was queued before, also by earlier stages.
 
-    Args:
-        stage: The stage in which the clock starts, and which counts all time outside of the others.
-        now: A function that returns seconds since any moment.
-        watch: A function that is told what goes on; ``None`` tells nobody.
-
-    Example:
-        Five seconds of ranks, of which three are spent in gradients, after one second of the stage around them:
-
-        >>> now = iter([0.0, 1.0, 2.0, 5.0, 6.0, 6.0])
-        >>> clock = StageClock("trace", now=lambda: next(now))
-        >>> with clock("ranks"), clock("gradients"):
-        ...     pass
-        >>> clock.seconds()
-        {'trace': 1.0, 'ranks': 2.0, 'gradients': 3.0}
+    All time outside of the others belongs to ``"trace"``; ``watch`` is told what goes on.
     """
 
-    def __init__(
-        self, stage: Stage = "trace", *, now: Callable[[], float] = time.perf_counter, watch: Watcher | None = None
-    ) -> None:
+    def __init__(self, *, now: Callable[[], float] = time.perf_counter, watch: Watcher | None = None) -> None:
         self._now, self._watch = now, watch
         self._num_done = self._num_items = 0
-        self._stage, self._since = stage, now()
+        self._stage: Stage = "trace"
+        self._since = now()
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -57,13 +43,7 @@ class StageClock:
             self._switch(outer)
 
     def each(self, stage: Stage, items: Iterable[_Item], *, num_items: int = 0) -> Iterator[_Item]:
-        """Yield items, and count the time in which they are made as a stage's.
-
-        Args:
-            stage: The stage.
-            items: The items, as of a generator that makes one when it is asked for it.
-            num_items: The number of items, for those who watch; 0 where nobody knows it.
-        """
+        """Yield items, and count the time in which they are made as a stage's; watchers are told their number."""
         iterator = iter(items)
         self._num_done, self._num_items = 0, num_items
         try:
@@ -98,11 +78,8 @@ _DELAY = 1.0  # seconds of a measurement before which nobody wants to see a bar
 def progress_bar(*, progress: bool | None) -> Iterator[Watcher | None]:
     """Show the stage of a measurement, and how many layers are differentiated, while the body runs.
 
-    Args:
-        progress: Whether to show a bar. ``None`` shows one where standard error is a terminal, after a second.
-
-    Yields:
-        The function that a `StageClock` tells what goes on; ``None`` where no bar is shown.
+    ``None`` shows a bar where standard error is a terminal, after a second. A `StageClock` tells the yielded function
+    what goes on; ``None`` is yielded where no bar is shown.
     """
     if progress is False:
         yield None

@@ -105,11 +105,7 @@ def question_of(module: nn.Module, probe: Probe, settings: Settings) -> Hashable
 
 
 def _forward_pass(trace: Trace) -> list[Hashable]:
-    """Return the operations of a forward pass, and the shapes of what enters and leaves each layer.
-
-    Returns:
-        A list that is equal for the same computation; empty where operations could not be recorded.
-    """
+    """List the operations and shapes of a forward pass, equal for the same computation; empty where not recorded."""
 
     def shapes(tensors: dict[str, list[torch.Tensor]]) -> Hashable:
         return tuple((name, *(tensor.shape for tensor in tensors[name])) for name in tensors)
@@ -134,7 +130,10 @@ def copy_and_find(
     runs = ProbeRuns(network, probe, chunk_size=None if plan is None else plan.chunk_size)
     trace = runs.full_trace
     check_outputs(network, probe, trace)
-    layout = _checked_layout(network, probe, trace, with_layers=with_layout)
+    # Regrouped inputs must have the same outputs, and show each input's rows in what was run.
+    regrouped = run_regrouped(network, probe, with_layers=with_layout)
+    check_independence(network, probe, trace.outputs.detach(), regrouped)
+    layout = input_layout(network, probe, trace, regrouped) if with_layout else None
     modes = None if trained.network is None else names_in_training(network)
     structure = Structure(
         modes=modes,
@@ -151,11 +150,7 @@ def copy_and_find(
 def copy_again(
     module: nn.Module, probe: Probe, settings: Settings, structure: Structure, clock: StageClock
 ) -> Copied | None:
-    """Copy and run a module whose structure is known.
-
-    Returns:
-        What `copy_and_find` returns, with the same structure; ``None`` where it is no longer that of the module.
-    """
+    """Copy and run a module whose structure is known; return ``None`` where it is no longer that of the module."""
     with clock("copy"):
         network, loss_fn = _copy_in_modes(module, settings, structure.modes)
     plan = structure.plan
@@ -229,10 +224,3 @@ def _trace_sample(network: Network, probe: Probe) -> tuple[Probe, Trace]:
         return sample, network.trace(sample)
     except (TypeError, ValueError):  # Some modules cannot run so few inputs.
         return probe, network.trace(probe)
-
-
-def _checked_layout(network: Network, probe: Probe, trace: Trace, *, with_layers: bool) -> InputLayout | None:
-    """Run regrouped inputs, which must have the same outputs, and find each input's rows in what was run."""
-    regrouped = run_regrouped(network, probe, with_layers=with_layers)
-    check_independence(network, probe, trace.outputs.detach(), regrouped)
-    return input_layout(network, probe, trace, regrouped) if with_layers else None

@@ -47,24 +47,14 @@ def check_containers(collection: Any) -> None:
 
 
 def dense_form(tensor: Tensor) -> tuple[str, str] | None:
-    """Return the kind of a tensor that is not dense, and the call that makes it dense; ``None`` for a dense tensor.
-
-    Example:
-        >>> dense_form(torch.eye(2).to_sparse())
-        ('torch.sparse_coo', 'to_dense()')
-    """
+    """Return the kind of a tensor that is not dense, and the call that makes it dense; ``None`` for a dense tensor."""
     if tensor.is_nested:
         return "a nested tensor", "to_padded_tensor(0.0)"
     return None if tensor.layout == torch.strided else (str(tensor.layout), "to_dense()")
 
 
 def written_as_pair(batch: Any, name: str = "batch") -> str:
-    """Write a pair of inputs and targets in Python, of the first two items of a batch with the most common size.
-
-    Example:
-        >>> written_as_pair({"size": torch.tensor(8), "image": torch.zeros(8, 2), "label": torch.zeros(8)})
-        "(batch['image'], batch['label'])"
-    """
+    """Write a pair of inputs and targets in Python, of the first two items of a batch with the most common size."""
     if is_sequence_of(2, batch):
         return name
     items: dict[str, Any] = {}  # by the code that reads an item from the batch
@@ -86,12 +76,7 @@ def written_as_pair(batch: Any, name: str = "batch") -> str:
 
 
 def described(batch: Any) -> str:
-    """Name the type of a batch, with its keys or its length.
-
-    Example:
-        >>> described({"x": 1})
-        "dict with keys ['x']"
-    """
+    """Name the type of a batch, with its keys or its length."""
     if isinstance(batch, Mapping):
         return f"{type(batch).__name__} with keys {[*batch.keys()]}"
     return f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
@@ -141,10 +126,6 @@ def as_result(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
     A tensor of a device without float64 comes to the CPU. A network in float32 stays on its device: each tensor that
     leaves it passes here.
-
-    Example:
-        >>> as_result(torch.ones(1)).dtype
-        torch.float64
     """
     # In two steps: torch converts on the device that a tensor comes from.
     return tensor.to(float64_device(tensor.device)).to(dtype)

@@ -18,23 +18,12 @@ _BATCH_SIZE = 256  # size of a batch where the data set comes without a loader
 class TrainingSet:
     """The inputs of a map-style data set, one after the other, the same at each iteration.
 
-    The data set is read in this process, in the order of its indices, under seeded random states: an augmentation
-    that draws from the generators of Python, NumPy or torch draws the same numbers at each iteration, and the run
-    does not notice it. A data set that changes when it is read (a counter, a private generator) does change.
+    The data set is read in this process, in the order of its indices, under seeded random states: an augmentation that
+    draws from the generators of Python, NumPy or torch draws the same numbers at each iteration, and the run does not
+    notice it. A data set that changes when it is read (a counter, a private generator) does change.
 
-    Args:
-        data: A map-style data set, or a loader of one. Of a loader only the data set, ``collate_fn`` and the size of a
-            batch are used: no order, no workers.
-        prepare: The function that is applied to each collated batch; ``None`` for none.
-        batch_fn: The function from a batch to a pair of inputs and targets, as `split_batch` takes it.
-        whole_batches: Whether batches that are no pairs are taken as inputs without targets.
-
-    Raises:
-        TypeError: If the data set has no length or no indices, so that its order is not known.
-
-    Example:
-        >>> [probe.size for probe in TrainingSet(torch.utils.data.TensorDataset(torch.zeros(600, 2)))]
-        [256, 256, 88]
+    Of a loader only the data set, ``collate_fn`` and the size of a batch are used: no order, no workers. ``prepare`` is
+    applied to each collated batch; `split_batch` takes ``batch_fn`` and ``whole_batches``.
     """
 
     def __init__(
@@ -82,19 +71,7 @@ def _is_map_style(data: Any) -> bool:
 
 
 def as_probes(data: Any) -> Iterable[Probe]:
-    """Turn a training set into probes that can be iterated over more than once.
-
-    Args:
-        data: A map-style data set, or a loader of one; or an iterable of batches, each a `Probe`, a tensor of inputs,
-            or a pair of inputs and targets.
-
-    Raises:
-        TypeError: If ``data`` is none of these, or can be iterated over only once.
-
-    Example:
-        >>> [probe.size for probe in as_probes([torch.zeros(3, 2), torch.zeros(2, 2)])]
-        [3, 2]
-    """
+    """Turn a training set, or an iterable of batches, into probes that can be iterated over more than once."""
     if isinstance(data, DataLoader | Dataset):
         return TrainingSet(data)
     if isinstance(data, TrainingSet):

@@ -4,10 +4,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_basin import BasinMonitor
 from tests.lightning_packages import ModelCheckpoint, TensorBoardLogger
-from tests.training import (
-    loader,
-    make_trainer,
-)
+from tests.training import loader, make_trainer
 
 
 def run(root, module, *callbacks, batches=None, monitor=None, saving=None, **options):

@@ -39,10 +39,7 @@ ACTIVATIONS = {
     nn.Tanh: lambda x: (_tanh(x), 1 - _tanh(x) ** 2),
     nn.Softplus: lambda x: (_log(1 + _exp(x)), _sigmoid(x)),
     nn.ReLU: lambda x: (np.where(x > 0, x, 0 * x), np.where(x > 0, 1 + 0 * x, 0 * x)),
-    nn.GELU: lambda x: (
-        x * _normal_share(x),
-        _normal_share(x) + x * _exp(-(x**2) / 2) / mpmath.sqrt(2 * mpmath.pi),
-    ),
+    nn.GELU: lambda x: (x * _normal_share(x), _normal_share(x) + x * _exp(-(x**2) / 2) / mpmath.sqrt(2 * mpmath.pi)),
 }
 
 
@@ -207,18 +204,12 @@ def classes(draw, body, inputs, z, k, c):
     term = Softmax(list(range(c)), numbers(weight[labels]), numbers(F.one_hot(labels, c).double()))
     ways = {
         "logits": (nn.Identity(), lambda f, _: F.cross_entropy(f, labels, weight=weight, reduction="sum")),
-        "log-probabilities": (
-            nn.LogSoftmax(1),
-            lambda f, _: F.nll_loss(f, labels, weight=weight, reduction="sum"),
-        ),
+        "log-probabilities": (nn.LogSoftmax(1), lambda f, _: F.nll_loss(f, labels, weight=weight, reduction="sum")),
         "logarithms": (
             Link(lambda z: z.softmax(1).log()),
             lambda f, _: F.nll_loss(f, labels, weight=weight, reduction="sum"),
         ),
-        "probabilities": (
-            nn.Softmax(1),
-            lambda f, _: F.nll_loss(f.log(), labels, weight=weight, reduction="sum"),
-        ),
+        "probabilities": (nn.Softmax(1), lambda f, _: F.nll_loss(f.log(), labels, weight=weight, reduction="sum")),
     }
     name = draw.choice(list(ways))
     return Case(body, inputs, *ways[name], [term], f"classes by {name}")
@@ -268,10 +259,7 @@ def positions(draw, body, inputs, z, k, c):
     terms = [Softmax([p, 2 + p], ones / (2 * k), numbers(F.one_hot(labels[:, p], 2).double())) for p in range(2)]
     ways = {
         "logits": (Link(lambda z: z.view(-1, 2, 2)), lambda f, _: F.cross_entropy(f, labels)),
-        "log-probabilities": (
-            Link(lambda z: z.view(-1, 2, 2).log_softmax(1)),
-            lambda f, _: F.nll_loss(f, labels),
-        ),
+        "log-probabilities": (Link(lambda z: z.view(-1, 2, 2).log_softmax(1)), lambda f, _: F.nll_loss(f, labels)),
     }
     name = draw.choice(list(ways))
     return Case(body, inputs, *ways[name], terms, f"positions by {name}")

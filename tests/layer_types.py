@@ -163,9 +163,7 @@ TYPES: dict[str, LayerType] = {
         lambda: nn.ConvTranspose2d(2, 1, 2, stride=(1, 3), dilation=(2, 1)), exact.transposed_convolution, (5, 2, 2, 2)
     ),
     "ConvTranspose3d": LayerType(
-        lambda: nn.ConvTranspose3d(1, 2, 2, stride=(1, 2, 1), bias=False),
-        exact.transposed_convolution,
-        (4, 1, 2, 2, 2),
+        lambda: nn.ConvTranspose3d(1, 2, 2, stride=(1, 2, 1), bias=False), exact.transposed_convolution, (4, 1, 2, 2, 2)
     ),
     "Embedding": LayerType(lambda: nn.Embedding(4, 2), exact.embedding, (7, 3), vocabulary=4),
     "Embedding with padding": LayerType(

@@ -8,10 +8,7 @@ import torch
 
 from lightning_basin.__main__ import main
 from tests.checkpoints import curves, run
-from tests.training import (
-    Regressor,
-    regression_data,
-)
+from tests.training import Regressor, regression_data
 
 
 @pytest.mark.fits

@@ -111,11 +111,7 @@ def fails(module, inputs):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "note"),
-    [
-        (dies, "given up after 5 s"),
-        (never_ends, "given up after 5 s"),
-        (fails, "NotImplementedError: no such layer"),
-    ],
+    [(dies, "given up after 5 s"), (never_ends, "given up after 5 s"), (fails, "NotImplementedError: no such layer")],
 )
 def test_a_way_that_fails_is_given_up(way, note, monkeypatch):
     monkeypatch.setattr(timing, "PATIENCE", 5.0)

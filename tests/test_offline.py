@@ -11,14 +11,7 @@ from lightning_basin import BasinMonitor, measure_checkpoints
 from lightning_basin.__main__ import main
 from tests.checkpoints import curves, run
 from tests.lightning_packages import MisconfigurationException, WeightAveraging
-from tests.training import (
-    Regressor,
-    Scripted,
-    TwoOptimizers,
-    regression_data,
-    scripted_loader,
-    timeless,
-)
+from tests.training import Regressor, Scripted, TwoOptimizers, regression_data, scripted_loader, timeless
 
 pytestmark = pytest.mark.fits
 

@@ -59,10 +59,7 @@ def test_the_heading_shows_the_numbers_of_the_network():
             {"hessian_nullity": None, "hessian_resolving_loss": None},
             "between 6 and 8: smallest curvature 2.5e-01 against 2·residual curvature 6.0e-02",
         ),
-        (
-            {"hessian_nullity_lower": None, "hessian_nullity_upper": None},
-            "nothing is proved of the nullity, counted 7",
-        ),
+        ({"hessian_nullity_lower": None, "hessian_nullity_upper": None}, "nothing is proved of the nullity, counted 7"),
     ],
     ids=["certified", "open", "beyond rounding", "open, any loss", "not convex"],
 )

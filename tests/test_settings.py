@@ -5,9 +5,7 @@ from torch import nn
 
 from lightning_basin import measure_basin
 from lightning_basin.settings import Settings, choose_dtype
-from tests.models import (
-    sum_of_squares,
-)
+from tests.models import sum_of_squares
 from tests.networks import drawn32
 
 

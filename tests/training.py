@@ -51,12 +51,7 @@ def repeated_loader(num_batches: int = 4) -> DataLoader:
 
 
 def make_trainer(root, *callbacks: Callback, **options) -> Trainer:
-    options = {
-        "max_epochs": 2,
-        "logger": False,
-        "enable_checkpointing": False,
-        "num_sanity_val_steps": 0,
-    } | options
+    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0} | options
     return Trainer(
         default_root_dir=root,
         accelerator="cpu",

@@ -14,16 +14,8 @@ from lightning_basin.callback.watching import Watcher
 def sufficient_patience(checks: float, tolerated: int) -> int | None:
     """Return how many checks in a row must be tolerated so that patience outlasts the time between measurements.
 
-    Args:
-        checks: The number of checks from one measurement to the next; infinity where nobody knows.
-        tolerated: The number of checks without a better value that are tolerated.
-
-    Returns:
-        The number of checks of ``tolerated + 1`` measurements but one; ``None`` where ``tolerated`` is enough.
-
-    Example:
-        >>> sufficient_patience(3, tolerated=1), sufficient_patience(3, tolerated=2)
-        (5, None)
+    The number is one less than that of the checks of ``tolerated + 1`` measurements. ``None`` means that ``tolerated``
+    is enough, or that nobody knows the number of checks from one measurement to the next (infinity).
     """
     if checks == math.inf or tolerated >= math.ceil(checks) - 1:  # The first check may see a better value.
         return None
@@ -38,11 +30,7 @@ def epochs_between(arguments: Arguments, steps_in_epoch: float) -> int:
 
 
 def advise_patience(trainer: Trainer, watchers: Iterable[Watcher], arguments: Arguments) -> Iterator[str]:
-    """Say which callbacks and schedulers count their checks, and give up before there can be a new value.
-
-    Returns:
-        One sentence for each, with the patience to pass.
-    """
+    """Say which patience to pass to callbacks and schedulers that give up before there can be a new value."""
     automatic = trainer.lightning_module.automatic_optimization
     steps = trainer.num_training_batches / trainer.accumulate_grad_batches if automatic else math.inf
     epochs = epochs_between(arguments, steps)

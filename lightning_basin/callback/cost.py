@@ -15,12 +15,9 @@ _AIMED_SHARE = 0.08
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What measuring costs a run that goes on as it does.
+    """What measuring costs a run that goes on as it does, in seconds of wall time.
 
-    Attributes:
-        measuring: The wall time of a measurement, in seconds.
-        training: The wall time from the end of a measurement to the next one, in seconds.
-        stages: The wall time of each stage of a measurement, in seconds.
+    ``measuring`` is the time of a measurement, which ``stages`` split; ``training`` that from its end to the next one.
     """
 
     measuring: float
@@ -48,17 +45,9 @@ class Cost:
 
 
 def advise(cost: Cost, cadence: tuple[str, int], arguments: Arguments) -> str | None:
-    """Say what share of the wall time measuring takes, and what would bring it down.
+    """Say what share of the wall time measuring takes, and two settings that would bring it down.
 
-    Returns:
-        The message, with two settings and the share that each would leave; ``None`` where the share is tolerated, or no
-        time has passed between measurements.
-
-    Example:
-        >>> from lightning_basin import BasinMonitor
-        >>> cost = Cost(measuring=2.0, training=6.0, stages={"hessian": 1.5, "ranks": 0.5})
-        >>> advise(cost, ("every_n_epochs", 1), BasinMonitor()).partition("HINT: ")[2]
-        'BasinMonitor(every_n_epochs=4) brings it to 8%, BasinMonitor(hessian=False) to 8%'
+    ``None`` says that the share is tolerated, or that no time has passed between measurements.
     """
     if arguments.verify_null_space == "zero_loss" and "verify_null_space" in cost.stages:
         cost = cost.without("verify_null_space")  # It is done once.

@@ -123,10 +123,6 @@ def layout_of(prefix: str, tags: Collection[str], *, logger_prefix: str = "") ->
 
     Tags are expressions that match the curves of every run, so that the layouts of several runs are one; but those of
     a band, which TensorBoard takes as they are.
-
-    Example:
-        >>> layout_of("basin", ["basin/log10_loss"])
-        {'basin: what happened': {'log10 of the loss': ['Multiline', ['^(?:.*-)?basin/log10_loss$']]}}
     """
     name = escaped(prefix)
     start, own = rf"^(?:.*-)?{re.escape(name)}", f"{logger_prefix}{name}"

@@ -16,13 +16,7 @@ from lightning_basin.tensors import map_tensors, tensors_of
 
 
 def step_behavior(calls: Sequence[int]) -> Callable[[nn.Module, Any], Tensor]:
-    """Return the behavior that runs a training step up to its outputs.
-
-    Returns:
-        A function of a copy with a ``training_step``, and of a batch of k inputs. It returns a single tensor of k rows
-        as it is, else all side by side, shape ``(k, c)``; it raises a ValueError if the step calls fewer losses or
-        modules than at first, or their outputs have no rows of k inputs.
-    """
+    """Return the behavior that runs a training step up to its outputs, as `join_outputs` arranges them."""
     return partial(_outputs_of_step, calls=tuple(calls))
 
 
@@ -50,11 +44,7 @@ def distinct_outputs(calls: Sequence[Call]) -> list[Tensor]:
 
 
 def join_outputs(outputs: Sequence[Tensor], num_inputs: int) -> Tensor:
-    """Return a single tensor of ``num_inputs`` rows as it is, else all tensors side by side, shape ``(num_inputs, c)``.
-
-    Raises:
-        ValueError: If there is no tensor, or one whose rows are not those of ``num_inputs`` inputs.
-    """
+    """Return a single tensor with one row per input as it is, else all side by side, shape ``(num_inputs, c)``."""
     if len(outputs) == 1 and outputs[0].ndim and outputs[0].shape[0] == num_inputs:
         return outputs[0]
     if not outputs:
@@ -69,11 +59,8 @@ def join_outputs(outputs: Sequence[Tensor], num_inputs: int) -> Tensor:
 class StepLoss:
     """The losses that a training step calls, as a function of the outputs that it calls them with.
 
-    Attributes:
-        calls: The functions with positional and keyword arguments, in which places stand for outputs and targets.
-        weights: The factors of the values in the sum.
-        shapes: The shapes of the outputs.
-        num_inputs: The number of inputs, k.
+    In the arguments of ``calls`` places stand for outputs and targets. ``weights`` are the factors of the values in the
+    sum, ``shapes`` those of the outputs.
     """
 
     calls: tuple[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], ...]
@@ -114,12 +101,8 @@ class StepLoss:
 class RunLoss:
     """All that a training step computes, by whatever code, as a function of what one of its modules returns to it.
 
-    Attributes:
-        module: The module with the step; measured together, loss and behavior have one copy of it.
-        trainer: The trainer; ``None`` outside of a fit.
-        calls: The positions of the outputs among all calls.
-        shapes: The shapes of the outputs.
-        num_inputs: The number of inputs, k.
+    ``calls`` are the positions of the outputs among all calls, ``shapes`` their shapes. Measured together, loss and
+    behavior have one copy of ``module``.
     """
 
     module: nn.Module
@@ -175,7 +158,6 @@ class TrainingStep:
         probe: The whole batch as inputs, with the loss's targets.
         outputs: The outputs that the losses took, or a module returned, shape ``(k, ...)``, detached.
         loss: The loss of the outputs; ``None`` where it is no function of outputs and targets alone.
-        value: The value of the loss that the step returned.
         names: The names of the losses, or of the module that returned the outputs.
         is_whole: Whether ``loss`` is all that the step returned.
         is_of_a_module: Whether a module returned the outputs; the loss then takes the whole batch as targets.

@@ -84,14 +84,7 @@ def write_spectra(logger: Any, record: BasinRecord, prefix: str, *, step: int) -
 
 
 def write_details(logger: Any, record: BasinRecord, prefix: str, *, step: int) -> None:
-    """Write what no value says, for reports from event files. No pane of TensorBoard shows it.
-
-    Args:
-        logger: A TensorBoard logger.
-        record: A record.
-        prefix: The first characters of every tag.
-        step: The place on the x axis.
-    """
+    """Write what no value says, for reports from event files. No pane of TensorBoard shows it."""
     text = json.dumps(details_of(record), separators=(",", ":"))
     plugin = SummaryMetadata.PluginData(plugin_name="lightning_basin")
     (tag,) = with_prefix(logger, {f"{escaped(prefix)}/{DETAILS}": 0.0})

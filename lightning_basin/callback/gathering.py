@@ -18,10 +18,6 @@ class GatheredModule:
 
     A sharded module itself cannot be measured: `torch.func.functional_call` on it returns the outputs of its own
     parameters without a word, and its derivatives by what one passes are zero (torch 2.13).
-
-    Raises:
-        ValueError: If the module cannot be copied as it is: parameters have no shape, or no numbers yet.
-        TypeError: If the module cannot be copied for another reason.
     """
 
     def __init__(self, module: nn.Module, *, is_here: bool) -> None:
@@ -36,9 +32,7 @@ class GatheredModule:
     def gathered(self, sharded: nn.Module) -> Callable[[], nn.Module]:
         """Collect weights and buffers as they are now; all processes must call this together.
 
-        Returns:
-            A function that returns the filled copy, on the process that holds it. It raises a ValueError if parameters
-            or buffers were added, removed or renamed since the copy was made.
+        The returned function fills the copy, on the process that holds it.
         """
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return partial(self._filled, sharded, get_model_state_dict(sharded, options=options))

@@ -9,35 +9,15 @@ from typing import Any
 
 
 def find_unused(path: Path) -> Path:
-    """Return the path or, where a file is there already, one with the first number behind its name that is free.
-
-    Example:
-        >>> find_unused(Path("no_such_folder/basin.csv")).name
-        'basin.csv'
-    """
+    """Return the path or, where a file is there already, one with the first number behind its name that is free."""
     numbered = (path.with_stem(f"{path.stem}-{number}") for number in count(1))
     return next(candidate for candidate in chain([path], numbered) if not candidate.is_file())
 
 
 class HistoryFile:
-    """A table that grows row by row, and is complete after every one.
+    """A table that grows row by row, and is complete after every one; a value is a number, or an object of JSON.
 
-    A value is a number, or an object of JSON.
-
-    Args:
-        path: The path of the file, ``*.csv``, or ``*.jsonl`` with one JSON object a line; `write` begins it anew.
-
-    Raises:
-        ValueError: If the path ends in anything else.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     history = HistoryFile(Path(folder) / "basin.csv")
-        ...     history.write([{"step": 0, "rank": 6.0}])
-        ...     history.append({"step": 5, "rank": 4.0, "zero_loss_step": 5.0})
-        ...     history.path.read_text().splitlines()
-        ['step,rank,zero_loss_step', '0,6.0,', '5,4.0,5.0']
+    The path ends in ``.csv``, or in ``.jsonl`` with one JSON object a line; `write` begins the file anew.
     """
 
     def __init__(self, path: Path) -> None:

@@ -6,12 +6,7 @@ from torch import nn
 
 from lightning_basin.callback.cost import advise
 from lightning_basin.callback.gathering import GatheredModule
-from lightning_basin.callback.lightnings import (
-    ModelParallelStrategy,
-    StochasticWeightAveraging,
-    Trainer,
-    callbacks_of,
-)
+from lightning_basin.callback.lightnings import ModelParallelStrategy, StochasticWeightAveraging, Trainer, callbacks_of
 from lightning_basin.callback.notices import inform
 from lightning_basin.callback.overhead import Overhead, announced
 from lightning_basin.callback.probing import ModuleGetter
@@ -24,16 +19,7 @@ _NUM_BEFORE_ADVICE = 3  # measurements: the first takes longer than others, and 
 
 
 class JointMeasurement:
-    """Measures in a fit. Every process makes the same calls, and gets the same records.
-
-    Args:
-        trainer: The trainer at its set-up.
-        module: The module that will be trained.
-        progress: The probe, records and schedule of the run.
-
-    Raises:
-        MisconfigurationException: If the module is sharded and cannot be put together.
-    """
+    """Measures in a fit. Every process makes the same calls, and gets the same records."""
 
     def __init__(self, trainer: Trainer, module: nn.Module, progress: Progress) -> None:
         self._trainer = trainer
@@ -64,14 +50,9 @@ class JointMeasurement:
         return (lambda: self._module) if self._gathered is None else self._gathered.gathered(self._module)
 
     def record(self, step: int, whole: ModuleGetter | None = None) -> BasinRecord | None:
-        """Measure, or see that nothing is to be measured now.
+        """Measure, or see that nothing is to be measured now; all processes get the same record.
 
-        Args:
-            step: The number of optimizer steps taken.
-            whole: The module to measure; ``None`` means the module of the fit as it is now.
-
-        Returns:
-            The record, the same on all processes; ``None`` where none is due or can be made.
+        Without ``whole`` the module of the fit is measured as it is now.
         """
         session, probing = self._session, self._probing
         has_probe = probing.probe is not None and not probing.is_refused  # None: resumed, and no batch has come by.
@@ -89,11 +70,7 @@ class JointMeasurement:
         return record
 
     def advise(self, cadence: tuple[str, int]) -> None:
-        """Say once what measuring costs, where that is much and nothing limits it.
-
-        Args:
-            cadence: The argument that sets the cadence, and its value.
-        """
+        """Say once what measuring costs, where that is much and nothing limits it, and which cadence would help."""
         session, arguments = self._session, self._session.arguments
         is_early = self._overhead.num_measurements < _NUM_BEFORE_ADVICE
         if is_early or session.is_cost_judged or arguments.is_paced or arguments.max_overhead is not None:

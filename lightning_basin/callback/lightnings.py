@@ -99,11 +99,7 @@ TENSORBOARD_LOGGERS: tuple[type[TensorBoardLogger], ...] = _each("loggers", "Ten
 
 
 def early_stopping_reasons(trainer: Any = None) -> type[EarlyStoppingReason]:
-    """Return the reasons for which callbacks stop, of a trainer's package: members of two packages are never equal.
-
-    Args:
-        trainer: The trainer; ``None`` means one of the first package that is installed.
-    """
+    """Return the reasons to stop of a trainer's package, else of the first: members of two packages are never equal."""
     package = next((package for package in _PACKAGES if isinstance(trainer, package.Trainer)), _PACKAGES[0])
     reasons: type[EarlyStoppingReason] = import_module(
         f"{package.__name__}.callbacks.early_stopping"

@@ -18,11 +18,7 @@ _MLFLOW_BATCH = 1000
 def log_scalars(
     loggers: Iterable[Logger], scalars: Mapping[str, float], *, step: int, prefix: str = "basin"
 ) -> list[str]:
-    """Hand values to every logger, as one row where it has rows.
-
-    Returns:
-        A sentence for each logger that failed: a training run is worth more than a curve.
-    """
+    """Hand values to every logger, as one row where it has rows; return a sentence for each logger that failed."""
     problems = [_problem_of(logger, scalars, step, prefix) for logger in loggers]
     return [problem for problem in problems if problem is not None]
 
@@ -54,12 +50,7 @@ def _accepted(logger: Logger, scalars: Mapping[str, float]) -> list[dict[str, fl
 
 
 def mlflow_name(key: str) -> str:
-    """Replace the characters of a key that MLflow refuses.
-
-    Example:
-        >>> mlflow_name("basin_layer_gradient_rank/größe (a)")
-        'basin_layer_gradient_rank/gr__e _a_'
-    """
+    """Replace the characters of a key that MLflow refuses."""
     return _REFUSED_BY_MLFLOW.sub("_", key)
 
 
@@ -67,11 +58,7 @@ def set_callback_metrics(trainer: Trainer, scalars: Mapping[str, float], is_ours
     """Put values where callbacks look for them, in place of all that stand there under keys of the same kind.
 
     A value that is not among the new ones stays where something monitors it: a strict ``EarlyStopping`` raises without.
-
-    Args:
-        trainer: The trainer, of which ``callback_metrics`` is not read: this would compute its metrics too early.
-        scalars: The values by key.
-        is_ours: A function that says whether a key is of this kind.
+    The trainer's ``callback_metrics`` is not read: this would compute its metrics too early.
     """
     metrics = getattr(trainer._logger_connector, "_callback_metrics", None)  # As of lightning 2.4 - 2.6.
     metrics = trainer.callback_metrics if metrics is None else metrics

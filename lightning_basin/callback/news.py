@@ -23,7 +23,11 @@ def news(record: BasinRecord, earlier: list[BasinRecord], zero_loss_step: int | 
         yield f"The loss has reached zero{step}, with a gradient rank of {record.gradient_rank:,}"
     # The first layer is entered by the inputs themselves, of which some may be equal.
     for name, layer in list(record.layers.items())[1:]:
-        if layer.duplicated_activations and earlier and not _has_merged(earlier, name):
+        if (
+            layer.duplicated_activations
+            and earlier
+            and not any(other.layers[name].duplicated_activations for other in earlier if name in other.layers)
+        ):
             yield (
                 f"Layer {tag(name)!r} has begun to merge inputs{step}: {layer.duplicated_activations:,} of "
                 f"{record.num_inputs:,} have the activation of another one"
@@ -33,10 +37,6 @@ def news(record: BasinRecord, earlier: list[BasinRecord], zero_loss_step: int | 
             f"The bracket of the Hessian's nullity has closed{step}: {record.hessian_nullity_lower:,} of "
             f"{record.num_parameters:,} directions are flat"
         )
-
-
-def _has_merged(records: list[BasinRecord], layer: str) -> bool:
-    return any(record.layers[layer].duplicated_activations for record in records if layer in record.layers)
 
 
 def closing_words(trainer: Trainer, session: Session, report: ReportFile) -> str:

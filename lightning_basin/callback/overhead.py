@@ -78,11 +78,7 @@ class Overhead:
         That is `FREE_SECONDS` at least, and the number of measurements after the first `LEAST_MEASUREMENTS` at least.
         They are spread evenly, and the last of them is at the end. They are expected to take half of the time of the
         first, which makes checks, and later as long as the last. Each call after the first measurement stands for an
-        occasion to measure.
-
-        Args:
-            share: The share of the wall time.
-            num_left: The number of occasions that are left, with this one; infinity where nobody knows.
+        occasion to measure; ``num_left`` are left, with this one, and infinitely many where nobody knows.
         """
         if self.num_measurements == 0:
             return True
@@ -99,11 +95,7 @@ class Overhead:
         return num_measurements >= 1 and num_waited * num_measurements >= num_waited + num_left - 1
 
     def cost(self, records: Sequence[BasinRecord]) -> Cost:
-        """Return what the measurements have cost since the end of the first, which takes longer than others.
-
-        Args:
-            records: The newest records, of which the stages are averaged.
-        """
+        """Return the cost of measurements since the end of the first, which takes longer; stages are records' means."""
         num_later = self.num_measurements - 1
         measuring = (self._spent - self._first) / num_later
         stages = {stage for record in records for stage in record.seconds}
@@ -116,11 +108,7 @@ class Overhead:
 
 @contextmanager
 def announced(measurement: str) -> Iterator[None]:
-    """Say once that a measurement is still running, and how long it was, where it takes longer than `LONG_SECONDS`.
-
-    Args:
-        measurement: The name of the measurement.
-    """
+    """Say once that a measurement is still running, and how long it was, where it takes longer than `LONG_SECONDS`."""
     started = time.monotonic()
     # From another thread, as this one is inside a decomposition.
     timer = threading.Timer(LONG_SECONDS, rank_zero_info, [f"{measurement} is taking more than {LONG_SECONDS:g} s"])

@@ -16,10 +16,9 @@ from lightning_basin.probe import Probe
 
 
 def read_first_step(request: Request, module: nn.Module, batch: Any) -> bool:
-    """Read outputs, targets and loss from a training step, unless it trains just what the module returns.
+    """Read a training step, and return whether its outputs are to be measured.
 
-    Returns:
-        Whether the outputs of the training step are to be measured.
+    They are not where the step trains just what the module returns.
     """
     if not hasattr(module, "training_step"):
         return False
@@ -53,11 +52,8 @@ NumInputs = int | Callable[[int], int]
 def check_request(request: Request, module: nn.Module, probe: Probe, *, num_inputs: NumInputs) -> None:
     """Evaluate a module once, without and with the loss, and say how large a measurement will be.
 
-    Args:
-        request: What the measurements will be asked for; a loss of the module that does not fit is left out of it.
-        module: The module that will be measured.
-        probe: The inputs that there are already.
-        num_inputs: The number of inputs that the probe will have.
+    The probe has the inputs that there are already, of ``num_inputs``. A loss of the module that does not fit is left
+    out of the request.
     """
     for _ in request.training_set() or ():  # Whether inputs and targets of its first batch can be distinguished.
         break

@@ -15,11 +15,8 @@ class PatientBroadcast:
     """Sends what the first process has to all others, which wait for it longer than training lets them.
 
     The message goes over a process group of its own, from CPU to CPU: it cannot get between the collectives of
-    training, nor wait for its streams. All processes must make, call and close it together.
-
-    Args:
-        broadcast: The training strategy's way to send an item from one process to all. It is used where there is no
-            process group of `torch.distributed`.
+    training, nor wait for its streams. All processes must make, call and close it together. Without a process group of
+    `torch.distributed`, ``broadcast`` of the training strategy is used.
     """
 
     def __init__(self, broadcast: Callable[[Any, int], Any]) -> None:

@@ -26,10 +26,6 @@ class Progress:
     """What outlives a fit of a monitor: its probe, its records, and when it has measured.
 
     Attributes:
-        notices: Says each message once.
-        schedule: Decides when to measure.
-        session: Measures, and keeps the records.
-        probing: Takes the probe.
         is_loadable: Whether a state that comes from a checkpoint is one to go on with.
         is_loaded: Whether a checkpoint was loaded for the fit that begins.
     """
@@ -72,11 +68,7 @@ class Progress:
         self.probing.reset()
 
     def start(self, module: nn.Module, probe: Probe | None, step_calls: Sequence[int] | None) -> None:
-        """Begin to measure outside of a fit: forget what was measured, and see whether a module can be.
-
-        Raises:
-            MisconfigurationException: If there is no probe, or the module cannot be measured on it.
-        """
+        """Begin to measure outside of a fit: forget what was measured, and refuse a module that cannot be."""
         self._has_begun = True
         self.reset()
         self.session.num_failures = 0
@@ -86,11 +78,7 @@ class Progress:
             raise unmeasurable(module, error) from error
 
     def observe(self, module: nn.Module, step: int) -> BasinRecord | None:
-        """Measure outside of a fit, as at a step of one, and add the record to the others.
-
-        Returns:
-            The record; ``None``, after a warning, where measuring failed.
-        """
+        """Measure outside of a fit, as at a step of one; return ``None``, after a warning, where measuring failed."""
         session, probe = self.session, self.probing.probe
         if session.has_given_up:
             return None

@@ -58,8 +58,7 @@ class Publisher:
     def show(self, record: BasinRecord | None) -> None:
         """Put values where callbacks look for them, and let those check from now on who waited for one.
 
-        Args:
-            record: The newest record; ``None`` where a measurement was due and brought none.
+        ``None`` means that a measurement was due and brought none.
         """
         values: Mapping[str, float] = {}
         if record is not None:

@@ -8,16 +8,9 @@ from lightning_basin.record import ILL_DEFINED_GAP, BasinRecord, LayerRecord
 
 
 def passed_over_because(monitored: str, record: BasinRecord, session: Session, *, after_zero_loss: bool) -> str | None:
-    """Return why a measurement is no reason to stop, as the rest of a sentence.
+    """Say why a measurement is no reason to stop, as the rest of a sentence; ``None`` where it counts.
 
-    Args:
-        monitored: The key of the value that could stop the run.
-        record: The newest record.
-        session: All records of the run.
-        after_zero_loss: Whether only measurements count from the one on at which the loss has reached zero.
-
-    Returns:
-        The reason, empty where nobody needs to know it; ``None`` where the measurement counts.
+    The reason is empty where nobody needs to know it.
     """
     if after_zero_loss and session.results.zero_loss_step is None:
         return (
@@ -37,16 +30,7 @@ def passed_over_because(monitored: str, record: BasinRecord, session: Session, *
 
 
 def unreliable_because(quantity: str, records: Sequence[LayerRecord], *, projected: bool) -> str | None:
-    """Return why a rank, or what is computed from it, says more of the measurement than of the network.
-
-    Args:
-        quantity: The quantity's name; for statistics over layers, with the quantile behind it.
-        records: The records of the network, of the layer, or of the layers over which the statistics are taken.
-        projected: Whether ranks are lower bounds.
-
-    Returns:
-        What such a rank is, with what helps; ``None`` for a rank of the network itself, or for no rank at all.
-    """
+    """Say why a rank, or what follows from it, tells more of the measurement than of the network, and what helps."""
     if quantity.startswith(("gradient_rank_gap", "gradient_rank_bound")) or not quantity.startswith(_RANKS):
         return None
     if projected:

@@ -16,9 +16,6 @@ class ReportFile:
     """Writes the report of one fit, and hands it to the loggers that take pages.
 
     A fit without a logger gets none, as it may be one of thousands.
-
-    Attributes:
-        path: The path of the page; ``None`` where there will be none.
     """
 
     def __init__(self, trainer: Trainer, session: Session) -> None:
@@ -80,11 +77,7 @@ def _folder_of(loggers: Sequence[Logger], default_root_dir: str) -> Path | None:
 
 
 def write_page(path: Path, session: Session, *, stopped: str | None = None) -> bool:
-    """Write the report of a session; a failure costs a message.
-
-    Returns:
-        Whether the page was written.
-    """
+    """Write the report of a session, and return whether this has worked; a failure costs a message."""
     folder = path.resolve().parent
     try:
         report(replace(session.results.history(), name=f"{folder.parent.name}/{folder.name}", stopped=stopped), path)

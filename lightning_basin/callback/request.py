@@ -49,15 +49,7 @@ class Findings:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What the next measurement is asked for.
-
-    Attributes:
-        arguments: The monitor's arguments.
-        findings: What the run showed of its module.
-        records: The records of the run so far.
-        notices: Says each message once.
-        trainer: The trainer; ``None`` outside of a fit.
-    """
+    """What the next measurement is asked for; there is no trainer outside of a fit."""
 
     arguments: Arguments
     findings: Findings
@@ -68,7 +60,7 @@ class Request:
     @property
     def batch_fn(self) -> Callable[..., Any] | None:
         """The function that makes a pair of inputs and targets of a batch; a training step takes all of it."""
-        return self.arguments.batch_fn if self.findings.step_calls is None else _whole_batch
+        return self.arguments.batch_fn if self.findings.step_calls is None else lambda batch: (batch, None)
 
     @property
     def behavior(self) -> Behavior:
@@ -149,14 +141,7 @@ class Request:
 
 
 def loss_of(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the loss that a module keeps under one of the usual names.
-
-    Example:
-        >>> module = nn.Linear(2, 2)
-        >>> module.criterion = nn.MSELoss()
-        >>> loss_of(module)
-        MSELoss()
-    """
+    """Return the loss that a module keeps under one of the usual names."""
     attributes = (getattr(module, name, None) for name in LOSS_ATTRIBUTES)
     return next((attribute for attribute in attributes if callable(attribute)), None)
 
@@ -170,7 +155,3 @@ def _with_gradients(module: nn.Module, trainer: Trainer | None) -> set[str]:
     return {
         name for name, parameter in module.named_parameters() if parameter.grad is not None and id(parameter) in trained
     }
-
-
-def _whole_batch(batch: Any) -> tuple[Any, None]:
-    return batch, None

@@ -12,14 +12,7 @@ from lightning_basin.record import BasinRecord
 
 @dataclass
 class Results:
-    """The results of one fit.
-
-    Attributes:
-        records: The records, oldest first.
-        skipped_steps: The steps at which a measurement was due that was not allowed.
-        zero_loss_step: The number of optimizer steps taken when the loss had reached zero.
-        probe: The inputs that were measured.
-    """
+    """The results of one fit: records, oldest first, and the steps at which a measurement was due, but not allowed."""
 
     records: list[BasinRecord] = field(default_factory=list)
     skipped_steps: list[int] = field(default_factory=list)
@@ -45,12 +38,6 @@ class Latest:
     """The results of the fit that began last, of all those with a monitor and its copies.
 
     A copy of it is itself. Pickled it is empty: nobody can look into another process.
-
-    Example:
-        >>> import copy
-        >>> latest = Latest()
-        >>> copy.deepcopy([latest])[0] is latest
-        True
     """
 
     def __init__(self) -> None:
@@ -71,14 +58,7 @@ MAX_LABELS = 12
 
 
 def labels_of(probe: Probe | None) -> Sequence[float | str] | None:
-    """Return the target of each input as a label, where targets are few numbers; ``None`` elsewhere.
-
-    Example:
-        >>> import torch
-        >>> labels_of(Probe(torch.eye(3), torch.tensor([[1.0], [0.0], [1.0]])))
-        [1, 0, 1]
-        >>> labels_of(Probe(torch.eye(3), torch.eye(3)))
-    """
+    """Return the target of each input as a label, where targets are few numbers; ``None`` elsewhere."""
     targets = None if probe is None else probe.targets
     if not isinstance(targets, Tensor) or targets.numel() != targets.shape[0] or targets.is_complex():
         return None

@@ -7,21 +7,8 @@ def is_next(step: int, *, measured: int, origin: int) -> bool:
     """Whether the geometric cadence of ``max_overhead="auto"`` has come to its next measurement.
 
     That is the first step, of those at which a measurement could be taken, that is at least 5/4 times as far from the
-    origin as the last measurement. So the first five are taken, and the number of the others grows with the logarithm
-    of the number of steps. It is decided in integers.
-
-    Args:
-        step: The step at which a measurement could be taken.
-        measured: The step of the last measurement, at the origin or after it.
-        origin: The step from which measurements become rarer.
-
-    Example:
-        >>> measured = [100]
-        >>> for step in range(101, 130):
-        ...     if is_next(step, measured=measured[-1], origin=100):
-        ...         measured.append(step)
-        >>> measured
-        [100, 101, 102, 103, 104, 105, 107, 109, 112, 115, 119, 124]
+    origin, from which measurements become rarer, as the last measurement. So the first five are taken, and the number
+    of the others grows with the logarithm of the number of steps. It is decided in integers.
     """
     return 4 * (step - origin) >= 5 * (measured - origin)
 
@@ -33,11 +20,7 @@ class Schedule:
     from which on measurements become rarer, as `is_next` says; ``None`` takes each that the cadence asks for. Steps are
     all that decides: runs with the same losses measure at the same steps, resumed or not, on all of their processes.
 
-    Args:
-        arguments: The monitor's arguments, of which the cadence is read.
-
     Attributes:
-        arguments: The monitor's arguments.
         seen_step: The step at the last batch that was looked at.
         measured_step: The step at the last measurement that was due; ``None`` before the baseline.
         resumed_step: The step at which the run was resumed, until its first batch begins.

@@ -31,9 +31,6 @@ class Session:
     """Measures at a step, keeps the records, and counts zero losses and failures in a row.
 
     Attributes:
-        arguments: The monitor's arguments.
-        notices: Says each message once.
-        results: What was measured.
         num_zero_losses: The number of measurements in a row, up to the newest, in which the loss was zero.
         num_failures: The number of measurements in a row that have failed.
         history_path: The path of the table of the run, which a resumed run goes on with.
@@ -159,11 +156,7 @@ class Session:
     def measure(
         self, request: Request, whole: Callable[[], nn.Module], probe: Probe | None, step: int
     ) -> BasinRecord | None:
-        """Measure the module that ``whole`` returns, and add nothing yet.
-
-        Returns:
-            The record; ``None``, after a warning, where measuring failed or there is no probe.
-        """
+        """Measure the module that ``whole`` returns, and add nothing yet; ``None``, after a warning, if that failed."""
         try:
             with request.profiled("measure"):
                 module = whole()

@@ -14,42 +14,22 @@ from lightning_basin.tensors import map_tensors, tensors_of
 
 
 def probe_state(probe: Probe) -> dict[str, Any] | None:
-    """Return a probe in the form that ``torch.load(weights_only=True)`` reads, on the CPU.
-
-    Returns:
-        The arguments of `Probe`; ``None`` where its inputs or targets hold other objects than tensors, numbers and
-        words in tuples, lists and dicts.
-
-    Example:
-        >>> probe_state(Probe(torch.zeros(2)))
-        {'inputs': tensor([0., 0.]), 'targets': None}
-    """
+    """Return a probe in the form that ``torch.load(weights_only=True)`` reads; ``None`` if it holds other objects."""
     state = {"inputs": probe.inputs, "targets": probe.targets}
     if not _is_plain(state):
         return None
-    copied: dict[str, Any] = map_tensors(_plain, state)
+    copied: dict[str, Any] = map_tensors(lambda tensor: tensor.cpu().clone().as_subclass(Tensor), state)
     return copied
 
 
 def fingerprint(probe: Probe) -> str:
-    """Return a string that is the same for two probes if, and almost surely only if, they hold the same tensors.
-
-    Example:
-        >>> fingerprint(Probe(torch.zeros(2, 1))) == fingerprint(Probe(torch.zeros(2, 1)))
-        True
-        >>> fingerprint(Probe(torch.zeros(2, 1))) == fingerprint(Probe(torch.zeros(1, 2)))
-        False
-    """
+    """Return a string that is the same for two probes if, and almost surely only if, they hold the same tensors."""
     digest = hashlib.sha256()
     for tensor in tensors_of((probe.inputs, probe.targets)):
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.cpu().clone().as_subclass(Tensor)
 
 
 def _is_plain(collection: Any) -> bool:
@@ -76,14 +56,8 @@ def read_state(state: Any, passed_fingerprint: str | None) -> tuple[dict[str, An
     """Return as much of a state as can be used, with a `Probe` and a list of `BasinRecord`, and what is wrong with it.
 
     The curve of one probe does not go on with another: where the probe cannot be read, nothing is used. Where the
-    records cannot be read, they begin anew on the same probe. Any other entry that is damaged counts as missing.
-
-    Args:
-        state: Whatever a checkpoint holds.
-        passed_fingerprint: The fingerprint of a probe that was passed; ``None`` where it is taken from training.
-
-    Returns:
-        The entries that can be used, ``None`` where there are none; and what cannot be read, empty for nothing.
+    records cannot be read, they begin anew on the same probe. Any other entry that is damaged counts as missing. The
+    fingerprint is that of a probe that was passed; there is none where the probe is taken from training.
     """
     try:
         of_probe = read_probe(state, passed_fingerprint)
@@ -115,12 +89,8 @@ def _read_records(plain: Any) -> list[BasinRecord]:
 def read_probe(state: Any, passed_fingerprint: str | None = None) -> dict[str, Any]:
     """Return the ``probe`` of a state, if it holds one, its ``probe_fingerprint`` and its ``step_calls``.
 
-    Args:
-        state: Whatever a checkpoint holds.
-        passed_fingerprint: The fingerprint of a probe that was passed, which need not be read again.
-
-    Raises:
-        ValueError: If the probe is not as it was written.
+    A probe with the fingerprint of one that was passed need not be read again; one that is not as it was written raises
+    a ValueError.
     """
     if not isinstance(state, Mapping):
         raise ValueError(f"it is no dict but a {type(state).__name__}")

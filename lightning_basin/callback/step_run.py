@@ -41,9 +41,7 @@ class StepRun:
     """One run of the training step of a copy.
 
     Attributes:
-        replica: The copy of the module.
         probe: The whole batch as inputs.
-        calls: The losses and modules that the step called.
         objectives: The losses that the step minimizes, one after the other.
         operations: The operations of the step in their order; empty where they were not recorded.
     """

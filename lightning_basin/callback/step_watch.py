@@ -26,12 +26,7 @@ class LastCall(BaseException):
 class Call:
     """A loss that a step has called, or one tensor of what a module with parameters has returned to it.
 
-    Attributes:
-        function: The function or module that was called.
-        args: The positional arguments of a loss.
-        kwargs: The keyword arguments of a loss.
-        value: The value of the loss, or the tensor.
-        is_loss: Whether a loss was called.
+    ``value`` is the value of a loss with these arguments, or the tensor.
     """
 
     function: Callable[..., Any]
@@ -151,13 +146,7 @@ def _is_loss(function: Callable[..., Any]) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an output or a target stands among the arguments of a loss.
-
-    Attributes:
-        is_output: Whether it is an output.
-        index: Its position among the outputs, or among the targets.
-        shape: Its shape, for all inputs.
-    """
+    """The place of an output or a target in a loss's arguments: its index among outputs or targets, and its shape."""
 
     is_output: bool
     index: int

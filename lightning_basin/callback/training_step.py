@@ -35,25 +35,14 @@ from lightning_basin.tensors import float64_device, tensors_of
 
 
 def read_training_step(
-    module: nn.Module,
-    batch: Any,
-    trainer: Any,
-    calls: Sequence[int] | None = None,
-    *,
-    known: KnownStep | None = None,
+    module: nn.Module, batch: Any, trainer: Any, calls: Sequence[int] | None = None, *, known: KnownStep | None = None
 ) -> TrainingStep:
     """Run the training step of a copy of a module, and read from it what is trained.
 
-    Args:
-        module: The module, which stays as it is.
-        batch: A training batch, or several in one.
-        trainer: The trainer, which the copy finds without logging anything; ``None`` outside of a fit.
-        calls: The positions, among all calls, of those that have the outputs. ``None`` takes the arguments of the
-            losses of which the result is the sum; where it is no such sum, what one module with parameters returns.
-        known: What an earlier reading of the same step has shown; where it still holds, one run is enough.
-
-    Raises:
-        ValueError: If the step cannot be run so, draws random numbers, or makes its loss of neither.
+    ``calls`` are the positions, among all calls, of those that have the outputs. ``None`` takes the arguments of the
+    losses of which the result is the sum; where it is no such sum, what one module with parameters returns. Where what
+    is ``known`` of an earlier reading still holds, one run is enough. A step that cannot be run so, draws random
+    numbers, or makes its loss of neither raises a ValueError.
     """
     device = device_of(module)
     probe = Probe(batch).to(device, torch.float64)
@@ -63,11 +52,7 @@ def read_training_step(
             step = _describe_run(module, trainer, run, known.calls)
             if step.known is not None and step.names == known.names:
                 return step
-        runs = (
-            run,
-            StepRun.of(module, probe, trainer, batch_idx=1),
-            StepRun.of(module, probe, trainer, is_moved=True),
-        )
+        runs = (run, StepRun.of(module, probe, trainer, batch_idx=1), StepRun.of(module, probe, trainer, is_moved=True))
         if calls is not None:
             return _compare_runs(module, trainer, runs, calls)
         by_losses, problem = None, "training_step calls no loss of torch, nor a module that makes a number"

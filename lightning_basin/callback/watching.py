@@ -20,13 +20,7 @@ _OF_HESSIAN = ("hessian_", "residual_curvature", "smallest_curvature", "gauss_ne
 
 @dataclass(frozen=True)
 class Watcher:
-    """A callback or a scheduler that looks for a value by its key.
-
-    Attributes:
-        owner: The callback, or Lightning's configuration of the scheduler.
-        key: The key of the value.
-        name: How a message calls the watcher.
-    """
+    """A callback, or Lightning's configuration of a scheduler, that looks for a value by its key; messages name it."""
 
     owner: Any
     key: str
@@ -57,11 +51,7 @@ def find_watchers(trainer: Trainer) -> list[Watcher]:
 def check_watchers(
     watchers: Iterable[Watcher], arguments: Arguments, module: nn.Module, prefixes: Sequence[str]
 ) -> Iterator[str]:
-    """Refuse what looks for a value that no measurement of a monitor can have.
-
-    Returns:
-        A warning for each watcher that goes on all the same.
-    """
+    """Refuse what looks for a value that no measurement can have, and yield a warning for what goes on all the same."""
     keys = keys_of(arguments, module)
     later = _later_keys(arguments, module, keys)
     for watcher in watchers:
@@ -182,13 +172,7 @@ def _set(owner: Any, values: Mapping[str, Any]) -> None:
 
 
 def left_out(arguments: Arguments) -> dict[str, str]:
-    """Return the quantities that no measurement has with some arguments, each with the argument that leaves it out.
-
-    Example:
-        >>> from lightning_basin import BasinMonitor
-        >>> left_out(BasinMonitor(hessian=False))["gauss_newton_nullity"]
-        'hessian=False'
-    """
+    """Return the quantities that no measurement has with some arguments, each with the argument that leaves it out."""
     training_set = [name for name in NETWORK_QUANTITIES if name.startswith("train_")]
     hessian = [name for name in NETWORK_QUANTITIES if name.startswith(_OF_HESSIAN)]
     missing: dict[str, str] = {}

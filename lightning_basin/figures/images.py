@@ -19,14 +19,7 @@ _SIZE, _DPI = (4.6, 3.0), 140
 
 
 def images_of(history: History) -> dict[str, NDArray[np.uint8]]:
-    """Draw the figures for which a run has values, as images by name.
-
-    Args:
-        history: The run.
-
-    Returns:
-        Images of red, green and blue, shape ``(height, width, 3)``; names sort in the order of reading.
-    """
+    """Draw the figures for which a run has values, as images by names that sort in the order of reading."""
     draw: dict[str, Callable[[Axes], Axes]] = {"1_rank": lambda ax: plot_history(history, ax)}
     if is_nullity_known(history):
         draw["2_null_space"] = lambda ax: plot_nullity(history, ax)
@@ -39,11 +32,7 @@ def images_of(history: History) -> dict[str, NDArray[np.uint8]]:
 
 
 def image_of(draw: Callable[[Axes], Axes]) -> NDArray[np.uint8]:
-    """Return what a function draws on axes as an image, shape ``(height, width, 3)``.
-
-    Args:
-        draw: A function that draws on axes.
-    """
+    """Return what a function draws on axes as an image, shape ``(height, width, 3)``."""
     figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     draw(figure.add_subplot())

@@ -7,8 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from numpy.typing import NDArray
 
-from lightning_basin.figures.style import INK, QUIET, axes_or_new, edges_of, label_steps, mark_zero_loss
-from lightning_basin.history.columns import History
+from lightning_basin.figures.style import INK, QUIET, axes_or_new, edges_of, label_steps, mark_zero_loss, write_beside
 from lightning_basin.history.sources import Source, read_history
 from lightning_basin.layer_names import shortened
 
@@ -52,7 +51,12 @@ def plot_layers(source: Source, ax: Axes | None = None, *, quantity: LayerQuanti
     history = read_history(source)
     if not history.layers:
         raise ValueError(f"the run {history.name!r} has no values of layers: measure with layers='auto'")
-    values = np.stack([_row(history, layer, quantity) for layer in history.layers])
+    values = np.stack(
+        [
+            100.0 * history.lost_share(layer) if quantity == "lost_rank" else history.column(quantity, layer)
+            for layer in history.layers
+        ]
+    )
     ax = axes_or_new(ax, (6.4, 1.2 + map_height(len(values))))
     colors = LinearSegmentedColormap.from_list(quantity, _COLORS[quantity])
     highest = 100.0 if quantity == "lost_rank" else max(1.0, float(np.nanmax(values, initial=0.0)))
@@ -67,18 +71,8 @@ def plot_layers(source: Source, ax: Axes | None = None, *, quantity: LayerQuanti
 
 
 def map_height(num_layers: int) -> float:
-    """Return the height of a map, in inches.
-
-    Args:
-        num_layers: The number of layers.
-    """
+    """Return the height of a map, in inches."""
     return min(_ROW * num_layers, _HIGHEST)
-
-
-def _row(history: History, layer: str, quantity: LayerQuantity) -> NDArray[np.float64]:
-    if quantity != "lost_rank":
-        return history.column(quantity, layer)
-    return 100.0 * history.lost_share(layer)
 
 
 def _name_rows(ax: Axes, names: list[str], last: NDArray[np.float64], right: float) -> None:
@@ -96,13 +90,5 @@ def _name_rows(ax: Axes, names: list[str], last: NDArray[np.float64], right: flo
             ax.axhline(row, color="white", linewidth=1.5)
     for row in shown:
         if not np.isnan(last[row]):
-            ax.annotate(
-                f"{last[row]:,.0f}",
-                (right, row + 0.5),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize="small",
-                color=INK if last[row] > 0 else QUIET,
-                annotation_clip=False,
-            )
+            color = INK if last[row] > 0 else QUIET
+            write_beside(ax, f"{last[row]:,.0f}", (right, row + 0.5), fontsize="small", color=color)

@@ -11,7 +11,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
 from numpy.typing import NDArray
 
-from lightning_basin.figures.style import INFORMATION, INK, QUIET, axes_or_new
+from lightning_basin.figures.style import INFORMATION, INK, QUIET, axes_or_new, write_beside
 from lightning_basin.history.sources import Source, read_history
 from lightning_basin.layer_names import shortened
 from lightning_basin.record import MergedInput
@@ -35,11 +35,7 @@ _MAX_STAGES = 12
 
 
 def plot_merges(
-    source: Source,
-    ax: Axes | None = None,
-    *,
-    step: int | None = None,
-    labels: Sequence[Hashable] | None = None,
+    source: Source, ax: Axes | None = None, *, step: int | None = None, labels: Sequence[Hashable] | None = None
 ) -> Axes:
     """Draw which inputs become one, and at which layer, as they were at one measurement.
 
@@ -75,19 +71,7 @@ def plot_merges(
 def merge_stages(merged: Sequence[MergedInput], layers: Sequence[str], num_inputs: int) -> dict[str, NDArray[np.int64]]:
     """Say at each stage of a network which inputs are still distinguished.
 
-    Args:
-        merged: The merged inputs.
-        layers: The names of the layers, in the order in which activations enter them.
-        num_inputs: The number of inputs.
-
-    Returns:
-        For ``"input"``, each layer and ``"output"``: the index of the first input with the same activation, by input,
-        shape ``(num_inputs,)``.
-
-    Example:
-        >>> stages = merge_stages([MergedInput(2, 0, "fc2"), MergedInput(1, 0, None)], ["fc1", "fc2"], 3)
-        >>> {name: stage.tolist() for name, stage in stages.items()}
-        {'input': [0, 1, 2], 'fc1': [0, 1, 2], 'fc2': [0, 1, 0], 'output': [0, 0, 0]}
+    Return for ``"input"``, each layer and ``"output"`` the index of the first input with the same activation, by input.
     """
     first = np.arange(num_inputs)
     stages = {"input": first.copy()}
@@ -196,16 +180,7 @@ def _count_classes(ax: Axes, place: int, heights: NDArray[np.float64], counts: N
         height, count = float(heights[index]), int(counts[index])
         if count >= _MANY and all(abs(height - other) >= _LINE_HEIGHT * counts.sum() / 100 for other in taken):
             taken.append(height)
-            ax.annotate(
-                f"{count} are one",
-                (place, height),
-                xytext=(10, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize="small",
-                color=INK,
-                annotation_clip=False,
-            )
+            write_beside(ax, f"{count} are one", (place, height), xytext=(10, 0), fontsize="small", color=INK)
 
 
 def _name_stages(ax: Axes, names: Sequence[str], stages: Sequence[NDArray[np.int64]]) -> None:

@@ -14,12 +14,7 @@ from lightning_basin.history.sources import Source, read_histories
 
 
 def comparison_figure(histories: Sequence[History], against: str | None) -> Figure:
-    """Draw the ranks of several runs, their median, and the last rank against another value.
-
-    Args:
-        histories: The runs.
-        against: The name of the other value, as in `plot_final`; ``None`` for none.
-    """
+    """Draw the ranks of several runs, their median, and the last rank against another value, if there is one."""
     figure = Figure(figsize=(7.2, 5.6 if against is None else 9.0), layout="constrained")
     axes = figure.subplots(2 if against is None else 3, 1)
     plot_history(histories, axes[0]).set_title("The rank of each run, with a dot at zero loss")

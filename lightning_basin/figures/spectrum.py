@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
-from lightning_basin.figures.style import BOUND, QUIET, axes_or_new, edges_of, label_steps, mark_zero_loss
+from lightning_basin.figures.style import BOUND, QUIET, axes_or_new, edges_of, label_steps, mark_zero_loss, write_beside
 from lightning_basin.functional.rank import BINS_PER_DECADE
 from lightning_basin.history.sources import Source, read_history
 
@@ -44,24 +44,10 @@ def plot_spectrum(source: Source, ax: Axes | None = None, *, layer: str | None =
     cuts = np.array([spectrum.cuts[index] for index in spectrum.measured], dtype=np.float64)
     ax.plot(ends, [*cuts, cuts[-1]], color=BOUND, linewidth=1.2, linestyle=(0, (4, 2.5)), drawstyle="steps-post")
     ax.set_ylim(min(heights[0], np.nanmin(cuts)) - 1, heights[-1] + 1)
-    _annotate(ax, float(cuts[-1]), "zero up to here", BOUND)
-    _annotate(ax, float(heights[-1]), f"darkest: {counts.max():,}", QUIET)
+    for height, text, color in (cuts[-1], "zero up to here", BOUND), (heights[-1], f"darkest: {counts.max():,}", QUIET):
+        write_beside(ax, text, (1.0, float(height)), xycoords=("axes fraction", "data"), color=color)
     label_steps(ax, history)
     ax.set_xlim(edges[0], edges[-1])
     mark_zero_loss(ax, history)
     ax.set_ylabel("log₁₀ of singular values")
     return ax
-
-
-def _annotate(ax: Axes, height: float, text: str, color: str) -> None:
-    """Write beside the right end of the axes."""
-    ax.annotate(
-        text,
-        (1.0, height),
-        xycoords=("axes fraction", "data"),
-        xytext=(6, 0),
-        textcoords="offset points",
-        color=color,
-        va="center",
-        annotation_clip=False,
-    )

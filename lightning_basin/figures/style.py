@@ -32,12 +32,7 @@ FIGURE_SIZE = (6.4, 3.2)
 
 
 def axes_or_new(ax: Axes | None, size: tuple[float, float] = FIGURE_SIZE) -> Axes:
-    """Return the axes of the caller, or those of a new figure, which pyplot does not know.
-
-    Args:
-        ax: The axes of the caller; ``None`` makes new ones.
-        size: Width and height of a new figure, in inches.
-    """
+    """Return the axes of the caller, or those of a new figure of a size in inches, which pyplot does not know."""
     if ax is None:
         ax = Figure(figsize=size, layout="constrained").add_subplot()
     for side in ("top", "right"):
@@ -52,29 +47,14 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float] = FIGURE_SIZE) -> Axe
 
 
 def draw_steps(ax: Axes, steps: Any, values: Column, **style: Any) -> None:
-    """Draw a quantity that is known at some steps and stays as it is until the next one.
-
-    Args:
-        ax: The axes.
-        steps: The steps, ascending, shape ``(n,)``.
-        values: The values, shape ``(n,)``; where they are NaN nothing is drawn.
-        **style: What `matplotlib.axes.Axes.plot` takes.
-    """
+    """Draw a quantity that is known at some steps and stays as it is until the next one; of NaN nothing is drawn."""
     is_known = ~np.isnan(values)
     marker = {"marker": "o", "markersize": 4} if is_known.sum() == 1 else {}  # One point has no line.
     ax.plot(steps[is_known], values[is_known], drawstyle="steps-post", **{**marker, **style})
 
 
 def draw_known(ax: Axes, steps: Any, values: Column, knowledge: Iterable[Knowledge], **style: Any) -> None:
-    """Draw a curve whose line style says at each step what is known of it.
-
-    Args:
-        ax: The axes.
-        steps: The steps, ascending, shape ``(n,)``.
-        values: The values, shape ``(n,)``.
-        knowledge: What is known of each value.
-        **style: What `matplotlib.axes.Axes.plot` takes.
-    """
+    """Draw a curve whose line style says at each step what is known of it."""
     kinds = list(knowledge)
     changes = [i for i, (before, after) in enumerate(pairwise(kinds), start=1) if before != after]
     edges = [0, *changes, len(kinds)]
@@ -84,13 +64,7 @@ def draw_known(ax: Axes, steps: Any, values: Column, knowledge: Iterable[Knowled
 
 
 def mark_zero_loss(ax: Axes, history: History, *, named: bool = True) -> None:
-    """Draw the line at which the loss had reached zero, if it has.
-
-    Args:
-        ax: The axes, whose horizontal axis are steps.
-        history: The run.
-        named: Whether the line's name is written beside it.
-    """
+    """Draw the line at which the loss had reached zero, if it has."""
     step = history.zero_loss_step
     if step is None:
         return
@@ -111,34 +85,19 @@ def mark_zero_loss(ax: Axes, history: History, *, named: bool = True) -> None:
 
 
 def name_end(ax: Axes, history: History, value: float, text: str, *, color: str, offset: float = 0.0) -> None:
-    """Write the name of a curve at its right end.
-
-    Args:
-        ax: The axes.
-        history: The run.
-        value: The last value of the curve; where it is NaN nothing is written.
-        text: The name, with the value.
-        color: The colour of the curve.
-        offset: Points by which the name stands above the end.
-    """
+    """Write the name of a curve, with its last value, some points above its right end; of NaN nothing is written."""
     if not np.isnan(value):
-        ax.annotate(
-            text,
-            (history.steps[-1], value),
-            xytext=(6, offset),
-            textcoords="offset points",
-            color=color,
-            va="center",
-            annotation_clip=False,
-        )
+        write_beside(ax, text, (float(history.steps[-1]), value), xytext=(6, offset), color=color)
+
+
+def write_beside(ax: Axes, text: str, place: tuple[float, float], **style: Any) -> None:
+    """Write some points to the right of a place, also outside of the axes."""
+    style = {"xytext": (6, 0), "va": "center", **style}
+    ax.annotate(text, place, textcoords="offset points", annotation_clip=False, **style)
 
 
 def edges_of(steps: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return where the cells of a map begin and end: the last one is as wide as the one before it.
-
-    Args:
-        steps: The steps, ascending, shape ``(n,)``.
-    """
+    """Return where the cells of a map begin and end: the last one is as wide as the one before it."""
     return np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
 
 
@@ -157,10 +116,5 @@ def last_known(values: Column) -> float:
 
 
 def at_least(ax: Axes, top: float) -> None:
-    """Let the vertical axis begin at zero and leave room above the largest value.
-
-    Args:
-        ax: The axes.
-        top: The largest value.
-    """
+    """Let the vertical axis begin at zero and leave room above the largest value."""
     ax.set_ylim(0, max(1.0, 1.12 * top))

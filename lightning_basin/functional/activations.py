@@ -52,11 +52,6 @@ def activation_ranks(
 
     The singular values are those of `sketched_spectrum`, with the activations themselves in place of a sketch. On an
     accelerator matrices of one size are decomposed together, and the results of all layers are read at once.
-
-    Example:
-        >>> layers = [torch.eye(3), torch.ones(3, 2), torch.zeros(3, 4)]
-        >>> [rank for rank, _ in activation_ranks([layer.double() for layer in layers])]
-        [3, 1, 0]
     """
     check_rtol(rtol)
     wide = [rows if rows.shape[0] <= rows.shape[1] else rows.mT for rows in activations]

@@ -83,7 +83,6 @@ class GaussNewtonEigenvalues:
     """Eigenvalues of the Gauss-Newton part P of a Hessian, in the memory of the CPU.
 
     Attributes:
-        num_parameters: The number N of parameters.
         values: The largest eigenvalues, descending, as they were found; all others are zero.
         least: A lower bound on each nonzero eigenvalue, descending.
         rtol: The relative tolerance on eigenvalues; ``None`` means the rounding of the arithmetic.
@@ -124,12 +123,9 @@ class GaussNewtonEigenvalues:
     def bracket(
         self, residual: float | None, *, estimate: float | None = None, largest: float | None = None
     ) -> NullSpace:
-        """Bracket the nullity of H.
+        """Bracket the nullity of H by an upper bound on the norm of R = H - P; ``None`` where nothing is known of it.
 
-        Args:
-            residual: An upper bound on the norm of R = H - P; ``None`` where nothing is known of it.
-            estimate: The norm within a factor of two; ``None`` where the bound is as near.
-            largest: The largest magnitude of an eigenvalue of H; ``None`` where it is not known.
+        ``estimate`` is the norm within a factor of two, ``largest`` the largest magnitude of an eigenvalue of H.
         """
         num_above = self.rank if self.rtol is None else int((self.values > self.rtol * self.largest).sum())
         gauss_newton = NullSpace(
@@ -159,13 +155,6 @@ def gauss_newton_eigenvalues(
     """Square the singular values of rows whose products are P, with what the method that found them leaves unknown.
 
     The arguments are those of `null_space_bracket`.
-
-    Example:
-        >>> import torch
-        >>> values = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
-        >>> rows = Spectrum(singular_values=values, rtol=1e-15, method="svd")
-        >>> gauss_newton_eigenvalues(5, rows).values.tolist()
-        [4.0, 1.0, 0.0]
     """
     check_rtol(rtol)
     values = rows.singular_values.cpu().numpy()

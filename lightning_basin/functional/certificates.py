@@ -52,7 +52,6 @@ class IndependentRows:
     """What a triangular factor shows of the singular values of a matrix with as many of them as rows.
 
     Attributes:
-        num_rows: The number of rows, m.
         least: A lower bound on every singular value.
         smallest: The smallest singular value, within a digit.
         largest: The largest singular value of the columns that were looked at, within 20 %.
@@ -64,15 +63,9 @@ class IndependentRows:
     largest: float
 
     def rank(self, *, rtol: float, epsilon: float = EPSILON, norm: float | None = None) -> GradientRank | None:
-        """Return the rank of these rows, or of the same rows with further columns.
+        """Return the rank of these rows, or of the same with further columns; ``None`` where one may be below ``rtol``.
 
-        Args:
-            rtol: The relative tolerance that decides the rank.
-            epsilon: The rounding of the matrix.
-            norm: The norm of one standard normal combination of all rows, where only some columns were looked at.
-
-        Returns:
-            The rank, or ``None`` where a singular value may be below the tolerance.
+        Where only some columns were looked at, ``norm`` is that of one standard normal combination of all rows.
         """
         if norm is not None and rtol * _NORM_MARGIN * norm > self.least:
             return None
@@ -93,26 +86,8 @@ def independent_rows(gram: GramMatrix, *, resolution: float = GRAM_RESOLUTION) -
     """Prove full rank by a Cholesky factor, ``m**3 / 3`` operations where eigenvalues take several times as many.
 
     The factor of ``gram - tau**2`` exists if and only if every singular value is above tau (Sylvester, 1852). With tau
-    at ``GRAM_RESOLUTION`` of the largest one, rounding cannot pretend this.
-
-    Args:
-        gram: The products of all pairs of rows, or of all pairs of columns.
-        resolution: The fraction of the largest singular value that all of them must be above; at least
-            ``GRAM_RESOLUTION``.
-
-    Returns:
-        ``None`` where a singular value may be below the resolution.
-
-    Example:
-        >>> gram = GramMatrix(2)
-        >>> gram.add_products(torch.diag(torch.tensor([4.0, 2.0], dtype=torch.float64)))
-        >>> rows = independent_rows(gram)
-        >>> round(rows.smallest, 1), round(rows.largest, 1)
-        (2.0, 4.0)
-        >>> gram = GramMatrix(2)
-        >>> gram.add_products(torch.ones(2, 1, dtype=torch.float64))
-        >>> independent_rows(gram) is None
-        True
+    at ``GRAM_RESOLUTION`` of the largest one, rounding cannot pretend this. Return ``None`` where a singular value may
+    be below the fraction ``resolution`` of the largest.
     """
     shift = max(resolution, GRAM_RESOLUTION) ** 2 * gram.norm
     factor = gram.factor(shift=shift)
@@ -135,10 +110,8 @@ def rows_independent_in_few_columns(gradients: LayerGradients, generator: Genera
     """Prove that rows are independent by some of their columns, where this takes much less than their Gram matrix.
 
     The columns are the gradients times random orthonormal vectors. Rows that are independent in these are so in all
-    columns, whose singular values are no smaller (Weyl, 1912).
-
-    Returns:
-        ``None`` where the rows are not independent, or the proof would not be cheaper.
+    columns, whose singular values are no smaller (Weyl, 1912). Return ``None`` where they are not, or the proof would
+    not be cheaper.
     """
     if gradients.num_columns < gradients.num_rows:
         return None

@@ -30,18 +30,7 @@ def contradicted_blocks(derivative: Sequence[Tensor], function: Callable[[float]
 
     A block that one step confirms is right. Where none does and they do not agree among themselves, nothing is known.
     Nor is it at a kink that is met exactly, as by a rectifier of a zero, where each side has a derivative of its own.
-
-    Args:
-        derivative: The claimed derivative at 0, in blocks that are judged one by one.
-        function: From a step to the function's value, in the same blocks.
-
-    Returns:
-        The indices of the wrong blocks, ascending.
-
-    Example:
-        >>> point = torch.tensor([1.0, 2.0], dtype=torch.float64)
-        >>> contradicted_blocks([2 * point, 3 * point], lambda step: [(point * (1 + step)) ** 2 / point] * 2)
-        [1]
+    The function takes a step, and returns its value there in the same blocks.
     """
     differences: dict[float, list[Tensor]] = {}
     undecided = list(range(len(derivative)))
@@ -95,15 +84,7 @@ def _steady_index(slopes: Sequence[Tensor], derivative: Tensor) -> int | None:
 
 
 def relative_direction(parameters: Sequence[Tensor], *, seed: int) -> Tensor:
-    """Draw a direction that moves each parameter by its own size, or, where it is zero, by the size of all.
-
-    Args:
-        parameters: The parameters, with N elements in all.
-        seed: The seed of the random numbers.
-
-    Returns:
-        The direction, shape ``(N,)``.
-    """
+    """Draw a direction that moves each parameter by its own size, or, where it is zero, by the size of all."""
     generator = torch.Generator().manual_seed(seed)
     flat = [parameter.detach().flatten() for parameter in parameters]
     usual_size = torch.cat(flat).square().mean().sqrt()

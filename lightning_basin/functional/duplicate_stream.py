@@ -4,12 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_basin.functional.duplicates import (
-    activation_rows,
-    check_duplicate_rtol,
-    join_classes,
-    search_classes,
-)
+from lightning_basin.functional.duplicates import activation_rows, check_duplicate_rtol, join_classes, search_classes
 from lightning_basin.functional.neighbors import (
     NUM_DIRECTIONS,
     Places,

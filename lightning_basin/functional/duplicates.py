@@ -47,14 +47,8 @@ def duplicate_classes(activations: Tensor, *, rtol: float = 1e-6, scales: Tensor
 def search_classes(rows: Tensor, rtols: Sequence[float], *, scales: Array, largest: float) -> Reading[list[Array]]:
     """Find the classes of `duplicate_classes` at several tolerances, beside other computations of `read_together`.
 
-    Args:
-        rows: The activations, one row per input, float64, shape ``(k, d)``.
-        rtols: The tolerances, from the largest to the smallest.
-        scales: The scales of `duplicate_classes`, float64.
-        largest: The largest finite magnitude of all elements.
-
-    Returns:
-        The smallest index of each input's class, int64, shape ``(k,)``, at each tolerance.
+    The tolerances descend. The scales are those of `duplicate_classes`; the largest finite magnitude is that of all
+    rows. The result is the smallest index of each input's class, int64, shape ``(k,)``, at each tolerance.
     """
     num_inputs, width = rows.shape
     if num_inputs == 0 or width == 0:
@@ -81,11 +75,7 @@ def check_duplicate_rtol(rtol: float) -> None:
 
 
 def activation_rows(activations: Tensor) -> Tensor:
-    """Return activations as they are compared: one row per input, in float64, shape ``(k, d)``.
-
-    Raises:
-        ValueError: If there is no axis of inputs.
-    """
+    """Return activations as they are compared: one row per input, in float64, shape ``(k, d)``."""
     if activations.ndim == 0:
         raise ValueError("activations must have one row per input, got a scalar")
     return activations.detach().unsqueeze(-1).flatten(1).to(torch.float64)
@@ -101,11 +91,7 @@ def largest_entry(rows: Tensor) -> Tensor:
 
 
 def largest_elements(tensors: Sequence[Tensor]) -> list[float]:
-    """Find the largest magnitude among the finite elements of each of some tensors, which are read at once.
-
-    Args:
-        tensors: Floating point tensors of any shapes.
-    """
+    """Find the largest magnitude among the finite elements of each of some tensors, which are read at once."""
     extremes = [bound for tensor in tensors for bound in (tensor if tensor.numel() else tensor.new_zeros(1)).aminmax()]
     bounds = read(extremes)
     magnitudes = [max(-lowest, highest) for lowest, highest in zip(bounds[::2], bounds[1::2], strict=True)]
@@ -181,17 +167,7 @@ def _merged_rows(
 
 
 def join_classes(classes: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Join the class of each ``left[i]`` with that of ``right[i]``.
-
-    Args:
-        classes: The smallest index of the class of each input, shape ``(k,)``.
-        left: The indices of some inputs.
-        right: The indices of as many others.
-
-    Example:
-        >>> join_classes(torch.arange(4), torch.tensor([0, 2]), torch.tensor([2, 3]))
-        tensor([0, 1, 0, 0])
-    """
+    """Join the class of each ``left[i]`` with that of ``right[i]``; a class is named by the smallest index in it."""
     while True:
         of_left, of_right = classes[left], classes[right]
         if torch.equal(of_left, of_right):

@@ -14,13 +14,7 @@ from lightning_basin.functional.rank import singular_values
 
 @dataclass(frozen=True)
 class Block:
-    """Columns of a matrix that are a view of all its columns: they need no tensor of their places.
-
-    Attributes:
-        sizes: The lengths of the axes of the view.
-        strides: The steps along these axes, in columns.
-        start: The first column.
-    """
+    """Columns of a matrix that are a view of all its columns: they need no tensor of their places."""
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
@@ -37,19 +31,7 @@ Columns = tuple[Block, ...] | Tensor
 
 
 def add_columns(matrix: Tensor, columns: Columns, values: Tensor) -> None:
-    """Add values to some columns of a matrix, or to some elements of a vector.
-
-    Args:
-        matrix: The matrix with contiguous rows, shape ``(..., N)``.
-        columns: The places of the columns.
-        values: What to add, shape ``(..., n)``.
-
-    Example:
-        >>> matrix = torch.zeros(1, 3)
-        >>> add_columns(matrix, (Block((2,), (2,), 0),), torch.tensor([[1.0, 2.0]]))
-        >>> matrix
-        tensor([[1., 0., 2.]])
-    """
+    """Add values to some columns of a matrix with contiguous rows, or to some elements of a vector."""
     if isinstance(columns, Tensor):
         matrix.index_add_(-1, columns.to(matrix.device), values)
         return
@@ -68,9 +50,6 @@ class StackedGradients:
     Attributes:
         parts: The gradients by each part of the parameters.
         columns: The places of each part's columns; columns of no part are zero.
-        num_rows: The number of rows, m.
-        num_columns: The number of parameters, N.
-        device: The device of the gradients.
     """
 
     parts: "tuple[KhatriRaoGradients | DenseGradients, ...]"
@@ -141,10 +120,8 @@ def sum_of_sketches(matrices: Sequence[LayerGradients], num_columns: int, genera
 def kronecker_spectrum(gradients: LayerGradients) -> Tensor | None:
     r"""Find the singular values where all inputs have the same output gradients, as for a linear layer at the end.
 
-    Then :math:`G = A \otimes B`, whose singular values are the products of those of A and of B.
-
-    Returns:
-        The singular values, descending, on the CPU, shape ``(min(m, N),)``; ``None`` where output gradients differ.
+    Then :math:`G = A \otimes B`, whose singular values are the products of those of A and of B. They descend, on the
+    CPU; ``None`` where output gradients differ.
     """
     factors = kronecker_factors(gradients)
     if factors is None:

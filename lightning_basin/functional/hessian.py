@@ -9,13 +9,7 @@ from lightning_basin.functional.jacobian import vector_jacobian_products
 from lightning_basin.functional.lanczos import check_symmetry
 
 
-def hessian_matrix(
-    loss: Tensor,
-    parameters: Sequence[Tensor],
-    *,
-    chunk_size: int = 64,
-    atol: float = 0.0,
-) -> Tensor:
+def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor], *, chunk_size: int = 64, atol: float = 0.0) -> Tensor:
     """Compute all second derivatives of a loss, by double backward.
 
     Args:
@@ -47,11 +41,7 @@ def hessian_matrix(
 def gradient_derivative(
     gradient: Tensor, variables: Sequence[Tensor], *, chunk_size: int = 64, atol: float = 0.0
 ) -> Tensor:
-    """Differentiate a gradient by all of its variables, as `hessian_matrix` and `hessian_product` do with theirs.
-
-    Returns:
-        The matrix, shape ``(n, n)``, which is symmetric but for rounding.
-    """
+    """Differentiate a gradient by all of its variables, as `hessian_matrix` does; shape ``(n, n)``."""
     size = len(gradient)
     hessian = gradient.new_zeros(size, size).detach()
     if not gradient.requires_grad:  # The gradient of a function that is piecewise linear.
@@ -81,12 +71,7 @@ def is_connected(gradient: Tensor, parameters: Sequence[Tensor]) -> list[bool]:
 
 
 def check_connected(connected: Sequence[bool], is_curved: Sequence[bool]) -> None:
-    """Refuse a gradient that has lost its dependence on parameters in which the loss is curved.
-
-    Args:
-        connected: For each parameter whether the gradient depends on it, as far as its graph shows.
-        is_curved: For each parameter whether its Gauss-Newton part is known not to vanish.
-    """
+    """Refuse a gradient that has lost its dependence on parameters in which the loss is curved."""
     num_lost = sum(curved and not reached for curved, reached in zip(is_curved, connected, strict=True))
     if num_lost:
         raise RuntimeError(

@@ -89,21 +89,10 @@ def gradient_rows(outputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 def vector_jacobian_products(outputs: Tensor, variables: Sequence[Tensor], vectors: Tensor) -> Tensor:
-    """Rows of ``vectors @ d(outputs)/d(variables)``, batched where every operation allows it.
+    """Rows of ``vectors @ d(outputs)/d(variables)``, shape ``(n, N)``, batched where every operation allows it.
 
-    Args:
-        outputs: The outputs in the graph of ``variables``, which stays.
-        variables: The variables, in the order of the columns.
-        vectors: n of them, each in the shape of ``outputs``.
-
-    Returns:
-        Shape ``(n, N)``; zero where the outputs do not depend on a variable.
-
-    Example:
-        >>> w = torch.tensor([2.0, 3.0], requires_grad=True)
-        >>> vector_jacobian_products(w.square(), [w], torch.eye(2))
-        tensor([[4., 0.],
-                [0., 6.]])
+    Each of the n vectors has the shape of the outputs, whose graph stays. Rows are zero where the outputs do not depend
+    on a variable.
     """
 
     def backward(vectors: Tensor, *, batched: bool) -> Tensor:

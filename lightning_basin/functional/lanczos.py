@@ -210,13 +210,7 @@ def next_bounds(iterations: Sequence[NormIteration], products: Sequence[Tensor])
 
 
 def check_symmetry(asymmetry: float, scale: float, *, atol: float = 0.0) -> None:
-    """Refuse second derivatives that are not symmetric.
-
-    Args:
-        asymmetry: The largest difference of two entries that should be equal.
-        scale: The largest magnitude of an entry.
-        atol: The asymmetry to allow beside 1e-8 of the largest entry.
-    """
+    """Refuse second derivatives whose asymmetry is larger than ``atol`` and 1e-8 of the largest entry together."""
     if asymmetry > _SYMMETRY_RTOL * scale + atol:
         raise RuntimeError(
             f"the Hessian must be symmetric, but entries differ by {asymmetry:.1e} of {scale:.1e}: an operation of the "

@@ -113,25 +113,8 @@ class CanonicalLoss:
 def canonical_loss(loss_fn: LossOfOutputs, outputs: Tensor, outputs_elsewhere: OutputsElsewhere) -> CanonicalLoss:
     """Differentiate a loss twice by the outputs, or by the logits where it is a cross-entropy of probabilities.
 
-    Args:
-        loss_fn: The loss, from outputs in the shape of ``outputs`` to a scalar.
-        outputs: The outputs, shape ``(k, ...)``.
-        outputs_elsewhere: Outputs at other weights: outputs that sum to one there as well are probabilities.
-
-    Raises:
-        RuntimeError: If the loss cannot be differentiated twice, or its derivatives are not finite or wrong; if the
-            loss is a cross-entropy of probabilities whose logits are lost.
-
-    Example:
-        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
-        >>> log_probabilities = [logits.log_softmax(1), (0.1 * logits).log_softmax(1)]
-        >>> labels = torch.tensor([0, 1])
-        >>> loss = canonical_loss(
-        ...     lambda f: torch.nn.functional.nll_loss(f, labels), log_probabilities[0], lambda: log_probabilities[1:]
-        ... )
-        >>> loss.link.name, loss.curvature.matrices[1]
-        ('log_softmax', tensor([[ 0.1250, -0.1250],
-                [-0.1250,  0.1250]], dtype=torch.float64))
+    Outputs that sum to one at other weights as well are probabilities. A RuntimeError refuses a loss that cannot be
+    differentiated twice, whose derivatives are not finite or wrong, or whose logits are lost.
     """
     outputs = outputs.detach()
     plain = CanonicalLoss(loss_fn, output_curvature(loss_fn, outputs))
@@ -199,11 +182,7 @@ def _loss_of_logits(link: Link, loss_fn: LossOfOutputs, outputs: Tensor) -> Cano
 def _groups_that_sum_to_one(
     outputs: Tensor, outputs_elsewhere: OutputsElsewhere, probabilities: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """Stretches of outputs along one axis whose probabilities sum to one for all inputs, at all weights.
-
-    Returns:
-        The groups, as numbers of flattened outputs of one input, shapes ``(g, s)``.
-    """
+    """Stretches along an axis whose probabilities sum to one for all inputs, at all weights; shapes ``(g, s)``."""
     for axis in range(1, outputs.ndim):
         rows = _rows_along(axis, probabilities(outputs))
         if not _spans(rows):

@@ -26,10 +26,6 @@ def random_directions(width: int, device: torch.device | str = "cpu") -> Tensor:
     """Draw directions, always the same on a device, shape ``(width, NUM_DIRECTIONS)``.
 
     No element is larger than ``1 / width``, so that the position of a row is no larger than its largest element.
-
-    Args:
-        width: The length of a row, d.
-        device: The device of the rows.
     """
     generator = Generator(device).manual_seed(0)
     # Each direction is contiguous, as rows are, which halves the time of their products.
@@ -45,10 +41,7 @@ def rounding_of_distances(width: int, largest: float) -> float:
 def place_rows(rows: Tensor, *, mean_scale: float, largest: float) -> Reading["Places"]:
     """Find where rows lie along random directions; elements that are not finite count as zero.
 
-    Args:
-        rows: The rows, float64, shape ``(k, d)``.
-        mean_scale: The mean over all elements of the magnitudes to which their tolerances are relative.
-        largest: The largest finite magnitude of all elements.
+    ``mean_scale`` is the mean over all elements of the magnitudes to which their tolerances are relative.
     """
     directions = random_directions(rows.shape[1], rows.device)
     (positions,) = yield [rows @ directions]
@@ -79,13 +72,7 @@ class Places:
     def near_groups(self, members: Array, groups: Array, rtol: float) -> tuple[Array, Array]:
         """Split groups of rows wherever there is a gap that no two rows within the tolerance can span.
 
-        Args:
-            members: The indices of some rows.
-            groups: The number of the group of each of these rows; rows of two groups are never compared.
-            rtol: The tolerance, relative to the scales.
-
-        Returns:
-            The rows that are not alone, group by group and in the order of the last direction; and their groups.
+        Return the rows that are not alone, group by group and in the order of the last direction; and their groups.
         """
         window = self._window(rtol)
         for along in self.positions.T:
@@ -100,14 +87,10 @@ class Places:
         return members, groups
 
     def near_pairs(self, members: Array, groups: Array, rtol: float, labels: Array) -> Iterator[tuple[Array, Array]]:
-        """Yield all pairs of rows that may be within the tolerance of each other, in batches.
+        """Yield all pairs of rows of one group that may be within the tolerance of each other, in batches.
 
-        Args:
-            members: The indices of some rows.
-            groups: The number of the group of each of these rows; rows of two groups are never paired.
-            rtol: The tolerance, relative to the scales.
-            labels: The class of each of all rows, shape ``(k,)``. Where the caller joins classes between two batches,
-                rows of one class are not paired any more.
+        Where the caller joins classes between two batches, in the labels of all rows, rows of one class are not paired
+        any more.
         """
         window = self._window(rtol)
         members, groups = self.near_groups(members, groups, rtol)

@@ -110,7 +110,11 @@ def output_curvature(loss_fn: LossOfOutputs, outputs: Tensor) -> OutputCurvature
     # Squared errors have no closed form to find, and may have many outputs.
     is_square = (scale := _identity_scale(derivatives.matrices)) and is_quadratic(loss_fn, outputs, scale)
     curvature = _factored(derivatives, [] if is_square else _sampled(loss_fn, outputs), num_inputs=shape[0])
-    return replace(curvature, is_flat=curvature.is_flat and not _pulls_nearby(loss_fn, values.detach(), shape))
+    if not curvature.is_flat:
+        return curvature
+    # Beside a minimum of a higher order the slope is not zero where every output is moved a little.
+    pulls_nearby = bool((_slope_nearby(loss_fn, values.detach(), shape, _NEARBY**0.5) != 0).all())
+    return replace(curvature, is_flat=not pulls_nearby)
 
 
 def _slope_nearby(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int], distance: float) -> Tensor:
@@ -118,11 +122,6 @@ def _slope_nearby(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int], 
     moved = (values + distance * (1 + values.abs())).requires_grad_()
     (slope,) = torch.autograd.grad(loss_fn(moved.view(shape)), moved)
     return slope
-
-
-def _pulls_nearby(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int]) -> bool:
-    """Whether the slope is not zero where every output is moved a little, as beside a minimum of a higher order."""
-    return bool((_slope_nearby(loss_fn, values, shape, _NEARBY**0.5) != 0).all())
 
 
 def _check_piecewise_linear(loss_fn: LossOfOutputs, values: Tensor, shape: Sequence[int], slope: Tensor) -> None:
@@ -136,13 +135,7 @@ def _check_piecewise_linear(loss_fn: LossOfOutputs, values: Tensor, shape: Seque
 
 
 def is_quadratic(loss_fn: LossOfOutputs, outputs: Tensor, scale: float) -> bool:
-    """Whether the second derivative is a number times the identity at other outputs too, all within 0 and 1.
-
-    Args:
-        loss_fn: The loss, from outputs in the shape of ``outputs`` to a scalar.
-        outputs: The outputs, of which only the shape counts.
-        scale: The number by which the identity is multiplied at the outputs.
-    """
+    """Whether the second derivative is a number times the identity at other outputs too, all within 0 and 1."""
     values = _random_like(outputs, seed=0).sigmoid_().requires_grad_()
     direction = _random_like(outputs, seed=1)
     try:
@@ -154,13 +147,7 @@ def is_quadratic(loss_fn: LossOfOutputs, outputs: Tensor, scale: float) -> bool:
 
 
 def check_second_derivative(loss_fn: LossOfOutputs, outputs: Tensor, curvature: OutputCurvature) -> None:
-    """Compare the second derivative of a loss, where it is not in closed form, with differences of its first.
-
-    Args:
-        loss_fn: The loss, from outputs in the shape of ``outputs`` to a scalar.
-        outputs: The outputs, shape ``(k, ...)``.
-        curvature: The curvature of the loss at the outputs.
-    """
+    """Compare the second derivative of a loss, where it is not in closed form, with differences of its first."""
     values = outputs.detach().reshape(outputs.shape[0], -1)
     # Each output moves by its size, or by its distance to 1: a loss may be defined on probabilities only.
     direction = values * _random_like(values, seed=NUM_SAMPLES)
@@ -262,6 +249,7 @@ def _factored(
             closed[group.members] = True
             slope[:, group.members] = group.slope
             matrices[:, rows, columns] = group.roots.mT @ group.roots
+    is_zero = not bool(slope.any() or matrices.any())
     return OutputCurvature(
         slope=slope.view(num_inputs, -1),
         matrices=matrices,
@@ -270,7 +258,8 @@ def _factored(
         rounding=max(group.slope_rounding for group in groups),
         factor_rounding=max(group.factor_rounding for group in groups),
         closed=closed,
-        is_flat=not bool(slope.any() or matrices.any()) and _is_curved_somewhere(samples),
+        # Where nothing is known of the loss at other outputs, it may be curved there.
+        is_flat=is_zero and (not samples or any(bool(sample.matrices.any()) for sample in samples)),
     )
 
 
@@ -279,8 +268,3 @@ def _identity_scale(matrices: Tensor) -> float:
     scale = float(matrices[0, 0, 0])
     identity = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
     return scale if bool((matrices == scale * identity).all()) else 0.0
-
-
-def _is_curved_somewhere(samples: Sequence[OutputDerivatives]) -> bool:
-    """Whether the loss is known to be curved somewhere, or nothing is known of it elsewhere."""
-    return not samples or any(bool(sample.matrices.any()) for sample in samples)

@@ -35,13 +35,6 @@ def fourier_sketch(
     eighth channel is alive. So the columns are put into a random order first. The diagonal is random and continuous: it
     keeps the rank almost surely if any diagonal does, and for almost every order one does. The sketch is scaled so that
     ``Y @ Y.T`` has the Gram matrix as its mean.
-
-    Args:
-        parts: The rows of the matrix, some at a time.
-        shape: The shape of the matrix, ``(m, N)``.
-        num_columns: The number of columns of the sketch.
-        generator: A generator on the CPU.
-        device: The device of the matrix.
     """
     length = _fast_length(max(shape[1], num_columns + 2))
     order = torch.randperm(shape[1], generator=generator).to(device)

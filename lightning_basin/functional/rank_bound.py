@@ -42,10 +42,8 @@ def gradient_rank_bound(
         (7, 7)
     """
     inputs = torch.arange(num_inputs)
-    costs, kept = (
-        [0],
-        torch.ones(1, num_inputs, dtype=torch.bool),
-    )  # For each set S that is left: its cost, its members.
+    # For each set S that is left: its cost, and its members.
+    costs, kept = [0], torch.ones(1, num_inputs, dtype=torch.bool)
     for classes, directions in cuts:
         first = _first_members(kept, classes)
         num_merged = (kept.sum(1) - first.sum(1)).tolist()
@@ -155,16 +153,7 @@ def _ranks_above(matrices: Sequence[Tensor], tolerance: float) -> list[int]:
 
 
 def class_means(values: Tensor, classes: Tensor) -> Tensor:
-    """Replace each input's values by their mean over its class.
-
-    Args:
-        values: The values of each input, shape ``(k, ...)``.
-        classes: The first member of each input's class, shape ``(k,)``.
-
-    Example:
-        >>> class_means(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
-        tensor([2., 2., 2.])
-    """
+    """Replace each input's values, shape ``(k, ...)``, by their mean over its class."""
     classes = classes.to(values.device)
     sums = torch.zeros_like(values).index_add_(0, classes, values)[classes]
     counts = torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes]

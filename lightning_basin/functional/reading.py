@@ -21,15 +21,7 @@ Reading: TypeAlias = Generator[Sequence[Tensor], Sequence[Array], _Result]
 
 
 def read(tensors: Sequence[Tensor]) -> list[Array]:
-    """Read tensors, in one transfer for each device and dtype.
-
-    Args:
-        tensors: The tensors, of any shapes, dtypes and devices.
-
-    Example:
-        >>> read([torch.tensor([1.0, 2.0]), torch.tensor(True)])
-        [array([1., 2.], dtype=float32), array(True)]
-    """
+    """Read tensors of any shapes, in one transfer for each device and dtype."""
     places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
         places.setdefault((tensor.device, tensor.dtype), []).append(place)

@@ -64,12 +64,7 @@ class GroupFactors:
 
 
 def factors_of_groups(derivatives: OutputDerivatives, samples: Sequence[OutputDerivatives]) -> Iterator[GroupFactors]:
-    """Yield square roots of the curvature of each group of outputs: closed forms where a group is a softmax.
-
-    Args:
-        derivatives: The derivatives of the loss at the outputs.
-        samples: The derivatives at random outputs, where no input is saturated.
-    """
+    """Yield square roots of the curvature of each group of outputs: closed forms where a group is a softmax."""
     for members in _coupled_groups([derivatives, *samples]):
         scales = _softmax_scales(derivatives.of_groups(members), [sample.of_groups(members) for sample in samples])
         is_softmax = scales.isfinite().all(0)
@@ -98,11 +93,7 @@ def _coupled_groups(derivatives: Sequence[OutputDerivatives]) -> Iterator[Tensor
 
 
 def _softmax_scales(derivatives: OutputDerivatives, samples: Sequence[OutputDerivatives]) -> Tensor:
-    """Find by which number the curvature of a softmax is multiplied in each group.
-
-    Returns:
-        The scales, shape ``(n, g)``; NaN where a group is no softmax.
-    """
+    """Find by which number the curvature of a softmax is multiplied, ``(n, g)``; NaN where a group is no softmax."""
     num_rows, num_groups, size = derivatives.outputs.shape
     unknown = derivatives.outputs.new_full((num_rows, num_groups), math.nan)
     if len(samples) < NUM_SAMPLES:

@@ -42,9 +42,7 @@ class _JoinedUses:
     """Uses of the same elements of one source in the same way, whose gradients add up.
 
     Attributes:
-        source: The source.
         elements: The elements of the source, as in `ProductUse` or `ElementwiseUse`.
-        uses: The uses.
         bias: The uses that add a bias to these products, one for each product; ``None`` where there is no bias.
     """
 
@@ -154,11 +152,6 @@ def combine_uses(parameters: Mapping[str, Tensor], measured: Sequence[MeasuredUs
 
     Uses of the same elements add up, as where a layer is called twice. Products stay factored. Elements that are used
     in several ways are added up as dense rows: of a table that is also the output head, the rows that are looked up.
-
-    Args:
-        parameters: The layer's parameters by name, in order, attached to the graph.
-        measured: All uses of these parameters, and of tensors that were computed from them.
-        num_rows: Rows of the gradients, m.
     """
     sizes = [parameter.numel() for parameter in parameters.values()]
     parts: list[_Part] = []

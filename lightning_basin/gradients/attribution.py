@@ -50,17 +50,10 @@ class InputAxis:
 
 
 def measure_uses(network: Network, trace: Trace, uses: Mapping[int, Use], max_elements: int) -> dict[int, MeasuredUse]:
-    """Measure the uses in whose outputs the inputs can be distinguished.
+    """Measure the uses, by their position in the record, in whose outputs the inputs can be distinguished.
 
-    Args:
-        network: The network that was run.
-        trace: The trace of one chunk of inputs, with its graph.
-        uses: Recorded uses, by their position in the record.
-        max_elements: The elements that the derivatives of all outputs by all operations may have to be found at once.
-
-    Returns:
-        The output gradients and input activations, by the same positions. A use is left out where it is not clear
-        which slice of its output belongs to which input.
+    A use is left out where it is not clear which slice of its output belongs to which input. The derivatives of all
+    outputs are found at once where they have at most ``max_elements`` elements.
     """
     outputs, dtype = network.rows(trace.outputs), network.gradient_dtype
     num_inputs, num_outputs = outputs.shape
@@ -82,8 +75,11 @@ def measure_uses(network: Network, trace: Trace, uses: Mapping[int, Use], max_el
         measured[index] = MeasuredUse(use, output_gradients, activations)
     for index, product in products_of_biases.items():
         if product in measured:
-            of_bias = _summed_over_positions(measured[product].output_gradients)
-            measured[index] = MeasuredUse(uses[index], of_bias, None)
+            gradients = measured[product].output_gradients
+            summed = (
+                gradients.squeeze(2) if gradients.shape[2] == 1 else gradients.sum(2)
+            )  # One position is not copied.
+            measured[index] = MeasuredUse(uses[index], summed, None)
     return measured
 
 
@@ -153,11 +149,6 @@ def _products_of_biases(uses: Mapping[int, Use]) -> dict[int, int]:
         and use.shifts.output is use.output
         and use.elements.count == use.shifts.elements.shape[0]
     }
-
-
-def _summed_over_positions(output_gradients: Tensor) -> Tensor:
-    """Output gradients of a bias from those of its product, shape ``(k, c, t, d_out)``; not copied for one position."""
-    return output_gradients.squeeze(2) if output_gradients.shape[2] == 1 else output_gradients.sum(2)
 
 
 def _input_axes(
@@ -249,20 +240,11 @@ def output_places(uses: Mapping[int, Use]) -> list[OperationOutput]:
 def differentiate_at(
     places: Sequence[OperationOutput], outputs: Tensor, weights: Tensor, *, is_batched: bool = False
 ) -> dict[int, Tensor]:
-    """Differentiate a combination of outputs by the outputs of some operations.
+    """Differentiate a combination of outputs, whose graph is retained, by the outputs of some operations.
 
-    Args:
-        places: The outputs of the operations, as places in the graph.
-        outputs: The outputs of the network; their graph is retained.
-        weights: The weights of the combination, in the shape of the outputs; of several combinations along a first
-            axis, where these are batched.
-        is_batched: Whether there are several combinations.
-
-    Returns:
-        The derivatives by the identity of the place, zero where the combination does not depend on it.
-
-    Raises:
-        RuntimeError: If combinations are batched, and an operation does not support it.
+    Return the derivatives by the identity of the place, zero where the combination does not depend on it. The weights
+    of several combinations stand along a first axis; an operation that does not support such a batch raises a
+    RuntimeError.
     """
     edges = {id(place): place.edge for place in places if place.edge is not None}
     shapes = {id(place): (*weights.shape[: int(is_batched)], *place.shape) for place in places}

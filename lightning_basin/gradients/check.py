@@ -57,12 +57,7 @@ class MeasuredGradients:
 class AutogradCheck:
     """One random combination of all rows of every layer's gradients, which each method must reproduce.
 
-    Args:
-        runs: The network's runs over the probe.
-        generator: A generator on the CPU; it draws the combination's weights, which are standard normal.
-
-    Raises:
-        ValueError: If the gradients are not finite.
+    The weights of the combination are standard normal. Gradients that are not finite are refused.
     """
 
     def __init__(self, runs: ProbeRuns, generator: Generator) -> None:
@@ -112,13 +107,7 @@ class AutogradCheck:
         The combinations may differ by rounding in their norm, which bounds how far singular values move. In a deep
         network they may differ as much as backward passes that must add up. Where terms cancel, they may differ by the
         rounding of the terms. Where autograd's combination is no more than rounding, the layer has no effect, and zero
-        gradients.
-
-        Args:
-            gradients: The gradients to check, of layers that are held together.
-            structured: Whether they come from the operations that use the layers. Then only rounding is allowed for, so
-                that no use is missed, however weak.
-            notes: The record's notes on them; layers without one have no entry.
+        gradients. Of structured gradients only rounding is allowed for, so that no use is missed, however weak.
         """
         rtol = self._structured_rtol if structured else agreement_rtol(self._runs.network.dtype)
         differences = self._differences(gradients)

@@ -27,24 +27,12 @@ _UNKNOWN_USE = "layer {!r} is measured row by row: its parameters are used in ot
 
 
 def layer_gradients(
-    runs: ProbeRuns,
-    check: AutogradCheck,
-    *,
-    layers: Sequence[Layer] | None = None,
-    max_elements: int = GROUP_ELEMENTS,
+    runs: ProbeRuns, check: AutogradCheck, *, layers: Sequence[Layer] | None = None, max_elements: int = GROUP_ELEMENTS
 ) -> Iterator[MeasuredGradients]:
     """Yield the behavioral gradients of each layer, checked against autograd.
 
-    Args:
-        runs: The network's runs over the probe.
-        check: The check for this network and probe.
-        layers: The layers to measure; ``None`` means all.
-        max_elements: Elements that the factors or the dense rows of one layer may have. Smaller layers are measured
-            together, up to ``GROUP_ELEMENTS``.
-
-    Raises:
-        MemoryBudgetError: If a layer must be measured row by row, and its rows have more elements.
-        RuntimeError: If no method of computing a layer's gradients agrees with autograd.
+    The factors or the dense rows of one layer may have ``max_elements``; smaller layers are measured together. A layer
+    whose rows have more raises a MemoryBudgetError, one that no method computes as autograd does a RuntimeError.
     """
     layers = runs.network.layers if layers is None else layers
     waiting: list[tuple[Layer, str | None]] = []

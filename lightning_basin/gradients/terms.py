@@ -63,14 +63,11 @@ def _summed_over_inputs(use: Use, derivative: Tensor) -> MeasuredUse:
 
 
 def sum_term_magnitudes(network: Network, chunk: Chunk, layer: Layer, weights: Tensor) -> Tensor:
-    """Sum the magnitudes of the terms of which the gradient of a combination of outputs is the sum.
+    """Sum the magnitudes of the terms of which the gradient of a combination of outputs is the sum, shape ``(N,)``.
 
     The gradient with respect to a weight is a sum over inputs and positions of output gradients times input
     activations; that of a bias is a sum of output gradients. Their rounding errors are in proportion to these terms,
     also where the sum is zero.
-
-    Returns:
-        The sums for all elements of the layer's parameters, in their order, shape ``(N,)``.
     """
     outputs, parameters = network.rows(chunk.trace.outputs), network.parameters([layer])
     uses = find_uses(network, chunk.trace)[layer]

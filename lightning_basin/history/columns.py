@@ -24,12 +24,7 @@ Column = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Logged:
-    """What else a run has logged under one key, at steps of its own.
-
-    Attributes:
-        steps: The steps, ascending, shape ``(n,)``.
-        values: The values, shape ``(n,)``.
-    """
+    """What else a run has logged under one key: ascending steps of its own, and values, both of shape ``(n,)``."""
 
     steps: NDArray[np.int64]
     values: Column
@@ -77,29 +72,16 @@ class History:
         return {"start": 0, **at_zero, "end": last}
 
     def index_at(self, step: int) -> int:
-        """Return the index of the last measurement that is not after a step.
-
-        Args:
-            step: The number of optimizer steps.
-        """
+        """Return the index of the last measurement that is not after a step."""
         return max(0, int(np.searchsorted(self.steps, step, side="right")) - 1)
 
     def column(self, quantity: str, layer: str | None = None) -> Column:
-        """Return a quantity over the steps; all NaN where it was never measured.
-
-        Args:
-            quantity: The name of the quantity.
-            layer: The layer's name in logged keys; ``None`` for the network.
-        """
+        """Return a quantity of the network, or of a layer, over the steps; all NaN where it was never measured."""
         columns = self.network if layer is None else self.layers[layer]
         return columns.get(quantity, np.full(len(self.steps), np.nan))
 
     def largest_rank(self, layer: str | None = None) -> Column:
-        """Return ``min(m, N)``, the largest rank that there can be, from the rank and what it lacks.
-
-        Args:
-            layer: The layer's name in logged keys; ``None`` for the network.
-        """
+        """Return ``min(m, N)``, the largest rank that there can be, from the rank and what it lacks."""
         return self.column("gradient_rank", layer) + self.column("gradient_rank_deficit", layer)
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,33 +112,18 @@ class History:
         }
 
     def lossiest_layers(self, number: int) -> list[str]:
-        """Return the layers that lack the largest shares of their directions at the end, in the order of the network.
-
-        Args:
-            number: The largest number of layers.
-        """
+        """Return the layers that lack the largest shares of their directions at the end, in the network's order."""
         shares = {layer: self.lost_share(layer)[-1] for layer in self.layers}
         chosen = sorted(shares, key=lambda layer: -np.nan_to_num(shares[layer]))[:number]
         return [layer for layer in self.layers if layer in chosen]
 
     def lost_share(self, layer: str | None = None) -> Column:
-        """Return the share of the ``min(m, N)`` directions that the rank lacks, from 0 to 1.
-
-        Args:
-            layer: The layer's name in logged keys; ``None`` for the network.
-        """
+        """Return the share of the ``min(m, N)`` directions that the rank lacks, from 0 to 1."""
         return self.column("gradient_rank_deficit", layer) / np.maximum(self.largest_rank(layer), 1.0)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "History":
-        """Read what `to_dict` wrote.
-
-        Args:
-            plain: The history as builtins.
-
-        Raises:
-            ValueError: If it was written by a later version in a form of its own.
-        """
+        """Read what `to_dict` wrote; what a later version wrote in a form of its own is refused."""
         if plain.get("schema") != SCHEMA:
             raise ValueError(
                 f"a history must have the schema {SCHEMA}, got {plain.get('schema')!r}: update the package"
@@ -182,32 +149,12 @@ class History:
         )
 
     def num_parameters(self, layer: str | None = None) -> Column:
-        """Return N, from the rank and the dimension of what it leaves free.
-
-        Args:
-            layer: The layer's name in logged keys; ``None`` for the network.
-        """
+        """Return N, from the rank and the dimension of what it leaves free."""
         return self.column("gradient_rank", layer) + self.column("gradient_nullity", layer)
 
 
 def history_of(records: Iterable[BasinRecord], *, name: str = "run", zero_loss_step: int | None = None) -> History:
-    """Turn records into columns.
-
-    Args:
-        records: The records of one run, oldest first; their steps ascend. Records without a step are numbered.
-        name: The name of the run.
-        zero_loss_step: The step at which the loss had reached zero; ``None`` where it has not.
-
-    Raises:
-        ValueError: If there are no records.
-
-    Example:
-        >>> import torch
-        >>> from lightning_basin import measure_basin
-        >>> record = measure_basin(torch.nn.Linear(2, 1), torch.eye(2))
-        >>> history_of([record]).column("gradient_rank").tolist()
-        [2.0]
-    """
+    """Turn the records of one run, oldest first, into columns; records without a step are numbered."""
     records = list(records)
     if not records:
         raise ValueError("a history needs at least one record, got none: measure first")
@@ -234,15 +181,7 @@ def history_of(records: Iterable[BasinRecord], *, name: str = "run", zero_loss_s
 
 
 def columns_of(rows: Sequence[Mapping[str, float]]) -> dict[str, Column]:
-    """Turn rows with values by name into columns with NaN for what a row lacks.
-
-    Args:
-        rows: The rows.
-
-    Example:
-        >>> columns_of([{"a": 1.0}, {"a": 2.0, "b": 3.0}])["b"].tolist()
-        [nan, 3.0]
-    """
+    """Turn rows with values by name into columns with NaN for what a row lacks."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: np.array([row.get(name, np.nan) for row in rows], dtype=np.float64) for name in names}
 

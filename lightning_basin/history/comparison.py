@@ -18,14 +18,7 @@ QUANTITIES = (
 
 @dataclass(frozen=True, eq=False)
 class Band:
-    """A quantity of several runs over the steps.
-
-    Attributes:
-        steps: All steps at which a run was measured, shape ``(n,)``.
-        low: The tenth percentile of the runs, shape ``(n,)``.
-        median: The median, shape ``(n,)``.
-        high: The ninetieth percentile, shape ``(n,)``.
-    """
+    """A quantity of several runs over all their steps: its tenth, fiftieth and ninetieth percentile."""
 
     steps: NDArray[np.int64]
     low: Column
@@ -34,20 +27,7 @@ class Band:
 
 
 def final_values(history: History, names: Iterable[str]) -> dict[str, float]:
-    """Return the last measured value of quantities of the network, or of what else the run has logged.
-
-    Args:
-        history: The run.
-        names: Names of quantities, or keys of other values.
-
-    Raises:
-        ValueError: If a run has no value of a name that is no quantity of a network.
-
-    Example:
-        >>> history = History(name="run", steps=np.array([0, 5]), network={"gradient_rank": np.array([4.0, 3.0])})
-        >>> final_values(history, ["gradient_rank"])
-        {'gradient_rank': 3.0}
-    """
+    """Return the last measured value of quantities of the network, or of what else the run has logged, by name."""
     values = {}
     for name in names:
         column = history.logged[name].values if name in history.logged else history.column(name)
@@ -60,23 +40,7 @@ def final_values(history: History, names: Iterable[str]) -> dict[str, float]:
 
 
 def band_of(histories: Sequence[History], quantity: str) -> Band:
-    """Return the percentiles of a quantity of the network over several runs, each as it was measured last.
-
-    Args:
-        histories: The runs; one counts from its first measurement to its last.
-        quantity: The name of the quantity.
-
-    Raises:
-        ValueError: If no run has values of the quantity.
-
-    Example:
-        >>> runs = [
-        ...     History(name=str(i), steps=np.array([0, 10]), network={"gradient_rank": np.array([4.0, float(i)])})
-        ...     for i in range(3)
-        ... ]
-        >>> band_of(runs, "gradient_rank").median.tolist()
-        [4.0, 1.0]
-    """
+    """Return the percentiles of a quantity of the network over several runs, each as it was measured last."""
     steps = np.unique(np.concatenate([history.steps for history in histories]))
     values = np.stack([_held(history, quantity, steps) for history in histories])
     if np.isnan(values).all():

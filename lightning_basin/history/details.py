@@ -19,18 +19,9 @@ def details_of(record: BasinRecord) -> dict[str, Any]:
     Scopes are those of the logged keys, and the network, under an empty name. Above 32 of them only the network has
     singular values.
 
-    Args:
-        record: The record.
-
     Returns:
         Builtins for JSON: ``inputs``; ``outputs``, m; ``parameters``, N of each scope; ``spectra`` as
         `SpectrumHistory.to_dict` writes them; and ``merged_inputs`` as ``[index, equals, layer]``.
-
-    Example:
-        >>> import torch
-        >>> from lightning_basin import measure_basin
-        >>> details_of(measure_basin(torch.nn.Linear(2, 1, bias=False), 2 * torch.eye(2)))["spectra"][""]["counts"]
-        [[1, 2]]
     """
     scopes = record.blocks or record.layers
     tags = tags_of(scopes)
@@ -48,12 +39,7 @@ def details_of(record: BasinRecord) -> dict[str, Any]:
 
 
 def with_details(history: History, details: Mapping[int, Mapping[str, Any]]) -> History:
-    """Return a history with what details say beside its columns.
-
-    Args:
-        history: The history, as the values of a table or of event files say it.
-        details: What `details_of` returned, by step; some steps may be missing.
-    """
+    """Return a history with what `details_of` has returned, by step, beside its columns; some steps may be missing."""
     found = [details.get(step) for step in history.steps.tolist()]
     known = [item for item in found if item is not None]
     if not known:

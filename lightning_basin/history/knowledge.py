@@ -11,12 +11,7 @@ Knowledge = Literal["proved", "bracketed", "lower bound", "ill-defined"]
 
 
 def rank_knowledge(history: History, layer: str | None = None) -> list[Knowledge]:
-    """Say what is known of the rank at each measurement.
-
-    Args:
-        history: The run.
-        layer: The layer's name in logged keys; ``None`` for the network.
-    """
+    """Say what is known of the rank at each measurement."""
     if history.is_projected:
         return ["lower bound"] * len(history.steps)
     gaps = history.column("gradient_rank_gap", layer)
@@ -24,12 +19,7 @@ def rank_knowledge(history: History, layer: str | None = None) -> list[Knowledge
 
 
 def counted_nullity(history: History, layer: str | None = None) -> Column:
-    """Return the nullity of the Hessian at each measurement: where its bracket meets, else as its eigenvalues say.
-
-    Args:
-        history: The run.
-        layer: The layer's name in logged keys; ``None`` for the network.
-    """
+    """Return the nullity of the Hessian at each measurement: where its bracket meets, else as its eigenvalues say."""
     lower, upper = (history.column(f"hessian_nullity_{end}", layer) for end in ("lower", "upper"))
     return np.where(lower == upper, lower, history.column("hessian_nullity", layer))
 
@@ -39,10 +29,6 @@ def nullity_knowledge(history: History, layer: str | None = None) -> list[Knowle
 
     Eigenvalues that are counted without a bracket are compared with the residual: their number is ill-defined as long
     as there is one.
-
-    Args:
-        history: The run.
-        layer: The layer's name in logged keys; ``None`` for the network.
     """
     lower, upper = (history.column(f"hessian_nullity_{end}", layer) for end in ("lower", "upper"))
     is_proved = (lower == upper) | (history.column("residual_curvature", layer) == 0)

@@ -27,29 +27,12 @@ _SHOWN = (
 
 
 def page_name(prefix: str) -> str:
-    """Return the name of the report of a monitor.
-
-    Args:
-        prefix: The prefix of the monitor's keys.
-
-    Example:
-        >>> page_name("basin"), page_name("held_out")
-        ('report.html', 'held_out_report.html')
-    """
+    """Return the name of a monitor's report: ``report.html``, or ``<prefix>_report.html`` for a prefix of its own."""
     return PAGE if prefix == "basin" else f"{tag(prefix)}_{PAGE}"
 
 
 def write_data(history: History) -> str:
-    r"""Write a history as JSON that may stand inside of a page; of a long run of many layers, what the page shows.
-
-    Args:
-        history: The run.
-
-    Example:
-        >>> import numpy as np
-        >>> write_data(History(name="</script>", steps=np.array([0]), network={}))[:35]
-        '{"schema":1,"name":"\\u003c/script>"'
-    """
+    """Write a history as JSON that may stand inside of a page; of a long run of many layers, what the page shows."""
     data = history.to_dict()
     text = json.dumps(data, separators=(",", ":"))
     if len(text) > _LARGE:
@@ -62,15 +45,7 @@ def write_data(history: History) -> str:
 
 
 def read_page(path: Path) -> History:
-    """Read the history that a report holds.
-
-    Args:
-        path: The path of the report.
-
-    Raises:
-        FileNotFoundError: If there is no report.
-        ValueError: If the page is no report of this package.
-    """
+    """Read the history that a report holds."""
     if not path.is_file():
         raise FileNotFoundError(f"source must be a report, but there is none at {path}")
     found = _DATA.search(path.read_text(encoding="utf-8"))

@@ -31,17 +31,10 @@ Points = Mapping[str, Mapping[int, Any]]
 def read_history(source: Source, *, name: str | None = None, prefix: str | None = None) -> History:
     """Read the history of one run.
 
-    Args:
-        source: A history; records; a table, ``*.csv`` or ``*.jsonl``; a report; or a folder of these and of TensorBoard
-            events, or above the only run. Of a folder the report is read, unless events and tables, of which the newest
-            counts, have more measurements: those of a run that goes on, or that was killed.
-        name: The name of the run; ``None`` takes that in the report, else that of the folder. A history keeps its own.
-        prefix: The prefix of the monitor's keys; ``None`` takes the only one.
-
-    Raises:
-        FileNotFoundError: If there is nothing at the path.
-        TypeError: If it is none of these.
-        ValueError: If nothing of a monitor is in it, or if it holds several monitors and ``prefix`` chooses none.
+    Of a folder of tables (``*.csv``, ``*.jsonl``), TensorBoard events and reports, or above the only run, the report is
+    read, unless events and tables, of which the newest counts, have more measurements: those of a run that goes on, or
+    that was killed. Without ``name`` the run has the name in the report, else that of the folder; without ``prefix``
+    there must be one monitor.
     """
     if isinstance(source, History):
         return source
@@ -104,27 +97,18 @@ def run_folders(folder: str | Path) -> list[Path]:
     """Return all folders below one, and itself, which hold a run, sorted.
 
     A folder below that of a run is a part of this run: that of the single points at zero loss, for example.
-
-    Args:
-        folder: The folder to search.
     """
     candidates = {path.parent for pattern in _PATTERNS for path in Path(folder).rglob(pattern)}
     runs: list[Path] = []
     for candidate in sorted(candidates):
-        if not any(run in candidate.parents for run in runs) and _holds_a_run(candidate):
+        is_part = any(run in candidate.parents for run in runs)
+        if not is_part and (any(candidate.glob(f"*{PAGE}")) or _prefixes(_points_of(candidate))):
             runs.append(candidate)
     return runs
 
 
 def run_folder(path: Path) -> Path:
-    """Return the folder of one run: that of a file, or a folder with files of a run, or the only run below it.
-
-    Args:
-        path: The path of a table, a report or a folder.
-
-    Raises:
-        ValueError: If there are several runs below the folder.
-    """
+    """Return the folder of one run: that of a file, or a folder with files of a run, or the only run below it."""
     if path.is_file():
         return path.parent
     if any(next(path.glob(pattern), None) for pattern in _PATTERNS):
@@ -134,10 +118,6 @@ def run_folder(path: Path) -> Path:
         names = [str(run.relative_to(path)) for run in runs]
         raise ValueError(f"{path} must be the folder of one run, but has {names} below it: pass one of them")
     return runs[0] if runs else path
-
-
-def _holds_a_run(folder: Path) -> bool:
-    return any(folder.glob(f"*{PAGE}")) or any(key.endswith(_RANK) for key in _points_of(folder))
 
 
 def _points_of(path: Path) -> Points:
@@ -233,7 +213,8 @@ def _history_of_points(points: Points, *, name: str, prefix: str | None, source:
         name=name,
         steps=np.array(steps),
         network=_aligned(network, steps),
-        layers={layer: _aligned(columns, steps) for layer, columns in layers.items() if _is_layer(columns)},
+        # Of the outputs only duplicates are counted: they are no layer.
+        layers={layer: _aligned(columns, steps) for layer, columns in layers.items() if "gradient_rank" in columns},
         zero_loss_step=next((int(value) for value in zero_loss.values()), None),
         is_projected=any(network.get("projected", {}).values()),
         logged=logged,
@@ -246,11 +227,6 @@ def _prefixes(points: Points) -> list[str]:
     return sorted(key.removesuffix(_RANK) for key in points if key.endswith(_RANK))
 
 
-def _is_layer(quantities: Iterable[str]) -> bool:
-    """Whether these are of a layer, and not of the outputs, of which only duplicates are counted."""
-    return "gradient_rank" in quantities
-
-
 def _aligned(columns: Mapping[str, Mapping[int, float]], steps: Sequence[int]) -> Mapping[str, Any]:
     return columns_of([{name: values[step] for name, values in columns.items() if step in values} for step in steps])
 
@@ -261,19 +237,9 @@ def _logged(values: Mapping[int, float]) -> Logged:
 
 
 def read_histories(sources: Source | Iterable[Source], *, prefix: str | None = None) -> list[History]:
-    """Read the histories of one run or of several.
+    """Read the histories of one run or of several, each as `read_history` does; runs of the same name are numbered.
 
-    Args:
-        sources: A source as `read_history` takes it, or several; of a folder without values of its own, all runs below.
-        prefix: The prefix of the monitors' keys; ``None`` takes the only one of each run.
-
-    Returns:
-        The histories; runs of the same name are numbered.
-
-    Raises:
-        FileNotFoundError: If there is nothing at a path.
-        TypeError: If a source is none that `read_history` takes.
-        ValueError: If a source holds nothing of a monitor.
+    Of a folder without values of its own, all runs below are read.
     """
     if isinstance(sources, History | str | Path):
         sources = [sources]

@@ -56,18 +56,7 @@ class SpectrumHistory:
 
 
 def spectrum_history(records: Iterable[LayerRecord | None]) -> SpectrumHistory | None:
-    """Collect the singular values of a scope; ``None`` where no measurement has any.
-
-    Args:
-        records: The records of the scope, oldest first; ``None`` where it was not measured.
-
-    Example:
-        >>> import torch
-        >>> from lightning_basin import measure_basin
-        >>> record = measure_basin(torch.nn.Linear(2, 1, bias=False), 2 * torch.eye(2))
-        >>> spectrum_history([record]).counts
-        [{1: 2}]
-    """
+    """Collect the singular values of a scope; ``None`` where no measurement has any."""
     records = list(records)
     counts = [None if record is None else record.gradient_spectrum for record in records]
     if not any(counts):

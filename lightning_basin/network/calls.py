@@ -25,10 +25,6 @@ def call_module(module: nn.Module, inputs: Any) -> Any:
 
     A dict whose keys are parameters of ``forward`` becomes keyword arguments. A tuple or list that fits the positional
     parameters becomes positional arguments. Anything else is passed as one argument.
-
-    Example:
-        >>> call_module(nn.Bilinear(1, 1, 1), (torch.ones(2, 1), torch.ones(2, 1))).shape
-        torch.Size([2, 1])
     """
     signature = inspect.signature(module.forward)
     names = set(signature.parameters)
@@ -50,11 +46,7 @@ def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
 
 
 def call_behavior(behavior: ModuleBehavior, module: nn.Module, probe: Probe, dtype: torch.dtype) -> Any:
-    """Call a behavior on the inputs of a probe.
-
-    Raises:
-        ValueError: If the behavior raises, unless memory has run out.
-    """
+    """Call a behavior on the inputs of a probe; what it raises becomes a ValueError, unless memory has run out."""
     try:
         inputs = map_tensors(Tensor.clone, probe.inputs)  # A module may write to its input.
         with RaisedPrecision(dtype):
@@ -68,12 +60,7 @@ def call_behavior(behavior: ModuleBehavior, module: nn.Module, probe: Probe, dty
 
 
 def checked_outputs(outputs: Any, num_inputs: int) -> Tensor:
-    """Return what a behavior returned, as a plain tensor with one row per input, or refuse it.
-
-    Raises:
-        TypeError: If the outputs are not a dense floating point tensor.
-        ValueError: If the outputs do not have one row per input.
-    """
+    """Return what a behavior returned, as a plain tensor with one row per input, or refuse it."""
     hint = "pass behavior=lambda module, inputs: ... that returns one row of outputs per input"
     if not isinstance(outputs, Tensor):
         raise TypeError(f"the outputs must be a tensor, got {described(outputs)}: {hint}")

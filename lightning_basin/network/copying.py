@@ -54,15 +54,6 @@ class DeepCopier:
 
     A compiled module or function is replaced by its original. Backward hooks are left out: they change what training
     does with gradients, not what the module computes.
-
-    Args:
-        dtype: The type of every floating point tensor of the copies.
-
-    Example:
-        >>> calls = []
-        >>> note = DeepCopier().copy(calls.append)
-        >>> note(1), calls
-        (None, [])
     """
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:

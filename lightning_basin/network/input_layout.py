@@ -19,12 +19,7 @@ Rows = list[int] | None
 
 @dataclass(frozen=True)
 class InputLayout:
-    """Which rows of the tensors that enter and leave each layer belong to which input.
-
-    Attributes:
-        entering: The rows per input of the tensors that enter each layer.
-        leaving: The rows per input of the tensors that leave each layer.
-    """
+    """The rows per input of the tensors that enter and leave each layer."""
 
     entering: Mapping[str, Rows]
     leaving: Mapping[str, Rows]

@@ -14,7 +14,6 @@ class Layer:
     Attributes:
         name: The module's name in ``named_modules()``; ``""`` for the root.
         parameters: The full names of its trainable parameters; one shared by two modules belongs to the first.
-        num_parameters: The number of elements of these parameters.
     """
 
     name: str
@@ -26,13 +25,6 @@ def find_layers(module: nn.Module) -> tuple[Layer, ...]:
     """Find the layers of a module, in the order of ``named_modules()``.
 
     A parameter without elements, which some modules hold to know their device, is left out like a frozen one.
-
-    Raises:
-        ValueError: If the module has no trainable parameters.
-
-    Example:
-        >>> [layer.name for layer in find_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)))]
-        ['0', '2']
     """
     seen: set[int] = set()
     layers = []
@@ -54,14 +46,7 @@ def find_layers(module: nn.Module) -> tuple[Layer, ...]:
 
 
 def parameters_in_graph(result: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of the parameters on which a result depends, by its graph.
-
-    Example:
-        >>> import torch
-        >>> layer = nn.Linear(2, 1)
-        >>> sorted(parameters_in_graph(layer(torch.ones(1, 2)), dict(layer.named_parameters())))
-        ['bias', 'weight']
-    """
+    """Return the names of the parameters on which a result depends, by its graph."""
     reached = reached_parameters([result], [*parameters.values()])
     return {name for name, is_reached in zip(parameters, reached, strict=True) if is_reached}
 

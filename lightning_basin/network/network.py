@@ -29,8 +29,6 @@ class Network:
         dtype: The floating point type of the copy.
 
     Attributes:
-        layers: The layers of the module.
-        named_parameters: All parameters of the module, by full name.
         gradient_dtype: The type in which gradients are kept and multiplied, also where the copy is in float32.
         projection: The directions along which the outputs count, shape ``(outputs per input, directions)``; ``None``
             for all outputs.
@@ -118,13 +116,8 @@ class Network:
     def functional(self, probe: Probe, tensors: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the rows for other values of some parameters and inputs; works under `torch.func.vmap`.
 
-        Args:
-            probe: The probe, which gives the structure of the inputs.
-            tensors: The tensors that take the place of those in the probe's inputs, for any number of inputs.
-            parameters: The values of parameters, by full name.
-
-        Raises:
-            ValueError: If the probe holds other things than tensors for each input, and not all inputs are run.
+        The tensors take the place of those in the probe's inputs. Their number of inputs is free, unless the probe
+        holds other things than tensors for each input.
         """
         if tensors[0].shape[0] != probe.size and probe.has_columns:
             raise ValueError("inputs with lists of other things than tensors must be run together")

@@ -58,14 +58,6 @@ class RaisedPrecision(TorchFunctionMode):
     loss. Backward passes run outside of it, and nesting it changes nothing. A mode below autograd would see less: it
     gets ``torch.tensor(1 / 3)`` after this was rounded to float32, and inside of one no module can make a tensor of a
     subclass (torch 2.13).
-
-    Args:
-        dtype: The floating point type of the evaluation, float64 or float32.
-
-    Example:
-        >>> with RaisedPrecision(torch.float64):
-        ...     torch.ones(1).float().dtype
-        torch.float64
     """
 
     def __init__(self, dtype: torch.dtype) -> None:

@@ -38,12 +38,7 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory has run out.
-
-    Example:
-        >>> is_out_of_memory(MemoryError())
-        True
-    """
+    """Return whether an error says that memory has run out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
@@ -61,12 +56,7 @@ def cause(error: Exception) -> str:
 
 
 def remedy(error: BaseException, inputs: Sequence[Tensor]) -> str:
-    """Return what helps against an error; to pass a behavior, where the cause is not known.
-
-    Example:
-        >>> remedy(TypeError("forward() missing 1 required positional argument: 'y'"), [])[:40]
-        'pass all that forward takes as inputs=(f'
-    """
+    """Return what helps against an error; to pass a behavior, where the cause is not known."""
     for pattern, text in _BY_MESSAGE.items():
         if re.search(pattern, str(error)):
             return text

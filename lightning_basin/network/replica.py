@@ -25,24 +25,8 @@ def replicas(
 ) -> tuple[Any, ...]:
     """Copy a module into float64 or float32 and evaluation mode; the copy shares no state with it (see `DeepCopier`).
 
-    Tied parameters stay tied. Where the module and the callables hold each other, their copies do, too.
-
-    Args:
-        module: The module, which stays as it is.
-        callables: Callables to copy along with the module, for example a loss; ``None`` stays.
-        dtype: The type of every floating point tensor of the copies.
-        training: Whether the copies are in training mode instead: with the train flags of ``module`` if its own flag is
-            set, else with all flags set.
-
-    Raises:
-        ValueError: If a parameter or buffer has no shape yet, because the module is lazily built.
-        TypeError: If a trainable parameter is complex, or a submodule is scripted or cannot be copied.
-
-    Example:
-        >>> layer = nn.Linear(2, 1)
-        >>> replica, = replicas(layer)
-        >>> replica.weight.dtype, layer.weight.dtype, replica.training, layer.training
-        (torch.float64, torch.float32, False, True)
+    Tied parameters stay tied. Where the module and the callables hold each other, their copies do, too. ``training``
+    asks for training mode instead: the train flags of ``module`` if its own flag is set, else all flags.
     """
     owners = [module, *(owner for owner in map(_owner, callables) if owner is not None)]
     submodules = [submodule for owner in owners for submodule in owner.modules()]
@@ -155,11 +139,6 @@ def _check_tensors(module: nn.Module) -> None:
 
 
 def device_of(module: nn.Module, dtype: torch.dtype = torch.float64) -> torch.device:
-    """Return the device on which a module is measured.
-
-    Args:
-        module: The module.
-        dtype: The floating point type in which it is run; the CPU runs float64 where the module's device has none.
-    """
+    """Return the device on which a module is measured: the CPU for float64 where the module's device has none."""
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     return float64_device(device) if dtype == torch.float64 else device

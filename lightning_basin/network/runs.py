@@ -40,14 +40,8 @@ def run_regrouped(
 ) -> list[tuple[Tensor, Trace]]:
     """Run the inputs in two halves; or in two chunks of k inputs, for modules that cannot run fewer.
 
-    Args:
-        network: The network.
-        probe: The inputs.
-        with_layers: Whether the traces hold what enters and leaves the layers, or the outputs alone.
-        num_chunks: The number of chunks to run, at most 2.
-
-    Returns:
-        For each chunk the indices of its inputs, and its trace without a graph.
+    Return for each chunk, of which at most ``num_chunks`` are run, the indices of its inputs and its trace without a
+    graph; without layers the trace has the outputs alone.
     """
 
     def run(indices: Tensor) -> tuple[Tensor, Trace]:
@@ -66,11 +60,7 @@ def run_regrouped(
 
 
 def outputs_of_full_chunks(network: Network, probe: Probe) -> list[tuple[Tensor, Tensor]]:
-    """Run the inputs in two chunks of k inputs, in which inputs of one half replace those of the other.
-
-    Returns:
-        For each chunk the indices of its inputs, and their outputs.
-    """
+    """Run the inputs in two chunks of k inputs, in which inputs of one half replace those of the other."""
     *_, chunks = _regroupings(probe.size)
     with torch.no_grad():
         return [(indices, network.outputs(probe.select(indices))) for indices in chunks]

@@ -17,12 +17,7 @@ _SLOW = 8.0
 def has_slow_float64(device: torch.device) -> bool:
     """Whether a device takes much longer for products in float64 than in float32; found once in a process.
 
-    Returns:
-        ``True`` for MPS, which has no float64; ``False`` for a CPU, whose ratio is 2, and for a device of another kind.
-
-    Example:
-        >>> has_slow_float64(torch.device("cpu")), has_slow_float64(torch.device("mps"))
-        (False, True)
+    It is true for MPS, which has no float64; false for a CPU, whose ratio is 2, and for a device of another kind.
     """
     if device.type not in ("cuda", "xpu"):
         return device.type == "mps"

@@ -25,7 +25,6 @@ class Trace:
     """What one forward pass showed.
 
     Attributes:
-        outputs: The outputs, one row per input, attached to the graph.
         entering: The input activations of each layer, of all its calls, in the order of first entry.
         leaving: The (first) tensor that left each call of a layer.
         num_first: The number of layers that were entered before any had been left: the first layer, and the layers
@@ -98,13 +97,7 @@ def layers_run_by(module: nn.Module, layers: Sequence[Layer], function: Callable
 
 
 def as_plain(tensor: Tensor) -> Tensor:
-    """Return a tensor of a subclass as one of torch, without calling a method that the subclass overrides.
-
-    Example:
-        >>> class Labelled(Tensor): ...
-        >>> type(as_plain(torch.ones(1).as_subclass(Labelled))).__name__
-        'Tensor'
-    """
+    """Return a tensor of a subclass as one of torch, without calling a method that the subclass overrides."""
     if type(tensor) in (Tensor, nn.Parameter):
         return tensor
     with torch._C.DisableTorchFunctionSubclass():
@@ -114,14 +107,7 @@ def as_plain(tensor: Tensor) -> Tensor:
 def without_transforms(tensor: Tensor) -> Tensor:
     """Return the elements of a tensor inside of `torch.func` transforms, which is of no use after these have ended.
 
-    Returns:
-        A tensor whose first axes are those over which `torch.func.vmap` maps, the axis of the outermost `vmap` first.
-
-    Example:
-        >>> seen = []
-        >>> mapped = torch.vmap(lambda x: seen.append(without_transforms(x)) or x)(torch.ones(3, 2))
-        >>> seen[0].shape
-        torch.Size([3, 2])
+    Its first axes are those over which `torch.func.vmap` maps, the axis of the outermost `vmap` first.
     """
     if not is_functorch_wrapped_tensor(tensor):
         return tensor

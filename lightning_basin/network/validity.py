@@ -71,9 +71,8 @@ def check_independence(
     tolerance = agreement_rtol(network.dtype) * float(outputs.abs().max())
     deviations = torch.zeros_like(outputs)
     chunks = [(indices, trace.outputs) for indices, trace in regrouped]
-    if any(
-        again.shape[1:] != outputs.shape[1:] for _, again in chunks
-    ):  # The shape may depend on the number of inputs.
+    # The shape may depend on the number of inputs.
+    if any(again.shape[1:] != outputs.shape[1:] for _, again in chunks):
         chunks = outputs_of_full_chunks(network, probe)
     for indices, again in chunks:
         if again.shape[1:] != outputs.shape[1:]:
@@ -109,11 +108,7 @@ def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviatio
 
 
 def _output_rounding(network: Network, probe: Probe, outputs: Tensor) -> Tensor:
-    """Estimate how far rounding moves each output, by an evaluation in another precision.
-
-    Returns:
-        The errors in the shape of the outputs; zero where the network does not run in the other precision.
-    """
+    """Estimate how far rounding moves each output, by an evaluation in another precision; zero where there is none."""
     try:
         other, probe = in_other_precision(network, probe)
         with torch.no_grad():
@@ -147,15 +142,7 @@ def check_copy(module: nn.Module, replica: nn.Module, result: Tensor, name: str)
 def checked_loss(loss_fn: LossFunction, outputs: Tensor, targets: Any, *, is_known: bool = False) -> Tensor:
     """Return the loss, shape ``()``, or refuse what is no differentiable function of outputs and targets.
 
-    Args:
-        loss_fn: The loss function.
-        outputs: The outputs on the probe.
-        targets: The targets of the probe.
-        is_known: Whether the loss was found to be a function before, so that one evaluation is enough.
-
-    Raises:
-        TypeError: If the loss function fails, or does not return one floating point number.
-        ValueError: If the loss is not finite, does not depend on the outputs, or changes from call to call.
+    One evaluation is enough for a loss that was found to be a function before (``is_known``).
     """
     hint = "pass loss_fn=lambda outputs, targets: ..."
     loss = _called_loss(loss_fn, outputs, targets, hint)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_basin.operations.uses import Call, Elements, Handler, Use, aten
+from lightning_basin.operations.uses import Call, Handler, Use, aten
 
 
 def _embedding(
@@ -74,16 +74,12 @@ def _lookup(call: Call, table: Tensor, indices: Tensor, rows: Tensor, weights: T
 
     return call.product(
         table,
-        lambda elements: _rows_of(elements, used),
+        # Some rows of the table, as the columns of a matrix.
+        lambda elements: replace(elements, shape=(math.prod(elements.sizes[1:]), used.numel()), rows=used),
         read_activations=read_activations,
         arrange=lambda derivative: derivative.reshape(num_rows, 1, math.prod(table.shape[1:])),
         num_activations=num_rows * used.numel(),
     )
-
-
-def _rows_of(elements: Elements, rows: Tensor) -> Elements:
-    """Some rows of a table, as the columns of a matrix."""
-    return replace(elements, shape=(math.prod(elements.sizes[1:]), rows.numel()), rows=rows)
 
 
 HANDLERS: Mapping[Any, Handler] = {

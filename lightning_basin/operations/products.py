@@ -11,10 +11,6 @@ from torch.nn import functional as F
 from lightning_basin.operations.uses import Call, Elements, Handler, ProductUse, Use, aten
 
 
-def _mm(call: Call, left: Tensor, right: Tensor) -> list[ProductUse]:
-    return _matrix_product(call, left, right)
-
-
 def _bmm(call: Call, left: Tensor, right: Tensor) -> list[ProductUse]:
     if call.find_source(left) is None and call.find_source(right) is None:
         return []  # As in attention, whose batch may be long.
@@ -56,7 +52,7 @@ def _addmm(
 ) -> Sequence[Use]:
     if beta != 1 or alpha != 1:
         return []
-    products = _mm(call, left, right)
+    products = _matrix_product(call, left, right)
     return [*products, *call.bias(bias, 2, products)]
 
 
@@ -106,14 +102,7 @@ def _convolution(
 
 @dataclass(frozen=True)
 class _Kernel:
-    """The geometry of a convolution.
-
-    Attributes:
-        size: The lengths of the kernel, one along each dimension.
-        stride: The steps between its places.
-        dilation: The steps between its elements.
-        padding: The zeros on each side of the input.
-    """
+    """The geometry of a convolution: lengths along each dimension, as torch names them."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -183,7 +172,7 @@ def _transposed_group(
 
 
 HANDLERS: Mapping[Any, Handler] = {
-    aten.mm.default: _mm,
+    aten.mm.default: _matrix_product,
     aten.addmm.default: _addmm,
     aten.bmm.default: _bmm,
     aten.mv.default: _mv,

@@ -41,10 +41,8 @@ def record_operations(
 ) -> Iterator[Operations]:
     """Record the operations that use parameters while the body runs.
 
-    Args:
-        parameters: The parameters, by name.
-        constants: The tensors that depend on no input, such as buffers.
-        num_inputs: The number k of inputs; a tensor that is made or repeated to this length has a part for each input.
+    ``constants`` are tensors that depend on no input, such as buffers. A tensor that is made or repeated to the length
+    ``num_inputs`` has a part for each input.
     """
     recorder = _Recorder(parameters, constants, num_inputs)
     with recorder:
@@ -179,18 +177,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 class OperationSequence(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 2.13 leaves its base untyped
-    """Notes each operation below autograd.
-
-    Example:
-        >>> import torch
-        >>> sequences = []
-        >>> for number in (1.0, 2.0):
-        ...     with OperationSequence() as sequence:
-        ...         _ = torch.full((2,), number).exp()
-        ...     sequences.append(sequence.operations)
-        >>> sequences[0] == sequences[1], len(sequences[0])
-        (True, 2)
-    """
+    """Notes each operation below autograd."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -18,12 +18,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What operations use: a parameter, or a tensor that was computed from parameters and constants alone.
-
-    Attributes:
-        name: The name of the parameter; ``None`` for a computed tensor.
-        tensor: The tensor, attached to the graph.
-    """
+    """What operations use: a parameter, or a tensor without a name that was computed from parameters and constants."""
 
     name: str | None
     tensor: Tensor
@@ -33,9 +28,7 @@ class Source:
 class OperationOutput:
     """The output of an operation, as a place in the graph: the tensor itself may be overwritten later.
 
-    Attributes:
-        shape: The shape of the tensor.
-        edge: The place in the graph; ``None`` where no parameter can be reached from it.
+    There is no ``edge`` where no parameter can be reached from it.
     """
 
     shape: torch.Size = torch.Size()  # noqa: RUF009  # immutable
@@ -201,7 +194,6 @@ class Call:
     """One call of an operation, for the function that finds its uses.
 
     Attributes:
-        output: The output of the operation.
         earlier: The uses that were recorded before.
         find_source: The function from a tensor to the source that it is (a view of), with its elements there; ``None``
             for a tensor without a source.
@@ -220,15 +212,7 @@ class Call:
         arrange: Callable[[Tensor], Tensor],
         num_activations: int,
     ) -> list[ProductUse]:
-        """Return the use of a tensor as a matrix; none where the tensor has no source.
-
-        Args:
-            parameter: The tensor.
-            matrix_of: The function from the elements of the tensor to those of the matrix.
-            read_activations: The function that returns the input activations.
-            arrange: The function from a derivative by the output to the output gradients of the matrix.
-            num_activations: The number of elements of the input activations.
-        """
+        """Return the use of a tensor as a matrix, whose elements ``matrix_of`` chooses; none where it has no source."""
         if (found := self.find_source(parameter)) is None:
             return []
         source, elements = found
@@ -243,15 +227,7 @@ class Call:
         axis: int | None = None,
         shifts: ProductUse | None = None,
     ) -> list[ElementwiseUse]:
-        """Return the use of a tensor along the last axes of the output, or along one; none without a source.
-
-        Args:
-            parameter: The tensor.
-            num_axes: The number of axes of the output.
-            contributions: The function from a derivative by the output to that by the repeated tensor.
-            axis: The axis of the output along which a vector stands; ``None`` for the last axes.
-            shifts: The product to which the tensor is added; ``None`` for none.
-        """
+        """Return the use of a tensor along the last axes of the output, or along one axis; none without a source."""
         found = self.find_source(parameter)
         if found is None or len(found[1].shape) > num_axes:
             return []

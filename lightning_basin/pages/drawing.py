@@ -57,16 +57,10 @@ def svg_of(
     left: float | None = None,
     narrow: float = NARROW_WIDTH,
 ) -> str:
-    """Draw a figure as SVG that can stand inside of a page: a wide one, and a narrow one for phones.
+    """Draw a figure as SVG that can stand inside of a page: a wide one, and a narrow one for phones, in inches.
 
-    Args:
-        draw: A function that draws on axes.
-        name: A name of the figure that no other figure of the page has.
-        height: The height of the figure, in inches.
-        description: What the figure shows, for those who cannot see it.
-        left: The inches left of the axes, so that those over steps begin and end at the same places; ``None`` takes
-            what the figure needs.
-        narrow: The width of the narrow figure, in inches.
+    ``left`` is what stands left of the axes, so that those over steps begin and end at the same places; ``None`` takes
+    what the figure needs. The name is no other figure's; the description is for those who cannot see it.
     """
     figure = Figure(figsize=(WIDTH, height), layout="constrained" if left is None else None)
     with mpl.rc_context({"font.size": 10, "font.family": "sans-serif"}):

@@ -11,15 +11,7 @@ from lightning_basin.history.knowledge import counted_nullity, nullity_knowledge
 
 @dataclass(frozen=True)
 class Headline:
-    """A number at the top of a report.
-
-    Attributes:
-        name: What the number is.
-        value: The number at the end of the run.
-        change: How it came there.
-        knowledge: What is known of it: ``"proved"``, ``"bracketed"``, ``"lower bound"`` or ``"ill-defined"``.
-        quantity: The word by which the page colours it.
-    """
+    """A number at the top of a report, how it came there, what is known of it, and the word by which it is coloured."""
 
     name: str
     value: str
@@ -30,23 +22,14 @@ class Headline:
 
 @dataclass(frozen=True)
 class Table:
-    """A table under a figure.
-
-    Attributes:
-        columns: The heads of the columns; the first one is of the names of the rows.
-        rows: The cells of each row.
-    """
+    """A table under a figure; the first column has the names of the rows."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
 
 def sentence(history: History) -> str:
-    """Say in a few sentences what happened to the rank, when the loss was zero, and which layer merged inputs.
-
-    Args:
-        history: The run.
-    """
+    """Say in a few sentences what happened to the rank, when the loss was zero, and which layer merged inputs."""
     rank = history.column("gradient_rank")
     first, last = rank[0], rank[-1]
     change = f"stayed at {last:,.0f}" if first == last else f"went from {first:,.0f} to {last:,.0f}"
@@ -83,11 +66,7 @@ def _merged(history: History) -> Iterator[str]:
 
 
 def headlines(history: History) -> list[Headline]:
-    """Return the numbers at the top of a report.
-
-    Args:
-        history: The run.
-    """
+    """Return the numbers at the top of a report."""
     return [
         Headline(
             "rank of the behavioral gradients",
@@ -124,12 +103,7 @@ def _way(history: History, column: Column) -> str:
 
 
 def moments_table(history: History, rows: Mapping[str, Column]) -> Table:
-    """Return quantities at the start, at zero loss and at the end, with their least and their largest value.
-
-    Args:
-        history: The run.
-        rows: The columns by the names of the rows; a quantity that was never measured is left out.
-    """
+    """Return measured quantities at the start, at zero loss and at the end, with their least and largest value."""
     moments = history.moments
     measured = {name: column for name, column in rows.items() if not np.isnan(column).all()}
     return Table(
@@ -147,11 +121,7 @@ def moments_table(history: History, rows: Mapping[str, Column]) -> Table:
 
 
 def layers_table(history: History) -> Table:
-    """Return what each layer and the network had at the start, at zero loss and at the end.
-
-    Args:
-        history: The run.
-    """
+    """Return what each layer and the network had at the start, at zero loss and at the end."""
     moments = history.moments
     rows = []
     for layer in [*history.layers, None]:
@@ -172,11 +142,7 @@ def layers_table(history: History) -> Table:
 
 
 def markdown_of(history: History) -> str:
-    """Return what happened as a bold sentence and a table in Markdown.
-
-    Args:
-        history: The run.
-    """
+    """Return what happened as a bold sentence and a table in Markdown."""
     table = layers_table(history)
     rows = [table.columns, ("---", *("--:",) * (len(table.columns) - 1)), *table.rows]
     lines = [" | ".join(cell or " " for cell in row) for row in rows]
@@ -184,12 +150,7 @@ def markdown_of(history: History) -> str:
 
 
 def bracket_text(history: History, layer: str | None = None) -> str:
-    """Return what is known at the end of the dimension of a Hessian's null space: a number, or two with "to".
-
-    Args:
-        history: The run.
-        layer: The layer's name in logged keys; ``None`` for the network.
-    """
+    """Return what is known at the end of the dimension of a Hessian's null space: a number, or two with "to"."""
     lower = history.column("hessian_nullity_lower", layer)[-1]
     upper = history.column("hessian_nullity_upper", layer)[-1]
     if np.isnan(lower) or lower == upper:
@@ -199,15 +160,7 @@ def bracket_text(history: History, layer: str | None = None) -> str:
 
 
 def number_text(value: float) -> str:
-    """Write a number for a table: integers whole, others to three digits, a dash for what was not measured.
-
-    Args:
-        value: The number.
-
-    Example:
-        >>> number_text(1234.0), number_text(0.12345), number_text(float("nan"))
-        ('1,234', '0.123', '–')
-    """
+    """Write a number for a table: integers whole, others to three digits, a dash for what was not measured."""
     if np.isnan(value):
         return "–"
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"

@@ -56,14 +56,7 @@ def report(
 
 
 def page_of(history: History) -> str:
-    """Return the page of a run as HTML.
-
-    Args:
-        history: The run.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
+    """Return the page of a run as HTML."""
     from lightning_basin.pages.sections import sections_of  # Loading matplotlib takes half a second.
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -28,14 +28,7 @@ _INCHES_PER_LETTER, _LEFT = 0.075, 0.85
 
 @dataclass(frozen=True)
 class Section:
-    """A figure of the page.
-
-    Attributes:
-        title: What the figure shows.
-        text: How to read it.
-        figure: The figure as SVG; empty where there is nothing to draw.
-        table: The table under it; ``None`` for none.
-    """
+    """A figure of the page, how to read it, and the table under it."""
 
     title: str
     text: str
@@ -44,11 +37,7 @@ class Section:
 
 
 def sections_of(history: History) -> Iterator[Section]:
-    """Draw all figures for which a run has values.
-
-    Args:
-        history: The run.
-    """
+    """Draw all figures for which a run has values."""
     yield _rank(history)
     if not np.isnan(history.column("log10_loss")).all():
         yield _loss(history)

@@ -25,10 +25,7 @@ _LONGEST_NAME, _SHORTEST_NAME = 36, 8
 def summary_of(history: History, width: int = 100, *, has_colors: bool = False) -> str:
     """Return what happened as a sentence and a table with one row for each layer and the network.
 
-    Args:
-        history: The run.
-        width: The number of characters of a line, 20 or more.
-        has_colors: Whether a terminal shows it, which understands colours; without rich there are none.
+    A line has at most ``width`` characters, 20 or more. Colours need rich.
     """
     columns = _columns(history)
     longest = min(_LONGEST_NAME, max(map(len, list(history.layers)[:MAX_LAYER_CURVES]), default=0))
@@ -68,16 +65,7 @@ def _colored(table: str) -> str:
 
 
 def spark(values: Column, largest: float) -> str:
-    """Draw a curve with letters, from 0 to the largest value.
-
-    Args:
-        values: The values over the steps; NaN draws nothing.
-        largest: The value of the highest letter.
-
-    Example:
-        >>> spark(np.array([0.0, 4.0, 8.0]), 8.0)
-        '▁▅█'
-    """
+    """Draw a curve with letters, from 0 to the largest value; NaN draws nothing."""
     places = np.unique(np.linspace(0, len(values) - 1, min(len(values), _SPARKS)).round().astype(int))
     heights = values[places] / max(largest, 1.0) * (len(_BARS) - 1)
     return "".join(" " if np.isnan(height) else _BARS[min(round(height), len(_BARS) - 1)] for height in heights)

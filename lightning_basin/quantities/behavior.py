@@ -8,11 +8,7 @@ from lightning_basin.tensors import as_result
 
 
 def behavior_jacobian(evaluation: Evaluation) -> Tensor | None:
-    """Return the behavior's derivative by the outputs, as blocks for `weighted_rows`; ``None`` where they are the same.
-
-    Raises:
-        ValueError: If the behavior is probabilities and the outputs have no axis of classes.
-    """
+    """Return the behavior's derivative by the outputs, as blocks for `weighted_rows`; ``None`` for the outputs."""
     if not evaluation.settings.counts_probabilities:
         return None
     shape = evaluation.trace.outputs.shape
@@ -25,11 +21,7 @@ def behavior_jacobian(evaluation: Evaluation) -> Tensor | None:
 
 
 def project_outputs(evaluation: Evaluation, generator: Generator) -> bool:
-    """See the outputs along fewer random directions, where there are too many of them to be measured one by one.
-
-    Returns:
-        Whether they are, so that ranks are lower bounds.
-    """
+    """See too many outputs along fewer random directions; return whether they are: ranks are then lower bounds."""
     num_outputs = evaluation.num_outputs
     num_directions = evaluation.settings.num_directions(evaluation.probe.size, num_outputs)
     if num_directions == num_outputs:

@@ -30,12 +30,7 @@ from lightning_basin.tensors import as_result
 
 @dataclass(frozen=True, eq=False)
 class DuplicateCounts:
-    """Numbers of duplicated activations and dead units, and the inputs that merged.
-
-    Attributes:
-        layers: The record's fields of each called layer, by name.
-        network: The record's fields of the network.
-    """
+    """The record's fields of duplicates, dead units and merged inputs, of each called layer and of the network."""
 
     layers: Mapping[str, Mapping[str, Any]]
     network: Mapping[str, Any]
@@ -46,10 +41,7 @@ def measure_duplicates(
 ) -> DuplicateCounts:
     """Count duplicated activations and dead units of each layer and of the network.
 
-    Args:
-        evaluation: The network on the probe.
-        activations: The activations of each called layer, by name.
-        also_at: Further tolerances, at which the classes are found on the way for who asks for them later.
+    At the tolerances ``also_at`` the classes are found on the way, for whoever asks for them later.
     """
     probe, trace, rtol = evaluation.probe, evaluation.trace, evaluation.settings.resolved_duplicate_rtol
     outputs = activations_of([trace.outputs.detach().reshape(probe.size, -1)])
@@ -82,11 +74,7 @@ def with_training_set(
 ) -> DuplicateCounts:
     """Count duplicates over a whole training set too, outside of the evaluation: its items are read as in training.
 
-    Returns:
-        The counts on the probe, with those over the training set beside them.
-
-    Warns:
-        UserWarning: If the training set cannot be evaluated; it is left out then.
+    A training set that cannot be evaluated is left out, with a warning.
     """
     rtol = evaluation.settings.resolved_duplicate_rtol
     try:
@@ -151,14 +139,9 @@ _HELD_ELEMENTS = 2**26  # most float64 elements in the activations that the sear
 def streamed_classes(network: Network, probes: Iterable[Probe], *, rtol: float) -> dict[str | None, Tensor]:
     """Find the classes of equal activations over more inputs than fit into memory, by `DuplicateSearch`.
 
-    The probes are iterated over several times, and read outside of `isolated_evaluation`, as in training.
-
-    Returns:
-        For each layer whose activation is known input by input, in the order of first entry, and last, as ``None``, for
-        the outputs: the smallest index of each input's class.
-
-    Raises:
-        ValueError: If there are no inputs, two passes differ, or activations differ in length or are not finite.
+    The probes are iterated over several times, and read outside of `isolated_evaluation`, as in training. Return the
+    smallest index of each input's class for each layer whose activation is known input by input, in the order of first
+    entry, and last, as ``None``, for the outputs.
     """
     stream = _ActivationStream(network, probes)
     searches = {

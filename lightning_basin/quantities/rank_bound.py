@@ -121,19 +121,11 @@ def merging_error(runs: ProbeRuns, classes: Tensor, is_before: Sequence[bool], p
     """Measure how far the gradients are from those of merged inputs: the norm of their deviation inside the classes.
 
     Behind a layer, inputs of a class must have the same gradients: their deviation from the class's mean is an error of
-    G. So is the deviation of the signals before the layer, times the derivative of the passage by its parameters. Where
-    the whole error is below a tolerance, replacing the gradients by their means moves no singular value past it (Weyl,
-    1912). Three random combinations of all rows see the error of all inputs at once: each sees less than a hundredth of
-    it with a probability of one in a hundred.
-
-    Args:
-        runs: The network's runs over the probe.
-        classes: The first member of each input's class, shape ``(k,)``.
-        is_before: For each parameter whether its gradients may differ inside the classes.
-        passage: The layer through which the parameters before act; ``None`` lets their gradients differ at will.
-
-    Returns:
-        The largest norm over the combinations, of standard normal weights.
+    G. So is the deviation of the signals before the layer, times the derivative of the passage by its parameters;
+    without a passage, gradients before the layer may differ at will. Where the whole error is below a tolerance,
+    replacing the gradients by their means moves no singular value past it (Weyl, 1912). Three random combinations of
+    all rows, of standard normal weights, see the error of all inputs at once, and the largest norm counts: each sees
+    less than a hundredth of the error with a probability of one in a hundred.
     """
     network, generator = runs.network, Generator().manual_seed(0)
     marked = list(zip(network.parameters(), is_before, strict=True))
@@ -146,9 +138,7 @@ def merging_error(runs: ProbeRuns, classes: Tensor, is_before: Sequence[bool], p
     deviations = [weights - class_means(weights, classes) for weights in combinations]
     signals = None if passage is None else passage.signals - class_means(passage.signals, classes)
     norms = []
-    for weights, deviation in zip(
-        combinations, deviations, strict=True
-    ):  # One by one: each is as large as the network.
+    for weights, deviation in zip(combinations, deviations, strict=True):  # Each is as large as the network.
         errors: list[Tensor] = []
         for chunk in runs.chunks():
             rows, indices = network.rows(chunk.trace.outputs), chunk.indices.to(device)

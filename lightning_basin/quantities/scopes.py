@@ -12,13 +12,7 @@ from lightning_basin.settings import LayerSelection
 
 @dataclass(frozen=True)
 class Scope:
-    """Layers that are reported together: a single layer, a block, or the network.
-
-    Attributes:
-        kind: The kind of the scope.
-        name: The name of the layer or the block; empty for the network.
-        layers: The layers, at least one.
-    """
+    """Layers that are reported together: a single layer, a block, or the network, whose name is empty."""
 
     kind: Literal["layer", "block", "network"]
     name: str
@@ -33,13 +27,7 @@ class Scope:
 def select_scopes(layers: Sequence[Layer], selection: LayerSelection) -> tuple[Scope, ...]:
     """Return the scopes to report: the chosen layers, their blocks where the layers are many, and last the network.
 
-    Args:
-        layers: All layers of the network.
-        selection: ``"all"``, ``"auto"``, which adds blocks to more than 32 layers, or names: of layers, or of modules
-            that hold layers, each of which is a block.
-
-    Raises:
-        ValueError: If a name is unknown, or stands twice.
+    A name is that of a layer, or of a module that holds layers, which is a block then.
     """
     by_name = {layer.name: (layer,) for layer in layers}
     if isinstance(selection, str) and selection not in ("auto", "all"):

@@ -7,9 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_basin import BasinMonitor, RankEarlyStopping
-from tests.lightning_packages import (
-    LightningModule,
-)
+from tests.lightning_packages import LightningModule
 from tests.training import Scripted, make_trainer, scripted_loader, seeded
 
 rank_stopping = partial(RankEarlyStopping, after_zero_loss=False)

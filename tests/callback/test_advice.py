@@ -9,10 +9,7 @@ from lightning_basin import BasinMonitor
 from lightning_basin.callback.advice import RankedSaves, epochs_between, sufficient_patience
 from lightning_basin.callback.watching import Watcher
 from tests.callback.stopping import FALLING_ONCE, RARE, rank_stopping, stop_on, stopping_epoch
-from tests.lightning_packages import (
-    EarlyStopping,
-    ModelCheckpoint,
-)
+from tests.lightning_packages import EarlyStopping, ModelCheckpoint
 from tests.training import Scripted, make_trainer, scripted_loader, steps
 
 pytestmark = pytest.mark.fits

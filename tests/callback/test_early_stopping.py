@@ -3,11 +3,7 @@ import torch
 
 from lightning_basin import BasinMonitor, RankEarlyStopping
 from tests.callback.stopping import FALLING_ONCE, RARE, WithoutLoss, batches_of, rank_stopping, stop_on, stopping_epoch
-from tests.lightning_packages import (
-    EarlyStoppingReason,
-    MisconfigurationException,
-    ModelCheckpoint,
-)
+from tests.lightning_packages import EarlyStoppingReason, MisconfigurationException, ModelCheckpoint
 from tests.training import Regressor, Scripted, loader, make_trainer, scripted_loader, steps
 
 pytestmark = pytest.mark.fits

@@ -7,10 +7,7 @@ from torch import nn
 from lightning_basin import measure_basin
 from lightning_basin.record import BasinRecord
 from tests.callback.process_runs import Sharded, run_processes
-from tests.training import (
-    Eventful,
-    timeless,
-)
+from tests.training import Eventful, timeless
 
 pytestmark = [pytest.mark.fits, pytest.mark.slow]
 
@@ -20,15 +17,7 @@ def fits(tmp_path_factory):
     # Starting two processes takes longer than all they do. The first of these make process groups of their own.
     of_metrics, of_whole_modules = (
         ("synchronized", "patient"),
-        (
-            "measured",
-            "stopped",
-            "watched",
-            "failing",
-            "giving_up",
-            "limited",
-            "ever_rarer",
-        ),
+        ("measured", "stopped", "watched", "failing", "giving_up", "limited", "ever_rarer"),
     )
     of_waiting, of_shards = ("uneven", "never_full", "gathering", "gathering_loss"), ("sharded", "resumed", "refused")
     scenarios = of_metrics + of_whole_modules + of_waiting + of_shards

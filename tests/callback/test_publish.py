@@ -7,19 +7,8 @@ from torchmetrics import MeanMetric
 
 from lightning_basin import BasinMonitor
 from tests.callback.monitor.modules import axis, events_of
-from tests.lightning_packages import (
-    CSVLogger,
-    TensorBoardLogger,
-)
-from tests.training import (
-    Regressor,
-    Scripted,
-    TwoOptimizers,
-    loader,
-    make_trainer,
-    scripted_loader,
-    steps,
-)
+from tests.lightning_packages import CSVLogger, TensorBoardLogger
+from tests.training import Regressor, Scripted, TwoOptimizers, loader, make_trainer, scripted_loader, steps
 
 pytestmark = [pytest.mark.fits, pytest.mark.figures]
 

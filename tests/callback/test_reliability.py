@@ -11,9 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_basin import BasinMonitor, RankEarlyStopping, measure_basin
 from lightning_basin.callback.reliability import unreliable_because
 from tests.callback.stopping import WithoutLoss, batches_of, rank_stopping
-from tests.lightning_packages import (
-    LightningModule,
-)
+from tests.lightning_packages import LightningModule
 from tests.training import Scripted, make_trainer, scripted_loader, seeded
 
 pytestmark = pytest.mark.fits

@@ -6,20 +6,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_basin import BasinMonitor, measure_basin
-from tests.lightning_packages import (
-    LightningModule,
-    MisconfigurationException,
-)
-from tests.training import (
-    Inline,
-    Regressor,
-    Unmeasurable,
-    loader,
-    make_trainer,
-    regression_data,
-    steps,
-    timeless,
-)
+from tests.lightning_packages import LightningModule, MisconfigurationException
+from tests.training import Inline, Regressor, Unmeasurable, loader, make_trainer, regression_data, steps, timeless
 
 pytestmark = pytest.mark.fits
 

@@ -94,11 +94,7 @@ def test_the_bound_fails_at_most_with_its_probability(probability):
     for seed in range(600):
         first = next(
             norm_bounds(
-                lambda v: diagonal * v,
-                30,
-                generator=generator(seed),
-                max_products=1,
-                failure_probability=probability,
+                lambda v: diagonal * v, 30, generator=generator(seed), max_products=1, failure_probability=probability
             )
         )
         failures += first.upper < 1

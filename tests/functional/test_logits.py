@@ -67,13 +67,7 @@ WAYS = {
         LABELS,
     ),
     "ignored inputs": (3, F.cross_entropy, nn.LogSoftmax(1), F.nll_loss, IGNORED),
-    "label smoothing": (
-        3,
-        lambda f, y: F.cross_entropy(f, y, label_smoothing=0.1),
-        nn.LogSoftmax(1),
-        smoothed,
-        LABELS,
-    ),
+    "label smoothing": (3, lambda f, y: F.cross_entropy(f, y, label_smoothing=0.1), nn.LogSoftmax(1), smoothed, LABELS),
     "soft labels": (
         3,
         lambda f, y: F.cross_entropy(f, y, reduction="sum"),

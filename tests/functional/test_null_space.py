@@ -61,20 +61,12 @@ def test_at_a_perfect_fit_the_nullity_is_that_of_the_gradients():
     assert (found.negative, found.residual_curvature) == (0, 0.0)
 
 
-def test_at_a_perfect_fit_of_zero_gradients_everything_is_flat():
-    gradients = torch.zeros(3, 4, dtype=torch.float64)
-    found = hessian_null_space(
-        torch.zeros(4, 4, dtype=torch.float64), gradients=gradients, curvature=squared_error_at(gradients, residual=0)
-    )
-    assert (found.nullity, found.strict, found.gauss_newton_nullity, found.residual_curvature) == (4, 4, 4, 0.0)
-
-
-def test_a_zero_hessian_with_a_residual_has_no_residual_curvature():
-    gradients = torch.zeros(3, 4, dtype=torch.float64)
-    found = hessian_null_space(
-        torch.zeros(4, 4, dtype=torch.float64), gradients=gradients, curvature=squared_error_at(gradients, residual=1)
-    )
-    assert (found.nullity, found.strict, found.negative, found.residual_curvature) == (4, 4, 0, 0.0)
+@pytest.mark.parametrize("residual", [0, 1])
+def test_with_zero_gradients_everything_is_flat_without_residual_curvature(residual):
+    gradients, hessian = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
+    found = hessian_null_space(hessian, gradients=gradients, curvature=squared_error_at(gradients, residual=residual))
+    assert (found.nullity, found.strict, found.gauss_newton_nullity) == (4, 4, 4)
+    assert (found.negative, found.residual_curvature) == (0, 0.0)
 
 
 def test_eigenvalues_below_the_residual_curvature_are_not_told_from_zero():

@@ -6,15 +6,8 @@ import torch
 
 from lightning_basin.functional.factored import DenseGradients, KhatriRaoGradients
 from lightning_basin.functional.gradients import gram_of
-from lightning_basin.functional.rank import (
-    default_rtol,
-    gradient_rank,
-    numerical_rank,
-    singular_values,
-)
-from lightning_basin.functional.spectrum import (
-    sketched_spectrum,
-)
+from lightning_basin.functional.rank import default_rtol, gradient_rank, numerical_rank, singular_values
+from lightning_basin.functional.spectrum import sketched_spectrum
 from tests.functional.matrices import (
     FLOAT32,
     LAYOUTS,

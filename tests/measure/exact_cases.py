@@ -5,10 +5,7 @@ from functools import cache
 import pytest
 
 from lightning_basin import BasinRecord, measure_basin
-from tests.models import (
-    CASE_NAMES,
-    integer_case,
-)
+from tests.models import CASE_NAMES, integer_case
 
 every_network = pytest.mark.parametrize("name", CASE_NAMES)
 

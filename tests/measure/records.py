@@ -8,14 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_basin import BasinRecord
-from tests.exact import (
-    Dual,
-)
-from tests.models import (
-    Chain,
-    integer_inputs,
-    with_integer_weights,
-)
+from tests.exact import Dual
+from tests.models import Chain, integer_inputs, with_integer_weights
 from tests.networks import built, generator_of
 
 SEEDS = (0, 1, 2)

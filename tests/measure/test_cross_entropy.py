@@ -4,17 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_basin import measure_basin
-from tests.exact import (
-    ExactNetwork,
-    exact_rank,
-    integers,
-    jacobian,
-)
+from tests.exact import ExactNetwork, exact_rank, integers, jacobian
 from tests.measure.records import every_case
-from tests.models import (
-    Chain,
-    with_integer_weights,
-)
+from tests.models import Chain, with_integer_weights
 from tests.networks import generator_of
 
 

@@ -16,14 +16,7 @@ from tests.exact import (
 )
 from tests.measure.exact_cases import every_network, measured
 from tests.measure.records import every_case, integer_targets, large_chain
-from tests.models import (
-    CHAINS,
-    Chain,
-    evaluated_case,
-    half_sum_of_squares,
-    integer_case,
-    sum_of_squares,
-)
+from tests.models import CHAINS, Chain, evaluated_case, half_sum_of_squares, integer_case, sum_of_squares
 
 
 @cache

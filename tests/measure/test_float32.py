@@ -154,10 +154,7 @@ OTHER_NETWORKS = {
         {"behavior": "probabilities"},
     ),
     "half precision": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).bfloat16(), {}),
-    "unused layer": (
-        lambda: Composed(lambda m, x: m.used(x), unused=nn.Linear(2, 2), used=nn.Linear(4, 3)),
-        {},
-    ),
+    "unused layer": (lambda: Composed(lambda m, x: m.used(x), unused=nn.Linear(2, 2), used=nn.Linear(4, 3)), {}),
 }
 
 

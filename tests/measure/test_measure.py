@@ -4,13 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_basin import measure_basin
-from tests.exact import (
-    ExactNetwork,
-    exact_rank,
-    half_squared_error_hessian,
-    integers,
-    jacobian,
-)
+from tests.exact import ExactNetwork, exact_rank, half_squared_error_hessian, integers, jacobian
 from tests.measure.records import integer_targets, large_chain, without_time
 from tests.models import (
     BagOfTokens,

@@ -8,10 +8,7 @@ from torch import Tensor, nn
 from lightning_basin import Probe, measure_basin
 from lightning_basin.measure import check_measurable
 from lightning_basin.settings import Settings
-from tests.models import (
-    Chain,
-    sum_of_squares,
-)
+from tests.models import Chain, sum_of_squares
 from tests.networks import Composed, OnceOnly, built, drawn32
 
 

@@ -222,10 +222,7 @@ PAIRS = {
     ),
     "detached in part": (lambda: PartlyDetachedInEvaluation(*blocks()), lambda: Residual(*blocks())),
     "detached in part beside a dropped path": (lambda: RarelyDropped(*blocks()), lambda: Residual(*blocks())),
-    "straight through in training": (
-        lambda: StraightThroughInTraining(*blocks()),
-        lambda: StraightThrough(*blocks()),
-    ),
+    "straight through in training": (lambda: StraightThroughInTraining(*blocks()), lambda: StraightThrough(*blocks())),
     "merged by eval": (lambda: low_rank(MergedLowRank), lambda: low_rank(LowRank)),
     "merged into a new parameter": (lambda: low_rank(MergedIntoNewParameter), lambda: low_rank(LowRank)),
     "merged into a buffer": (lambda: low_rank(MergedIntoBuffer), lambda: low_rank(LowRank)),

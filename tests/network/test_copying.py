@@ -362,11 +362,7 @@ def test_weak_collections_hold_copies():
     key, value = nn.Linear(1, 1), nn.Linear(1, 1)
     copier = DeepCopier()
     by_key, by_name, elements = copier.copy(
-        (
-            weakref.WeakKeyDictionary({key: 1}),
-            weakref.WeakValueDictionary({"value": value}),
-            weakref.WeakSet([key]),
-        )
+        (weakref.WeakKeyDictionary({key: 1}), weakref.WeakValueDictionary({"value": value}), weakref.WeakSet([key]))
     )
     assert (list(by_key), list(elements)) == ([copier.copy(key)], [copier.copy(key)])
     assert by_name["value"] is copier.copy(value) is not value

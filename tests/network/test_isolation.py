@@ -12,16 +12,9 @@ from torch.nn import functional as F
 from lightning_basin import measure_basin
 from lightning_basin.network.isolation import isolated_evaluation
 from lightning_basin.network.replica import replicas
-from tests.exact import (
-    exact_rank,
-    jacobian,
-)
+from tests.exact import exact_rank, jacobian
 from tests.measure.records import KEPT, kept_behavior, without_time
-from tests.models import (
-    evaluated_case,
-    integer_case,
-    sum_of_squares,
-)
+from tests.models import evaluated_case, integer_case, sum_of_squares
 from tests.network.replica.weights import CPU, THIRD
 from tests.networks import built, drawn32
 

@@ -11,15 +11,10 @@ from lightning_basin.quantities.rank_bound import measure_rank_bound
 from lightning_basin.quantities.scopes import select_scopes
 from lightning_basin.settings import Settings
 from tests.counting import Dispatched
-from tests.exact import (
-    count_duplicates,
-)
+from tests.exact import count_duplicates
 from tests.measure.exact_cases import every_network, measured
 from tests.measure.records import every_case
-from tests.models import (
-    CHAINS,
-    evaluated_case,
-)
+from tests.models import CHAINS, evaluated_case
 from tests.networks import built, drawn
 
 

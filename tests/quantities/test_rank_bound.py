@@ -10,10 +10,7 @@ from lightning_basin.network.network import Network
 from lightning_basin.network.runs import ProbeRuns
 from lightning_basin.quantities.rank_bound import merging_error
 from tests.measure.records import SEEDS, generic
-from tests.models import (
-    Chain,
-    with_integer_weights,
-)
+from tests.models import Chain, with_integer_weights
 from tests.networks import Composed, drawn, filled, generator_of
 
 

@@ -4,17 +4,9 @@ from torch import nn
 from lightning_basin import measure_basin
 from lightning_basin.network.layers import find_layers
 from lightning_basin.quantities.scopes import select_scopes
-from tests.exact import (
-    ExactNetwork,
-    columns_of,
-    exact_rank,
-    integers,
-    jacobian,
-)
+from tests.exact import ExactNetwork, columns_of, exact_rank, integers, jacobian
 from tests.measure.records import deep_chain
-from tests.models import (
-    integer_case,
-)
+from tests.models import integer_case
 
 
 def test_more_than_32_layers_are_reported_by_blocks_of_exact_rank():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 from torch import Generator, Tensor
 
@@ -10,11 +10,7 @@ from lightning_basin.functional.bracket import GaussNewtonEigenvalues, NullSpace
 from lightning_basin.functional.lanczos import NormBound, NormIteration, next_bounds
 from lightning_basin.functional.rank import EPSILON
 from lightning_basin.limits import LAYER_PRODUCTS, NETWORK_PRODUCTS, HessianLimits
-from lightning_basin.quantities.hessian.products import (
-    ROUNDING_FACTOR,
-    check_finite,
-    pulled_back,
-)
+from lightning_basin.quantities.hessian.products import ROUNDING_FACTOR, check_finite, pulled_back
 from lightning_basin.quantities.hessian.quadratic_model import QuadraticModel
 from lightning_basin.quantities.hessian.single_precision import BlockOperator, RoundedModel
 from lightning_basin.quantities.scopes import Scope
@@ -54,9 +50,6 @@ class BlockNorms:
     """Norms of diagonal blocks of R and H, as Lanczos iterations bound them.
 
     Attributes:
-        model: The quadratic model of the loss.
-        generator: A generator on the CPU, for start vectors.
-        limits: The limits of memory.
         leading: The weights of the outputs whose gradient is near the eigenvector of the largest eigenvalue of P, in
             the network; ``None`` where they are not known.
     """
@@ -74,20 +67,17 @@ class BlockNorms:
     def residuals(
         self, eigenvalues: Mapping[Scope, GaussNewtonEigenvalues], *, known: ResidualNorm, max_products: int
     ) -> dict[Scope, ResidualNorm]:
-        """Bound the norms of blocks of R from above.
-
-        Args:
-            eigenvalues: The eigenvalues of P for each scope whose block it is.
-            known: What is known already of a larger block.
-            max_products: The largest number of products with each block.
-        """
+        """Bound the norms of blocks of R from above; ``known`` is what is known already of a larger block."""
         if known.bound == 0:
             return dict.fromkeys(eigenvalues, known)
         vanishing = self._vanishing(eigenvalues)
         eigenvalues = {scope: values for scope, values in eigenvalues.items() if scope not in vanishing}
         uncertainty = self.model.slope_uncertainty
         judges = {scope: _judge_of_residual(values, known.bound, uncertainty) for scope, values in eigenvalues.items()}
-        is_coarse = {scope: partial(_has_large_value, values) for scope, values in eigenvalues.items()}
+        is_coarse = {
+            scope: lambda bound, values=values: _is_hopeless(values, bound.value)
+            for scope, values in eigenvalues.items()
+        }
         scales = {
             scope: values.largest if known.bound == float("inf") else max(values.largest, known.bound)
             for scope, values in eigenvalues.items()
@@ -116,13 +106,7 @@ class BlockNorms:
         *,
         max_products: int,
     ) -> dict[Scope, float | None]:
-        """Find the largest magnitude of an eigenvalue of blocks of H; ``None`` where it is not found to three digits.
-
-        Args:
-            eigenvalues: The eigenvalues of P for each scope.
-            residuals: What is known of the norm of R for each scope.
-            max_products: The largest number of products with each block.
-        """
+        """Find the largest magnitude of an eigenvalue of blocks of H to three digits; ``None`` where this fails."""
         # Elsewhere R moves the largest eigenvalue of P in no digit that counts.
         moved = {
             scope: own for scope, own in eigenvalues.items() if residuals[scope].bound > _LARGEST_RTOL * own.largest
@@ -167,16 +151,9 @@ class BlockNorms:
     ) -> dict[Scope, tuple[NormBound, Tensor]]:
         """Advance Lanczos iterations of several blocks side by side, until each has what it looks for.
 
-        Args:
-            model: The quadratic model of the loss, or its linear part.
-            judges: What ends the iteration of each block.
-            scales: The size of the terms that a block is made of, of which rounding is a fraction.
-            max_products: The largest number of products with each block.
-            is_coarse: For each block whether float32 has the digits that are looked for.
-            near: For each block a vector near the eigenvector that is looked for.
-
-        Returns:
-            The last bounds for each block, and the Ritz vector.
+        For each block, ``judges`` say what ends the iteration, and ``is_coarse`` whether float32 has the digits that
+        are looked for. ``scales`` are the sizes of the terms that a block is made of, of which rounding is a fraction;
+        ``near`` are vectors near the eigenvectors. Return the last bounds for each block, and the Ritz vector.
         """
         max_vectors = self.limits.basis_elements // max(1, sum(scope.num_parameters for scope in judges))
         iterations = {
@@ -213,18 +190,8 @@ def _is_hopeless(eigenvalues: GaussNewtonEigenvalues, residual: float) -> bool:
     return eigenvalues.smallest is None or 2 * residual >= eigenvalues.smallest
 
 
-def _has_large_value(eigenvalues: GaussNewtonEigenvalues, bound: NormBound) -> bool:
-    return _is_hopeless(eigenvalues, bound.value)
-
-
 def _judge_of_residual(eigenvalues: GaussNewtonEigenvalues, known: float, uncertainty: float) -> _Judge:
-    """Judge bounds on the norm of a block of R.
-
-    Args:
-        eigenvalues: The eigenvalues of P.
-        known: A bound that is known already; infinite for none.
-        uncertainty: The fraction by which rounding may move the norm.
-    """
+    """Judge bounds on the norm of a block of R, which rounding may move by the fraction ``uncertainty``."""
 
     def judge(bound: NormBound) -> bool:
         residual = min(known, bound.upper * (1 + uncertainty))
@@ -262,10 +229,6 @@ def _judge_of_largest(others: float, *, is_near: bool) -> _Judge:
     bound; Parlett, 1998, chapter 10). Elsewhere the other Ritz values stand for the other eigenvalues, after so many
     products that these have hardly found the mean of several eigenvalues, and where none of them may become the
     largest.
-
-    Args:
-        others: A bound on the other eigenvalues: the second of P, moved by the norm of R.
-        is_near: Whether the iteration began near the eigenvector.
     """
     least_products = _LEAST_PRODUCTS_NEAR if is_near else _LEAST_PRODUCTS
 
@@ -283,15 +246,7 @@ def _judge_of_largest(others: float, *, is_near: bool) -> _Judge:
 def bracket_null_spaces(
     eigenvalues: Mapping[Scope, GaussNewtonEigenvalues], norms: BlockNorms
 ) -> dict[Scope, NullSpace]:
-    """Bracket the nullity of each scope's diagonal block.
-
-    Args:
-        eigenvalues: The eigenvalues of P for each scope, the network last.
-        norms: The source of bounds on the norms of R and H.
-
-    Raises:
-        RuntimeError: If a product is not finite, or the Hessian not symmetric.
-    """
+    """Bracket the nullity of each scope's diagonal block, by the eigenvalues of P for each scope, the network last."""
     found: dict[Scope, NullSpace] = {}
     *inner, network = eigenvalues
     known = ResidualNorm()

@@ -30,15 +30,9 @@ def dense_null_spaces(
     *,
     rtol: float | None,
 ) -> dict[Scope, NullSpace]:
-    """Count the eigenvalues of each scope's diagonal block.
+    """Count the eigenvalues of each scope's diagonal block of the Hessian, inside of the brackets that R proves.
 
-    Args:
-        hessian: The Hessian of the network, shape ``(N, N)``.
-        gradients: The gradients of the canonical outputs, shape ``(m, N)``.
-        loss: The loss at the outputs.
-        scopes: The scopes to report, the network last.
-        brackets: The bracket that R proves for each scope; empty where it proves nothing.
-        rtol: The relative tolerance on eigenvalues; ``None`` means the rounding of the arithmetic.
+    ``gradients`` are those of the canonical outputs, shape ``(m, N)``; the network is the last of ``scopes``.
     """
     return {
         scope: hessian_null_space(
@@ -55,12 +49,9 @@ def dense_null_spaces(
 def dense_brackets(
     residual: Tensor, eigenvalues: Mapping[Scope, GaussNewtonEigenvalues], *, uncertainty: float
 ) -> dict[Scope, NullSpace]:
-    """Bracket the nullity of each scope's diagonal block by the eigenvalues of R.
+    """Bracket the nullity of each scope's diagonal block by the eigenvalues of R, the network last.
 
-    Args:
-        residual: R of the network, shape ``(N, N)``.
-        eigenvalues: The eigenvalues of P for each scope, the network last.
-        uncertainty: The fraction by which rounding may move the norm of R.
+    ``uncertainty`` is the fraction by which rounding may move the norm of R.
     """
     blocks = (residual[columns][:, columns] for _, columns in _columns(list(eigenvalues), residual.device))
     symmetric = ((block + block.mT) / 2 for block in blocks)
@@ -86,19 +77,8 @@ def dense_hessian(
 ) -> tuple[Tensor, Tensor | None]:
     """Form the Hessian of a network, and its residual part, which is free of the cancellation of their difference.
 
-    Args:
-        runs: The network's runs over the probe.
-        model: The quadratic model of the loss.
-        gradients: The gradients of the canonical outputs, shape ``(m, N)``.
-        loss: The loss at the outputs.
-        limits: The limits of memory.
-
-    Returns:
-        H and R, symmetric but for rounding, shape ``(N, N)``; no R where the loss depends on parameters beside the
-        outputs.
-
-    Raises:
-        RuntimeError: If the Hessian is not symmetric or not finite.
+    Both are symmetric but for rounding, shape ``(N, N)``; there is no R where the loss depends on parameters beside the
+    outputs. ``gradients`` are those of the canonical outputs, shape ``(m, N)``.
     """
     network, trace = runs.network, runs.full_trace
     share = 1.0 if limits.chunk_size is None else limits.chunk_size / runs.probe.size

@@ -21,12 +21,7 @@ _NUM_DIRECTIONS = 3  # directions along which differences must contradict a deri
 def check_twice_differentiable(model: QuadraticModel, is_curved: Sequence[bool]) -> None:
     """Refuse an operation of the network that can be differentiated only once, and does not say so.
 
-    Args:
-        model: The quadratic model of the loss.
-        is_curved: For each parameter whether its Gauss-Newton part is known not to vanish.
-
-    Raises:
-        RuntimeError: If the gradient has lost its dependence on a curved parameter.
+    The gradient has then lost its dependence on a parameter whose Gauss-Newton part is known not to vanish.
     """
     # Some parameters may be used by the inputs of some chunks only, as by an expert.
     connected = [False] * len(model.parameters)
@@ -39,14 +34,8 @@ def check_twice_differentiable(model: QuadraticModel, is_curved: Sequence[bool])
 def check_derivatives(model: QuadraticModel) -> None:
     """Refuse derivatives that differences contradict: of the outputs, or of the gradients that R is made of.
 
-    They are compared a little beside the weights as they are. A wrong formula is wrong there as well, but hardly a
-    rectifier is given an exact zero, where it has no derivative.
-
-    Args:
-        model: The quadratic model of the loss.
-
-    Raises:
-        RuntimeError: If along each of some random directions the derivative of an operation is wrong.
+    They are compared along some random directions, a little beside the weights as they are. A wrong formula is wrong
+    there as well, but hardly a rectifier is given an exact zero, where it has no derivative.
     """
     wrong: list[int] = []
     for seed in range(_NUM_DIRECTIONS):

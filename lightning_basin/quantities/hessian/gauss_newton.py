@@ -22,22 +22,11 @@ _NUM_COMBINATIONS = 4  # random combinations of rows whose mean square is the ma
 class GaussNewtonAccumulator:
     """Singular values of the rows whose products are the Gauss-Newton part P, scope by scope.
 
-    Args:
-        network: The network, for its parameters.
-        loss: The loss at the outputs.
-        scopes: The scopes to report.
-        generator: A generator on the CPU, for random vectors.
-        max_waiting: The number of elements in the gradients that may wait for their sketch.
+    Gradients of at most ``max_waiting`` elements wait for their sketch.
     """
 
     def __init__(
-        self,
-        network: Network,
-        loss: LossCurvature,
-        scopes: Sequence[Scope],
-        generator: Generator,
-        *,
-        max_waiting: int,
+        self, network: Network, loss: LossCurvature, scopes: Sequence[Scope], generator: Generator, *, max_waiting: int
     ) -> None:
         self._network, self._loss, self._scopes, self._generator = network, loss, scopes, generator
         self._num_rows = loss.outputs.numel()
@@ -83,8 +72,7 @@ class GaussNewtonAccumulator:
     def spectra(self, behavioral: Mapping[Scope, Spectrum]) -> Mapping[Scope, Spectrum]:
         """Return singular values of the rows of each scope; none where the loss is not convex.
 
-        Args:
-            behavioral: The singular values of the behavioral gradients: the same where P is a multiple of GᵀG.
+        Where P is a multiple of GᵀG they are those of the behavioral gradients.
         """
         if self._loss.gradient_scale is not None:
             return behavioral

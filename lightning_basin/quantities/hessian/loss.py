@@ -12,7 +12,6 @@ from lightning_basin.functional.hessian import is_connected
 from lightning_basin.functional.logits import CanonicalLoss, canonical_loss
 from lightning_basin.functional.output_curvature import LossOfOutputs, OutputCurvature
 from lightning_basin.functional.rank import EPSILON
-from lightning_basin.network.network import Network
 from lightning_basin.network.rounding import agreement_rtol
 from lightning_basin.network.runs import ProbeRuns
 
@@ -109,17 +108,7 @@ class LossCurvature:
 
 
 def loss_curvature(loss_fn: LossOfOutputs, runs: ProbeRuns, *, behavior_is_outputs: bool) -> LossCurvature:
-    """Differentiate a loss at the outputs of a network.
-
-    Args:
-        loss_fn: The loss, from outputs to a scalar.
-        runs: The network's runs over the probe.
-        behavior_is_outputs: Whether the behavior, whose gradients are measured, is the outputs themselves.
-
-    Raises:
-        RuntimeError: If the loss cannot be differentiated twice, or its derivatives are not finite or wrong; if it is
-            a cross-entropy of probabilities whose logits are lost.
-    """
+    """Differentiate a loss at the outputs of a network, or refuse it with a RuntimeError."""
     network, outputs = runs.network, runs.full_trace.outputs.detach()
 
     def canonical(loss_fn: LossOfOutputs) -> CanonicalLoss:
@@ -129,12 +118,13 @@ def loss_curvature(loss_fn: LossOfOutputs, runs: ProbeRuns, *, behavior_is_outpu
     scale = _scale_of(loss.curvature)
     if scale != 1:
         loss = canonical(_divided(loss_fn, scale))
+    value = loss_fn(outputs)  # With a graph of parameters beside the outputs, and of those of the loss itself.
     return LossCurvature(
         loss_fn=_divided(loss_fn, scale),
         outputs=outputs,
         scale=scale,
         canonical=loss,
-        has_penalty=_depends_on_parameters(loss_fn(outputs), network),
+        has_penalty=value.requires_grad and any(is_connected(value, network.parameters())),
         behavior_is_outputs=behavior_is_outputs,
     )
 
@@ -162,8 +152,3 @@ def _outputs_elsewhere(runs: ProbeRuns) -> list[Tensor]:
             except (TypeError, ValueError):
                 return []
     return outputs
-
-
-def _depends_on_parameters(loss: Tensor, network: Network) -> bool:
-    """Whether a loss depends on parameters of the network beside the outputs; parameters of its own do not count."""
-    return loss.requires_grad and any(is_connected(loss, network.parameters()))

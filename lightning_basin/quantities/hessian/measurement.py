@@ -31,16 +31,8 @@ _DERIVATIVES = "derivatives"
 class HessianMeasurement:
     """Sees the gradients of each layer go by, and finds the null spaces of all scopes afterwards.
 
-    Args:
-        runs: The network's runs over the probe.
-        loss: The loss at the outputs.
-        route: How the Hessian is measured.
-        scopes: The scopes to report, the network last.
-        rtol: The relative tolerance on eigenvalues; ``None`` means the rounding of the arithmetic.
-        generator: A generator on the CPU, for random vectors.
-        limits: The limits of memory.
-        passed_checks: The names of checks that hold for the structure of the module, to which those of derivatives are
-            added.
+    The network is the last of ``scopes``. Checks of derivatives that hold for the structure of the module are added to
+    ``passed_checks``.
     """
 
     def __init__(
@@ -79,11 +71,7 @@ class HessianMeasurement:
     def null_spaces(self, spectra: Mapping[Scope, Spectrum]) -> dict[Scope, NullSpace]:
         """Find the null space of each scope's diagonal block; none where nothing is known of it.
 
-        Args:
-            spectra: The singular values of the behavioral gradients of each scope.
-
-        Raises:
-            RuntimeError: If the network or the loss cannot be differentiated twice.
+        ``spectra`` are those of the behavioral gradients of each scope.
         """
         model, eigenvalues, leading = None, {}, None
         # Where H = P no second derivative of the network is taken, so that none can be wrong or missing.
@@ -137,12 +125,7 @@ class HessianMeasurement:
 
 
 def hessian_measurement(evaluation: Evaluation, scopes: Sequence[Scope]) -> HessianMeasurement | None:
-    """Return the measurement of the Hessian, before it has seen gradients; ``None`` where the Hessian is left out.
-
-    Args:
-        evaluation: The network on the probe.
-        scopes: The scopes to report, the network last.
-    """
+    """Return the measurement of the Hessian, before it has seen gradients; ``None`` where the Hessian is left out."""
     settings, runs, notes = evaluation.settings, evaluation.runs, evaluation.notes
     if evaluation.loss_fn is None or settings.hessian is False:
         return None
@@ -188,13 +171,7 @@ def measure_null_spaces(
 ) -> dict[Scope, NullSpace]:
     """Find the null space of each scope's diagonal block; none where there is no Hessian to look at.
 
-    Args:
-        hessian: The Hessian, which has seen the gradients of all layers; ``None`` where it is not measured.
-        spectra: The singular values of the behavioral gradients of each scope.
-        notes: The record's notes, to which the reason is added if the Hessian is left out.
-
-    Warns:
-        UserWarning: If the network cannot be differentiated twice; its Hessian is left out then.
+    The Hessian of a network that cannot be differentiated twice is left out, with a note and a warning.
     """
     if hessian is None:
         return {}

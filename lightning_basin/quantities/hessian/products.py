@@ -19,12 +19,7 @@ HessianOperator = Callable[[Tensor], Tensor]
 
 
 def hessian_operator(model: QuadraticModel, layers: Sequence[Layer]) -> HessianOperator:
-    """Return products with the diagonal block of some layers: of H, or of R for the linear part of a model.
-
-    Args:
-        model: The quadratic model of the loss, or its linear part.
-        layers: The layers, in the network's order.
-    """
+    """Return products with the diagonal block of some layers: of H, or of R for the linear part of a model."""
     chosen = {name for layer in layers for name in layer.parameters}
     names = [name for layer in model.network.layers for name in layer.parameters]
     indices = [index for index, name in enumerate(names) if name in chosen]
@@ -41,13 +36,7 @@ def hessian_operator(model: QuadraticModel, layers: Sequence[Layer]) -> HessianO
 
 
 def _sum_of_products(model: QuadraticModel, indices: Sequence[int], direction: Tensor) -> Tensor:
-    """Add up the products of all chunks with their Hessians.
-
-    Args:
-        model: The quadratic model of the loss, or its linear part.
-        indices: The numbers of the parameters among those of the network.
-        direction: The direction in the parameters, flat.
-    """
+    """Add up the products of all chunks with their Hessians; ``indices`` are the numbers of the parameters."""
     variables = [model.parameters[index] for index in indices]
     total = torch.zeros_like(direction)
     for chunk in model.chunks:
@@ -64,16 +53,7 @@ def _gauss_newton_product(model: QuadraticModel, indices: Sequence[int], directi
 
 
 def pulled_back(model: QuadraticModel, variables: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Differentiate a weighted sum of all canonical outputs.
-
-    Args:
-        model: The quadratic model of the loss.
-        variables: The parameters by which to differentiate.
-        weights: The weights, with one element for each output.
-
-    Returns:
-        The gradient, flat.
-    """
+    """Differentiate a weighted sum of all canonical outputs by some parameters; the gradient is flat."""
     weights = weights.view(model.outputs.shape)
     total = model.outputs.new_zeros(sum(variable.numel() for variable in variables))
     for chunk in model.chunks:
@@ -96,16 +76,7 @@ def output_derivative(outputs: Tensor, variables: Sequence[Tensor], direction: T
 
 
 def residual_matrix(model: QuadraticModel, *, chunk_size: int, atol: float = 0.0) -> Tensor:
-    """Compute R itself, shape ``(N, N)``.
-
-    Args:
-        model: The quadratic model of the loss.
-        chunk_size: The number of columns per batched backward pass.
-        atol: The asymmetry to allow beside 1e-8 of the largest entry.
-
-    Raises:
-        RuntimeError: If R is not symmetric.
-    """
+    """Compute R itself, shape ``(N, N)``; an asymmetry of ``atol`` is allowed beside 1e-8 of the largest entry."""
     gradients = (flat_vector(model.linear_part.gradients(chunk)) for chunk in model.chunks)
     matrices = (
         gradient_derivative(gradient, model.parameters, chunk_size=chunk_size, atol=atol) for gradient in gradients
@@ -114,15 +85,7 @@ def residual_matrix(model: QuadraticModel, *, chunk_size: int, atol: float = 0.0
 
 
 def check_finite(rows: Tensor, layers: Sequence[Layer]) -> None:
-    """Refuse second derivatives that are not finite, and name the layers in whose rows they are.
-
-    Args:
-        rows: The rows of a Hessian, or the elements of a product with it, for all parameters of the layers.
-        layers: The layers.
-
-    Raises:
-        RuntimeError: If an element is not finite.
-    """
+    """Refuse second derivatives that are not finite, and name the layers in whose rows they are."""
     if bool(rows.isfinite().all()):
         return
     parts = torch.split(rows, [layer.num_parameters for layer in layers])

@@ -28,8 +28,6 @@ class QuadraticModel:
     this difference. Both are sums over inputs, and are taken in chunks that fit into memory.
 
     Attributes:
-        network: The network to differentiate.
-        probe: The inputs.
         curvature: The curvature of the loss at its canonical outputs.
         link: The function that made the outputs of the canonical ones; ``None`` where they are the same.
         outputs: The canonical outputs at the weights where the model is taken, shape ``(k, c)``.
@@ -86,13 +84,7 @@ class QuadraticModel:
         return self._gradients_of_all
 
     def gradients_of(self, outputs: Tensor, chunk: Tensor, *, create_graph: bool = True) -> list[Tensor]:
-        """Return the gradients for the canonical outputs of some inputs.
-
-        Args:
-            outputs: The canonical outputs, attached to the graph of the parameters, shape ``(inputs, c)``.
-            chunk: The numbers of the inputs.
-            create_graph: Whether the gradients have a graph.
-        """
+        """Return the gradients for canonical outputs of some inputs, shape ``(inputs, c)``, which have a graph."""
         value = self._value(outputs, chunk)
         if not value.requires_grad:  # Some inputs may use no parameter.
             return [torch.zeros_like(parameter) for parameter in self.parameters]
@@ -121,14 +113,7 @@ class QuadraticModel:
 def quadratic_model(
     runs: ProbeRuns, curvature: OutputCurvature, *, link: Link | None = None, chunk_size: int | None = None
 ) -> QuadraticModel:
-    """Take the quadratic model of a loss at the present weights.
-
-    Args:
-        runs: The network's runs over the probe.
-        curvature: The curvature of the loss at its canonical outputs.
-        link: The function that made the outputs of the canonical ones; ``None`` where they are the same.
-        chunk_size: The largest number of inputs that are differentiated together; ``None`` for any.
-    """
+    """Take the quadratic model of a loss at the present weights, for at most ``chunk_size`` inputs at once."""
     probe, trace = runs.probe, runs.full_trace
     outputs = _canonical(link, trace.outputs.detach().reshape(probe.size, -1))
     num_chunks = max(1, -(-num_activations(trace) // _GRAPH_ELEMENTS))

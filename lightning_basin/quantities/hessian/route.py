@@ -9,14 +9,7 @@ from lightning_basin.settings import HessianMode
 
 @dataclass(frozen=True, kw_only=True)
 class HessianRoute:
-    """How the Hessian of a loss is measured.
-
-    Attributes:
-        takes_products: Whether products with R may be taken.
-        is_dense: Whether the Hessian is formed.
-        is_left_out: Whether nothing is measured of it.
-        note: The record's note on it; ``None`` if there is nothing to say.
-    """
+    """How the Hessian of a loss is measured: by products with R, formed or not at all; and the record's note."""
 
     takes_products: bool
     is_dense: bool
@@ -25,15 +18,7 @@ class HessianRoute:
 
 
 def hessian_route(mode: HessianMode, loss: LossCurvature, *, num_parameters: int, has_chunks: bool) -> HessianRoute:
-    """Choose how the Hessian is measured.
-
-    Args:
-        mode: ``"dense"`` forms the Hessian, ``"bracket"`` bounds its nullity by products with its residual part,
-            ``"gauss-newton"`` takes no product, ``"auto"`` brackets and forms it where that is cheap.
-        loss: The loss at the outputs.
-        num_parameters: The number N of parameters.
-        has_chunks: Whether the inputs do not fit into memory at once.
-    """
+    """Choose how the Hessian is measured, by a mode of `measure_basin` and by what the loss allows."""
     max_dense = MAX_DENSE_PARAMETERS if loss.is_provable else MAX_UNPROVED_PARAMETERS
     is_dense = mode == "dense" or (mode == "auto" and num_parameters <= max_dense)
     # A penalty may meet the outputs in any way: chunks of inputs do not add up.

@@ -31,14 +31,9 @@ _UNDERFLOW = 2.0**-100
 
 
 class RoundedModel:
-    """A quadratic model in float64, and in float32 when this is first asked for.
-
-    Args:
-        model: The model in float64, or its linear part.
+    """A quadratic model in float64, or its linear part, and the same in float32 when this is first asked for.
 
     Attributes:
-        model: The same.
-        num_parameters: The number N of parameters.
         pays: Whether products in float64 take much longer, on this device and for a network of this size.
         agrees: Whether float32 was found to have the digits of all of the Hessian.
     """
@@ -60,12 +55,7 @@ class RoundedModel:
     def vanishing_norm(self, layers: Sequence[Layer]) -> float | None:
         """Return a bound on the norm of a diagonal block that is zero, as of each layer of a ReLU network in R.
 
-        Args:
-            layers: The layers of the block.
-
-        Returns:
-            What float32 may have taken for zero; ``None`` where the block is not zero, or where float32 was not found
-            to have the digits of all blocks together.
+        It is ``None`` where the block is not zero, or float32 was not found to have the digits of all blocks together.
         """
         if not self.agrees:
             return None
@@ -98,19 +88,12 @@ class RoundedModel:
 
 
 class BlockOperator:
-    """Products with a diagonal block of H or R: in float64, until float32 is said to be enough.
-
-    Args:
-        rounded: The quadratic model of the loss, or its linear part.
-        layers: The layers of the block.
-    """
+    """Products with a diagonal block of H or R: in float64, until float32 is said to be enough."""
 
     def __init__(self, rounded: RoundedModel, layers: Sequence[Layer]) -> None:
         self._rounded, self._layers = rounded, layers
         self._multiply = hessian_operator(rounded.model, layers)
-        self._first: tuple[Tensor, Tensor] | None = (
-            None  # A direction that is random in part, and its product in float64.
-        )
+        self._first: tuple[Tensor, Tensor] | None = None  # A direction, random in part, and its product in float64.
         self._may_round = rounded.pays
 
     def __call__(self, direction: Tensor) -> Tensor:
@@ -123,8 +106,7 @@ class BlockOperator:
     def round_products(self) -> float:
         """Take products in float32 from now on, where it has the digits and is faster.
 
-        Returns:
-            A bound on the norm by which the new operator differs from the block; 0 where it stays the same.
+        Return a bound on the norm by which the new operator differs from the block; 0 where it stays the same.
         """
         if not self._may_round or self._first is None:
             return 0.0

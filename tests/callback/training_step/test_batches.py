@@ -11,14 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_basin import BasinMonitor
 from lightning_basin.tensors import tensors_of
-from tests.callback.training_step.steps import (
-    ITEMS,
-    Base,
-    CrossEntropy,
-    fitted,
-    integers,
-    stacked,
-)
+from tests.callback.training_step.steps import ITEMS, Base, CrossEntropy, fitted, integers, stacked
 from tests.lightning_packages import MisconfigurationException
 from tests.training import Unmeasurable, loader, make_trainer
 

@@ -188,10 +188,7 @@ BY_OPERATION = {
     "bare parameters": (Bare, (5, 3, 4)),
     "positions": (Positions, (4, 5, 3)),
     "positions of each input": (lambda: Positions(lambda x: torch.arange(5).expand(len(x), -1)), (4, 5, 3)),
-    "positions of as many inputs": (
-        lambda: Positions(lambda x: torch.arange(5)[None].expand(len(x), -1)),
-        (5, 5, 3),
-    ),
+    "positions of as many inputs": (lambda: Positions(lambda x: torch.arange(5)[None].expand(len(x), -1)), (5, 5, 3)),
     "repeated positions": (lambda: Positions(lambda x: torch.arange(5).repeat(len(x), 1)), (4, 5, 3)),
     "EmbeddingBag, sums": (lambda: bags("sum"), (5, 3)),
     "EmbeddingBag, means": (lambda: bags("mean"), (5, 3)),
