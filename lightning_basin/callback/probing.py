@@ -83,7 +83,7 @@ class Probing:
             self.findings.step_calls = None if step_calls is None else tuple(step_calls)
         if self.probe is None:
             raise ValueError("there is no probe; pass BasinMonitor(probe=(inputs, targets))")
-        check_request(self.request([]), module, self.probe, num_inputs=self.size or self.probe.size)
+        check_request(self.request([]), module, self.probe, num_inputs=self.probe.size)
 
     def take(self, batch: Any, request: Request, whole: ModuleGetter | None, *, keeps_weights: bool) -> str | None:
         """Collect inputs until there are enough; at the first batch, check what can be measured.
