@@ -117,7 +117,7 @@ def probe_or_size(probe: Any) -> tuple[Probe | None, ProbeSize]:
     Raises:
         MisconfigurationException: If it is neither a number of inputs, nor ``"auto"``, a `Probe` or a pair.
     """
-    if probe == "auto":
+    if isinstance(probe, str) and probe == "auto":
         return None, "auto"
     if isinstance(probe, int) and not isinstance(probe, bool):
         if probe < 1:

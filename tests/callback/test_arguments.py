@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,7 +16,9 @@ from tests.lightning_packages import (
     [
         ({"on_other_probe": "ask"}, r"on_other_probe='ask'\)` must be 'raise' or 'replace'"),
         ({"probe": 0}, r"probe=0\).* at least 1"),
-        ({"probe": torch.zeros(2, 3)}, "probe"),
+        ({"probe": torch.zeros(2, 3)}, "must be a number of inputs, .auto., a Probe or a pair .* got Tensor"),
+        ({"probe": np.zeros((2, 3))}, "got ndarray"),
+        ({"probe": "all"}, "got .all."),
         ({"every_n_epochs": 0}, r"every_n_epochs=0\).* at least 1"),
         ({"every_n_epochs": -1}, r"every_n_epochs=-1\).* at least 1"),
         ({"every_n_train_steps": 0}, r"every_n_train_steps=0\).* at least 1"),
