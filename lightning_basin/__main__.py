@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +22,15 @@ from lightning_basin.probe import Probe
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure checkpoints as a command line says, or run the command that it begins with."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    if given and given[0] in COMMANDS:
-        COMMANDS[given[0]](given[1:])
-    else:
-        _measure(given)
+    try:
+        if given and given[0] in COMMANDS:
+            COMMANDS[given[0]](given[1:])
+        else:
+            _measure(given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # Of `head`, say. Python writes what is left at its exit, and must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _measure(arguments: Sequence[str]) -> None:

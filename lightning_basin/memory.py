@@ -11,6 +11,7 @@ from lightning_basin.budget import FLOAT64_BYTES, MemoryRequest, cut_to_budget
 from lightning_basin.free_memory import available_memory
 from lightning_basin.gradients.sizes import GradientMethod, layer_sizes
 from lightning_basin.limits import GROUP_ELEMENTS, HessianLimits
+from lightning_basin.naming import counted
 from lightning_basin.network.copying import tensors_held_by
 from lightning_basin.network.network import Network
 from lightning_basin.network.trace import Trace
@@ -62,11 +63,12 @@ class MeasurementPlan:
             for method, words in (("chunks", "chunk by chunk"), ("rows", "row by row"))
             if counts[method]
         ]
-        how = f"{len(self.methods)} layers, " + (", ".join(others) or "all factored")
-        chunks = "" if self.chunk_size >= self.num_inputs else f", {self.chunk_size} inputs at a time"
+        how = counted(len(self.methods), "layer") + ", " + (", ".join(others) or "all factored")
+        chunks = "" if self.chunk_size >= self.num_inputs else f", {counted(self.chunk_size, 'input')} at a time"
         return (
-            f"{self.num_inputs} inputs x {self.num_outputs} outputs = {self.num_rows} rows by {self.num_parameters:,} "
-            f"parameters ({how}): about {self.memory_bytes / 2**30:.2g} of {self.memory_budget / 2**30:.2g} GiB{chunks}"
+            f"{counted(self.num_inputs, 'input')} x {counted(self.num_outputs, 'output')} = "
+            f"{counted(self.num_rows, 'row')} by {counted(self.num_parameters, 'parameter')} ({how}): "
+            f"about {self.memory_bytes / 2**30:.2g} of {self.memory_budget / 2**30:.2g} GiB{chunks}"
         )
 
 

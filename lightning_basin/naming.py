@@ -32,6 +32,11 @@ def escaped(name: str) -> str:
     return "".join(characters)
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun, in the plural with an s unless the number is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """Percent-encode a text's control characters, except for line ends."""
     characters = (

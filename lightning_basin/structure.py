@@ -195,9 +195,15 @@ def _copy_as_trained(
     settle_embeddings(network.module, lambda: network.outputs(probe))
     sample, trace = _trace_sample(network, probe)
     check_copy(module, network.module, trace.outputs, "behavior")
-    trained = as_trained(
-        module, settings.loss, settings.outputs, network, probe, trace.outputs, trained=settings.trained
-    )
+    try:
+        trained = as_trained(
+            module, settings.loss, settings.outputs, network, probe, trace.outputs, trained=settings.trained
+        )
+    except ValueError:  # What compares inputs may find nothing to compare in a few: this looks like a cut.
+        with torch.no_grad():
+            regrouped = run_regrouped(network, probe, with_layers=False)
+            check_independence(network, probe, network.outputs(probe), regrouped)
+        raise
     if trained.network is not None:
         network, loss_fn = trained.network, trained.loss_fn
         settle_embeddings(network.module, lambda: network.outputs(probe))

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -54,6 +55,17 @@ def test_run_is_printed_for_programs(folder, capsys):
     main(["show", str(folder), "--json"])
     history = History.from_dict(json.loads(capsys.readouterr().out))
     assert history.column("gradient_rank").tolist() == [8, 8, 5, 2]
+
+
+def test_output_that_nobody_reads_ends_the_command_without_words(folder, monkeypatch, capfd):
+    reading, writing = os.pipe()
+    os.close(reading)  # As `head` does.
+    with os.fdopen(writing, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        with pytest.raises(SystemExit) as exited:
+            main(["show", str(folder), "--json"])
+    assert exited.value.code == 1
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("command", ["report", "show"])

@@ -126,6 +126,11 @@ def test_the_plan_says_how_each_layer_is_measured():
     assert "(2 layers, 1 of them chunk by chunk)" in words
 
 
+def test_one_of_a_kind_is_said_in_the_singular():
+    plan = check_measurable(nn.Linear(1, 1, bias=False), Probe(torch.ones(1, 1)), Settings(memory_budget=2**30))
+    assert str(plan).startswith("1 input x 1 output = 1 row by 1 parameter (1 layer, all factored): about ")
+
+
 def test_a_layer_that_fits_by_no_method_is_refused_before_any_work():
     with pytest.raises(
         MemoryBudgetError,

@@ -172,6 +172,27 @@ def test_inputs_that_begin_to_influence_each_other_are_refused_later_too():
         measure(module, probe, Settings(), cache=cache)
 
 
+class ComparesThree(nn.Module):
+    """Compares each input with all others by a head, which two inputs alone do not reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        encoded = self.encoder(x)
+        if len(x) < 3:
+            return encoded
+        projected = torch.nn.functional.normalize(self.head(encoded))
+        return encoded + (projected @ projected.mT).softmax(1).max(1, keepdim=True).values
+
+
+def test_inputs_that_are_compared_are_not_called_a_cut():
+    settings = Settings(trained=("encoder.weight", "head.weight"))
+    with pytest.raises(ValueError, match=r"must depend on its own input only.* Pass a behavior that returns"):
+        measure(filled(ComparesThree()), Probe(drawn(9, 3)), settings)
+
+
 def test_a_cut_that_zero_weights_hide_is_found_when_they_grow():
     # With a last layer of zeros, no gradient tells training, which passes a rounding by, from evaluation.
     cache, probe = StructureCache(), Probe(drawn(5, 3))

@@ -69,8 +69,8 @@ class Fit:
         if trainer.is_global_zero:
             is_before_baseline = self._schedule.measured_step is None
             problem = probing.take(batch, self._request(), whole, keeps_weights=is_before_baseline)
-        taken = trainer.strategy.broadcast((problem, probing.probe, probing.findings.step_calls), 0)
-        problem, probing.probe, probing.findings.step_calls = taken
+        taken = trainer.strategy.broadcast((problem, probing.probe, probing.findings.step_calls, probing.is_checked), 0)
+        problem, probing.probe, probing.findings.step_calls, probing.is_checked = taken
         probing.refuse_another()
         if problem is not None:
             raise unmeasurable(self._module, problem)
@@ -93,8 +93,21 @@ class Fit:
             probing.refuse_another()
             self._measure_baseline()
         step = trainer.global_step
-        if self._schedule.is_due_after_epoch(
+        if step == 0:
+            self._session.notices.warn(
+                "BasinMonitor measures nothing after the baseline as long as the trainer counts no optimizer steps. "
+                "HINT: return the optimizers from configure_optimizers, and step those that self.optimizers() returns"
+            )
+        if self._schedule.measured_step is not None and self._schedule.is_due_after_epoch(
             trainer.current_epoch, step, at_zero_loss=self._at_zero_loss, sparse_since=self._session.sparse_since
+        ):
+            self._measure(step, batches_that_stepped(trainer) - 1)
+
+    def end(self) -> None:
+        """Measure what a resumed run has left out, where no batch was left to train on."""
+        trainer, step = self._trainer, self._trainer.global_step
+        if self._schedule.is_overdue(
+            trainer.current_epoch, step, 0, at_zero_loss=self._at_zero_loss, sparse_since=self._session.sparse_since
         ):
             self._measure(step, batches_that_stepped(trainer) - 1)
 

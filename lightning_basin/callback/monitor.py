@@ -68,8 +68,7 @@ class BasinMonitor(Arguments, BaseCallback):
         prefix: The first characters of every key, in which markup is percent-encoded; two monitors need two.
 
     Raises:
-        MisconfigurationException: At construction for values out of range; before the first training step for what
-            cannot be measured, and for another probe on resuming.
+        MisconfigurationException: For values out of range; before the first step for what cannot be measured.
 
     Example:
         >>> BasinMonitor(probe=64, every_n_epochs=5).records
@@ -109,10 +108,9 @@ class BasinMonitor(Arguments, BaseCallback):
     ) -> None:
         arguments = {name: as_builtin(value) for name, value in locals().items() if name in Arguments.__annotations__}
         super().__init__()
-        passed, size = probe_or_size(as_builtin(probe))
         check_arguments(arguments)
         vars(self).update(arguments)
-        self.progress = Progress(self, passed, size)
+        self.progress = Progress(self, *probe_or_size(as_builtin(probe)))
         self._fit: Fit | None = None
         self._listeners: list[Listener] = []
         self._is_set_up = False
@@ -188,6 +186,10 @@ class BasinMonitor(Arguments, BaseCallback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _running(self._fit).after_epoch()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _running(self._fit).end()
 
     @override
     def state_dict(self) -> dict[str, Any]:

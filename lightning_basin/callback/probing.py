@@ -20,6 +20,7 @@ from lightning_basin.limits import MOST_PROBE_INPUTS
 from lightning_basin.network.replica import device_of, replicas
 from lightning_basin.probe import Probe, ProbeCollector
 from lightning_basin.record import BasinRecord
+from lightning_basin.tensors import tensors_of
 
 ModuleGetter = Callable[[], nn.Module]
 """A function that returns a module with all of its parameters, on the first process."""
@@ -42,7 +43,7 @@ class Probing:
         probe: The inputs that are measured; ``None`` until there are enough.
         findings: What the first batch showed of the module.
         initial: The weights of the baseline, where training begins before there are enough inputs.
-        is_checked: Whether a first batch has come by.
+        is_checked: Whether a first batch with inputs has come by.
         is_refused: Whether the probe is not the one with which the run has begun, and is not measured.
     """
 
@@ -95,10 +96,14 @@ class Probing:
             keeps_weights: Whether to keep the weights as they are now for the baseline, if there are too few inputs.
 
         Returns:
-            What cannot be measured, as the rest of a sentence; ``None`` where everything can.
+            What cannot be measured, as the rest of a sentence; ``None`` where everything can, and for a batch without
+            inputs, which is passed over: the first batch is then the next one.
         """
         trainer = request.trainer
         assert trainer is not None, "batches come by in a fit only"
+        if self.probe is None and _is_empty(batch):
+            self.is_checked = whole is None
+            return None
         try:
             module = None if whole is None else whole()
             if module is not None:
@@ -216,6 +221,11 @@ class Probing:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"findings": copy.copy(self.findings), "initial": None}
+
+
+def _is_empty(batch: Any) -> bool:
+    tensors = tensors_of(batch)
+    return bool(tensors) and all(tensor.shape[:1] == (0,) for tensor in tensors)
 
 
 def _describe(probe_size: int) -> str:

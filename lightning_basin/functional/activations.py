@@ -96,5 +96,5 @@ def _rank_and_gap(sigmas: Array, rtol: float, epsilon: float) -> tuple[int | Non
     rank = int((sigmas > rtol * sigmas[:1]).sum())
     if rank == 0:
         return 0, None
-    following = max([*sigmas[rank : rank + 1], epsilon * sigmas[0]])
+    following = max([*sigmas[rank : rank + 1], epsilon * sigmas[0], math.ulp(0.0)])
     return rank, math.log10(sigmas[rank - 1] / following)

@@ -73,7 +73,7 @@ class IndependentRows:
         resolved = self.least / largest if norm is None else self.least / (_NORM_MARGIN * largest)
         return GradientRank(
             rank=self.num_rows,
-            gap=math.log10(self.smallest / (epsilon * largest)),
+            gap=math.log10(self.smallest / max(epsilon * largest, math.ulp(0.0))),
             at={tolerance: self.num_rows for tolerance in RANK_TOLERANCES if tolerance <= resolved},
             effective_rank=None,
             rtol=rtol,

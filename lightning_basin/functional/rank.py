@@ -95,6 +95,11 @@ def default_rtol(num_rows: int, num_columns: int, epsilon: float = EPSILON) -> f
     no more columns count than a sketch of the matrix has: the norm of what rounding leaves does not grow with them, and
     with 1e5 of them a hundredth of the largest singular value would count as zero.
 
+    Args:
+        num_rows: The number of rows of the matrix that is decomposed.
+        num_columns: The number of its columns.
+        epsilon: The rounding of its elements, relative to the largest; by default that of float64.
+
     Example:
         >>> default_rtol(4, 2) == 4 * 2.0**-52
         True
@@ -203,6 +208,9 @@ def effective_rank(spectrum: Tensor) -> float:
     r"""Compute the exponential of the entropy of :math:`p_i = \sigma_i^2 / \sum_j \sigma_j^2`.
 
     Roy and Vetterli (2007) with squared singular values. A zero matrix has effective rank 0.
+
+    Args:
+        spectrum: The singular values (not their squares) in any order, shape ``(n,)``.
 
     Example:
         >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 9)

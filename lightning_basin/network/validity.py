@@ -103,7 +103,8 @@ def _refuse_dependence(network: Network, probe: Probe, outputs: Tensor, deviatio
         return
     raise ValueError(
         f"each output must depend on its own input only, but the output on input {index} changes with the other "
-        f"inputs of the batch: the rank is then not defined input by input"
+        f"inputs of the batch: the rank is then not defined input by input. Pass a behavior that returns the outputs "
+        f"before inputs are compared or averaged, of an encoder for example"
     )
 
 

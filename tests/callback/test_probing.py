@@ -1,8 +1,10 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_basin import BasinMonitor, Probe
 from tests.callback.monitor.modules import measured_at_start
@@ -80,6 +82,36 @@ def test_training_step_that_writes_into_its_batch_does_not_change_the_probe(tmp_
     torch.testing.assert_close(
         monitor.probe.targets, torch.cat([targets for _, targets in batches])[:50], rtol=0, atol=0
     )
+
+
+def test_batches_without_inputs_are_passed_over_until_there_is_one_with_some(tmp_path):
+    inputs, targets = regression_data().tensors
+    ends = [(0, 0), (0, 0), (0, 20), (20, 20), (20, 40)]
+    batches = [(inputs[start:end], targets[start:end]) for start, end in ends]
+
+    class Skipping(Regressor):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if len(batch[0]) else None
+
+    module, monitor = Skipping(), BasinMonitor(probe=30)
+    baseline = measured_at_start(copy.deepcopy(module), inputs[:30], targets[:30], loss_fn=nn.MSELoss())
+    make_trainer(tmp_path, monitor).fit(module, DataLoader(batches, batch_size=None))
+    assert steps(monitor) == [2, 5, 10]  # Lightning counts a step without a loss, too.
+    assert timeless([replace(monitor.records[0], step=0)]) == timeless([baseline])
+
+
+def test_an_epoch_without_inputs_leaves_the_baseline_to_the_next_one(tmp_path):
+    class Late(Regressor):
+        def train_dataloader(self):
+            batch = regression_data(20 * self.current_epoch).tensors
+            return DataLoader([batch], batch_size=None)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if len(batch[0]) else None
+
+    monitor = BasinMonitor(probe=20)
+    make_trainer(tmp_path, monitor, reload_dataloaders_every_n_epochs=1).fit(Late())
+    assert steps(monitor) == [1, 2]
 
 
 @pytest.mark.parametrize(("num_inputs", "said"), [(60, 60), (200, 128)])

@@ -79,6 +79,11 @@ def test_rank_does_not_depend_on_the_scale(scale):
     assert activation_rank(scale * integer_activations(60, 300, 20).double())[0] == 20
 
 
+def test_the_gap_of_denormal_numbers_is_their_distance_to_the_smallest_one():
+    rank, gap = activation_rank(2.0**-1060 * torch.eye(3, 5, dtype=torch.float64))
+    assert (rank, gap) == (3, pytest.approx(14 * math.log10(2.0)))  # Down to 2**-1074.
+
+
 def test_in_float32_what_lies_below_its_rounding_does_not_count():
     activations = with_singular_values(2, 60, [1.0, 1e-9])
     assert activation_rank(activations, epsilon=torch.finfo(torch.float32).eps)[0] == 1

@@ -266,6 +266,16 @@ def test_a_kronecker_product_shows_independent_rows_by_its_factors():
     assert rows_independent_in_few_columns(KhatriRaoGradients(activations, signals), generator_of(0)) is None
 
 
+def test_the_gap_of_denormal_numbers_is_their_distance_to_the_smallest_one():
+    # The rows are 30 different unit vectors, times two outputs: all singular values are 2**-1060.
+    activations = 2.0**-1060 * torch.eye(30, 40, dtype=torch.float64).view(30, 1, 40)
+    signals = torch.eye(2, dtype=torch.float64).view(1, 2, 1, 2).expand(30, 2, 1, 2)
+    found = rows_independent_in_few_columns(KhatriRaoGradients(activations, signals), generator_of(0))
+    judged = found.rank(rtol=1e-12)
+    assert (judged.rank, judged.largest) == (60, 2.0**-1060)
+    assert judged.gap == pytest.approx(14 * math.log10(2.0))  # Down to 2**-1074.
+
+
 @pytest.mark.parametrize("shapes", [[], [(2, 3), (3, 3)]], ids=["none", "unequal"])
 def test_matrices_without_one_number_of_rows_are_refused(shapes):
     with pytest.raises(ValueError, match=r"matrices must have one number of rows, got \["):

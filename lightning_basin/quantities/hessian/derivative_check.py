@@ -7,7 +7,7 @@ from functools import lru_cache
 from operator import or_
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_basin.functional.differences import contradicted_blocks, relative_direction
 from lightning_basin.functional.hessian import check_connected, flat_vector, hessian_product, is_connected
@@ -53,6 +53,7 @@ def _wrong_layers(model: QuadraticModel, seed: int) -> list[int]:
     """The numbers of the layers whose derivatives along a random direction are wrong; [0] where the outputs' are."""
     sizes = [layer.num_parameters for layer in model.network.layers]
     direction = relative_direction(model.parameters, seed=seed)
+    _keep_padding(model, direction)
     shift = _SHIFT * relative_direction(model.parameters, seed=seed + _NUM_DIRECTIONS)
     outputs_along, product = _derivatives_at(model, shift, direction)
 
@@ -63,6 +64,17 @@ def _wrong_layers(model: QuadraticModel, seed: int) -> list[int]:
     return contradicted_blocks([outputs_along], lambda step: values(step)[:1]) or contradicted_blocks(
         torch.split(product, sizes), lambda step: torch.split(values(step)[1], sizes)
     )
+
+
+def _keep_padding(model: QuadraticModel, direction: Tensor) -> None:
+    """Let a direction leave the rows of embeddings that stand for padding: to autograd they are constants."""
+    sizes = [parameter.numel() for parameter in model.parameters]
+    parts = dict(zip(map(id, model.parameters), torch.split(direction, sizes), strict=True))
+    for module in model.network.module.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            part = parts.get(id(module.weight))
+            if part is not None:
+                part.view(module.weight.shape)[module.padding_idx] = 0.0
 
 
 @contextmanager

@@ -75,6 +75,23 @@ def test_manual_optimization_is_measured_at_every_epoch(tmp_path):
     assert steps(monitor) == [0, 6, 12]
 
 
+def test_optimizers_whose_steps_no_trainer_counts_are_said(tmp_path):
+    class WithItsOwn(Regressor):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(super().training_step(batch, batch_idx))
+            torch.optim.SGD(self.parameters(), 0.01).step()
+
+        def configure_optimizers(self):
+            return None
+
+    monitor = BasinMonitor(probe=20)
+    with pytest.warns(UserWarning, match="nothing after the baseline as long as the trainer counts no optimizer steps"):
+        make_trainer(tmp_path, monitor).fit(WithItsOwn(), loader())
+    assert steps(monitor) == [0]
+
+
 def test_only_chosen_layers_are_reported(tmp_path):
     monitor = BasinMonitor(probe=20, layers=["readout"], hessian=False)
     make_trainer(tmp_path, monitor, max_epochs=1).fit(Regressor(), loader())

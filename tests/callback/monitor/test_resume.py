@@ -102,6 +102,20 @@ def test_resumed_run_has_the_records_of_an_uninterrupted_one(tmp_path, kind, opt
     torch.testing.assert_close(resumed.probe.inputs, uninterrupted.probe.inputs, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumed_with_nothing_left_to_train_ends_with_the_records_of_the_whole(tmp_path, kind):
+    saving, _ = checkpoint_of_kind(tmp_path, kind)
+    whole, resumed = BasinMonitor(probe=20), BasinMonitor(probe=20)
+    run = {"max_epochs": 2, "val_check_interval": 1.0}
+    trainer = make_trainer(tmp_path, whole, saving, **run, enable_checkpointing=True)
+    trainer.fit(Regressor(), repeated_loader(), loader(20))
+    make_trainer(tmp_path, resumed, **run).fit(
+        Regressor(), repeated_loader(), loader(20), ckpt_path=tmp_path / "step=8.ckpt"
+    )
+    assert steps(resumed) == steps(whole) == [0, 4, 8]
+    assert timeless(resumed.records) == timeless(whole.records)
+
+
 class Interrupted(Regressor):
     """Somebody presses Ctrl-C while it is measured as it was after eight steps."""
 

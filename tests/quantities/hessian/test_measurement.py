@@ -7,6 +7,7 @@ from torch import nn
 from lightning_basin import measure_basin
 from lightning_basin.quantities.hessian import quadratic_model
 from tests.functional.curvatures import linear
+from tests.measure.records import without_time
 from tests.networks import drawn, filled
 
 
@@ -33,6 +34,47 @@ def test_a_loss_of_differences_between_inputs_does_not_see_the_bias(seed):
     inputs = 1 + 0.05 * drawn(7, 1, seed=seed)
     record = measure_basin(module, inputs, torch.zeros(7, 1), loss_fn=all_pairs)
     assert (record.hessian_nullity, record.gauss_newton_nullity, record.hessian_certified) == (1, 1, True)
+
+
+class Padded(nn.Module):
+    """Looks up tokens, of which the first stands for padding; a head reads their mean, with the same table if tied."""
+
+    def __init__(self, *, tied):
+        super().__init__()
+        self.table, self.head = nn.Embedding(6, 3, padding_idx=0), nn.Linear(3, 6, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+        filled(self)
+
+    def vectors(self, tokens):
+        return self.table(tokens)
+
+    def forward(self, tokens):
+        return self.head(self.vectors(tokens).tanh().mean(1))
+
+
+class ConstantPadding(Padded):
+    """The same written out: the vector of the padding is no parameter."""
+
+    def __init__(self, *, tied):
+        super().__init__(tied=tied)
+        self.register_buffer("padding", self.table.weight[0].detach().clone())
+        self.table.padding_idx = None
+
+    def vectors(self, tokens):
+        return torch.where((tokens == 0).unsqueeze(-1), self.padding, self.table(tokens))
+
+
+@pytest.mark.parametrize("mode", ["dense", "bracket"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_padding_of_an_embedding_is_a_constant_for_the_hessian(tied, mode):
+    tokens, targets = torch.arange(60).view(12, 5) ** 2 % 6, drawn(12, 6)
+    padded, constant = (
+        measure_basin(kind(tied=tied), tokens, targets, loss_fn=nn.MSELoss(), hessian=mode)
+        for kind in (Padded, ConstantPadding)
+    )
+    assert padded.hessian_nullity_lower is not None
+    assert without_time(padded) == without_time(constant)
 
 
 def products_of_outputs(outputs, _):
