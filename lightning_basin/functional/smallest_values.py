@@ -113,11 +113,12 @@ def values_behind_gap(triangle: Tensor, num_before: int) -> SmallSingularValues 
 def _mixed(matrix: Tensor) -> Tensor:
     """Mix columns by random signs and a Fourier transform, orthogonal and in a random order."""
     count, generator = matrix.shape[1], Generator().manual_seed(0)
-    order, mixed_order = (torch.randperm(count, generator=generator).to(matrix.device) for _ in range(2))
+    order, picked = (torch.randperm(count, generator=generator).to(matrix.device) for _ in range(2))
     signs = torch.randint(0, 2, (count,), generator=generator).mul_(2).sub_(1).to(matrix)
-    spectrum = torch.fft.rfft(matrix[:, order] * signs, norm="ortho")
-    pairs = slice(
-        1, 1 + (count - 1) // 2
-    )  # The first frequency, and the last of an even number, have no imaginary part.
-    spectrum[:, pairs] *= math.sqrt(2)
-    return torch.cat([spectrum.real, spectrum.imag[:, pairs]], dim=1)[:, mixed_order]
+    spectrum = torch.view_as_real(torch.fft.rfft((matrix * signs)[:, order], norm="ortho")).flatten(1)
+    # Each frequency stands for two of the whole transform, which are conjugate; but the first one, and the last of an
+    # even number, for one without an imaginary part.
+    scales = matrix.new_full((count,), math.sqrt(2))
+    scales[:: count - 1 if count % 2 == 0 else count] = 1.0
+    places = torch.where(picked == 0, 0, picked + 1)
+    return torch.gather(spectrum, 1, places.expand(len(matrix), -1)).mul_(scales[picked])
