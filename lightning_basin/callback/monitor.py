@@ -38,7 +38,7 @@ class BasinMonitor(Arguments, BaseCallback):
         batch_fn: A function from a training batch to a pair of inputs and targets (``None`` for no targets). ``None``
             takes a pair as it is, and a tensor, or with a function as ``behavior`` any batch, as inputs alone.
         every_n_epochs: The number of epochs from one measurement to the next, each at the end of an epoch. ``None`` is
-            each epoch where that takes five seconds in all, else as many as take a tenth of the wall time, or four.
+            each epoch where that takes five seconds in all, else as many as take a tenth of the wall time, or three.
         every_n_train_steps: The number of optimizer steps from one measurement to the next, instead of epochs.
         every_n_epochs_after_zero_loss: The number of epochs after the loss has reached zero; ``None`` changes nothing.
         every_n_spectra: The number of measurements from one with singular values to the next; others are faster.

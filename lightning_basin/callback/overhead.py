@@ -18,7 +18,7 @@ LONG_SECONDS = 10.0
 FREE_SECONDS = 5.0
 """The wall time that all measurements of a fit may take together, however short the fit is."""
 
-LEAST_MEASUREMENTS = 4
+LEAST_MEASUREMENTS = 3
 """The number of measurements after the first that a fit may take, however long they are: they show how a curve runs."""
 
 _SHORTEST = 1e-6  # seconds of a measurement that took no time by the clock

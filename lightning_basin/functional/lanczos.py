@@ -27,7 +27,8 @@ class NormBound:
     """Bounds on the spectral norm after some products.
 
     Attributes:
-        value: The largest magnitude of a Ritz value: never above the norm, except by rounding.
+        value: The largest magnitude of a Ritz value.
+        lower: The norm is at least this, except by rounding: the norm of the operator on the Krylov space.
         residual: The norm of the Ritz vector's residual: an eigenvalue lies within it of the Ritz value.
         gap: The distance of the Ritz value from the nearest other one; 0 where there is none.
         rival: The largest magnitude that an eigenvalue within the residual of another Ritz value may have.
@@ -38,6 +39,7 @@ class NormBound:
     """
 
     value: float
+    lower: float
     residual: float
     gap: float
     rival: float
@@ -75,7 +77,7 @@ class NormIteration:
         >>> iteration = NormIteration(2, generator=torch.Generator(), max_products=2)
         >>> while not iteration.is_finished:
         ...     (bound,) = next_bounds([iteration], [diagonal * iteration.vector])
-        >>> round(bound.value, 9), round(bound.upper, 9), bound.num_products
+        >>> round(bound.lower, 9), round(bound.upper, 9), bound.num_products
         (3.0, 3.0, 2)
     """
 
@@ -170,6 +172,7 @@ class NormIteration:
             self.vector = self._remainder / residual_norm
         return NormBound(
             value=value,
+            lower=float(np.linalg.norm(np.vstack([tridiagonal, [*[0.0] * (count - 1), residual_norm]]), 2)),
             residual=residual,
             gap=gap,
             rival=rival,

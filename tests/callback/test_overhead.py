@@ -81,8 +81,8 @@ def test_a_run_with_time_to_spare_skips_nothing(tmp_path, monkeypatch):
         pytest.param(1.0, {}, [0, 18, 60, 102, 141, 180], id="run of minutes"),
         pytest.param(1.0, {"max_epochs": -1, "max_steps": 180}, [0, 18, 60, 102, 141, 180], id="so many steps"),
         # Ten epochs of three seconds leave 3.3 s, and five are free: 2 s more, which hold no measurement after one of
-        # 1.5 s. There are four all the same: one in 2.5 of ten epochs, then in 7/3 of seven, in 2 of 4, and in 2.
-        pytest.param(1.0, {"max_epochs": 10}, [0, 9, 18, 24, 30], id="short run"),
+        # 1.5 s. There are three all the same: one in 10/3 of ten epochs, then in 3 of 6, and in 3.
+        pytest.param(1.0, {"max_epochs": 10}, [0, 12, 21, 30], id="short run"),
         pytest.param(300.0, {"max_epochs": 12}, [*range(0, 37, 3)], id="long run"),
         # Nobody knows how long it lasts. The second fits into the free 5 s. The k-th has to end within a tenth:
         # 3 k <= (3 k + 15 e) / 10 after e epochs of 15 seconds, so that e >= 1.8 k.

@@ -75,7 +75,7 @@ class BlockNorms:
         uncertainty = self.model.slope_uncertainty
         judges = {scope: _judge_of_residual(values, known.bound, uncertainty) for scope, values in eigenvalues.items()}
         is_coarse = {
-            scope: lambda bound, values=values: _is_hopeless(values, bound.value)
+            scope: lambda bound, values=values: _is_hopeless(values, bound.lower)
             for scope, values in eigenvalues.items()
         }
         scales = {
@@ -195,17 +195,17 @@ def _judge_of_residual(eigenvalues: GaussNewtonEigenvalues, known: float, uncert
 
     def judge(bound: NormBound) -> bool:
         residual = min(known, bound.upper * (1 + uncertainty))
-        # The norm is at least the value: no product can change a count that is the same for both.
+        # The norm is at least the lower bound: no product can change a count that is the same for both.
         num_curved = eigenvalues.num_curved(residual)
-        num_open = eigenvalues.num_curved(bound.value) - num_curved
-        is_hopeless = _is_hopeless(eigenvalues, bound.value)
+        num_open = eigenvalues.num_curved(bound.lower) - num_curved
+        is_hopeless = _is_hopeless(eigenvalues, bound.lower)
         slack = _HOPELESS_SLACK if is_hopeless and 20 * num_open <= eigenvalues.rank else _SLACK
         # A bound within a factor of two would count no eigenvalue, nor one of a layer's block: these are no larger.
-        counts_none = is_hopeless and eigenvalues.num_curved(_NEAREST * bound.value) == 0
+        counts_none = is_hopeless and eigenvalues.num_curved(_NEAREST * bound.lower) == 0
         counts_all = num_open == 0 and num_curved == eigenvalues.rank
         if eigenvalues.rank > 0 and (counts_none or counts_all):
             slack = _DECIDED_SLACK
-        is_tight = residual <= slack * bound.value
+        is_tight = residual <= slack * bound.lower
         is_settled = is_tight and (num_open == 0 or is_hopeless)
         if known < float("inf"):  # Only the counts matter, and only where the own bound may become the smaller one.
             is_settled |= num_curved == eigenvalues.num_curved(min(known, bound.forecast))
@@ -217,7 +217,7 @@ def _judge_of_residual(eigenvalues: GaussNewtonEigenvalues, known: float, uncert
 def _residual_norm(bound: NormBound, vector: Tensor, known: ResidualNorm, uncertainty: float) -> ResidualNorm:
     """What the last bounds on the norm of a block of R say of it, beside what is known of a larger block."""
     upper = bound.upper * (1 + uncertainty)
-    estimate = min(upper, _SLACK * bound.value) if known.vector is None else upper
+    estimate = min(upper, _SLACK * bound.lower) if known.vector is None else upper
     return ResidualNorm(bound=min(known.bound, upper), estimate=min(known.estimate, estimate), vector=vector)
 
 
