@@ -222,7 +222,8 @@ def effective_rank(spectrum: Tensor) -> float:
     largest = max(values)
     energies = [(value / largest) ** 2 for value in values]
     total = math.fsum(energies)
-    return math.exp(math.fsum(-energy / total * math.log(energy / total) for energy in energies if energy > 0.0))
+    shares = [energy / total for energy in energies]
+    return math.exp(math.fsum(-share * math.log(share) for share in shares if share > 0.0))
 
 
 def log_det_gram(spectrum: Tensor, rank: int) -> float | None:

@@ -122,6 +122,11 @@ def test_effective_rank_of_nothing_is_zero(size):
     assert effective_rank(torch.zeros(size)) == 0.0
 
 
+def test_effective_rank_ignores_shares_that_underflow():
+    # The square of the last one is the smallest number of float64, and a third of that is zero.
+    assert effective_rank(torch.tensor([1.0, 1.0, 1.0, 2e-162], dtype=torch.float64)) == pytest.approx(3.0, rel=1e-15)
+
+
 @pytest.mark.parametrize("scale", [1e-200, 1e-20, 1e20, 1e200])
 def test_effective_rank_does_not_depend_on_the_scale(scale):
     spectrum = scale * torch.ones(3, dtype=torch.float64)
