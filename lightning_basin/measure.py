@@ -34,6 +34,9 @@ from lightning_basin.stages import StageClock, Watcher, progress_bar
 from lightning_basin.structure import Planner, StructureCache
 from lightning_basin.training_set import as_probes
 
+NumInputs = int | Callable[[int], int]
+"""The number of inputs that a probe will have, or a function that returns it for the number of outputs of an input."""
+
 
 def measure_basin(
     module: nn.Module,
@@ -196,7 +199,7 @@ def check_measurable(
     probe: Probe,
     settings: Settings,
     *,
-    num_inputs: int | Callable[[int], int] | None = None,
+    num_inputs: NumInputs | None = None,
     is_loss_given: bool = True,
 ) -> MeasurementPlan:
     """Evaluate once, so that a module that cannot be measured is refused before training; return the plan.
@@ -224,7 +227,7 @@ def _check_loss_runs_no_layer(evaluation: Evaluation, loss_fn: LossFunction) -> 
         raise TypeError(f"loss_fn must compute the loss from outputs and targets, but runs the layers {names}")
 
 
-def _planner(settings: Settings, size: int | Callable[[int], int]) -> Planner:
+def _planner(settings: Settings, size: NumInputs) -> Planner:
     def plan(network: Network, sample: Probe, trace: Trace) -> MeasurementPlan:
         scopes = select_scopes(network.layers, settings.layers)
         num_outputs = network.rows(trace.outputs).shape[1]

@@ -54,10 +54,7 @@ class Fit:
     def before_batch(self, batch: Any, batch_idx: int) -> None:
         """Take the probe, and measure the baseline; or what a resumed run has left out."""
         trainer, probing = self._trainer, self._probing
-        epoch, step = trainer.current_epoch, trainer.global_step
-        is_overdue = self._schedule.is_overdue(
-            epoch, step, batch_idx, at_zero_loss=self._at_zero_loss, sparse_since=self._session.sparse_since
-        )
+        step, is_overdue = trainer.global_step, self._is_overdue(batch_idx)
         if probing.probe is not None and self._schedule.measured_step is not None:
             if is_overdue:
                 self._measure(step, batches_that_stepped(trainer) - 1)
@@ -105,11 +102,8 @@ class Fit:
 
     def end(self) -> None:
         """Measure what a resumed run has left out, where no batch was left to train on."""
-        trainer, step = self._trainer, self._trainer.global_step
-        if self._schedule.is_overdue(
-            trainer.current_epoch, step, 0, at_zero_loss=self._at_zero_loss, sparse_since=self._session.sparse_since
-        ):
-            self._measure(step, batches_that_stepped(trainer) - 1)
+        if self._is_overdue(0):
+            self._measure(self._trainer.global_step, batches_that_stepped(self._trainer) - 1)
 
     def close(self) -> None:
         """Say how many measurements were skipped, and end all connections."""
@@ -117,6 +111,10 @@ class Fit:
         self.publisher.end()
         self._listeners.clear()  # They subscribe at the set-up of the next fit.
         self._joint.close()
+
+    def _is_overdue(self, batch_idx: int) -> bool:
+        epoch, step, since = self._trainer.current_epoch, self._trainer.global_step, self._session.sparse_since
+        return self._schedule.is_overdue(epoch, step, batch_idx, at_zero_loss=self._at_zero_loss, sparse_since=since)
 
     @property
     def _at_zero_loss(self) -> bool:

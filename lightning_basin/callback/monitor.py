@@ -68,7 +68,7 @@ class BasinMonitor(Arguments, BaseCallback):
         prefix: The first characters of every key, in which markup is percent-encoded; two monitors need two.
 
     Raises:
-        MisconfigurationException: For values out of range; before the first step for what cannot be measured.
+        MisconfigurationException: For values out of range, what cannot be measured, and another probe on resuming.
 
     Example:
         >>> BasinMonitor(probe=64, every_n_epochs=5).records

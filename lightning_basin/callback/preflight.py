@@ -1,6 +1,5 @@
 """What is looked at before training: the first training step, and whether a measurement is possible."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from lightning_basin.callback.request import LOSS_ATTRIBUTES, Request, loss_of
 from lightning_basin.callback.silence import quiet_behavior, quiet_loss
 from lightning_basin.callback.training_step import agrees_with, read_training_step
 from lightning_basin.limits import MemoryBudgetError
-from lightning_basin.measure import check_measurable
+from lightning_basin.measure import NumInputs, check_measurable
 from lightning_basin.probe import Probe
 
 
@@ -43,10 +42,6 @@ def read_first_step(request: Request, module: nn.Module, batch: Any) -> bool:
     findings.step_calls, findings.loss_in_words = step.calls, step.loss_in_words
     request.notices.inform(str(step))
     return True
-
-
-NumInputs = int | Callable[[int], int]
-"""The number of inputs that a probe will have, or a function that returns it for the number of outputs of an input."""
 
 
 def check_request(request: Request, module: nn.Module, probe: Probe, *, num_inputs: NumInputs) -> None:

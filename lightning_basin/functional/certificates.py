@@ -209,11 +209,13 @@ def _rank_of_sketch(sketch: Tensor, *, rtol: float, epsilon: float) -> GradientR
     """The rank from a narrow sketch; ``None`` where its distortion may have moved a singular value over ``rtol``."""
     if not sketch.numel():
         return None
-    triangle = mixed_triangle(sketch)
-    num_before = num_before_gap(triangle)
-    small = values_behind_gap(triangle, num_before) if len(triangle) >= _MANY_ROWS else None
+    small, num_before = None, 0
+    if min(sketch.shape) >= _MANY_ROWS:
+        sketch = mixed_triangle(sketch)
+        num_before = num_before_gap(sketch)
+        small = values_behind_gap(sketch, num_before)
     if small is None:
-        spectrum = torch.linalg.svdvals(triangle).cpu()
+        spectrum = torch.linalg.svdvals(sketch).cpu()
     else:
         others = [small.largest, *[small.least] * (num_before - 1)]
         spectrum = torch.cat([small.values.new_tensor(others), small.values])

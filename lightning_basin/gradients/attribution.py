@@ -76,9 +76,8 @@ def measure_uses(network: Network, trace: Trace, uses: Mapping[int, Use], max_el
     for index, product in products_of_biases.items():
         if product in measured:
             gradients = measured[product].output_gradients
-            summed = (
-                gradients.squeeze(2) if gradients.shape[2] == 1 else gradients.sum(2)
-            )  # One position is not copied.
+            # One position is not copied.
+            summed = gradients.squeeze(2) if gradients.shape[2] == 1 else gradients.sum(2)
             measured[index] = MeasuredUse(uses[index], summed, None)
     return measured
 

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,20 @@ def test_an_exhausted_krylov_space_gives_the_norm(eigenvalues):
     assert last.value == pytest.approx(norm, rel=1e-12)
     assert last.upper == pytest.approx(norm, rel=1e-12)
     assert last.num_products <= len(eigenvalues)
+
+
+@pytest.mark.parametrize(
+    "eigenvalues", [[5.0, -3.0, 1.0, 0.5, -0.1, 0.0], [1.0] * 3 + [-1.0] * 3, [2.0**-i for i in range(9)]]
+)
+def test_the_norm_on_the_krylov_space_is_a_lower_bound(eigenvalues):
+    matrix, krylov = np.diag(eigenvalues), []
+    iteration = NormIteration(len(eigenvalues), generator=generator(), max_products=4)
+    while not iteration.is_finished:
+        krylov.append(iteration.vector.numpy())
+        (bound,) = next_bounds([iteration], [torch.from_numpy(matrix @ krylov[-1])])
+        # All singular values of the matrix on an orthonormal basis of the space, by another library.
+        assert bound.lower == pytest.approx(np.linalg.norm(matrix @ np.array(krylov).T, 2), rel=1e-12)
+        assert bound.value <= bound.lower * (1 + 1e-12) <= max(map(abs, eigenvalues)) * (1 + 1e-11)
 
 
 def test_multiple_eigenvalues_need_one_product_each():
